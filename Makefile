@@ -1,0 +1,44 @@
+# Every target does all of its own set-up, from nothing, into .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  ?= default
+
+.PHONY: demo test check test-oracle protos clean
+
+demo: $(VENV)/.installed
+	$(BIN)/taper-demo --model $(MODEL)
+
+test: $(VENV)/.installed-test check
+	$(BIN)/python -m pytest -n 2 -m "not oracle"
+
+# Static checks: style, types.
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Compares live with transformers (installs torch: gigabytes); RECORD=1 rewrites the goldens.
+test-oracle: $(VENV)/.installed-oracle
+	$(BIN)/python -m pytest -m oracle $(if $(RECORD),--record-goldens)
+
+protos: $(VENV)/.installed-test
+	$(BIN)/python -m serve.protos.generate
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable '.[convert]'
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable '.[convert,test]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-oracle: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --editable '.[convert,test,oracle]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,101 @@
+"""The contract between the scheduler and whoever runs its steps: StepPlan out, StepResult back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRead:
+    """A KV segment as a step reads it: its pages, and how many positions are filled after the step's writes.
+
+    All pages but the last are full.
+    """
+
+    pages: tuple[int, ...]
+    length: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """Consecutive tokens of one segment to be computed in a step. Compared by identity.
+
+    tokens   ids to feed, or None: one token, the last one sampled in `slot`
+    start    rotary position of the first token; the sampled token has position start + rows
+    ordinal  index of the first token inside its segment: it is written to
+             own.pages[ordinal // page_size] at offset ordinal % page_size
+    context  the segment's ancestors, root first; they are read whole
+    own      the segment itself; row i reads its positions up to ordinal + i
+    samples  whether the last row's logits choose a token; `slot` is set only then
+    path     (stage, child) pairs from the root: with the seed and the position, the key of the sample
+    """
+
+    request_id: str
+    branch: int
+    segment: int
+    slot: int | None
+    start: int
+    ordinal: int
+    rows: int
+    tokens: tuple[int, ...] | None
+    context: tuple[SegmentRead, ...]
+    own: SegmentRead
+    samples: bool
+    path: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSetup:
+    """A slot changes hands before the step runs.
+
+    `given` and `generated` are the ids at every position before the next sampled one; filled only where
+    `sampling.uses_penalties`. From then on, each token fed to the slot by reference to the slot, or by a
+    later one-row entry that samples, counts as generated.
+    """
+
+    slot: int
+    sampling: SamplingParams
+    given: tuple[int, ...] = ()
+    generated: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: rows to compute, in the order in which their samples come back.
+
+    deferred           runnable branches that sit this step out, as (request id, branch)
+    bucket             padded row count
+    predicted_seconds  predict(the step); baseline_seconds, predict(the forced part of it)
+    budget_seconds     what predicted_seconds may reach by adding extra work
+    """
+
+    step_id: int
+    entries: tuple[Entry, ...]
+    slots: tuple[SlotSetup, ...]
+    deferred: tuple[tuple[str, int], ...]
+    bucket: int
+    rows: int
+    kv_tokens: int
+    predicted_seconds: float
+    baseline_seconds: float
+    budget_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A sampled token; log-probabilities (natural) are of the model's raw distribution, where asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step produced: one sample for each entry that samples, in plan order, and when it ended."""
+
+    plan: StepPlan
+    samples: tuple[Sample, ...]
+    seconds: float
