@@ -1,0 +1,254 @@
+"""What a step's query rows read, as arrays: KV page lists in, `WorkList` out. NumPy only.
+
+Rows are put in tree order (depth first over the page lists), so that rows which share pages are neighbours,
+and every run of pages shared by a run of rows becomes one work item: shared pages are read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Int, Int32
+
+# item_causal of an item that is seen whole by all of its rows.
+WHOLE = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What the consecutive query rows of one entry read.
+
+    pages      page ids, root first; the segment being written comes last
+    valid      filled positions of each page, as of after this step's writes: 1..page_size
+    own_pages  how many of the last pages belong to the segment being written
+    rows       query rows, at consecutive positions of that segment
+    ordinal    index inside that segment of the first row; row i sees the segment's positions up to and
+               including ordinal + i, and everything before the segment
+    """
+
+    pages: Sequence[int] | np.ndarray
+    valid: Sequence[int] | np.ndarray
+    own_pages: int
+    rows: int
+    ordinal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Array sizes of the work lists of one row bucket."""
+
+    rows: int
+    items: int
+    page_refs: int
+
+    @classmethod
+    def for_bucket(cls, rows: int, num_pages: int, pages_per_read: int | None = None) -> Capacity:
+        """Room for every plan of at most `rows` rows.
+
+        The items are the nodes of a tree with at most `rows` leaves in which every inner node branches, so
+        2 * rows - 1 suffice. A pool page is referred to once as long as no two live contexts reach it by
+        different paths; `pages_per_read` (the longest context in pages) bounds small buckets further.
+        """
+        refs = num_pages if pages_per_read is None else min(num_pages, rows * pages_per_read)
+        return cls(rows=rows, items=2 * rows, page_refs=refs)
+
+
+class WorkList(NamedTuple):
+    """Work items of a step: int32 arrays, NumPy or JAX; a pytree. Entries past the counts are padding.
+
+    The first `num_single` items have one row each, no two of them the same row, and are WHOLE; they are
+    sorted by page count, longest first, so that neighbours can be processed in lockstep. The items from
+    there to `num_items` have any number of rows.
+
+    item_pages   first page reference, page reference count
+    item_rows    first row, row count
+    item_causal  row i of the item sees the first item_causal + i + 1 filled positions of the item's pages;
+                 WHOLE: all of them
+    page_ids     page of each reference
+    page_valid   filled positions of that page
+    """
+
+    item_pages: Int32[Array, "items 2"] | Int32[np.ndarray, "items 2"]
+    item_rows: Int32[Array, "items 2"] | Int32[np.ndarray, "items 2"]
+    item_causal: Int32[Array, " items"] | Int32[np.ndarray, " items"]
+    page_ids: Int32[Array, " page_refs"] | Int32[np.ndarray, " page_refs"]
+    page_valid: Int32[Array, " page_refs"] | Int32[np.ndarray, " page_refs"]
+    num_items: Int32[Array, ""] | Int32[np.ndarray, ""]
+    num_single: Int32[Array, ""] | Int32[np.ndarray, ""]
+
+    @classmethod
+    def empty(cls, capacity: Capacity) -> WorkList:
+        return cls(
+            item_pages=np.zeros((capacity.items, 2), np.int32),
+            item_rows=np.zeros((capacity.items, 2), np.int32),
+            item_causal=np.zeros(capacity.items, np.int32),
+            page_ids=np.zeros(capacity.page_refs, np.int32),
+            page_valid=np.zeros(capacity.page_refs, np.int32),
+            num_items=np.zeros((), np.int32),
+            num_single=np.zeros((), np.int32),
+        )
+
+
+def plan_rows(
+    reads: Sequence[Read], capacity: Capacity, page_size: int
+) -> tuple[Int[np.ndarray, " reads"], WorkList]:
+    """Lay rows out in tree order and list the work: `order[i]` is the index of the read whose rows come i-th.
+
+    Rows are packed without gaps in that order. Reads share a page if their page lists (ids and valid counts)
+    agree from the root up to it, and all of their rows see all of it.
+
+    Raises:
+      ValueError: a read is malformed, or rows, items or page references exceed `capacity`.
+    """
+    work = WorkList.empty(capacity)
+    if not reads:
+        return np.zeros(0, np.int64), work
+    lists = _PageLists.of(reads, page_size)
+    order = lists.tree_order()
+    lists = lists.take(order)
+    nodes = np.array(list(_tree_nodes(lists.shared_with_previous(), lists.count)), np.int64)
+    read, start, stop, last = nodes.T
+
+    row_end = np.cumsum(lists.rows)
+    first_row = row_end[read] - lists.rows[read]
+    row_count = row_end[last] - first_row
+    page_count = stop - start
+    by_kind = np.lexsort((-page_count, row_count > 1))
+
+    _check_fits("rows", int(row_end[-1]), capacity.rows)
+    _check_fits("items", len(nodes), capacity.items)
+    _check_fits("page references", int(page_count.sum()), capacity.page_refs)
+    items = slice(len(nodes))
+    page_count = page_count[by_kind]
+    work.item_pages[items, 0] = np.cumsum(page_count) - page_count
+    work.item_pages[items, 1] = page_count
+    work.item_rows[items, 0] = first_row[by_kind]
+    work.item_rows[items, 1] = row_count[by_kind]
+    work.item_causal[items] = lists.causal(read, start, stop)[by_kind]
+    refs = _ragged_ranges((lists.offset[read] + start)[by_kind], page_count)
+    work.page_ids[: len(refs)] = lists.pages[refs]
+    work.page_valid[: len(refs)] = lists.valid[refs]
+    work.num_items[...] = len(nodes)
+    work.num_single[...] = np.count_nonzero(row_count == 1)
+    return order, work
+
+
+@dataclass(frozen=True, slots=True)
+class _PageLists:
+    """The reads' page lists end to end. Read r's are pages[offset[r]:][:count[r]].
+
+    seen   positions of its list that the read's first row sees
+    whole  leading pages that all of its rows see whole
+    """
+
+    rows: np.ndarray
+    offset: np.ndarray
+    count: np.ndarray
+    seen: np.ndarray
+    whole: np.ndarray
+    pages: np.ndarray
+    valid: np.ndarray
+    filled: np.ndarray  # [len(pages) + 1]: positions before each page, over all lists
+
+    @classmethod
+    def of(cls, reads: Sequence[Read], page_size: int) -> _PageLists:
+        rows, own, ordinal, count = np.array(
+            [(read.rows, read.own_pages, read.ordinal, len(read.pages)) for read in reads], np.int64
+        ).T
+        pages = np.concatenate([np.asarray(read.pages, np.int64) for read in reads])
+        valid = np.concatenate([np.asarray(read.valid, np.int64) for read in reads])
+        if len(pages) != len(valid):
+            raise ValueError("every page of a Read needs its valid count, and only those")
+        if (own < 1).any() or (own > count).any() or (rows < 1).any() or (ordinal < 0).any():
+            raise ValueError("a Read needs 1 <= own_pages <= len(pages), rows >= 1 and ordinal >= 0")
+        if valid.min() < 1 or valid.max() > page_size or pages.min() < 0:
+            raise ValueError(f"a Read's valid counts must be in 1..{page_size} and its page ids not negative")
+        end = np.cumsum(count)
+        offset = end - count
+        filled = np.concatenate([[0], np.cumsum(valid)])
+        seen = filled[end - own] - filled[offset] + ordinal + 1
+        if (seen + rows - 1 > filled[end] - filled[offset]).any():
+            raise ValueError("a Read's last row must be inside its own pages' valid positions")
+
+        # A single row sees a fixed set of positions: cut its list there, and it is an ordinary whole read.
+        whole = np.minimum(np.searchsorted(filled, filled[offset] + seen, side="right") - 1, end) - offset
+        for read in np.flatnonzero((rows == 1) & (whole < count)):
+            rest = seen[read] - (filled[offset[read] + whole[read]] - filled[offset[read]])
+            if rest:
+                valid[offset[read] + whole[read]] = rest
+                whole[read] += 1
+            count[read] = whole[read]
+        return cls(rows, offset, count, seen, whole, pages, valid, filled)
+
+    def tree_order(self) -> np.ndarray:
+        """Depth first over the shared pages: page lists in lexicographic order (as big-endian bytes)."""
+        raw = self.pages.astype(">u4").tobytes()
+        starts, stops = (4 * self.offset).tolist(), (4 * (self.offset + self.whole)).tolist()
+        keys = [raw[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        return np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+
+    def take(self, order: np.ndarray) -> _PageLists:
+        return replace(
+            self,
+            rows=self.rows[order],
+            offset=self.offset[order],
+            count=self.count[order],
+            seen=self.seen[order],
+            whole=self.whole[order],
+        )
+
+    def shared_with_previous(self) -> np.ndarray:
+        """For each read, the number of leading whole pages that it has in common with the read before it."""
+        common = np.zeros_like(self.whole)
+        common[1:] = np.minimum(self.whole[1:], self.whole[:-1])
+        mine = _ragged_ranges(self.offset, common)
+        depth = _ragged_ranges(np.zeros_like(common), common)
+        theirs = np.repeat(np.roll(self.offset, 1), common) + depth
+        differ = (self.pages[mine] != self.pages[theirs]) | (self.valid[mine] != self.valid[theirs])
+        np.minimum.at(common, np.repeat(np.arange(len(common)), common)[differ], depth[differ])
+        return common
+
+    def causal(self, read: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """`item_causal` of items that read the pages start..stop of the lists of `read`."""
+        before = self.filled[self.offset[read] + start] - self.filled[self.offset[read]]
+        return np.where(stop <= self.whole[read], WHOLE, self.seen[read] - before - 1)
+
+
+def _tree_nodes(shared: np.ndarray, count: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """Nodes of the tree of page lists, given each list's overlap with the one before it.
+
+    Yields (first read, start depth, stop depth, last read): the maximal run of reads that have the pages
+    start..stop in common.
+    """
+    path: list[tuple[int, int]] = []  # open nodes, root first: (stop depth, first read)
+    for read, (depth, own) in enumerate(
+        zip(chain(shared.tolist(), [0]), chain(count.tolist(), [0]), strict=True)
+    ):
+        first = read
+        while path and path[-1][0] > depth:
+            stop, first = path.pop()
+            yield first, max(depth, path[-1][0] if path else 0), stop, read - 1
+        if depth and (not path or path[-1][0] < depth):
+            path.append((depth, first))
+        if own > depth:
+            path.append((own, read))
+
+
+def _ragged_ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """start[0] .. start[0] + count[0] - 1, start[1] .. and so on, end to end."""
+    skipped = np.cumsum(count) - count
+    return np.repeat(start - skipped, count) + np.arange(count.sum())
+
+
+def _check_fits(what: str, needed: int, room: int) -> None:
+    if needed > room:
+        raise ValueError(
+            f"the step needs {needed} {what}, its bucket has room for {room}: take a larger bucket"
+        )
