@@ -19,9 +19,12 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class BranchInfo:
+    """A branch as its stage begins; `prefix` is what is forced into its context before the first token."""
+
     branch: int
     parent: int
     label: str
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,4 @@ class Finished:
     timing: Timing
 
 
-Event = (
-    Started | StageStarted | TokenEmitted | WidthChanged | StageFinished | Joined | Finished
-)
+Event = Started | StageStarted | TokenEmitted | WidthChanged | StageFinished | Joined | Finished

@@ -1,15 +1,18 @@
 """What a request does next: the client's plan of stages, or the model's own tags.
 
-A program is data; `Cursor` is where one branch stands in it. Given what a branch has generated, a cursor
-answers with the next `Action`: decode on, fork, or end.
+A program is data; a `Cursor` is where one branch stands in it. Asked at the end of a stage, or after each
+token, it answers with the next `Action`: decode, fork, or end. Answers depend on the branch's own tokens and
+positions alone, never on what siblings or the schedule did.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from scheduler.request import SamplingParams, Stopping
+from scheduler.request import FinishReason, SamplingParams, Stopping
 
 
 class Codec(Protocol):
@@ -39,6 +42,9 @@ class BranchSpec:
     stages: tuple[Stage, ...] = ()
 
 
+JOINS = ("kv", "reprefill", "none")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelStage:
     """Branches that share everything before the stage.
@@ -64,7 +70,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TagGrammar:
-    """The tags with which a model opens and closes branches of its own (PAPER: Multiverse, NPR, ...).
+    """The tags with which a model opens and closes branches of its own (Multiverse, NPR and their like).
 
     When `plan_close` is generated, each match of `outline` (a regular expression whose first group is the
     branch's label) after the last `plan_open` becomes a branch that begins with `branch_open`, where
@@ -102,3 +108,190 @@ class TagProgram:
     branch_max_tokens: int
     max_branches: int = 16
     max_depth: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Force `prefix`, then sample until `stopping` ends the stage."""
+
+    prefix: tuple[int, ...]
+    stopping: Stopping
+    sampling: SamplingParams | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A branch about to be born: its label, its first action, and the cursor that follows."""
+
+    label: str
+    first: Decode
+    cursor: Cursor
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Open branches. `index` is the stage's place in its branch's own program: part of the sampling key."""
+
+    index: int
+    children: tuple[Child, ...]
+    join: str
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    reason: FinishReason
+
+
+Action = Decode | Fork | End
+
+
+class Cursor(Protocol):
+    """Where a branch stands in its program. Positions are rotary positions of the next token."""
+
+    def begin(self, position: int) -> Action:
+        """The first action, after the prompt."""
+        ...
+
+    def on_token(self, generated: Sequence[int], position: int) -> Action | None:
+        """The stage's tokens so far, one of them new; None to decode on."""
+        ...
+
+    def on_stop(self, reason: FinishReason) -> Action:
+        """The stage's `stopping` ended it."""
+        ...
+
+    def on_join(self, position: int) -> Action:
+        """The branches that this one forked have been joined."""
+        ...
+
+
+class PlanCursor:
+    """Walks the stages of a plan, or of a branch of one."""
+
+    def __init__(self, stages: tuple[Stage, ...]) -> None:
+        self._stages = stages
+        self._next = 0
+
+    def begin(self, position: int) -> Action:
+        return self._advance(FinishReason.FORKED)
+
+    def on_token(self, generated: Sequence[int], position: int) -> Action | None:
+        return None
+
+    def on_stop(self, reason: FinishReason) -> Action:
+        return self._advance(reason)
+
+    def on_join(self, position: int) -> Action:
+        return self._advance(FinishReason.FORKED)
+
+    def _advance(self, reason: FinishReason) -> Action:
+        if self._next == len(self._stages):
+            return End(reason)
+        index, stage = self._next, self._stages[self._next]
+        self._next += 1
+        if isinstance(stage, SerialStage):
+            return Decode(stage.prefix, stage.stopping, stage.sampling)
+        children = tuple(
+            Child(spec.label, Decode(spec.prefix, spec.stopping, spec.sampling), PlanCursor(spec.stages))
+            for spec in stage.branches
+        )
+        return Fork(index, children, stage.join)
+
+
+class TagCursor:
+    """Watches one branch's text for the grammar's tags.
+
+    A fork that cannot be opened (no outline, too many, too deep) is no fork: the branch decodes on serially.
+    `limit` is the first position that the branch may not fill.
+    """
+
+    def __init__(self, program: TagProgram, codec: Codec, depth: int = 0, limit: int | None = None) -> None:
+        self._program = program
+        self._codec = codec
+        self._depth = depth
+        self._limit = limit
+        self._forks = 0
+
+    def begin(self, position: int) -> Action:
+        self._limit = position + self._program.stopping.max_tokens
+        return self._decode((), position)
+
+    def on_token(self, generated: Sequence[int], position: int) -> Action | None:
+        grammar = self._program.grammar
+        if self._depth > 0 and self._closes(grammar.branch_close, generated):
+            return End(FinishReason.BRANCH_CLOSED)
+        if self._depth < self._program.max_depth and self._closes(grammar.plan_close, generated):
+            return self._fork(generated, position)
+        return None
+
+    def on_stop(self, reason: FinishReason) -> Action:
+        return End(reason)
+
+    def on_join(self, position: int) -> Action:
+        return self._decode(tuple(self._codec.encode(self._program.grammar.join_open)), position)
+
+    def _decode(self, prefix: tuple[int, ...], position: int) -> Decode | End:
+        assert self._limit is not None
+        left = self._limit - position - len(prefix)
+        if left <= 0:
+            return End(FinishReason.MAX_TOKENS)
+        return Decode(prefix, replace(self._program.stopping, max_tokens=left))
+
+    def _closes(self, tag: str, generated: Sequence[int]) -> bool:
+        """Whether the newest token completes `tag`: every token holds at least one byte of it."""
+        tail = list(generated[-len(tag.encode()) :])
+        return tag in self._codec.decode(tail) and tag not in self._codec.decode(tail[:-1])
+
+    def _fork(self, generated: Sequence[int], position: int) -> Fork | None:
+        program, grammar = self._program, self._program.grammar
+        goal = self._codec.decode(list(generated)).rpartition(grammar.plan_open)[2]
+        labels = [match.group(1) for match in re.finditer(grammar.outline, goal)]
+        if not 0 < len(labels) <= program.max_branches:
+            return None
+        assert self._limit is not None
+        limit = min(self._limit, position + program.branch_max_tokens)
+        children: list[Child] = []
+        for label in labels:
+            seed = tuple(self._codec.encode(grammar.branch_open.replace("{label}", label)))
+            cursor = TagCursor(program, self._codec, self._depth + 1, limit)
+            first = cursor._decode(seed, position)
+            if isinstance(first, End):  # no room for even one token of it
+                return None
+            children.append(Child(label, first, cursor))
+        self._forks += 1
+        return Fork(self._forks - 1, tuple(children), grammar.join)
+
+
+def cursor(program: Plan | TagProgram, codec: Codec) -> Cursor:
+    """The cursor at the beginning of a request's program."""
+    return PlanCursor(program.stages) if isinstance(program, Plan) else TagCursor(program, codec)
+
+
+def check_program(program: Plan | TagProgram) -> None:
+    """Raise ValueError, naming the stage, for a program that could not run."""
+    if isinstance(program, Plan):
+        _check_stages(program.stages, "plan")
+        if not program.stages:
+            raise ValueError("plan: at least one stage is needed")
+    elif program.grammar.join == "kv" and not program.grammar.join_open:
+        raise ValueError("a grammar that joins by kv needs a join_open to feed")
+
+
+def _check_stages(stages: tuple[Stage, ...], where: str) -> None:
+    joined_by_kv = False
+    for index, stage in enumerate(stages):
+        name = f"{where}.stages[{index}]"
+        parts = (stage,) if isinstance(stage, SerialStage) else stage.branches
+        if not parts:
+            raise ValueError(f"{name}: a parallel stage needs at least one branch")
+        if any(part.stopping.max_tokens < 1 for part in parts):
+            raise ValueError(f"{name}: max_tokens must be at least 1")
+        if joined_by_kv and not all(part.prefix for part in parts):
+            raise ValueError(f"{name}: a stage after a kv join needs a prefix to feed")
+        joined_by_kv = False
+        if isinstance(stage, ParallelStage):
+            if stage.join not in JOINS:
+                raise ValueError(f"{name}: join must be one of {', '.join(JOINS)}, got {stage.join!r}")
+            joined_by_kv = stage.join == "kv"
+            for child, spec in enumerate(stage.branches):
+                _check_stages(spec.stages, f"{name}.branches[{child}]")

@@ -1,6 +1,6 @@
 """What is being served: a request, its targets, and how its tokens are chosen and ended.
 
-All of it is frozen: the scheduler's own state about a request lives in `scheduler.branch`.
+All of it is frozen: the scheduler's own state about a request lives in `scheduler.live_request`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class FinishReason(enum.Enum):
     STOP = "stop"
     MAX_TOKENS = "max_tokens"
     CONTEXT = "context"
-    BRANCH_CLOSED = "branch_closed"
+    BRANCH_CLOSED = "branch_closed"  # the model closed it with its tag
+    FORKED = "forked"  # it ended in its branches: nothing follows their stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +42,7 @@ class SamplingParams:
 
     @property
     def uses_penalties(self) -> bool:
-        return (
-            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        )
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
