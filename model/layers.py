@@ -1,0 +1,185 @@
+"""The layers of a Qwen3-type decoder, and Parameter: an array's shape, axes and scale in one definition.
+
+Modules are built *abstract*: their parameters hold a jax.ShapeDtypeStruct until model/weights.py or
+model/checkpoint.py puts arrays in their place, so describing a 32B model costs nothing. Matrices are kept
+as [in …, out …], one array each.
+
+Norms, rotary positions and softmax are computed in float32 or wider; matrix products of float32 inputs ask
+for the highest precision, because accelerators would otherwise use TF32 or bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attention import shared_prefix_attention, write_kv
+from model.config import Llama3Scaling, ModelConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+    from attention.layout import WorkList
+
+
+def parameter(shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any, *, fan_in: int) -> nnx.Param:
+    """A parameter without a value yet: its shape, logical axes and dtype.
+
+    `fan_in` is how many inputs each output sums: random weights have standard deviation 1/sqrt(fan_in).
+    A `fan_in` of 0 marks a norm's scale, which starts at one.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"shape {shape} and axes {axes} differ in length")
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, fan_in=fan_in)
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype of sums and exponentials: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def product(spec: str, x: Array, weight: nnx.Param, *, out_dtype: Any = None) -> Array:
+    """An einsum of activations and a weight, accumulated in at least float32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(spec, x, weight[...], precision=precision, preferred_element_type=out_dtype or x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, size: int, axis: str, eps: float, dtype: Any):
+        self.scale = parameter((size,), (axis,), dtype, fan_in=0)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        y = x.astype(wide(x.dtype))
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(y.dtype)).astype(x.dtype)
+
+
+def inverse_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each rotary pair, [head_dim / 2], float64."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    if config.rope_scaling is not None:
+        frequencies = _stretch(frequencies, config.rope_scaling)
+    return frequencies
+
+
+def _stretch(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
+    # https://github.com/meta-llama/llama-models: apply_scaling; between the two bounds, interpolate.
+    turns = scaling.original_max_context * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotary_angles(
+    config: ModelConfig, positions: Int[Array, " rows"], dtype: Any
+) -> tuple[Float[Array, "rows pairs"], Float[Array, "rows pairs"]]:
+    """(cos, sin) of every row's position, [rows, head_dim / 2], in at least float32."""
+    frequencies = jnp.asarray(inverse_frequencies(config), wide(dtype))
+    angles = positions.astype(frequencies.dtype)[:, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "rows heads head_dim"], cos: Float[Array, "rows pairs"], sin: Float[Array, "rows pairs"]
+) -> Float[Array, "rows heads head_dim"]:
+    """Rotary positions in the Hugging Face layout: pair i is elements i and i + head_dim / 2."""
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, dtype: Any):
+        embed, heads, kv_heads, size = (
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        self.q = parameter((embed, heads, size), ("embed", "heads", "head_dim"), dtype, fan_in=embed)
+        self.k = parameter((embed, kv_heads, size), ("embed", "kv_heads", "head_dim"), dtype, fan_in=embed)
+        self.v = parameter((embed, kv_heads, size), ("embed", "kv_heads", "head_dim"), dtype, fan_in=embed)
+        self.o = parameter((heads, size, embed), ("heads", "head_dim", "embed"), dtype, fan_in=heads * size)
+        self.q_norm = RMSNorm(size, "head_dim", config.rms_norm_eps, dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(size, "head_dim", config.rms_norm_eps, dtype) if config.qk_norm else None
+        self.scale = size**-0.5
+
+    def __call__(
+        self,
+        x: Float[Array, "rows embed"],
+        angles: tuple[Array, Array],
+        kv: tuple[Array, Array],
+        write_page: Int[Array, " rows"],
+        write_offset: Int[Array, " rows"],
+        work: WorkList,
+        backend: str,
+    ) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
+        q = product("re,ehd->rhd", x, self.q)
+        k = product("re,ehd->rhd", x, self.k)
+        v = product("re,ehd->rhd", x, self.v)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        kv = write_kv(*kv, k, v, write_page, write_offset)
+        out = shared_prefix_attention(q, *kv, work, scale=self.scale, backend=backend)
+        return product("rhd,hde->re", out, self.o), kv
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: ModelConfig, dtype: Any):
+        embed, mlp = config.hidden_size, config.intermediate_size
+        self.gate = parameter((embed, mlp), ("embed", "mlp"), dtype, fan_in=embed)
+        self.up = parameter((embed, mlp), ("embed", "mlp"), dtype, fan_in=embed)
+        self.down = parameter((mlp, embed), ("mlp", "embed"), dtype, fan_in=mlp)
+
+    def __call__(self, x: Float[Array, "rows embed"]) -> Float[Array, "rows embed"]:
+        gate = jax.nn.silu(product("re,em->rm", x, self.gate))
+        return product("rm,me->re", gate * product("re,em->rm", x, self.up), self.down)
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: ModelConfig, dtype: Any):
+        self.attention_norm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps, dtype)
+        self.attention = Attention(config, dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps, dtype)
+        self.mlp = MLP(config, dtype)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "rows embed"],
+        angles: tuple[Array, Array],
+        kv: tuple[Array, Array],
+        write_page: Int[Array, " rows"],
+        write_offset: Int[Array, " rows"],
+        work: WorkList,
+        backend: str,
+    ) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
+        out, kv = self.attention(
+            self.attention_norm(hidden), angles, kv, write_page, write_offset, work, backend
+        )
+        hidden = hidden + out
+        return hidden + self.mlp(self.mlp_norm(hidden)), kv
+
+
+@partial(jax.jit, static_argnames="backend")
+def decoder_layer(
+    layer: DecoderLayer,
+    hidden: Float[Array, "rows embed"],
+    angles: tuple[Array, Array],
+    kv: tuple[Array, Array],
+    write_page: Int[Array, " rows"],
+    write_offset: Int[Array, " rows"],
+    work: WorkList,
+    *,
+    backend: str,
+) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
+    """One layer as one jitted function, so that a program of many layers traces it once."""
+    return layer(hidden, angles, kv, write_page, write_offset, work, backend)

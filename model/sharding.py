@@ -1,0 +1,61 @@
+"""ShardingRules: which physical mesh axis each logical axis of an array is laid out over.
+
+Every parameter names its logical axes where it is defined (model/layers.py); these rules, and nothing in
+the model, decide what is sharded. The default replicates everything, which is right for one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "pages", "page")
+
+MeshAxis = str | tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardingRules:
+    """The mesh axis (or axes, or None for replicated) of each logical axis."""
+
+    vocab: MeshAxis = None
+    embed: MeshAxis = None
+    heads: MeshAxis = None
+    kv_heads: MeshAxis = None
+    head_dim: MeshAxis = None
+    mlp: MeshAxis = None
+    pages: MeshAxis = None
+    page: MeshAxis = None
+
+    @classmethod
+    def tensor_parallel(cls, axis: str) -> ShardingRules:
+        """Megatron's split: heads, MLP and vocabulary over `axis`, the residual stream replicated."""
+        return cls(vocab=axis, heads=axis, kv_heads=axis, mlp=axis)
+
+    def spec(self, axes: Sequence[str]) -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes. Raises ValueError for an unknown axis."""
+        unknown = [axis for axis in axes if axis not in LOGICAL_AXES]
+        if unknown:
+            raise ValueError(f"unknown logical axes {unknown}; known: {', '.join(LOGICAL_AXES)}")
+        return PartitionSpec(*(getattr(self, axis) for axis in axes))
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A mesh and the rules by which arrays are laid out on it."""
+
+    mesh: Mesh
+    rules: ShardingRules = ShardingRules()
+
+    @classmethod
+    def single_device(cls, device: Any = None) -> Placement:
+        """Everything whole on one device: the default one unless given."""
+        device = device if device is not None else jax.devices()[0]
+        return cls(jax.make_mesh((1,), ("model",), devices=[device]))
+
+    def sharding(self, axes: Sequence[str]) -> NamedSharding:
+        return NamedSharding(self.mesh, self.rules.spec(axes))
