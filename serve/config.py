@@ -1,0 +1,73 @@
+"""ServerConfig: everything an operator chooses, built once at the edge and passed down in parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Options of `taper-serve`."""
+
+    model: str = "default"
+    """`default` (the embedded tiny model), the name of a preset, or a model folder."""
+    load_format: Literal["auto", "random"] = "auto"
+    """`random` makes weights on the device instead of reading them."""
+    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
+    """Type of weights, activations and KV pages; float64 is for exact tests on CPU."""
+    attention: str = "auto"
+    """Attention backend; `auto` picks by device."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Loopback unless told otherwise: there is no authentication yet."""
+    port: int = 50051
+    """Port to listen on; 0 picks a free one."""
+    metrics_port: int | None = None
+    """Serve Prometheus metrics on this port of the loopback interface; 0 picks a free one."""
+    drain_timeout: float = 30.0
+    """Seconds that running requests get to finish after SIGTERM."""
+
+    policy: str = "taper"
+    """Admission policy of extra branches: off, cap:N, eager or taper. Can be switched while running."""
+    tpot_slo_ms: float = 50.0
+    """Default target of the gap between a request's tokens, in milliseconds."""
+    ttft_slo_ms: float = 5000.0
+    """Default target of the time to a request's first token, in milliseconds."""
+    rho: float = 0.8
+    """The share of the slack that extra branches may spend."""
+    fill: bool = True
+    """Let extra branches fill the padding of the baseline's own bucket."""
+
+    page_size: int = 16
+    """KV positions in a page."""
+    num_pages: int = 2048
+    """KV pages in the pool."""
+    prefix_cache: bool = True
+    """Share the KV pages of equal prompt beginnings between requests."""
+    max_context: int | None = None
+    """Longest context of a request in tokens; the model's own unless set."""
+    buckets: tuple[int, ...] = (8, 16, 32, 64)
+    """Row counts that steps are padded to; one program is compiled for each."""
+    max_slots: int = 64
+    """Most branches that hold a place on the device at once."""
+    max_chunk: int = 64
+    """Most prompt tokens of one request in one step."""
+    max_queue: int = 256
+    """Most requests waiting to start."""
+
+    max_branches: int = 64
+    """Most branches of one request, all stages together."""
+    max_depth: int = 4
+    """Deepest nesting of forks."""
+    max_logit_bias: int = 64
+    """Most logit biases of one branch."""
+    max_top_logprobs: int = 8
+    """Most alternatives reported for each token."""
+    default_max_tokens: int = 256
+    """Limit of a stage whose request names none."""
+
+    compilation_cache: str | None = "~/.cache/taper"
+    """Folder that keeps compiled programs between starts; None compiles them anew."""
+    seed: int = 0
+    """Seed of random weights."""
