@@ -75,9 +75,8 @@ class Branch:
         self.forked: list[Branch] = []
         self.open_children = 0
 
-    @property
-    def info(self) -> BranchInfo:
-        return BranchInfo(self.id, self.parent.id if self.parent else 0, self.label)
+    def info(self, prefix: tuple[int, ...]) -> BranchInfo:
+        return BranchInfo(self.id, self.parent.id if self.parent else 0, self.label, prefix)
 
     def pieces(self) -> list[tuple[Segment, int]]:
         """What must be computed, in order, until this branch samples its next token: (segment, rows).
@@ -299,16 +298,17 @@ class LiveRequest:
 
     def _proceed(self, branch: Branch, action: Action) -> list[Event]:
         if isinstance(action, Decode):
-            return self._decode(branch, action, self._open_stage(branch))
+            return self._decode(branch, action, self._open_stage((branch, action)))
         if isinstance(action, Fork):
             return self._fork(branch, action)
         return self._end_branch(branch)
 
-    def _open_stage(self, *branches: Branch) -> list[Event]:
+    def _open_stage(self, *begun: tuple[Branch, Decode]) -> list[Event]:
         stage = next(self._stages)
-        for branch in branches:
+        for branch, _ in begun:
             branch.stage = stage
-        return [StageStarted(self.request.id, stage, tuple(branch.info for branch in branches))]
+        infos = tuple(branch.info(first.prefix) for branch, first in begun)
+        return [StageStarted(self.request.id, stage, infos)]
 
     def _decode(self, branch: Branch, action: Decode, events: list[Event]) -> list[Event]:
         segment = branch.segment
@@ -348,7 +348,8 @@ class LiveRequest:
             branch.trail = [branch.segment]
             self.branches[branch.id] = branch
             parent.forked.append(branch)
-        events = self._open_stage(*parent.forked)
+        firsts = (child.first for child in fork.children)
+        events = self._open_stage(*zip(parent.forked, firsts, strict=True))
         parent.fork_stage = parent.forked[0].stage
         for branch, child in zip(tuple(parent.forked), fork.children, strict=True):
             events = self._decode(branch, child.first, events)
