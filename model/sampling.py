@@ -1,0 +1,406 @@
+"""Chooses the next token of every sampled row, on the device, from each slot's own options.
+
+A row's choice depends on its own logits, its slot's options and counts, and a key folded from the request's
+seed, the branch's path and the token's position; never on the other rows, the slot's number or the padding.
+The options of a batch that nobody uses are skipped at run time (`lax.cond` on `SampleInputs.flags`).
+
+Order: logit bias, penalties, temperature, top-k, top-p, min-p, then a draw by Gumbel noise. Top-k, top-p and
+min-p keep the tokens at or above a threshold, so that equally likely tokens are kept or dropped together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int, UInt
+
+# Bits of SampleInputs.flags: what at least one of the step's samples uses.
+USES_RANDOM = 1
+USES_TOP = 2
+USES_PENALTIES = 4
+USES_BIAS = 8
+USES_LOGPROBS = 16
+
+# Words of an assignment: slot, top-k, the two halves of the seed, six floats; then bias ids and bias values.
+_FIXED_WORDS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How one slot chooses; the defaults are greedy. `seed` has 64 bits, `logit_bias` (id, bias) pairs."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    logprobs: bool = False
+
+    @property
+    def flags(self) -> int:
+        """The USES_ bits of this slot; a step's flags are the union over its samples."""
+        random = self.temperature > 0
+        cuts = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+        return (
+            USES_RANDOM * random
+            | USES_TOP * (random and cuts)
+            | USES_PENALTIES * penalties
+            | USES_BIAS * bool(self.logit_bias)
+            | USES_LOGPROBS * self.logprobs
+        )
+
+
+class SlotState(NamedTuple):
+    """What the device remembers of each slot. Unused bias entries have id `vocab`, which is out of range.
+
+    given_seen       tokens that occur in what the slot was given (its prompt)
+    generated_count  how often each token was generated
+    """
+
+    last_token: Int[Array, " slots"]
+    temperature: Float[Array, " slots"]
+    top_k: Int[Array, " slots"]
+    top_p: Float[Array, " slots"]
+    min_p: Float[Array, " slots"]
+    repetition: Float[Array, " slots"]
+    presence: Float[Array, " slots"]
+    frequency: Float[Array, " slots"]
+    seed: UInt[Array, "slots 2"]
+    bias_id: Int[Array, "slots bias"]
+    bias_value: Float[Array, "slots bias"]
+    given_seen: Bool[Array, "slots vocab"]
+    generated_count: Int[Array, "slots vocab"]
+
+    @classmethod
+    def create(cls, slots: int, vocab: int, max_bias: int) -> SlotState:
+        """All slots greedy, with nothing counted."""
+        return cls(
+            last_token=jnp.zeros(slots, jnp.int32),
+            temperature=jnp.zeros(slots, jnp.float32),
+            top_k=jnp.zeros(slots, jnp.int32),
+            top_p=jnp.ones(slots, jnp.float32),
+            min_p=jnp.zeros(slots, jnp.float32),
+            repetition=jnp.ones(slots, jnp.float32),
+            presence=jnp.zeros(slots, jnp.float32),
+            frequency=jnp.zeros(slots, jnp.float32),
+            seed=jnp.zeros((slots, 2), jnp.uint32),
+            bias_id=jnp.full((slots, max_bias), vocab, jnp.int32),
+            bias_value=jnp.zeros((slots, max_bias), jnp.float32),
+            given_seen=jnp.zeros((slots, vocab), jnp.bool_),
+            generated_count=jnp.zeros((slots, vocab), jnp.int32),
+        )
+
+    @classmethod
+    def abstract(cls, slots: int, vocab: int, max_bias: int) -> SlotState:
+        """Shapes and dtypes in place of arrays, for compiling ahead of time."""
+        return jax.eval_shape(lambda: cls.create(slots, vocab, max_bias))
+
+
+class SampleInputs(NamedTuple):
+    """Which rows of a step choose a token, and with what.
+
+    row         index of the step's row whose logits choose
+    slot        its slot; a padded sample has one out of range, and its result goes nowhere
+    branch_key  `branch_key` of the branch's path
+    position    position of the token to be chosen
+    count_fed   1 where the token fed in this row counts as generated, before the choice
+    flags       union of the USES_ bits of all samples
+    """
+
+    row: Int[Array, " samples"]
+    slot: Int[Array, " samples"]
+    branch_key: Int[Array, " samples"]
+    position: Int[Array, " samples"]
+    count_fed: Int[Array, " samples"]
+    flags: Int[Array, ""]
+
+
+class SampleOutputs(NamedTuple):
+    """Chosen tokens. Log-probabilities (natural) are of the raw logits; zeros where nobody asked for them."""
+
+    token: Int[Array, " samples"]
+    logprob: Float[Array, " samples"]
+    top_id: Int[Array, "samples top"]
+    top_logprob: Float[Array, "samples top"]
+
+
+def branch_key(path: Sequence[tuple[int, int]]) -> int:
+    """A stable hash of a branch's (stage, child) path from the root, as a signed 32-bit integer."""
+    digest = hashlib.blake2s(b"".join(struct.pack("<II", *step) for step in path), digest_size=4).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def sample(
+    logits: Float[Array, "samples vocab"],
+    fed_token: Int[Array, " samples"],
+    slots: SlotState,
+    inputs: SampleInputs,
+    max_top_logprobs: int,
+) -> tuple[SlotState, SampleOutputs]:
+    """Counts the fed tokens, chooses the next ones and remembers them as their slots' last tokens.
+
+    Computes in the dtype of the logits, float32 at least. `max_top_logprobs` is the width of the top
+    log-probabilities and at most the vocabulary.
+    """
+    slots = slots._replace(
+        generated_count=slots.generated_count.at[inputs.slot, fed_token].add(inputs.count_fed, mode="drop")
+    )
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    token = lax.cond(
+        _uses(inputs, USES_RANDOM | USES_PENALTIES | USES_BIAS),
+        lambda: _choose(logits, slots, inputs),
+        lambda: _best(logits),
+    )
+    logprob, top_id, top_logprob = lax.cond(
+        _uses(inputs, USES_LOGPROBS),
+        lambda: _logprobs(logits, token, max_top_logprobs),
+        lambda: _no_logprobs(token.size, max_top_logprobs),
+    )
+    slots = slots._replace(last_token=slots.last_token.at[inputs.slot].set(token, mode="drop"))
+    return slots, SampleOutputs(token, logprob, top_id, top_logprob)
+
+
+def _uses(inputs: SampleInputs, bits: int) -> Bool[Array, ""]:
+    return inputs.flags & bits != 0
+
+
+def _best(logits: Float[Array, "samples vocab"]) -> Int[Array, " samples"]:
+    return lax.argmax(logits, 1, jnp.int32)
+
+
+def _choose(
+    logits: Float[Array, "samples vocab"], slots: SlotState, inputs: SampleInputs
+) -> Int[Array, " samples"]:
+    logits = lax.cond(_uses(inputs, USES_BIAS), lambda: _add_bias(logits, slots, inputs.slot), lambda: logits)
+    logits = lax.cond(
+        _uses(inputs, USES_PENALTIES), lambda: _penalize(logits, slots, inputs.slot), lambda: logits
+    )
+    return lax.cond(_uses(inputs, USES_RANDOM), lambda: _draw(logits, slots, inputs), lambda: _best(logits))
+
+
+def _of_slot(values: Array, slot: Int[Array, " samples"], padding: float) -> Array:
+    return values.at[slot].get(mode="fill", fill_value=padding)
+
+
+def _add_bias(
+    logits: Float[Array, "samples vocab"], slots: SlotState, slot: Int[Array, " samples"]
+) -> Float[Array, "samples vocab"]:
+    ids = _of_slot(slots.bias_id, slot, logits.shape[1])
+    values = _of_slot(slots.bias_value, slot, 0)
+    rows = jnp.arange(slot.size, dtype=jnp.int32)[:, None]
+    return logits.at[rows, ids].add(values.astype(logits.dtype), mode="drop")
+
+
+def _penalize(
+    logits: Float[Array, "samples vocab"], slots: SlotState, slot: Int[Array, " samples"]
+) -> Float[Array, "samples vocab"]:
+    """Repetition as in CTRL (arXiv 1909.05858), presence and frequency as in OpenAI's API."""
+
+    def of_slot(values: Array, padding: float) -> Array:
+        return _of_slot(values, slot, padding).astype(logits.dtype)[:, None]
+
+    count = _of_slot(slots.generated_count, slot, 0)
+    generated = count > 0
+    repeated = generated | _of_slot(slots.given_seen, slot, 0)
+    repetition = of_slot(slots.repetition, 1)
+    logits = jnp.where(repeated, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+    return logits - of_slot(slots.frequency, 0) * count - of_slot(slots.presence, 0) * generated
+
+
+def _draw(
+    logits: Float[Array, "samples vocab"], slots: SlotState, inputs: SampleInputs
+) -> Int[Array, " samples"]:
+    temperature = _of_slot(slots.temperature, inputs.slot, 0)
+    scaled = _scale(logits, temperature)
+    scaled = lax.cond(_uses(inputs, USES_TOP), lambda: _cut(scaled, slots, inputs.slot), lambda: scaled)
+    drawn = _best(scaled + _noise(slots, inputs, logits.shape[1]).astype(logits.dtype))
+    return jnp.where(temperature > 0, drawn, _best(logits))
+
+
+def _scale(
+    logits: Float[Array, "samples vocab"], temperature: Float[Array, " samples"]
+) -> Float[Array, "samples vocab"]:
+    """Logits relative to the row's best, over the temperature: their exp is at most 1 and never NaN."""
+    best = jnp.max(logits, axis=1, keepdims=True)
+    best = jnp.where(jnp.isfinite(best), best, 0)
+    return (logits - best) / jnp.where(temperature > 0, temperature, 1).astype(logits.dtype)[:, None]
+
+
+def _noise(slots: SlotState, inputs: SampleInputs, vocab: int) -> Float[Array, "samples vocab"]:
+    """Gumbel noise of key fold_in(fold_in(key(seed), branch key), position): float32 in every dtype, so that
+    the same seed means the same noise."""
+
+    def of_sample(seed: Array, branch: Array, position: Array) -> Array:
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        key = jax.random.fold_in(jax.random.fold_in(key, branch), position)
+        return jax.random.gumbel(key, (vocab,), jnp.float32)
+
+    branch = lax.bitcast_convert_type(inputs.branch_key, jnp.uint32)
+    return jax.vmap(of_sample)(_of_slot(slots.seed, inputs.slot, 0), branch, inputs.position)
+
+
+def _cut(
+    scaled: Float[Array, "samples vocab"], slots: SlotState, slot: Int[Array, " samples"]
+) -> Float[Array, "samples vocab"]:
+    """Drops what top-k, top-p (of the mass that top-k left) and min-p exclude."""
+    top_k = _of_slot(slots.top_k, slot, 0)
+    top_p = _of_slot(slots.top_p, slot, 1).astype(scaled.dtype)
+    min_p = _of_slot(slots.min_p, slot, 0).astype(scaled.dtype)
+    keys = _ordered_bits(scaled)
+    everything = jnp.zeros(slot.shape, keys.dtype)
+
+    def threshold_k() -> Array:
+        found = _threshold(keys, jnp.ones_like(scaled), top_k.astype(scaled.dtype))
+        return jnp.where(top_k > 0, found, everything)
+
+    def threshold_p() -> Array:
+        mass = jnp.where(keys >= at_least[:, None], jnp.exp(scaled), 0)
+        found = _threshold(keys, mass, top_p * jnp.sum(mass, axis=1))
+        return jnp.where(top_p < 1, found, everything)
+
+    at_least = lax.cond(jnp.any(top_k > 0), threshold_k, lambda: everything)
+    at_least = jnp.maximum(at_least, lax.cond(jnp.any(top_p < 1), threshold_p, lambda: everything))
+    kept = (keys >= at_least[:, None]) & (scaled >= jnp.log(min_p)[:, None])
+    return jnp.where(kept, scaled, -jnp.inf)
+
+
+def _ordered_bits(values: Float[Array, "samples vocab"]) -> UInt[Array, "samples vocab"]:
+    """Unsigned integers in the order of the floats."""
+    bits = lax.bitcast_convert_type(values, jnp.uint64 if values.dtype == jnp.float64 else jnp.uint32)
+    sign = jnp.array(1, bits.dtype) << (8 * bits.dtype.itemsize - 1)
+    return jnp.where(bits & sign != 0, ~bits, bits | sign)
+
+
+def _threshold(
+    keys: UInt[Array, "samples vocab"],
+    weight: Float[Array, "samples vocab"],
+    target: Float[Array, " samples"],
+) -> UInt[Array, " samples"]:
+    """The greatest t whose keys >= t weigh `target` at least; 0 where all of them weigh less.
+
+    Found bit by bit from the top: a few passes over the row, where a sort takes many times longer.
+    """
+    bits = 8 * keys.dtype.itemsize
+
+    def try_bit(i: Array, found: Array) -> Array:
+        candidate = found | (jnp.array(1, keys.dtype) << (bits - 1 - i).astype(keys.dtype))
+        reached = jnp.sum(jnp.where(keys >= candidate[:, None], weight, 0), axis=1) >= target
+        return jnp.where(reached, candidate, found)
+
+    return lax.fori_loop(0, bits, try_bit, jnp.zeros(keys.shape[:1], keys.dtype))
+
+
+def _logprobs(
+    logits: Float[Array, "samples vocab"], token: Int[Array, " samples"], top: int
+) -> tuple[Array, Array, Array]:
+    total = jax.nn.logsumexp(logits, axis=1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1) - total
+    top_value, top_id = lax.top_k(logits, top)
+    return (
+        chosen[:, 0].astype(jnp.float32),
+        top_id.astype(jnp.int32),
+        (top_value - total).astype(jnp.float32),
+    )
+
+
+def _no_logprobs(samples: int, top: int) -> tuple[Array, Array, Array]:
+    return (
+        jnp.zeros(samples, jnp.float32),
+        jnp.zeros((samples, top), jnp.int32),
+        jnp.zeros((samples, top), jnp.float32),
+    )
+
+
+def pack_assignments(
+    assignments: Sequence[tuple[int, Sampling]], *, capacity: int, slots: int, vocab: int, max_bias: int
+) -> np.ndarray:
+    """(slot, sampling) pairs as the int32 vector that `assign` reads; floats travel as their bits.
+
+    Raises ValueError for more than `capacity` pairs or more than `max_bias` biases of one slot.
+    """
+    if len(assignments) > capacity:
+        raise ValueError(f"{len(assignments)} slots to assign in one call, at most {capacity}")
+    packed = np.zeros((capacity, _FIXED_WORDS + 2 * max_bias), np.int32)
+    packed[:, 0] = slots
+    packed[:, _FIXED_WORDS : _FIXED_WORDS + max_bias] = vocab
+    for words, (slot, sampling) in zip(packed, assignments, strict=False):
+        biases = len(sampling.logit_bias)
+        if biases > max_bias:
+            raise ValueError(f"{biases} logit biases in one request, at most {max_bias}")
+        words[:2] = slot, sampling.top_k
+        words[2:4].view(np.uint32)[:] = sampling.seed >> 32, sampling.seed & 0xFFFFFFFF
+        words[4:_FIXED_WORDS].view(np.float32)[:] = (
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+        )
+        if biases:
+            ids, values = zip(*sampling.logit_bias, strict=True)
+            words[_FIXED_WORDS:][:biases] = ids
+            words[_FIXED_WORDS + max_bias :].view(np.float32)[:biases] = values
+    return packed.reshape(-1)
+
+
+def assign(slots: SlotState, packed: Int[Array, " words"]) -> SlotState:
+    """Gives slots new options and clears their counts; `packed` is made by `pack_assignments`."""
+    max_bias = slots.bias_id.shape[1]
+    words = packed.reshape(-1, _FIXED_WORDS + 2 * max_bias)
+    slot, top_k = words[:, 0], words[:, 1]
+    seed = lax.bitcast_convert_type(words[:, 2:4], jnp.uint32)
+    floats = lax.bitcast_convert_type(words[:, 4:_FIXED_WORDS], jnp.float32)
+    bias_id, bias_bits = jnp.split(words[:, _FIXED_WORDS:], 2, axis=1)
+
+    def put(values: Array, new: Array | bool | int) -> Array:
+        return values.at[slot].set(new, mode="drop")
+
+    return SlotState(
+        last_token=slots.last_token,
+        temperature=put(slots.temperature, floats[:, 0]),
+        top_k=put(slots.top_k, top_k),
+        top_p=put(slots.top_p, floats[:, 1]),
+        min_p=put(slots.min_p, floats[:, 2]),
+        repetition=put(slots.repetition, floats[:, 3]),
+        presence=put(slots.presence, floats[:, 4]),
+        frequency=put(slots.frequency, floats[:, 5]),
+        seed=put(slots.seed, seed),
+        bias_id=put(slots.bias_id, bias_id),
+        bias_value=put(slots.bias_value, lax.bitcast_convert_type(bias_bits, jnp.float32)),
+        given_seen=put(slots.given_seen, False),
+        generated_count=put(slots.generated_count, 0),
+    )
+
+
+def count_history(
+    slots: SlotState,
+    slot: Int[Array, ""],
+    ids: Int[Array, " history"],
+    n: Int[Array, ""],
+    generated: Bool[Array, ""] | bool,
+) -> SlotState:
+    """Counts the first `n` ids as given to the slot, or as generated in it."""
+    num_slots, vocab = slots.generated_count.shape
+    ids = jnp.where(jnp.arange(ids.size, dtype=jnp.int32) < n, ids, vocab)
+    generated_slot = jnp.where(generated, slot, num_slots)
+    given_slot = jnp.where(generated, num_slots, slot)
+    return slots._replace(
+        given_seen=slots.given_seen.at[given_slot, ids].set(True, mode="drop"),
+        generated_count=slots.generated_count.at[generated_slot, ids].add(1, mode="drop"),
+    )
