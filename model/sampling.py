@@ -14,7 +14,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,12 +122,12 @@ class SampleInputs(NamedTuple):
     flags       union of the USES_ bits of all samples
     """
 
-    row: Int[Array, " samples"]
-    slot: Int[Array, " samples"]
-    branch_key: Int[Array, " samples"]
-    position: Int[Array, " samples"]
-    count_fed: Int[Array, " samples"]
-    flags: Int[Array, ""]
+    row: Int[Any, " samples"]
+    slot: Int[Any, " samples"]
+    branch_key: Int[Any, " samples"]
+    position: Int[Any, " samples"]
+    count_fed: Int[Any, " samples"]
+    flags: Int[Any, ""]
 
 
 class SampleOutputs(NamedTuple):

@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from scheduler.draft import StepDraft
 from scheduler.events import Event, WidthChanged
@@ -27,11 +28,11 @@ from scheduler.slack import pace, prompt_deadline, slack
 
 
 class RejectedError(Exception):
-    """A request that cannot be queued: `reason` is QUEUE_FULL, KV_FULL or DUPLICATE."""
+    """A request that cannot be queued."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Literal["QUEUE_FULL", "KV_FULL", "DUPLICATE"], detail: str) -> None:
         super().__init__(detail)
-        self.reason = reason
+        self.reason: Literal["QUEUE_FULL", "KV_FULL", "DUPLICATE"] = reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

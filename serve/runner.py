@@ -1,0 +1,245 @@
+"""Runs step plans on the device: its weights, KV cache and slots, and the programs that step them.
+
+One program per row bucket, and two small ones for slots that change hands, all compiled before the first
+request. A launch hands over one int32 vector and returns at once: steps run in order on one donated cache,
+and what a step sampled stays on the device for the next one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention.layout import Capacity
+from model.kv_cache import KVCache
+from model.qwen3 import Qwen3
+from model.sampling import SampleOutputs, Sampling, SlotState, assign, count_history, pack_assignments
+from model.step import StepLayout, StepProgram, compile_step
+from scheduler.buckets import Buckets
+from scheduler.plan import Entry, Sample, SegmentRead, SlotSetup, StepPlan
+from scheduler.predictor import StepLatencyModel
+from scheduler.request import SamplingParams
+from serve.packing import step_inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerConfig:
+    """Sizes that programs are compiled for.
+
+    buckets           row counts that steps are padded to
+    num_slots         branches that keep device state
+    max_logit_bias    biases of one slot
+    max_top_logprobs  alternatives that a sample can report
+    """
+
+    num_pages: int
+    page_size: int
+    buckets: tuple[int, ...]
+    num_slots: int
+    backend: str
+    max_logit_bias: int = 64
+    max_top_logprobs: int = 8
+
+
+class StepHandle:
+    """A launched step."""
+
+    def __init__(self, outputs: SampleOutputs, wanted: list[SamplingParams]) -> None:
+        self._outputs = outputs
+        self._wanted = wanted
+        outputs.token.copy_to_host_async()
+
+    def samples(self) -> tuple[Sample, ...]:
+        """Wait for the step; its sampled tokens, in the plan's order."""
+        tokens = np.asarray(self._outputs.token)[: len(self._wanted)].tolist()
+        if not any(sampling.logprobs for sampling in self._wanted):
+            return tuple(Sample(token) for token in tokens)
+        logprob, top_id, top_logprob = (np.asarray(output).tolist() for output in self._outputs[1:])
+        samples: list[Sample] = []
+        for i, (token, sampling) in enumerate(zip(tokens, self._wanted, strict=True)):
+            top = tuple(zip(top_id[i], top_logprob[i], strict=True))[: sampling.top_logprobs]
+            samples.append(Sample(token, logprob[i], top) if sampling.logprobs else Sample(token))
+        return tuple(samples)
+
+
+class Runner:
+    """The device's side of a server: `launch` takes StepPlans, in order."""
+
+    ASSIGNMENTS = 16  # slots that one call of the assign program sets
+    HISTORY = 512  # known tokens that one call of the history program counts
+
+    def __init__(self, model: Qwen3, config: RunnerConfig) -> None:
+        self.config = config
+        self.model_config = model.config
+        self.buckets = Buckets(config.buckets)
+        self._structure, self._weights = model.split()
+        self._x64 = model.dtype == jnp.float64
+        self._programs: dict[int, tuple[StepLayout, StepProgram]] = {}
+        self._sampling = [Sampling()] * config.num_slots  # what each slot was last set to
+        self._params = [SamplingParams()] * config.num_slots
+        with self._precision():
+            self._cache = KVCache.create(model.config, config.num_pages, config.page_size, model.dtype)
+            self._slots = SlotState.create(config.num_slots, model.config.vocab_size, config.max_logit_bias)
+
+    # --- start-up --------------------------------------------------------------------------------------
+
+    def compile(self) -> dict[int, float]:
+        """Compile every program; returns the seconds that each bucket took. Nothing compiles after this."""
+        with self._precision():
+            slots = _shapes(self._slots)
+            self._assign = _compiled(assign, slots, self._assignments([]))
+            self._count = _compiled(count_history, slots, *_history_call(0, (), self.HISTORY, False))
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            return dict(zip(self.buckets, pool.map(self._compile_bucket, self.buckets), strict=True))
+
+    def _compile_bucket(self, bucket: int) -> float:
+        config, started = self.config, time.perf_counter()
+        layout = StepLayout(Capacity.for_bucket(bucket, config.num_pages), min(bucket, config.num_slots))
+        with self._precision():
+            program = compile_step(
+                self._structure,
+                _shapes(self._weights),
+                _shapes(self._cache),
+                _shapes(self._slots),
+                layout=layout,
+                backend=config.backend,
+                max_top_logprobs=config.max_top_logprobs,
+            )
+        self._programs[bucket] = layout, program
+        return time.perf_counter() - started
+
+    def measure(self, repeats: int = 5) -> StepLatencyModel:
+        """Time every bucket, full of decode rows, and the largest also with as much KV as the pool holds.
+
+        Writes to the pool's pages: call it before there are requests.
+        """
+        seconds = {bucket: self._time(bucket, 1, repeats) for bucket in self.buckets}
+        largest, page_size = self.buckets.largest, self.config.page_size
+        pages_each = max(1, self.config.num_pages // largest)
+        kv_tokens = largest * (pages_each - 1) * page_size
+        more = self._time(largest, pages_each, repeats) - seconds[largest]
+        return StepLatencyModel(seconds, more / kv_tokens if kv_tokens else 0.0)
+
+    def _time(self, bucket: int, pages_each: int, repeats: int) -> float:
+        """Median seconds of a step in which every row reads `pages_each` pages of its own."""
+        plan = _probe(bucket, pages_each, self.config)
+        seconds: list[float] = []
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            self.launch(plan).samples()
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds[1:])
+
+    # --- steps -----------------------------------------------------------------------------------------
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Start a step, after giving slots that change hands to their new branches."""
+        layout, program = self._programs[plan.bucket]
+        sampled = [entry.slot for entry in plan.entries if entry.slot is not None]
+        with self._precision():
+            self._set_slots(plan.slots)
+            flags = 0
+            for slot in sampled:
+                flags |= self._sampling[slot].flags
+            inputs = step_inputs(plan, layout.capacity, self.config.page_size, flags)
+            self._cache, self._slots, outputs = program(
+                self._weights, self._cache, self._slots, layout.pack(inputs)
+            )
+        return StepHandle(outputs, [self._params[slot] for slot in sampled])
+
+    def _set_slots(self, setups: Sequence[SlotSetup]) -> None:
+        for start in range(0, len(setups), self.ASSIGNMENTS):
+            self._slots = self._assign(
+                self._slots, self._assignments(setups[start : start + self.ASSIGNMENTS])
+            )
+        for setup in setups:
+            for ids, generated in ((setup.given, False), (setup.generated, True)):
+                for start in range(0, len(ids), self.HISTORY):
+                    call = _history_call(
+                        setup.slot, ids[start : start + self.HISTORY], self.HISTORY, generated
+                    )
+                    self._slots = self._count(self._slots, *call)
+
+    def _assignments(self, setups: Sequence[SlotSetup]) -> np.ndarray:
+        for setup in setups:
+            self._params[setup.slot] = setup.sampling
+            self._sampling[setup.slot] = _sampling(setup.sampling)
+        return pack_assignments(
+            [(setup.slot, self._sampling[setup.slot]) for setup in setups],
+            capacity=self.ASSIGNMENTS,
+            slots=self.config.num_slots,
+            vocab=self.model_config.vocab_size,
+            max_bias=self.config.max_logit_bias,
+        )
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """64-bit types are a per-thread setting of JAX: on exactly where the model is float64."""
+        return jax.enable_x64(self._x64)
+
+
+def _sampling(params: SamplingParams) -> Sampling:
+    shared = {field.name for field in fields(Sampling)}
+    return Sampling(**{f.name: getattr(params, f.name) for f in fields(params) if f.name in shared})
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )
+
+
+def _compiled(
+    function: Callable[..., SlotState], slots: Any, *arguments: np.ndarray
+) -> Callable[..., SlotState]:
+    return jax.jit(function, donate_argnums=0).lower(slots, *arguments).compile()
+
+
+def _history_call(slot: int, ids: Sequence[int], room: int, generated: bool) -> tuple[np.ndarray, ...]:
+    """Arguments of `count_history`, the ids padded to `room`."""
+    padded = np.zeros(room, np.int32)
+    padded[: len(ids)] = ids
+    return np.int32(slot), padded, np.int32(len(ids)), np.bool_(generated)  # type: ignore[return-value]
+
+
+def _probe(bucket: int, pages_each: int, config: RunnerConfig) -> StepPlan:
+    """A step of `bucket` decode rows with `pages_each` full pages each."""
+    length = pages_each * config.page_size
+
+    def entry(row: int) -> Entry:
+        pages = tuple((row * pages_each + page) % config.num_pages for page in range(pages_each))
+        return Entry(
+            request_id="",
+            branch=row,
+            segment=row,
+            slot=row,
+            start=length - 1,
+            ordinal=length - 1,
+            rows=1,
+            tokens=(0,),
+            context=(),
+            own=SegmentRead(pages, length),
+            samples=True,
+            path=(),
+        )
+
+    return StepPlan(
+        step_id=-1,
+        entries=tuple(entry(row) for row in range(bucket)),
+        slots=(),
+        deferred=(),
+        bucket=bucket,
+        rows=bucket,
+        kv_tokens=bucket * length,
+        predicted_seconds=0.0,
+        baseline_seconds=0.0,
+        budget_seconds=0.0,
+    )
