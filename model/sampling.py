@@ -193,7 +193,7 @@ def _choose(
     return lax.cond(_uses(inputs, USES_RANDOM), lambda: _draw(logits, slots, inputs), lambda: _best(logits))
 
 
-def _of_slot(values: Array, slot: Int[Array, " samples"], padding: float) -> Array:
+def _of_slot(values: Array, slot: Int[Array, " samples"], padding: int | float) -> Array:
     return values.at[slot].get(mode="fill", fill_value=padding)
 
 
@@ -211,7 +211,7 @@ def _penalize(
 ) -> Float[Array, "samples vocab"]:
     """Repetition as in CTRL (arXiv 1909.05858), presence and frequency as in OpenAI's API."""
 
-    def of_slot(values: Array, padding: float) -> Array:
+    def of_slot(values: Array, padding: int | float) -> Array:
         return _of_slot(values, slot, padding).astype(logits.dtype)[:, None]
 
     count = _of_slot(slots.generated_count, slot, 0)

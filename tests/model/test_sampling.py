@@ -1,0 +1,454 @@
+"""Choosing tokens: each option against a few lines of NumPy, and what a choice may not depend on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+import pytest
+
+from model.sampling import (
+    USES_BIAS,
+    USES_LOGPROBS,
+    USES_PENALTIES,
+    USES_RANDOM,
+    USES_TOP,
+    SampleInputs,
+    SampleOutputs,
+    Sampling,
+    SlotState,
+    assign,
+    branch_key,
+    count_history,
+    pack_assignments,
+    sample,
+)
+
+VOCAB = 101
+SLOTS = 12
+MAX_BIAS = 4
+TOP = 5
+SAMPLES = 16  # every batch is padded to one of two sizes, so that little is compiled
+MANY = 1024
+
+run_sample = jax.jit(sample, static_argnums=4)
+run_assign = jax.jit(assign)
+run_count = jax.jit(count_history)
+
+GREEDY = Sampling()
+WARM = Sampling(temperature=0.8, seed=3)
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    with jax.enable_x64(request.param == "float64"):
+        yield np.dtype(request.param)
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield np.dtype("float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One sample of a test: what the slot uses, what it has seen, and where it stands."""
+
+    logits: np.ndarray
+    sampling: Sampling = GREEDY
+    path: tuple[tuple[int, int], ...] = ()
+    position: int = 7
+    given: tuple[int, ...] = ()
+    generated: tuple[int, ...] = ()
+    fed: int | None = None
+
+
+def random_logits(dtype: np.dtype, seed: int = 0, rows: int = 1) -> np.ndarray:
+    return (3 * np.random.default_rng(seed).normal(size=(rows, VOCAB))).astype(dtype)
+
+
+def few(logits: Sequence[float], dtype: np.dtype) -> np.ndarray:
+    """A row in which only the first tokens are possible."""
+    return np.array([*logits, *[-np.inf] * (VOCAB - len(logits))], dtype)
+
+
+def prepare(rows: Sequence[Row], slots: Sequence[int]) -> SlotState:
+    state = SlotState.create(SLOTS, VOCAB, MAX_BIAS)
+    pairs = [(slot, row.sampling) for slot, row in zip(slots, rows, strict=True)]
+    packed = pack_assignments(pairs, capacity=SLOTS, slots=SLOTS, vocab=VOCAB, max_bias=MAX_BIAS)
+    state = run_assign(state, packed)
+    for slot, row in zip(slots, rows, strict=True):
+        for ids, generated in ((row.given, False), (row.generated, True)):
+            if ids:
+                padded = np.zeros(8, np.int32)
+                padded[: len(ids)] = ids
+                state = run_count(state, np.int32(slot), padded, np.int32(len(ids)), generated)
+    return state
+
+
+def choose(
+    rows: Sequence[Row], slots: Sequence[int] | None = None, samples: int = SAMPLES
+) -> tuple[SlotState, SampleOutputs]:
+    """Samples the rows in one batch, padded to `samples`."""
+    slots = range(len(rows)) if slots is None else slots
+    padding = samples - len(rows)
+
+    def padded(values: Sequence[int], fill: int) -> np.ndarray:
+        return np.array([*values, *[fill] * padding], np.int32)
+
+    flags = 0
+    for row in rows:
+        flags |= row.sampling.flags
+    inputs = SampleInputs(
+        row=padded(range(len(rows)), 0),
+        slot=padded(slots, SLOTS),
+        branch_key=padded([branch_key(row.path) for row in rows], 0),
+        position=padded([row.position for row in rows], 0),
+        count_fed=padded([row.fed is not None for row in rows], 1),
+        flags=np.int32(flags),
+    )
+    logits = np.stack([row.logits for row in rows] + [rows[0].logits] * padding)
+    fed = padded([row.fed or 0 for row in rows], 5)
+    state, outputs = run_sample(logits, fed, prepare(rows, slots), inputs, TOP)
+    return state, jax.tree.map(lambda array: np.asarray(array)[: len(rows)], outputs)
+
+
+def tokens(rows: Sequence[Row], **batch) -> list[int]:
+    return choose(rows, **batch)[1].token.tolist()
+
+
+@jax.jit
+def noise_of(seed, branch, position):
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    key = jax.random.fold_in(jax.random.fold_in(key, branch), position)
+    return jax.random.gumbel(key, (VOCAB,), np.float32)
+
+
+def gumbel(row: Row) -> np.ndarray:
+    seed = np.array([row.sampling.seed >> 32, row.sampling.seed % 2**32], np.uint32)
+    return np.asarray(noise_of(seed, np.uint32(branch_key(row.path) % 2**32), np.int32(row.position)))
+
+
+def penalized(row: Row) -> np.ndarray:
+    """The logits after bias and penalties, one token at a time."""
+    s = row.sampling
+    logits = row.logits.copy()
+    for token, bias in s.logit_bias:
+        logits[token] += logits.dtype.type(bias)
+    generated = list(row.generated) + ([] if row.fed is None else [row.fed])
+    for token in range(logits.size):
+        count = generated.count(token)
+        if count or token in row.given:
+            factor = np.float32(s.repetition_penalty)
+            logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+        logits[token] -= count * np.float32(s.frequency_penalty)
+        logits[token] -= (count > 0) * np.float32(s.presence_penalty)
+    return logits
+
+
+def kept_tokens(logits: np.ndarray, s: Sampling) -> list[int]:
+    """Top-k, top-p and min-p by sorting, most likely token first."""
+    order = np.argsort(-logits, kind="stable")
+    order = order[: s.top_k or None]
+    chances = np.exp((logits[order] - logits[order[0]]) / np.float32(s.temperature))
+    before = np.cumsum(chances) - chances
+    nucleus = before < np.float32(s.top_p) * chances.sum()
+    return order[(nucleus | (s.top_p >= 1)) & (chances >= s.min_p * chances[0])].tolist()
+
+
+def expected(row: Row) -> int:
+    logits = penalized(row)
+    if row.sampling.temperature == 0:
+        return int(np.argmax(logits))
+    kept = kept_tokens(logits, row.sampling)
+    scores = logits / np.float32(row.sampling.temperature) + gumbel(row)
+    return max(kept, key=lambda token: scores[token])
+
+
+OPTIONS = {
+    "greedy": GREEDY,
+    "temperature": Sampling(temperature=1.7),
+    "top-k": Sampling(temperature=1.5, top_k=4),
+    "top-p": Sampling(temperature=1.5, top_p=0.6),
+    "min-p": Sampling(temperature=1.5, min_p=0.2),
+    "all cuts": Sampling(temperature=2.0, top_k=20, top_p=0.9, min_p=0.05),
+    "repetition": Sampling(repetition_penalty=3.0),
+    "presence": Sampling(presence_penalty=4.0),
+    "frequency": Sampling(frequency_penalty=2.5),
+    "negative penalties": Sampling(repetition_penalty=0.5, presence_penalty=-2.0, frequency_penalty=-1.0),
+    "bias": Sampling(logit_bias=((3, 9.0), (50, -2.0), (100, 8.5))),
+    "everything": Sampling(
+        temperature=1.2,
+        top_k=30,
+        top_p=0.95,
+        min_p=0.01,
+        repetition_penalty=1.3,
+        presence_penalty=0.4,
+        frequency_penalty=0.3,
+        logit_bias=((3, 4.0), (7, float("-inf"))),
+    ),
+}
+
+
+def rows_with(options: Sampling, dtype: np.dtype, count: int = SLOTS) -> list[Row]:
+    """Rows that differ in all they may differ in; favourites are among what was given and generated."""
+    rows = []
+    for i, logits in enumerate(random_logits(dtype, rows=count)):
+        best = np.argsort(-logits)[:4].tolist()
+        rows.append(
+            Row(
+                logits=logits,
+                sampling=replace(options, seed=i << 31),
+                path=((0, i), (2, 1))[: i % 3],
+                position=100 + i,
+                given=(best[3], 8),
+                generated=(best[0], best[0], best[1], 9)[: i % 5],
+                fed=best[2] if i % 2 else None,
+            )
+        )
+    return rows
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_each_option_agrees_with_numpy(options, dtype):
+    rows = rows_with(options, dtype)
+    assert tokens(rows) == [expected(row) for row in rows]
+
+
+def test_rows_with_different_options_share_a_batch(dtype):
+    rows = [replace(rows_with(options, dtype)[i], position=i) for i, options in enumerate(OPTIONS.values())]
+    assert tokens(rows) == [expected(row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("cuts", "survivors"),
+    [
+        (Sampling(temperature=1.0, top_k=0), 101),
+        (Sampling(temperature=1.0, top_k=1), 1),
+        (Sampling(temperature=1.0, top_k=3), 3),
+        (Sampling(temperature=1.0, top_k=1000), 101),
+        (Sampling(temperature=1.0, top_p=1e-30), 1),
+        (Sampling(temperature=1.0, top_p=0.999999), 101),
+        (Sampling(temperature=1.0, min_p=1.0), 1),
+        (Sampling(temperature=1e-30), 1),
+    ],
+)
+def test_a_cut_at_its_edge_keeps_what_it_should(cuts, survivors, dtype):
+    logits = np.linspace(0.5, 0, VOCAB, dtype=dtype)
+    rows = [Row(logits=logits, sampling=cuts, position=i) for i in range(600)]
+    seen = set(tokens_of_one_slot(rows))
+    assert seen <= set(range(survivors))
+    assert len(seen) > 0.9 * survivors
+
+
+def test_equally_likely_tokens_are_kept_or_dropped_together(dtype):
+    logits = few([1, 2, 2, 2, 0, -5, -5], dtype)
+    for cut in (Sampling(temperature=1.0, top_k=2), Sampling(temperature=1.0, top_p=0.4)):
+        seen = tokens_of_one_slot([Row(logits=logits, sampling=cut, position=i) for i in range(100)])
+        assert set(seen) == {1, 2, 3}
+
+
+def test_a_forbidden_token_is_never_drawn(dtype):
+    ban = Sampling(temperature=5.0, logit_bias=((1, float("-inf")),), repetition_penalty=1.5)
+    logits = few([0, 4, 0.5], dtype)
+    assert set(tokens_of_one_slot([Row(logits=logits, sampling=ban, position=i) for i in range(100)])) == {
+        0,
+        2,
+    }
+
+
+def test_a_row_without_any_possible_token_gives_a_token_all_the_same(dtype):
+    ban = Sampling(temperature=1.0, top_p=0.5, min_p=0.5, top_k=2)
+    row = Row(logits=np.full(VOCAB, -np.inf, dtype), sampling=ban)
+    assert 0 <= tokens([row])[0] < VOCAB
+
+
+def tokens_of_one_slot(rows: Sequence[Row]) -> list[int]:
+    """Draws up to MANY positions of one slot at once; the rows differ in position only."""
+    first = rows[0]
+    zeros = np.zeros(MANY, np.int32)
+    inputs = SampleInputs(
+        row=zeros,
+        slot=zeros,
+        branch_key=np.full(MANY, branch_key(first.path), np.int32),
+        position=np.resize(np.array([row.position for row in rows], np.int32), MANY),
+        count_fed=zeros,
+        flags=np.int32(first.sampling.flags),
+    )
+    logits = np.broadcast_to(first.logits, (MANY, VOCAB))
+    outputs = run_sample(logits, zeros, prepare([first], [0]), inputs, TOP)[1]
+    return np.asarray(outputs.token)[: len(rows)].tolist()
+
+
+@pytest.mark.parametrize("options", [Sampling(temperature=0.9), Sampling(temperature=1.4, top_p=0.8)])
+def test_draws_follow_the_distribution(options, dtype):
+    logits = few(random_logits(dtype, seed=4)[0, :11] / 2, dtype)
+    draws = 8 * MANY
+    rows = [Row(logits=logits, sampling=replace(options, seed=77), position=i) for i in range(draws)]
+    seen = [token for i in range(8) for token in tokens_of_one_slot(rows[i::8])]
+    kept = [token for token in kept_tokens(logits, options) if np.isfinite(logits[token])]
+    chances = np.exp(logits[kept] / options.temperature)
+    wanted = draws * chances / chances.sum()
+    counts = np.bincount(seen, minlength=logits.size)
+    assert counts.sum() == counts[kept].sum()
+    chi_square = ((counts[kept] - wanted) ** 2 / wanted).sum()
+    freedom = len(kept) - 1
+    assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_the_same_seed_path_and_position_draw_the_same_token(dtype):
+    rows = [Row(logits=row, sampling=WARM, path=((1, 2),)) for row in random_logits(dtype, rows=6)]
+    assert tokens(rows) == tokens(rows)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position": 8},
+        {"path": ((0, 1),)},
+        {"path": ((1, 0),)},
+        {"path": ((0, 0), (0, 0))},
+        {"sampling": replace(WARM, seed=4)},
+        {"sampling": replace(WARM, seed=3 + 2**32)},
+        {"sampling": replace(WARM, seed=3 + 2**63)},
+    ],
+)
+def test_another_seed_path_or_position_draws_anew(change):
+    flat = np.zeros(VOCAB, np.float32)
+    rows = [Row(logits=flat, sampling=WARM, path=((0, 0),), position=7 + 100 * i) for i in range(10)]
+    changed = [replace(row, **change) for row in rows]
+    if "position" in change:
+        changed = [replace(row, position=row.position + 1) for row in rows]
+    assert sum(a == b for a, b in zip(tokens(rows), tokens(changed), strict=True)) <= 2
+
+
+def test_the_same_seed_draws_the_same_noise_in_every_dtype():
+    chosen = []
+    for name in ("float32", "float64"):
+        with jax.enable_x64(name == "float64"):
+            chosen.append(tokens([replace(row, sampling=WARM) for row in rows_with(WARM, np.dtype(name))]))
+    assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize("samples", [12, 33])
+def test_a_choice_ignores_batch_size_padding_slots_and_the_other_rows(samples, float64):
+    rows = [replace(rows_with(options, float64)[i], position=i) for i, options in enumerate(OPTIONS.values())]
+    alone = [tokens([row], slots=[3], samples=1)[0] for row in rows]
+    shuffle = np.random.default_rng(samples)
+    order = shuffle.permutation(len(rows))
+    together = tokens([rows[i] for i in order], slots=shuffle.permutation(SLOTS).tolist(), samples=samples)
+    assert together == [alone[i] for i in order]
+
+
+def test_branch_keys_are_the_same_in_another_process():
+    paths = [(), ((0, 0),), ((0, 1),), ((1, 0),), ((0, 1), (2, 3)), ((0, 1), (3, 2))]
+    keys = [branch_key(path) for path in paths]
+    assert len(set(keys)) == len(paths)
+    assert all(-(2**31) <= key < 2**31 for key in keys)
+    program = f"from model.sampling import branch_key; print([branch_key(path) for path in {paths}])"
+    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == str(keys)
+
+
+def test_log_probabilities_are_of_the_raw_logits(dtype):
+    biased = Sampling(temperature=2.0, top_k=2, logit_bias=((6, 30.0),), logprobs=True)
+    logits = random_logits(dtype, rows=3)
+    outputs = choose([Row(logits=row, sampling=biased) for row in logits])[1]
+    wide = logits.astype(np.float64)
+    log_softmax = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    best = np.argsort(-wide, axis=1)[:, :TOP]
+    np.testing.assert_array_equal(outputs.token, 6)
+    np.testing.assert_allclose(outputs.logprob, log_softmax[:, 6], atol=2e-6)
+    np.testing.assert_array_equal(outputs.top_id, best)
+    np.testing.assert_allclose(outputs.top_logprob, np.take_along_axis(log_softmax, best, 1), atol=2e-6)
+    assert outputs.logprob.dtype == outputs.top_logprob.dtype == np.float32
+
+
+def test_log_probabilities_nobody_asked_for_are_zero(dtype):
+    outputs = choose([Row(logits=random_logits(dtype)[0])])[1]
+    assert not np.any(outputs.logprob)
+    assert not np.any(outputs.top_logprob)
+
+
+def test_the_chosen_token_becomes_the_slots_last_and_padding_writes_nowhere(dtype):
+    rows = [Row(logits=logits, fed=11) for logits in random_logits(dtype, rows=2)]
+    state, outputs = choose(rows, slots=[4, 9], samples=8)
+    last = np.zeros(SLOTS, np.int32)
+    last[[4, 9]] = outputs.token
+    np.testing.assert_array_equal(state.last_token, last)
+    counts = np.zeros((SLOTS, VOCAB), np.int32)
+    counts[[4, 9], 11] = 1
+    np.testing.assert_array_equal(state.generated_count, counts)
+
+
+def test_a_fed_token_counts_before_the_choice(dtype):
+    logits = few([5, 4, 3], dtype)
+    shy = Sampling(presence_penalty=2.0)
+    assert tokens([Row(logits=logits, sampling=shy), Row(logits=logits, sampling=shy, fed=0)]) == [0, 1]
+
+
+def test_a_new_assignment_forgets_the_counts_and_leaves_other_slots_alone():
+    row = Row(logits=random_logits(np.dtype("float32"))[0], given=(1, 2), generated=(3, 3))
+    state = prepare([row, row], [2, 5])
+    packed = pack_assignments([(2, WARM)], capacity=3, slots=SLOTS, vocab=VOCAB, max_bias=MAX_BIAS)
+    state = run_assign(state, packed)
+    assert not np.any(state.given_seen[2])
+    assert not np.any(state.generated_count[2])
+    assert np.flatnonzero(state.given_seen[5]).tolist() == [1, 2]
+    assert state.generated_count[5, 3] == 2
+    np.testing.assert_allclose(np.asarray(state.temperature)[[2, 5]], [0.8, 0])
+    assert state.seed[2].tolist() == [0, 3]
+
+
+def test_an_assignment_beyond_its_capacity_is_refused():
+    def pack(sampling: Sampling, count: int):
+        pairs = [(i, sampling) for i in range(count)]
+        return pack_assignments(pairs, capacity=2, slots=SLOTS, vocab=VOCAB, max_bias=1)
+
+    with pytest.raises(ValueError, match="3 slots to assign in one call, at most 2"):
+        pack(GREEDY, 3)
+    with pytest.raises(ValueError, match="2 logit biases in one request, at most 1"):
+        pack(Sampling(logit_bias=((1, 1.0), (2, 1.0))), 1)
+
+
+def test_flags_name_what_a_slot_uses():
+    assert GREEDY.flags == 0
+    assert Sampling(top_k=3, top_p=0.5).flags == 0
+    assert WARM.flags == USES_RANDOM
+    assert replace(WARM, min_p=0.1).flags == USES_RANDOM | USES_TOP
+    assert Sampling(presence_penalty=-1.0).flags == USES_PENALTIES
+    assert Sampling(logit_bias=((0, 0.0),), logprobs=True).flags == USES_BIAS | USES_LOGPROBS
+
+
+def test_all_work_on_the_vocabulary_is_in_branches_that_a_greedy_batch_does_not_take():
+    state = SlotState.abstract(SLOTS, VOCAB, MAX_BIAS)
+    ids = jax.ShapeDtypeStruct((3,), np.int32)
+    inputs = SampleInputs(ids, ids, ids, ids, ids, jax.ShapeDtypeStruct((), np.int32))
+    logits = jax.ShapeDtypeStruct((3, VOCAB), np.float32)
+    program = jax.make_jaxpr(sample, static_argnums=4)(logits, ids, state, inputs, TOP)
+    heavy = [
+        equation.primitive.name
+        for equation in program.eqns
+        if any(VOCAB in getattr(value.aval, "shape", ()) for value in equation.invars)
+    ]
+    assert sorted(heavy) == ["cond", "cond", "scatter-add"]
+
+
+def test_a_donated_state_is_updated_in_place():
+    state = SlotState.create(SLOTS, VOCAB, MAX_BIAS)
+    ids = np.zeros(2, np.int32)
+    inputs = SampleInputs(ids, ids, ids, ids, ids, np.int32(0))
+    before = [state.last_token, state.generated_count]
+    addresses = [array.unsafe_buffer_pointer() for array in before]
+    donating = jax.jit(sample, static_argnums=4, donate_argnums=2)
+    after, _ = donating(np.zeros((2, VOCAB), np.float32), ids, state, inputs, TOP)
+    assert [
+        after.last_token.unsafe_buffer_pointer(),
+        after.generated_count.unsafe_buffer_pointer(),
+    ] == addresses
+    assert all(array.is_deleted() for array in before)
