@@ -15,11 +15,10 @@ SOURCE = Path(__file__).parent
 
 def generate(target: Path = SOURCE) -> list[Path]:
     """Write the stubs of every proto under `target`; returns the files written. Needs grpcio-tools."""
-    import grpc_tools
     from grpc_tools import protoc
 
     protos = sorted(str(path.relative_to(SOURCE)) for path in SOURCE.glob("taper/**/*.proto"))
-    well_known = Path(grpc_tools.__file__).parent / "_proto"
+    well_known = Path(protoc.__file__).parent / "_proto"
     outputs = [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]
     if protoc.main(["protoc", f"-I{SOURCE}", f"-I{well_known}", *outputs, *protos]):
         raise RuntimeError("protoc failed; what it printed says why")

@@ -1,0 +1,199 @@
+"""What can go wrong with a call, the same on both sides of the wire.
+
+The server raises these and `status` writes them as a gRPC status with google.rpc details; the client reads
+the status back into the same exception with `from_rpc`. The contract:
+
+    InvalidRequestError     INVALID_ARGUMENT    BadRequest: every violation at once, by field path
+    OverloadedError         RESOURCE_EXHAUSTED  QUEUE_FULL, KV_FULL, SLO_UNATTAINABLE, SLOW_CONSUMER: back off
+    UnavailableError        UNAVAILABLE         starting, draining or broken: go elsewhere; RetryInfo
+    DuplicateRequestError   ALREADY_EXISTS      a running request has this id
+    CancelledError          CANCELLED           by the caller, or by Abort
+    DeadlineExceededError   DEADLINE_EXCEEDED   the call's own deadline
+    InternalError           INTERNAL            a bug of the server's; RequestInfo, nothing of the inside
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2 as details_pb2
+from google.rpc.status_pb2 import Status
+
+DOMAIN = "taper.v1"
+_DETAILS_KEY = "grpc-status-details-bin"
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+_DETAILS_BYTES = 2500  # gRPC clients drop trailing metadata of more than 8 KiB: base64, message and all
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing wrong with a request, at a path like `plan.stages[1].serial.stopping.max_tokens`."""
+
+    field: str
+    description: str
+
+
+class ServiceError(Exception):
+    """A call that failed.
+
+    reason       a constant to branch on, e.g. QUEUE_FULL; empty when the code says it all
+    violations   what is wrong with the request, by field
+    metadata     numbers behind the reason, e.g. {"limit": "4096", "got": "5000"}
+    retry_after  seconds after which trying again makes sense; None: it does not
+    request_id   the request, where the server said so
+    """
+
+    code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        violations: Sequence[Violation] = (),
+        metadata: Mapping[str, str] | None = None,
+        retry_after: float | None = None,
+        request_id: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.violations = tuple(violations)
+        self.metadata = dict(metadata or {})
+        self.retry_after = retry_after
+        self.request_id = request_id
+
+
+class InvalidRequestError(ServiceError):
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    @classmethod
+    def of(
+        cls, violations: Sequence[Violation], *, reason: str = "", metadata: Mapping[str, str] | None = None
+    ) -> InvalidRequestError:
+        """All of `violations`, as far as a status has room for them."""
+        shown: list[Violation] = []
+        room = _DETAILS_BYTES
+        for violation in violations:
+            field, description = violation.field[:200], violation.description[:200]
+            room -= len(field.encode()) + len(description.encode()) + 8
+            if room < 0:
+                shown.append(Violation("", f"and {len(violations) - len(shown)} more"))
+                break
+            shown.append(Violation(field, description))
+        message = "; ".join(f"{violation.field}: {violation.description}" for violation in shown[:3])
+        if len(shown) > 3:
+            message += f"; and {len(violations) - 3} more"
+        return cls(message, reason=reason or "INVALID_FIELD", violations=shown, metadata=metadata)
+
+
+class OverloadedError(ServiceError):
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class UnavailableError(ServiceError):
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class DuplicateRequestError(ServiceError):
+    code = grpc.StatusCode.ALREADY_EXISTS
+
+
+class CancelledError(ServiceError):
+    code = grpc.StatusCode.CANCELLED
+
+
+class DeadlineExceededError(ServiceError):
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class InternalError(ServiceError):
+    code = grpc.StatusCode.INTERNAL
+
+
+_BY_CODE = {
+    error.code: error
+    for error in (
+        InvalidRequestError,
+        OverloadedError,
+        UnavailableError,
+        DuplicateRequestError,
+        CancelledError,
+        DeadlineExceededError,
+        InternalError,
+    )
+}
+
+
+def refused(reason: str, detail: str) -> ServiceError:
+    """The engine's refusal to take a request, as what the caller should see."""
+    if reason == "DUPLICATE":
+        return DuplicateRequestError(detail, reason=reason)
+    if reason in ("STARTING", "DRAINING"):
+        return UnavailableError(detail, reason=reason, retry_after=1.0)
+    return OverloadedError(detail, reason=reason, retry_after=1.0)
+
+
+def status(error: ServiceError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]:
+    """Code, message and trailing metadata that tell a client everything about `error`."""
+    rich = Status(code=error.code.value[0], message=error.message)
+    if error.reason:
+        rich.details.add().Pack(
+            details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+        )
+    if error.violations:
+        fields = [
+            details_pb2.BadRequest.FieldViolation(field=violation.field, description=violation.description)
+            for violation in error.violations
+        ]
+        rich.details.add().Pack(details_pb2.BadRequest(field_violations=fields))
+    if error.request_id:
+        rich.details.add().Pack(details_pb2.RequestInfo(request_id=error.request_id))
+    trailing: list[tuple[str, str | bytes]] = []
+    if error.retry_after is not None:
+        delay = Duration()
+        delay.FromNanoseconds(round(error.retry_after * 1e9))
+        rich.details.add().Pack(details_pb2.RetryInfo(retry_delay=delay))
+        trailing.append((_PUSHBACK_KEY, str(round(error.retry_after * 1000))))
+    trailing.append((_DETAILS_KEY, rich.SerializeToString()))
+    return error.code, error.message, tuple(trailing)
+
+
+async def abort(context: grpc.aio.ServicerContext, error: ServiceError) -> NoReturn:
+    """End the call with `error`'s status."""
+    code, message, trailing = status(error)
+    await context.abort(code, message, trailing)
+    raise AssertionError("abort always raises")
+
+
+def from_rpc(error: Any) -> ServiceError:
+    """The exception that the server raised, from grpc.RpcError, sync or asyncio."""
+    trailing = dict(error.trailing_metadata() or ())
+    reason, retry_after, request_id = "", None, ""
+    violations: list[Violation] = []
+    metadata: dict[str, str] = {}
+    for detail in Status.FromString(trailing.get(_DETAILS_KEY, b"")).details:
+        info, bad = details_pb2.ErrorInfo(), details_pb2.BadRequest()
+        retry, request = details_pb2.RetryInfo(), details_pb2.RequestInfo()
+        if detail.Unpack(info):
+            reason, metadata = info.reason, dict(info.metadata)
+        elif detail.Unpack(bad):
+            violations = [Violation(field.field, field.description) for field in bad.field_violations]
+        elif detail.Unpack(retry):
+            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+        elif detail.Unpack(request):
+            request_id = request.request_id
+    failure = _BY_CODE.get(error.code(), ServiceError)(
+        error.details() or error.code().name,
+        reason=reason,
+        violations=violations,
+        metadata=metadata,
+        retry_after=retry_after,
+        request_id=request_id,
+    )
+    failure.code = error.code()
+    return failure

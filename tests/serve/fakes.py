@@ -1,0 +1,131 @@
+"""A fake engine with the engine's public face, and a byte tokenizer: the server's tests need no model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+from scheduler.events import Event, Finished, Timing, Usage
+from scheduler.request import Request
+from serve.engine import Failed, Load, Refused
+from serve.requests import ServedModel
+
+EOS = 256
+VOCAB = 300
+
+
+class ByteTokenizer:
+    """One token for each byte; 256 and 257 are special tokens, the ids after them have no text."""
+
+    supports_chat = True
+    special: Mapping[int, bytes] = {EOS: b"<end>", 257: b"<begin>"}
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [257] * add_special_tokens + list(text.encode())
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        special = {} if skip_special_tokens else self.special
+        pieces = (bytes([i]) if i < 256 else special.get(i, b"") for i in ids)
+        return b"".join(pieces).decode(errors="replace")
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("the last turn must be the user's")
+        return "".join(f"{turn['role']}: {turn['content']}\n" for turn in messages)
+
+
+def served_model(**changes) -> ServedModel:
+    options = {
+        "name": "tiny",
+        "architecture": "qwen3",
+        "tokenizer": ByteTokenizer(),
+        "vocab_size": VOCAB,
+        "max_context": 200,
+        "eos_ids": (EOS,),
+    }
+    return ServedModel(**{**options, **changes})
+
+
+class FakeEngine:
+    """Takes requests and keeps them; a test says what becomes of them with `tell`."""
+
+    def __init__(self, on_submit: Callable[[FakeEngine, Request], None] | None = None) -> None:
+        self.state = "SERVING"
+        self.policy = "taper"
+        self.requests: dict[str, Request] = {}
+        self.cancelled: list[str] = []
+        self.refusal: Refused | None = None
+        self.drained = threading.Event()
+        self._sinks: dict[str, Callable[[Sequence[Event | Failed]], None]] = {}
+        self._on_submit = on_submit
+        self._change = threading.Condition()
+
+    # --- the engine's public face ----------------------------------------------------------------------
+
+    def submit(self, request: Request, sink: Callable[[Sequence[Event | Failed]], None]) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        with self._change:
+            self.requests[request.id] = request
+            self._sinks[request.id] = sink
+            self._change.notify_all()
+        if self._on_submit is not None:
+            threading.Thread(target=self._on_submit, args=(self, request)).start()
+
+    def cancel(self, request_id: str) -> bool:
+        with self._change:
+            self.cancelled.append(request_id)
+            self._change.notify_all()
+            return self._sinks.pop(request_id, None) is not None
+
+    def set_policy(self, policy: str) -> None:
+        if policy not in ("off", "eager", "taper"):
+            raise ValueError(f"{policy!r} is not a policy")
+        self.policy = policy
+
+    def load(self) -> Load:
+        return Load(
+            running_requests=len(self._sinks),
+            running_branches=len(self._sinks),
+            queued_requests=0,
+            kv_used_tokens=10,
+            kv_capacity_tokens=1000,
+            output_tokens_per_second=1.5,
+        )
+
+    def start(self) -> None:
+        self.state = "SERVING"
+
+    def stop(self, *, drain: bool, timeout: float) -> None:
+        """Until all requests have ended, or a second `stop` comes."""
+        with self._change:
+            if drain:
+                self.state = "DRAINING"
+                self.drained.set()
+                self._change.wait_for(lambda: not self._sinks or self.state == "STOPPED", timeout)
+            self.state = "STOPPED"
+            self._change.notify_all()
+
+    # --- what a test says ------------------------------------------------------------------------------
+
+    def tell(self, request_id: str, *events: Event | Failed) -> None:
+        """A step's events, as if from the engine's thread."""
+        with self._change:
+            sink = self._sinks.get(request_id)
+            if events and isinstance(events[-1], Finished | Failed):
+                self._sinks.pop(request_id, None)
+                self._change.notify_all()
+        if sink is not None:
+            sink(events)
+
+    def wait_for(self, condition: Callable[[FakeEngine], bool], timeout: float = 10.0) -> None:
+        with self._change:
+            assert self._change.wait_for(lambda: condition(self), timeout), "it did not happen"
+
+
+def finished(request_id: str, tokens: int = 1) -> Finished:
+    usage = Usage(
+        prompt_tokens=3, cached_tokens=1, completion_tokens=tokens, critical_path_tokens=tokens, preemptions=0
+    )
+    timing = Timing(queue=0.25, ttft=0.5, tpot=0.01, total=1.5, tpot_slo_met=True, ttft_slo_met=False)
+    return Finished(request_id, usage, timing)
