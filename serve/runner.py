@@ -79,6 +79,7 @@ class Runner:
 
     def __init__(self, model: Qwen3, config: RunnerConfig) -> None:
         self.config = config
+        self.model = model
         self.model_config = model.config
         self.buckets = Buckets(config.buckets)
         self._structure, self._weights = model.split()
@@ -87,7 +88,7 @@ class Runner:
         self._sampling = [Sampling()] * config.num_slots  # what each slot was last set to
         self._params = [SamplingParams()] * config.num_slots
         with self._precision():
-            self._cache = KVCache.create(model.config, config.num_pages, config.page_size, model.dtype)
+            self.cache = KVCache.create(model.config, config.num_pages, config.page_size, model.dtype)
             self._slots = SlotState.create(config.num_slots, model.config.vocab_size, config.max_logit_bias)
 
     # --- start-up --------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ class Runner:
             program = compile_step(
                 self._structure,
                 _shapes(self._weights),
-                _shapes(self._cache),
+                _shapes(self.cache),
                 _shapes(self._slots),
                 layout=layout,
                 backend=config.backend,
@@ -151,8 +152,8 @@ class Runner:
             for slot in sampled:
                 flags |= self._sampling[slot].flags
             inputs = step_inputs(plan, layout.capacity, self.config.page_size, flags)
-            self._cache, self._slots, outputs = program(
-                self._weights, self._cache, self._slots, layout.pack(inputs)
+            self.cache, self._slots, outputs = program(
+                self._weights, self.cache, self._slots, layout.pack(inputs)
             )
         return StepHandle(outputs, [self._params[slot] for slot in sampled])
 

@@ -1,0 +1,22 @@
+"""Runners are compiled once for all tests of a process."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+
+from serve.runner import Runner
+from tests.serve.lab import tiny_runner
+
+BUCKETS = (3, 8, 16, 32)
+
+
+@pytest.fixture(scope="session")
+def exact_runner() -> Runner:
+    """float64: a row's result does not depend on the rows beside it beyond 1e-15."""
+    return tiny_runner(jnp.float64, BUCKETS)
+
+
+@pytest.fixture(scope="session")
+def runner() -> Runner:
+    return tiny_runner(jnp.float32, BUCKETS)

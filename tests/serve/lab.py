@@ -1,0 +1,188 @@
+"""A small random model behind a real engine, and what a run of requests looked like from outside."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.config import PRESETS, ModelConfig
+from model.qwen3 import Qwen3
+from model.sharding import Placement
+from model.weights import random_weights
+from scheduler.events import Event, Finished, StageFinished, StageStarted, TokenEmitted
+from scheduler.plan import StepPlan
+from scheduler.predictor import StepLatencyModel
+from scheduler.request import FinishReason, Request
+from scheduler.scheduler import Scheduler, SchedulerConfig
+from serve.engine import Engine, Failed
+from serve.runner import Runner, RunnerConfig, StepHandle
+
+PAGE_SIZE = 4
+NUM_PAGES = 320
+NUM_SLOTS = 64
+
+
+class Letters:
+    """A codec in which every token is one character."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(token) for token in ids)
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """Hidden size 128: smaller models hide what padding does to a row's rounding."""
+    from dataclasses import replace
+
+    sizes = {
+        "name": "tiny",
+        "vocab_size": 131,
+        "hidden_size": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 160,
+        "max_context": 512,
+        "tie_embeddings": False,
+        "eos_ids": (),
+    }
+    return replace(PRESETS["qwen3-0.6b"], **(sizes | changes))
+
+
+def tiny_runner(dtype: Any, buckets: Sequence[int], **changes: Any) -> Runner:
+    """A compiled runner of a random model."""
+    with jax.enable_x64(jnp.dtype(dtype) == jnp.float64):
+        model = random_weights(Qwen3(tiny_config(**changes), dtype), 7, Placement())
+    runner = Runner(
+        model,
+        RunnerConfig(
+            num_pages=NUM_PAGES,
+            page_size=PAGE_SIZE,
+            buckets=tuple(buckets),
+            num_slots=NUM_SLOTS,
+            backend="xla",
+            max_top_logprobs=4,
+        ),
+    )
+    runner.compile()
+    return runner
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one request came to, by branch; a branch is named by (label, n-th of that label) from the root."""
+
+    tokens: Mapping[tuple[Any, ...], tuple[int, ...]]
+    reasons: Mapping[tuple[Any, ...], tuple[FinishReason, ...]]
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything that happened to a load."""
+
+    events: dict[str, list[Event]] = field(default_factory=lambda: defaultdict(list))
+    plans: list[StepPlan] = field(default_factory=list)
+
+    def answers(self) -> dict[str, Answer]:
+        return {request_id: answer(events) for request_id, events in self.events.items()}
+
+    def preemptions(self) -> int:
+        return sum(
+            event.usage.preemptions
+            for events in self.events.values()
+            for event in events
+            if isinstance(event, Finished)
+        )
+
+
+def answer(events: Iterable[Event]) -> Answer:
+    names: dict[int, tuple[Any, ...]] = {0: ()}
+    seen: dict[tuple[Any, ...], int] = defaultdict(int)
+    tokens: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    reasons: dict[tuple[Any, ...], list[FinishReason]] = defaultdict(list)
+    for event in events:
+        if isinstance(event, StageStarted):
+            for info in event.branches:
+                if info.branch not in names:
+                    name = (*names[info.parent], info.label)
+                    names[info.branch] = (*name, seen[name])
+                    seen[name] += 1
+        elif isinstance(event, TokenEmitted):
+            tokens[names[event.branch]].append(event.sample.token)
+        elif isinstance(event, StageFinished):
+            reasons[names[event.branch]].append(event.reason)
+    return Answer(
+        {name: tuple(ids) for name, ids in tokens.items()},
+        {name: tuple(why) for name, why in reasons.items()},
+    )
+
+
+class Recorder:
+    """A runner that remembers the plans it was given."""
+
+    def __init__(self, runner: Runner, plans: list[StepPlan]) -> None:
+        self._runner = runner
+        self._plans = plans
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        self._plans.append(plan)
+        return self._runner.launch(plan)
+
+
+def run(
+    runner: Runner,
+    requests: Sequence[Request],
+    *,
+    buckets: Sequence[int] | None = None,
+    codec: Any = None,
+    **settings: Any,
+) -> Run:
+    """Serve `requests` with a fresh scheduler and engine on `runner`, and wait for all of them."""
+    buckets = tuple(runner.buckets) if buckets is None else buckets
+    scheduler = Scheduler(
+        SchedulerConfig(
+            **{
+                "num_pages": NUM_PAGES,
+                "page_size": PAGE_SIZE,
+                "num_slots": NUM_SLOTS,
+                "max_context": runner.model_config.max_context,
+            }
+            | settings
+        ),
+        StepLatencyModel({bucket: 1e-3 + 2e-4 * bucket for bucket in buckets}, 1e-6),
+        codec or Letters(),
+    )
+    record, left, done = Run(), {request.id for request in requests}, threading.Event()
+    failures: list[str] = []
+
+    def sink(events: Sequence[Event | Failed]) -> None:
+        for event in events:
+            if isinstance(event, Failed):
+                failures.append(event.error)
+                done.set()
+                return
+            record.events[event.request_id].append(event)
+            if isinstance(event, Finished):
+                left.discard(event.request_id)
+        if not left:
+            done.set()
+
+    engine = Engine(scheduler, Recorder(runner, record.plans))
+    engine.start()
+    for request in requests:
+        engine.submit(request, sink)
+    finished = done.wait(120)
+    engine.stop(drain=False, timeout=10)
+    assert not failures, failures
+    assert finished, f"still running: {left}"
+    scheduler.check()
+    return record

@@ -1,0 +1,75 @@
+"""Schedule invariance: what a request says does not depend on how it was scheduled."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from scheduler.request import Slo
+from serve.runner import Runner
+from tests.serve.lab import Answer, run
+from tests.serve.loads import load
+
+SMALL_POOL = 40  # pages: hardly more than the largest request needs
+RELAXED = 10.0  # seconds: everybody may start
+
+FACTORS = {
+    "policy": ("off", "cap:2", "eager", "taper"),
+    "buckets": ((3, 8, 16, 32), (8, 16), (3, 32)),
+    "max_chunk": (3, 64),
+    "order": (1, 2, 3),
+    "num_pages": (320, SMALL_POOL),
+    "prefix_cache": (True, False),
+    "tpot": (RELAXED, 0.004),
+}
+
+
+def covering(factors: dict[str, tuple]) -> list[dict]:
+    """Few settings in which every pair of values of two factors occurs."""
+    names = list(factors)
+    pairs = {
+        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]
+    }
+    everything = [dict(zip(names, values, strict=True)) for values in itertools.product(*factors.values())]
+    chosen = []
+    while pairs:
+        best = max(everything, key=lambda s: len(pairs.intersection(itertools.combinations(s.items(), 2))))
+        chosen.append(best)
+        pairs.difference_update(itertools.combinations(best.items(), 2))
+    return chosen
+
+
+SETTINGS = covering(FACTORS)
+
+
+@pytest.fixture(scope="module")
+def alone(exact_runner: Runner) -> dict[str, Answer]:
+    """Every request by itself, at width 1."""
+    answers: dict[str, Answer] = {}
+    for request in load(Slo()):
+        answers |= run(exact_runner, [request], policy="off").answers()
+    return answers
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(str(v) for v in s.values()))
+def test_tokens_do_not_depend_on_the_schedule(
+    exact_runner: Runner, alone: dict[str, Answer], setting: dict
+) -> None:
+    setting = dict(setting)
+    requests = load(Slo(tpot=setting.pop("tpot"), ttft=60.0))
+    random.Random(setting.pop("order")).shuffle(requests)
+    record = run(exact_runner, requests, **setting)
+    assert record.answers() == alone
+    if setting["num_pages"] == SMALL_POOL and requests[0].slo.tpot == RELAXED:
+        assert record.preemptions() > 0, "the pool was meant to be too small"
+
+
+def test_equality_can_fail(exact_runner: Runner, alone: dict[str, Answer]) -> None:
+    """Another seed gives other tokens: the comparison above is not of constants."""
+    from dataclasses import replace
+
+    request = next(r for r in load(Slo()) if r.sampling.temperature > 0)
+    other = replace(request, sampling=replace(request.sampling, seed=request.sampling.seed + 1))
+    assert run(exact_runner, [other], policy="off").answers()[request.id] != alone[request.id]
