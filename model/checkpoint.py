@@ -17,7 +17,7 @@ from flax import nnx
 
 from model.config import PRESETS, ModelConfig
 from model.qwen3 import Qwen3
-from model.sharding import Placement
+from model.sharding import ON_ONE_DEVICE, Placement
 from model.weights import WeightsError, check_tensors, load_safetensors, place_model, random_weights
 
 LoadFormat = Literal["auto", "safetensors", "orbax", "random"]
@@ -49,9 +49,9 @@ def model_config(name: str) -> ModelConfig:
     return PRESETS[name] if folder is None else ModelConfig.from_folder(folder)
 
 
-def abstract_model(name: str, dtype: Any, placement: Placement | None = None) -> Qwen3:
+def abstract_model(name: str, dtype: Any, placement: Placement = ON_ONE_DEVICE) -> Qwen3:
     """The model without its weights: shapes, dtype and sharding, to compile programs from."""
-    return place_model(Qwen3(model_config(name), dtype), placement or Placement.single_device())
+    return place_model(Qwen3(model_config(name), dtype), placement)
 
 
 def load_model(
@@ -59,7 +59,7 @@ def load_model(
     dtype: Any,
     load_format: LoadFormat = "auto",
     *,
-    placement: Placement | None = None,
+    placement: Placement = ON_ONE_DEVICE,
     seed: int = 0,
 ) -> Qwen3:
     """Loads a folder, a preset or "default" in `dtype`; `.config` is its config, `.split()` its arrays.
@@ -68,7 +68,6 @@ def load_model(
     is what "default" falls back to; `seed` is its seed. Raises WeightsError, FileNotFoundError or
     UnsupportedModelError.
     """
-    placement = placement or Placement.single_device()
     folder, model = model_folder(name), Qwen3(model_config(name), dtype)
     match _resolve(load_format, folder, name):
         case "orbax", Path() as folder:

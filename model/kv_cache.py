@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ModelConfig
-from model.sharding import Placement
+from model.sharding import ON_ONE_DEVICE, Placement
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -37,10 +37,10 @@ class KVCache(NamedTuple):
         num_pages: int,
         page_size: int,
         dtype: Any,
-        placement: Placement | None = None,
+        placement: Placement = ON_ONE_DEVICE,
     ) -> KVCache:
         """The cache's shapes, to compile programs from before it exists."""
-        sharding = (placement or Placement.single_device()).sharding(PAGE_AXES)
+        sharding = placement.sharding(PAGE_AXES)
         shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
         pages = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         return cls(((pages, pages),) * config.num_layers)
@@ -52,7 +52,7 @@ class KVCache(NamedTuple):
         num_pages: int,
         page_size: int,
         dtype: Any,
-        placement: Placement | None = None,
+        placement: Placement = ON_ONE_DEVICE,
     ) -> KVCache:
         """A cache of zeros. What a page holds before it is written is never read."""
         abstract = cls.abstract(config, num_pages, page_size, dtype, placement)

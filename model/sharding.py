@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "pages", "page")
 
@@ -47,16 +46,18 @@ class ShardingRules:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A mesh and the rules by which arrays are laid out on it."""
+    """Where arrays live: laid out over a mesh by the rules, or, without a mesh, whole on one device."""
 
-    mesh: Mesh
+    mesh: Mesh | None = None
     rules: ShardingRules = ShardingRules()
+    device: Any = None
 
-    @classmethod
-    def single_device(cls, device: Any = None) -> Placement:
-        """Everything whole on one device: the default one unless given."""
-        device = device if device is not None else jax.devices()[0]
-        return cls(Mesh(np.array([device]), ("model",)))
+    def sharding(self, axes: Sequence[str]) -> Sharding:
+        """The sharding of an array with these logical axes. Raises ValueError for an unknown axis."""
+        spec = self.rules.spec(axes)
+        if self.mesh is None:
+            return SingleDeviceSharding(self.device or jax.devices()[0])
+        return NamedSharding(self.mesh, spec)
 
-    def sharding(self, axes: Sequence[str]) -> NamedSharding:
-        return NamedSharding(self.mesh, self.rules.spec(axes))
+
+ON_ONE_DEVICE = Placement()

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Sharding
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -93,7 +93,7 @@ def parameters(model: Qwen3) -> Iterator[tuple[ParameterPath, nnx.Param]]:
     yield from nnx.to_flat_state(nnx.state(model))
 
 
-def parameter_sharding(param: nnx.Param, placement: Placement) -> NamedSharding:
+def parameter_sharding(param: nnx.Param, placement: Placement) -> Sharding:
     """Where a parameter lives, from its logical axes."""
     return placement.sharding(param.get_metadata("axes"))
 
@@ -133,7 +133,7 @@ def random_weights(model: Qwen3, seed: int, placement: Placement) -> Qwen3:
 
 @lru_cache
 def _draw(
-    shape: tuple[int, ...], dtype: Any, fan_in: int, sharding: NamedSharding
+    shape: tuple[int, ...], dtype: Any, fan_in: int, sharding: Sharding
 ) -> Callable[[jax.Array], jax.Array]:
     def draw(key: jax.Array) -> jax.Array:
         if fan_in == 0:
@@ -163,17 +163,18 @@ def load_safetensors(model: Qwen3, folder: Path, placement: Placement) -> Qwen3:
         def make(path: ParameterPath, param: nnx.Param) -> jax.Array:
             tensor = wanted[path]
             stored = holder[tensor.name].get_tensor(tensor.name).reshape(tensor.view)
-            sharding = parameter_sharding(param, placement)
             # Sent as stored and permuted on the device, where it is fast; no byte moves between devices.
-            spec = PartitionSpec(*(sharding.spec[axis] for axis in np.argsort(tensor.to_ours)))
-            sent = jax.device_put(stored, NamedSharding(sharding.mesh, spec))
-            return _permute(tensor.to_ours, param.get_value().dtype, sharding)(sent)
+            axes = param.get_metadata("axes")
+            stored_axes = [axes[axis] for axis in np.argsort(tensor.to_ours)]
+            sent = jax.device_put(stored, placement.sharding(stored_axes))
+            permute = _permute(tensor.to_ours, param.get_value().dtype, placement.sharding(axes))
+            return permute(sent)
 
         return _fill(model, make)
 
 
 @lru_cache
-def _permute(axes: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+def _permute(axes: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda stored: stored.astype(dtype).transpose(axes), out_shardings=sharding)
 
 

@@ -1,4 +1,4 @@
-"""What all tests share: shape checks on every call of the array rooms, float64, and the golden checkpoints."""
+"""What all tests share: shape checks in the array rooms, float64, and the golden checkpoints."""
 
 from __future__ import annotations
 

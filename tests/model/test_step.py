@@ -1,0 +1,225 @@
+"""A step feeds packed rows, samples where it is told to, and leaves everything else as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention.layout import Capacity
+from model.checkpoint import load_model
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from model.qwen3 import Qwen3
+from model.sampling import SampleOutputs, SlotState
+from model.sharding import ON_ONE_DEVICE
+from model.step import NOWHERE, StepInputs, StepLayout, compile_step, step
+from model.weights import hf_tensors, random_weights
+from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
+from tests.model.dense import dense_logits
+from tests.model.paged import Feed, Sequence, step_inputs
+
+PAGE_SIZE = 8
+NUM_PAGES = 2000
+SLOTS = 4
+LAYOUT = StepLayout(Capacity.for_bucket(24, NUM_PAGES, pages_per_read=20), samples=4)
+
+
+class Device:
+    """A model with its cache and slots, stepped through one compiled program."""
+
+    def __init__(self, model: Qwen3):
+        config = model.config
+        self.cache = KVCache.create(config, NUM_PAGES, PAGE_SIZE, model.dtype)
+        self.slots = SlotState.create(SLOTS, config.vocab_size, 2)
+        structure, self.weights = model.split()
+        self.program = compile_step(
+            structure,
+            self.weights,
+            self.cache,
+            self.slots,
+            layout=LAYOUT,
+            backend="xla",
+            max_top_logprobs=3,
+        )
+
+    def step(self, *feeds: Feed, sampled: bool = True) -> SampleOutputs:
+        inputs = step_inputs(feeds, LAYOUT.capacity, PAGE_SIZE, sampled=sampled)
+        self.cache, self.slots, outputs = self.program(
+            self.weights, self.cache, self.slots, LAYOUT.pack(inputs)
+        )
+        return jax.tree.map(np.asarray, outputs)
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    return CHECKPOINTS["qwen3-gqa2-untied-wide-heads-bf16"].config
+
+
+@pytest.fixture(scope="module")
+def model(config: ModelConfig) -> Qwen3:
+    return random_weights(Qwen3(config, jnp.float32), 1, ON_ONE_DEVICE)
+
+
+@pytest.fixture(scope="module")
+def device(model: Qwen3) -> Device:
+    return Device(model)
+
+
+@pytest.mark.parametrize("name", ["qwen3-gqa8-untied-sharded", "llama-gqa3-tied"])
+def test_64_greedy_tokens_are_those_of_transformers(name: str, golden_folder: Callable[[str], Path]) -> None:
+    device = Device(load_model(str(golden_folder(name)), jnp.float32))
+    sequence = Sequence(pages=list(range(NUM_PAGES - 1, 0, -7)), page_size=PAGE_SIZE, slot=2)
+    chosen = [device.step(sequence.feed(CHECKPOINTS[name].prompt)).token[0]]
+    while len(chosen) < GREEDY_TOKENS:
+        chosen.append(device.step(sequence.feed([-1 - sequence.slot])).token[0])
+    np.testing.assert_array_equal(chosen, Golden.load(name).greedy)
+
+
+def test_chunks_and_decoding_in_one_batch_match_the_dense_oracle(
+    device: Device, model: Qwen3, config: ModelConfig
+) -> None:
+    """Two prompts, one in uneven chunks while the other already decodes."""
+    first = Sequence(pages=[3, 14, 1], page_size=PAGE_SIZE, slot=0)
+    second = Sequence(pages=[8, 0, 19, 5], page_size=PAGE_SIZE, slot=3)
+    texts: dict[int, list[int]] = {0: [5, 6, 7], 3: [*range(40, 61)]}
+    device.step(first.feed(texts[0][:2]), second.feed(texts[3][:9]), sampled=False)
+    device.step(first.feed(texts[0][2:]), second.feed(texts[3][9:10]))
+    texts[0].append(int(device.slots.last_token[first.slot]))
+    device.step(second.feed(texts[3][10:]), first.feed([-1]))
+    for sequence, text in ((first, texts[0]), (second, texts[3])):
+        logits = dense_logits(hf_tensors(model), config, text)
+        assert device.slots.last_token[sequence.slot] == logits[-1].argmax()
+
+
+def test_forked_branches_share_pages_and_never_see_each_other(
+    device: Device, model: Qwen3, config: ModelConfig
+) -> None:
+    """Three children of an 11-token parent, whose second page is partial, in one step."""
+    prompt = [*range(100, 111)]
+    parent = Sequence(pages=[6, 13], page_size=PAGE_SIZE)
+    seeds = [[1, 2, 3], [4], [5, 6]]
+    children = [
+        Sequence(pages=[7 + 2 * i], page_size=PAGE_SIZE, slot=i, ancestors=(parent,), start=len(prompt))
+        for i in range(len(seeds))
+    ]
+    device.step(parent.feed(prompt), sampled=False)
+    outputs = device.step(*(child.feed(seed) for child, seed in zip(children, seeds, strict=True)))
+    expected = [dense_logits(hf_tensors(model), config, prompt + seed)[-1] for seed in seeds]
+    np.testing.assert_array_equal(device.slots.last_token[:3], [logits.argmax() for logits in expected])
+    best = [(logits - np.logaddexp.reduce(logits)).max() for logits in expected]
+    np.testing.assert_allclose(np.sort(outputs.logprob[:3]), np.sort(best), atol=1e-4)
+
+
+def test_a_kv_join_reads_siblings_at_overlapping_positions(
+    device: Device, model: Qwen3, config: ModelConfig
+) -> None:
+    """After the join a segment sees the prefix and both branches, and continues at the longer one's end."""
+    prompt, left, right, after = [*range(10, 15)], [21, 22, 23, 24], [31, 32], [41, 42]
+    parent = Sequence(pages=[2], page_size=PAGE_SIZE)
+    branches = [
+        Sequence(pages=[page], page_size=PAGE_SIZE, slot=slot, ancestors=(parent,), start=5)
+        for page, slot in ((4, 1), (16, 2))
+    ]
+    joined = Sequence(pages=[9], page_size=PAGE_SIZE, slot=0, ancestors=(parent, *branches), start=9)
+    device.step(parent.feed(prompt), sampled=False)
+    device.step(branches[0].feed(left), branches[1].feed(right))
+    outputs = device.step(joined.feed(after))
+
+    tokens = prompt + left + right + after
+    positions = [*range(5), *range(5, 9), *range(5, 7), *range(9, 11)]
+    mask = np.tril(np.ones((13, 13), bool))
+    mask[9:11, 5:9] = False
+    logits = dense_logits(hf_tensors(model), config, tokens, positions, mask)[-1]
+    assert outputs.token[0] == logits.argmax()
+    np.testing.assert_allclose(
+        outputs.logprob[0], logits.max() - np.logaddexp.reduce(logits), atol=1e-4, rtol=0
+    )
+
+
+def test_a_step_writes_only_the_positions_that_it_feeds(device: Device) -> None:
+    before = jax.tree.map(np.array, device.cache)
+    device.step(Sequence(pages=[17], page_size=PAGE_SIZE).feed([1, 2, 3]))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(device.cache), strict=True):
+        changed = (old != np.asarray(new)).any(axis=(1, 3))
+        assert {(int(page), int(offset)) for page, offset in zip(*changed.nonzero(), strict=True)} == {
+            (17, 0),
+            (17, 1),
+            (17, 2),
+        }
+
+
+def test_a_step_changes_only_the_slots_that_it_samples(device: Device) -> None:
+    before = np.array(device.slots.last_token)
+    token = device.step(Sequence(pages=[17], page_size=PAGE_SIZE, slot=1).feed([9, 8])).token[0]
+    expected = before.copy()
+    expected[1] = token
+    np.testing.assert_array_equal(device.slots.last_token, expected)
+
+
+def test_the_cache_and_the_slots_are_updated_in_place(device: Device) -> None:
+    cache, slots = device.cache, device.slots
+    device.step(Sequence(pages=[17], page_size=PAGE_SIZE).feed([1]))
+    assert all(array.is_deleted() for array in jax.tree.leaves((cache, slots)))
+    assert not any(array.is_deleted() for array in device.weights)
+    memory = device.program.memory_analysis()
+    donated = sum(array.nbytes for array in jax.tree.leaves((device.cache, device.slots)))
+    assert memory.alias_size_in_bytes >= donated
+    assert memory.temp_size_in_bytes < device.cache.layers[0][0].nbytes / 2
+
+
+def test_the_head_runs_for_sampled_rows_only(model: Qwen3, config: ModelConfig) -> None:
+    structure, weights = model.split()
+
+    def run(weights: tuple, cache: KVCache, slots: SlotState, packed: jax.Array) -> object:
+        merged = structure.merge(weights)
+        return step(merged, cache, slots, packed, layout=LAYOUT, backend="xla", max_top_logprobs=3)
+
+    jaxpr = jax.make_jaxpr(run)(
+        weights,
+        KVCache.abstract(config, NUM_PAGES, PAGE_SIZE, jnp.float32),
+        SlotState.abstract(SLOTS, config.vocab_size, 2),
+        jax.ShapeDtypeStruct((LAYOUT.size,), jnp.int32),
+    )
+    products = [eqn.outvars[0].aval.shape for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert products == [(LAYOUT.samples, config.vocab_size)]
+
+
+def inputs_of(rows: int, samples: int) -> StepInputs:
+    feeds = [Sequence(pages=[i], page_size=PAGE_SIZE, slot=i).feed([50 + i]) for i in range(samples)]
+    feeds.append(Sequence(pages=[10, 11, 12], page_size=PAGE_SIZE).feed([7] * (rows - samples)))
+    inputs = step_inputs(feeds, LAYOUT.capacity, PAGE_SIZE)
+    sample = inputs.sample
+    return inputs._replace(
+        sample=sample._replace(**{n: getattr(sample, n)[:samples] for n in sample._fields[:5]})
+    )
+
+
+def test_unpacking_gives_what_was_packed_and_padding_that_does_nothing() -> None:
+    inputs = inputs_of(rows=10, samples=3)
+    unpacked = jax.tree.map(np.asarray, LAYOUT.unpack(jnp.asarray(LAYOUT.pack(inputs))))
+    np.testing.assert_array_equal(unpacked.tokens[:10], inputs.tokens)
+    np.testing.assert_array_equal(unpacked.write_page[10:], NOWHERE)
+    np.testing.assert_array_equal(unpacked.sample.slot, [*inputs.sample.slot, NOWHERE])
+    np.testing.assert_array_equal(unpacked.sample.flags, inputs.sample.flags)
+    for name, value in inputs.work._asdict().items():
+        np.testing.assert_array_equal(getattr(unpacked.work, name), value)
+
+
+def test_every_packed_vector_is_in_memory_of_its_own() -> None:
+    inputs = inputs_of(rows=10, samples=3)
+    first, second = LAYOUT.pack(inputs), LAYOUT.pack(inputs)
+    assert first.shape == (LAYOUT.size,)
+    assert not np.shares_memory(first, second)
+    first[:] = -7
+    np.testing.assert_array_equal(LAYOUT.pack(inputs), second)
+
+
+def test_inputs_larger_than_the_bucket_are_refused_by_name() -> None:
+    inputs = inputs_of(rows=10, samples=3)
+    with pytest.raises(ValueError, match="positions"):
+        LAYOUT.pack(inputs._replace(positions=np.zeros(25, np.int32)))
