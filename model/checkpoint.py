@@ -7,6 +7,7 @@ through abstract arrays straight into the target dtype and sharding.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +69,8 @@ def load_model(
     is what "default" falls back to; `seed` is its seed. Raises WeightsError, FileNotFoundError or
     UnsupportedModelError.
     """
+    if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
+        raise ValueError("float64 needs jax_enable_x64 to be set before anything is computed")
     folder, model = model_folder(name), Qwen3(model_config(name), dtype)
     match _resolve(load_format, folder, name):
         case "orbax", Path() as folder:
@@ -135,7 +138,5 @@ def convert_hf(source: Path, out: Path) -> None:
 
 
 def _stored_dtype(folder: Path) -> Any:
-    import json
-
     config = json.loads((folder / "config.json").read_text())
     return jnp.dtype(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -1,0 +1,127 @@
+"""Weights arrive whole, in the model's dtype and layout, or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from model.qwen3 import Qwen3
+from model.sharding import ON_ONE_DEVICE
+from model.weights import WeightsError, hf_tensors, load_safetensors, parameters, random_weights, save_hf
+from tests.model.checkpoints import CHECKPOINTS
+from tests.model.dense import dense_logits
+
+TIED, SHARDED = "qwen3-gqa8-tied-narrow-heads-f16", "qwen3-gqa8-untied-sharded"
+
+
+def load(folder: Path, name: str, dtype: type = jnp.float32) -> Qwen3:
+    return load_safetensors(Qwen3(CHECKPOINTS[name].config, dtype), folder, ON_ONE_DEVICE)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_what_is_loaded_is_what_was_saved(name: str, golden_folder: Callable[[str], Path]) -> None:
+    """Over every source dtype (float32, bfloat16, float16), with and without an index."""
+    tensors = CHECKPOINTS[name].tensors()
+    loaded = hf_tensors(load(golden_folder(name), name))
+    assert loaded.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(loaded[key], tensor.astype(np.float32), err_msg=key)
+
+
+def test_weights_are_cast_to_the_dtype_of_the_model(golden_folder: Callable[[str], Path]) -> None:
+    model = load(golden_folder(TIED), TIED, jnp.bfloat16)
+    assert {weight.dtype for weight in model.split()[1]} == {jnp.dtype(jnp.bfloat16)}
+    for key, tensor in CHECKPOINTS[TIED].tensors().items():
+        np.testing.assert_array_equal(hf_tensors(model)[key], tensor.astype(ml_dtypes.bfloat16), err_msg=key)
+
+
+def test_every_missing_unexpected_and_misshapen_tensor_is_in_one_error(tmp_path: Path) -> None:
+    folder = CHECKPOINTS[TIED].write(tmp_path)
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        tensors.pop("model.norm.weight", None)
+        tensors.pop("model.layers.1.mlp.up_proj.weight", None)
+        if "model.embed_tokens.weight" in tensors:
+            tensors["model.embed_tokens.weight"] = np.zeros((7, 5), np.float16)
+            tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(48, np.float16)
+        save_file(tensors, file)
+    with pytest.raises(WeightsError) as error:
+        load(folder, TIED)
+    assert sorted(line.strip() for line in str(error.value).splitlines()[1:]) == [
+        "missing: model.layers.1.mlp.up_proj.weight",
+        "missing: model.norm.weight",
+        "unexpected: model.layers.0.self_attn.q_proj.bias",
+        "wrong shape: model.embed_tokens.weight is (7, 5), config.json asks for (321, 64)",
+    ]
+
+
+def test_a_head_beside_tied_embeddings_and_old_rotary_tables_are_ignored(tmp_path: Path) -> None:
+    """Some published checkpoints carry both."""
+    folder = CHECKPOINTS["qwen3-gqa1-tied"].write(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    assert load(folder, "qwen3-gqa1-tied").head is None
+
+
+def test_files_that_the_index_names_but_are_not_there_are_named(tmp_path: Path) -> None:
+    folder = CHECKPOINTS[SHARDED].write(tmp_path)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(WeightsError, match="model-00002-of-00003"):
+        load(folder, SHARDED)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"no \*\.safetensors"):
+        load(tmp_path, TIED)
+
+
+def test_saving_tensors_that_are_not_the_configs_is_refused(tmp_path: Path) -> None:
+    tensors = CHECKPOINTS[SHARDED].tensors()
+    tensors.pop("lm_head.weight")
+    with pytest.raises(WeightsError, match=r"missing: lm_head\.weight"):
+        save_hf(tmp_path, CHECKPOINTS[SHARDED].config, tensors)
+
+
+def test_the_index_lists_every_tensor_once(golden_folder: Callable[[str], Path]) -> None:
+    index = json.loads((golden_folder(SHARDED) / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == CHECKPOINTS[SHARDED].tensors().keys()
+    assert len(set(index["weight_map"].values())) == 3
+
+
+def test_random_weights_depend_on_the_seed_alone() -> None:
+    config = CHECKPOINTS[SHARDED].config
+    first, again, other, narrow = (
+        hf_tensors(random_weights(Qwen3(config, dtype), seed, ON_ONE_DEVICE))
+        for dtype, seed in ((jnp.float32, 1), (jnp.float32, 1), (jnp.float32, 2), (jnp.bfloat16, 1))
+    )
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(tensor, again[name])
+        np.testing.assert_array_equal(tensor.astype(ml_dtypes.bfloat16), narrow[name])
+        assert tensor.ndim == 1 or (tensor != other[name]).any()
+    matrices = [tensor.ravel()[:16].tobytes() for tensor in first.values() if tensor.ndim == 2]
+    assert len(set(matrices)) == len(matrices)
+
+
+def test_a_deep_random_model_has_activations_of_order_one() -> None:
+    config = replace(CHECKPOINTS["qwen3-gqa1-tied"].config, num_layers=16)
+    model = random_weights(Qwen3(config, jnp.float32), 0, ON_ONE_DEVICE)
+    logits = dense_logits(hf_tensors(model), config, range(40))
+    assert 0.5 < logits.std() < 2
+
+
+def test_parameters_come_in_the_order_of_the_flat_weights() -> None:
+    model = random_weights(Qwen3(CHECKPOINTS[TIED].config, jnp.float32), 0, ON_ONE_DEVICE)
+    by_path = [param.get_value() for _, param in parameters(model)]
+    assert all(mine is theirs for mine, theirs in zip(by_path, model.split()[1], strict=True))
+    assert all(isinstance(weight, jax.Array) for weight in by_path)
