@@ -6,7 +6,7 @@ arrays and work items, and nothing of requests.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 from attention import reference, xla
 from attention.layout import Capacity, Read, WorkList, plan_rows
@@ -34,6 +34,28 @@ def default_backend() -> str:
     return "xla"
 
 
+@overload
+def shared_prefix_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    work: WorkList,
+    *,
+    scale: float,
+    backend: str,
+    return_lse: Literal[False] = False,
+) -> Array: ...
+@overload
+def shared_prefix_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    work: WorkList,
+    *,
+    scale: float,
+    backend: str,
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
 def shared_prefix_attention(
     q: Float[Array, "rows heads head_dim"],
     k_pages: Float[Array, "pages kv_heads page_size head_dim"],

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from jax import Array
     from jaxtyping import Int, Int32
 
 # item_causal of an item that is seen whole by all of its rows.
@@ -65,7 +64,7 @@ class WorkList(NamedTuple):
 
     The first `num_single` items have one row each, no two of them the same row, and are WHOLE; they are
     sorted by page count, longest first, so that neighbours can be processed in lockstep. The items from
-    there to `num_items` have any number of rows.
+    there to `num_items` are of any kind and in any order; a row may have any number of them.
 
     item_pages   first page reference, page reference count
     item_rows    first row, row count
@@ -75,13 +74,13 @@ class WorkList(NamedTuple):
     page_valid   filled positions of that page
     """
 
-    item_pages: Int32[Array, "items 2"] | Int32[np.ndarray, "items 2"]
-    item_rows: Int32[Array, "items 2"] | Int32[np.ndarray, "items 2"]
-    item_causal: Int32[Array, " items"] | Int32[np.ndarray, " items"]
-    page_ids: Int32[Array, " page_refs"] | Int32[np.ndarray, " page_refs"]
-    page_valid: Int32[Array, " page_refs"] | Int32[np.ndarray, " page_refs"]
-    num_items: Int32[Array, ""] | Int32[np.ndarray, ""]
-    num_single: Int32[Array, ""] | Int32[np.ndarray, ""]
+    item_pages: Int32[Any, "items 2"]
+    item_rows: Int32[Any, "items 2"]
+    item_causal: Int32[Any, " items"]
+    page_ids: Int32[Any, " page_refs"]
+    page_valid: Int32[Any, " page_refs"]
+    num_items: Int32[Any, ""]
+    num_single: Int32[Any, ""]
 
     @classmethod
     def empty(cls, capacity: Capacity) -> WorkList:
@@ -162,8 +161,8 @@ class _PageLists:
         rows, own, ordinal, count = np.array(
             [(read.rows, read.own_pages, read.ordinal, len(read.pages)) for read in reads], np.int64
         ).T
-        pages = np.concatenate([np.asarray(read.pages, np.int64) for read in reads])
-        valid = np.concatenate([np.asarray(read.valid, np.int64) for read in reads])
+        pages = np.concatenate([np.asarray(read.pages, np.int32) for read in reads])
+        valid = np.concatenate([np.asarray(read.valid, np.int32) for read in reads])
         if len(pages) != len(valid):
             raise ValueError("every page of a Read needs its valid count, and only those")
         if (own < 1).any() or (own > count).any() or (rows < 1).any() or (ordinal < 0).any():
@@ -172,7 +171,7 @@ class _PageLists:
             raise ValueError(f"a Read's valid counts must be in 1..{page_size} and its page ids not negative")
         end = np.cumsum(count)
         offset = end - count
-        filled = np.concatenate([[0], np.cumsum(valid)])
+        filled = np.concatenate([[0], np.cumsum(valid, dtype=np.int64)])
         seen = filled[end - own] - filled[offset] + ordinal + 1
         if (seen + rows - 1 > filled[end] - filled[offset]).any():
             raise ValueError("a Read's last row must be inside its own pages' valid positions")

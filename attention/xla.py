@@ -1,8 +1,8 @@
 """Attention in plain XLA operations: what CPU runs, and what any backend can fall back to.
 
 Loops run over work items with run-time counts, so that the time of a step follows the work in its list and
-not the list's capacity. Each row carries the online-softmax state (maximum, sum, weighted values), which
-every item that the row has continues; so there are no partial results to merge.
+not the list's capacity. Each row carries its online-softmax state (maximum, sum, weighted values), which
+every item of the row continues; so there are no partial results to merge.
 """
 
 from __future__ import annotations
@@ -19,23 +19,41 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int32
 
-ROW_TILE = 16  # rows of one item that are processed together
-ITEM_TILE = 8  # single-row items that are processed together
-BLOCK_TOKENS = 128  # KV positions of an item per step of the inner loop
-_0 = np.int32(0)
+# Tiles measured on two CPU cores at 2-3 KV heads of 32-64: small enough for short tails and small groups,
+# large enough that an iteration's fixed cost (some 30 us) is shared.
+ITEM_TILE, ITEM_BLOCK = 16, 32  # single-row items in lockstep, KV positions of each per iteration
+ROW_TILE, ROW_BLOCK = 16, 128  # rows of one item together, KV positions per iteration
 
 
 class Softmax(NamedTuple):
     """Online-softmax state: the maximum score, the sum of exponentials, and the sum weighted by values."""
 
-    maximum: Float[Array, "*rows kv_heads group"]
-    total: Float[Array, "*rows kv_heads group"]
-    values: Float[Array, "*rows kv_heads group head_dim"]
+    maximum: Float[Array, "*shape"]
+    total: Float[Array, "*shape"]
+    values: Float[Array, "*shape head_dim"]
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: jnp.dtype) -> Softmax:
+    def empty(cls, shape: tuple[int, ...], dtype: np.dtype) -> Softmax:
         lowest = jnp.finfo(dtype).min  # finite: -inf - -inf would be NaN
         return cls(jnp.full(shape[:-1], lowest, dtype), jnp.zeros(shape[:-1], dtype), jnp.zeros(shape, dtype))
+
+    def add(
+        self, scores: Float[Array, "*shape positions"], values: Float[Array, "... positions head_dim"]
+    ) -> Softmax:
+        maximum = jnp.maximum(self.maximum, scores.max(-1))
+        weights = jnp.exp(scores - maximum[..., None])
+        fade = jnp.exp(self.maximum - maximum)
+        return Softmax(
+            maximum,
+            self.total * fade + weights.sum(-1),
+            self.values * fade[..., None] + jnp.matmul(weights, values, precision="highest"),
+        )
+
+    def finish(self) -> tuple[Float[Array, "*shape head_dim"], Float[Array, "*shape"]]:
+        """The weighted mean of the values and the log-sum-exp of the scores: zero and -inf of nothing."""
+        some = self.total > 0
+        total = jnp.where(some, self.total, 1)
+        return self.values / total[..., None], jnp.where(some, self.maximum + jnp.log(total), -jnp.inf)
 
 
 def attend(
@@ -50,117 +68,132 @@ def attend(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     (rows, heads, head_dim), kv_heads = q.shape, k_pages.shape[1]
     work = WorkList(*map(jnp.asarray, work))
-    grouped = (q.astype(dtype) * scale).reshape(rows, kv_heads, heads // kv_heads, head_dim)
-    kv = _Pages(k_pages, v_pages, work)
-
-    def single_row_items(tile: Array, state: Softmax) -> Softmax:
-        item = tile * ITEM_TILE + _range(ITEM_TILE)
-        live = item < work.num_single
-        item = jnp.minimum(item, work.item_rows.shape[0] - 1)
-        row = jnp.where(live, work.item_rows[item, 0], rows)
-        first, count = work.item_pages[item, 0], jnp.where(live, work.item_pages[item, 1], 0)
-        whole = jnp.full((ITEM_TILE, 1), WHOLE, jnp.int32)
-        return kv.read(state, grouped, row[:, None], first, count, whole)
-
-    def multi_row_item(item: Array, state: Softmax) -> Softmax:
-        first_row, row_count = work.item_rows[item, 0], work.item_rows[item, 1]
-
-        def row_tile(tile: Array, state: Softmax) -> Softmax:
-            index = tile * ROW_TILE + _range(ROW_TILE)
-            row = jnp.where(index < row_count, first_row + index, rows)
-            sees = work.item_causal[item] + 1 + index
-            return kv.read(state, grouped, row[None], *work.item_pages[item, :, None], sees[None])
-
-        return lax.fori_loop(_0, _ceil_div(row_count, ROW_TILE), row_tile, state)
-
-    state = Softmax.empty(grouped.shape, dtype)
-    state = lax.fori_loop(_0, _ceil_div(work.num_single, ITEM_TILE), single_row_items, state)
-    state = lax.fori_loop(work.num_single, work.num_items, multi_row_item, state)
-
-    total = state.total[..., None]
-    out = jnp.where(total > 0, state.values / jnp.where(total > 0, total, 1), 0)
-    lse = jnp.where(state.total > 0, state.maximum + jnp.log(state.total), -jnp.inf)
+    reader = _Reader(k_pages, v_pages, work)
+    query = (q.astype(dtype) * scale).reshape(rows, kv_heads, heads // kv_heads, head_dim)
+    state = Softmax.empty(query.shape, dtype)
+    state = reader.read_single_rows(state, query)
+    state = reader.read_row_tiles(state, query)
+    out, lse = state.finish()
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(rows, heads)
 
 
-class _Pages(NamedTuple):
-    k: Float[Array, "pages kv_heads page_size head_dim"]
-    v: Float[Array, "pages kv_heads page_size head_dim"]
+class _Reader(NamedTuple):
+    k_pages: Float[Array, "pages kv_heads page_size head_dim"]
+    v_pages: Float[Array, "pages kv_heads page_size head_dim"]
     work: WorkList
 
-    def read(
+    def read_single_rows(
+        self, state: Softmax, query: Float[Array, "rows kv_heads group head_dim"]
+    ) -> Softmax:
+        """Private tails: ITEM_TILE items of one row each, in lockstep over blocks of their pages."""
+        work, rows = self.work, query.shape[0]
+
+        def tile(index: Array, state: Softmax) -> Softmax:
+            item = index * ITEM_TILE + _range(ITEM_TILE)
+            live = item < work.num_single
+            first, count = work.item_pages.at[item].get(mode="clip").T
+            row = jnp.where(live, work.item_rows[:, 0].at[item].get(mode="clip"), rows)
+            mine = Softmax(*(x.at[row].get(mode="clip") for x in state))
+            everything = jnp.full((ITEM_TILE, 1), WHOLE, jnp.int32)
+            mine = self.read_blocks(
+                mine, query.at[row].get(mode="clip"), first, jnp.where(live, count, 0), everything, ITEM_BLOCK
+            )
+            return Softmax(*(x.at[row].set(y, mode="drop") for x, y in zip(state, mine, strict=True)))
+
+        return lax.fori_loop(np.int32(0), _ceil_div(work.num_single, ITEM_TILE), tile, state)
+
+    def read_row_tiles(self, state: Softmax, query: Float[Array, "rows kv_heads group head_dim"]) -> Softmax:
+        """Shared pages and prompt chunks: one item at a time, ROW_TILE of its rows at a time."""
+        work = self.work
+        rows, kv_heads, group, _ = query.shape
+        size = min(ROW_TILE, rows)
+
+        def heads_first(
+            x: Array,
+        ) -> Array:  # [size, kv_heads, group, ...] to [1, kv_heads, size * group, ...]
+            return x.swapaxes(0, 1).reshape(1, kv_heads, size * group, *x.shape[3:])
+
+        def rows_first(x: Array) -> Array:
+            return x.reshape(kv_heads, size, group, *x.shape[3:]).swapaxes(0, 1)
+
+        def read_item(item: Array, state: Softmax) -> Softmax:
+            first_row, row_count = work.item_rows[item]
+            first, count = work.item_pages[item]
+
+            def tile(index: Array, state: Softmax) -> Softmax:
+                start = jnp.minimum(first_row + index * size, rows - size)
+                row = start + _range(size) - first_row
+                mine = (index * size <= row) & (row < row_count)
+                sees = jnp.where(mine, work.item_causal[item] + 1 + row, 0)
+                part = Softmax(*(heads_first(lax.dynamic_slice_in_dim(x, start, size)) for x in state))
+                part = self.read_blocks(
+                    part,
+                    heads_first(lax.dynamic_slice_in_dim(query, start, size)),
+                    first[None],
+                    count[None],
+                    jnp.repeat(sees, group, total_repeat_length=size * group)[None],
+                    ROW_BLOCK,
+                )
+                update = lax.dynamic_update_slice_in_dim
+                return Softmax(
+                    *(update(x, rows_first(y), start, 0) for x, y in zip(state, part, strict=True))
+                )
+
+            return lax.fori_loop(np.int32(0), _ceil_div(row_count, size), tile, state)
+
+        return lax.fori_loop(work.num_single, work.num_items, read_item, state)
+
+    def read_blocks(
         self,
         state: Softmax,
-        q: Float[Array, "all_rows kv_heads group head_dim"],
-        row: Int32[Array, "items rows"],
+        query: Float[Array, "items kv_heads lanes head_dim"],
         first: Int32[Array, " items"],
         count: Int32[Array, " items"],
-        sees: Int32[Array, "items rows"],
+        sees: Int32[Array, "items lanes_or_one"],
+        block_tokens: int,
     ) -> Softmax:
-        """Continue the state of `row` (each at most once; q's row count: nowhere) with pages of their items.
+        """Continue the lanes' states with their items' pages: references first[i] .. first[i] + count[i].
 
-        Row (i, r) sees the first sees[i, r] filled positions of the references first[i] .. first[i] + count[i].
+        Lane (i, n) sees the first sees[i, n] filled positions of them. `sees` may have one lane for all.
         """
-        page_size = self.k.shape[2]
-        pages = max(1, BLOCK_TOKENS // page_size)
-        dtype = q.dtype
-        mine = Softmax(*(_heads_first(x.at[row].get(mode="clip")) for x in state))
-        query = _heads_first(q.at[row].get(mode="clip"))
-        group = q.shape[2]
+        page_size = self.k_pages.shape[2]
+        pages = max(1, block_tokens // page_size)
+        slot = _range(page_size)
 
         def block(index: Array, carry: tuple[Softmax, Array]) -> tuple[Softmax, Array]:
-            mine, before = carry
+            state, before = carry
             ref = index * pages + _range(pages)
-            live = ref < count[:, None]
-            ref = first[:, None] + ref
-            ids = self.work.page_ids.at[ref].get(mode="clip")
-            valid = jnp.where(live, self.work.page_valid.at[ref].get(mode="clip"), 0)
-            ends = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-            slot = _range(page_size)
-            filled = slot < valid[..., None]
-            position = (before[:, None] + ends - valid)[..., None] + slot
-            visible = filled[:, None] & (position[:, None] < sees[:, :, None, None])
-            k = self.k.at[ids].get(mode="clip").astype(dtype)
-            v = self.v.at[ids].get(mode="clip").astype(dtype)
-            v = jnp.where(filled[:, :, None, :, None], v, 0)
-            visible = jnp.broadcast_to(visible[:, :, None], (*visible.shape[:2], group, *visible.shape[2:]))
-            visible = visible.reshape(visible.shape[0], 1, -1, pages * page_size)
-            return _attend_block(mine, query, k, v, visible), before + ends[:, -1]
+            ids = self.work.page_ids.at[first[:, None] + ref].get(mode="clip")
+            valid = self.work.page_valid.at[first[:, None] + ref].get(mode="clip")
+            valid = jnp.where(ref < count[:, None], valid, 0)
+            ends = before[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+            filled = (slot < valid[:, :, None]).reshape(len(first), -1)
+            position = ((ends - valid)[:, :, None] + slot).reshape(len(first), -1)
+            visible = filled[:, None] & (position[:, None] < sees[:, :, None])
+            k = _gather(self.k_pages, ids).astype(query.dtype)
+            v = _gather(self.v_pages, ids).astype(query.dtype)
+            # Unfilled slots may hold NaN, and 0 * NaN is NaN. Most blocks are full, and masking is a copy.
+            v = lax.cond(filled.all(), lambda v: v, lambda v: jnp.where(filled[:, None, :, None], v, 0), v)
+            scores = jnp.matmul(query, k.swapaxes(-1, -2), precision="highest")
+            return state.add(jnp.where(visible[:, None], scores, -jnp.inf), v), ends[:, -1]
 
         blocks = _ceil_div(count.max(), pages)
-        mine, _ = lax.fori_loop(_0, blocks, block, (mine, jnp.zeros_like(first)))
-        return Softmax(
-            *(x.at[row].set(_rows_first(y, row.shape[1]), mode="drop") for x, y in zip(state, mine))
-        )
+        return lax.fori_loop(np.int32(0), blocks, block, (state, jnp.zeros_like(first)))[0]
 
 
-def _attend_block(mine, query, k, v, visible):
-    items, pages, kv_heads, page_size, head_dim = k.shape
-    k = k.transpose(0, 2, 1, 3, 4).reshape(items, kv_heads, pages * page_size, head_dim)
-    v = v.transpose(0, 2, 1, 3, 4).reshape(items, kv_heads, pages * page_size, head_dim)
-    scores = jnp.einsum("ihrd,ihpd->ihrp", query, k, precision="highest")
-    scores = jnp.where(visible, scores, -jnp.inf)
-    maximum = jnp.maximum(mine.maximum, scores.max(-1))
-    weights = jnp.exp(scores - maximum[..., None])
-    fade = jnp.exp(mine.maximum - maximum)
-    values = jnp.einsum("ihrp,ihpd->ihrd", weights, v, precision="highest")
-    return Softmax(maximum, mine.total * fade + weights.sum(-1), mine.values * fade[..., None] + values)
+def _gather(
+    pages: Float[Array, "pages kv_heads page_size head_dim"], ids: Int32[Array, "items refs"]
+) -> Float[Array, "items kv_heads positions head_dim"]:
+    """The pages of each item end to end, heads first: one copy, without a transpose after it."""
+    num_pages, kv_heads, page_size, head_dim = pages.shape
+    tile = ids[:, None] * kv_heads + _range(kv_heads)[:, None]
+    taken = pages.reshape(num_pages * kv_heads, page_size * head_dim).at[tile].get(mode="clip")
+    return taken.reshape(len(ids), kv_heads, ids.shape[1] * page_size, head_dim)
 
 
-def _heads_first(x):
-    """[items, rows, kv_heads, group, ...] -> [items, kv_heads, rows * group, ...]"""
-    x = jnp.moveaxis(x, 2, 1)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-
-def _rows_first(x, rows):
-    x = x.reshape(*x.shape[:2], rows, -1, *x.shape[3:])
-    return jnp.moveaxis(x, 1, 2)
-
-
-def _range(n):
+def _range(n: int) -> Int32[Array, " n"]:
     return jnp.arange(n, dtype=jnp.int32)
 
 
-def _ceil_div(n, d: int):
+def _ceil_div(n: Int32[Array, ""], d: int) -> Int32[Array, ""]:
     return (n + (d - 1)) // d
