@@ -15,10 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import structlog
+
 from scheduler.events import Event, Finished, TokenEmitted
 from scheduler.plan import Sample, StepPlan, StepResult
 from scheduler.request import Request
 from scheduler.scheduler import RejectedError, Scheduler
+
+log = structlog.get_logger("taper")
 
 State = Literal["STARTING", "SERVING", "DRAINING", "STOPPED", "FAILED"]
 Reason = Literal["QUEUE_FULL", "KV_FULL", "SLO_UNATTAINABLE", "DRAINING", "STARTING", "DUPLICATE"]
@@ -171,10 +175,10 @@ class Engine:
         error = "the server stopped before the request finished"
         try:
             self._loop()
-        except BaseException as crash:
+        except Exception as crash:
+            log.exception("the engine failed")
             error = repr(crash)
             self.state = "FAILED"
-            raise
         finally:
             with self._wake:
                 sinks = [*self._sinks.values()]
