@@ -104,7 +104,7 @@ def test_a_cancel_frees_everything_before_the_next_plan(exact_runner: Runner, ph
     cancelled_at: dict[str, int] = {}
     submitted = threading.Event()
     # Pages for the mates and, unless it is to stay queued, for the victim too.
-    sched = scheduler(32 if phase == "queued" else NUM_PAGES, max_chunk=7)
+    sched = scheduler(23 if phase == "queued" else NUM_PAGES, max_chunk=7)
     engine = Engine(sched, Cancelling())  # type: ignore[arg-type]
     listeners = {r.id: Listener() for r in mates}
     heard: list[Event | Failed] = []
