@@ -69,7 +69,7 @@ def load_model(
     is what "default" falls back to; `seed` is its seed. Raises WeightsError, FileNotFoundError or
     UnsupportedModelError.
     """
-    if jnp.dtype(dtype) == jnp.float64 and not jax.config.jax_enable_x64:
+    if jnp.dtype(dtype) == jnp.float64 and jnp.result_type(float) != jnp.float64:
         raise ValueError("float64 needs jax_enable_x64 to be set before anything is computed")
     folder, model = model_folder(name), Qwen3(model_config(name), dtype)
     match _resolve(load_format, folder, name):
