@@ -10,6 +10,7 @@ from pathlib import Path
 
 import beartype  # noqa: F401 (see _import_checked)
 import flax.nnx  # noqa: F401
+import gguf  # noqa: F401
 import jax
 import jinja2.sandbox  # noqa: F401
 import orbax.checkpoint  # noqa: F401
