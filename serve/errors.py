@@ -26,7 +26,8 @@ from google.rpc.status_pb2 import Status
 DOMAIN = "taper.v1"
 _DETAILS_KEY = "grpc-status-details-bin"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
-_DETAILS_BYTES = 2500  # gRPC clients drop trailing metadata of more than 8 KiB: base64, message and all
+_DETAILS_BYTES = 2500  # gRPC clients drop trailing metadata of more than 8 KiB, base64 and all
+_MESSAGE_BYTES = 600  # it travels twice, once with percent signs
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class InvalidRequestError(ServiceError):
         message = "; ".join(f"{violation.field}: {violation.description}" for violation in shown[:3])
         if len(shown) > 3:
             message += f"; and {len(violations) - 3} more"
+        message = message.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
         return cls(message, reason=reason or "INVALID_FIELD", violations=shown, metadata=metadata)
 
 

@@ -198,7 +198,7 @@ class _Reader:
         try:
             text = self._model.tokenizer.render_chat(turns)
         except ValueError as error:
-            self._wrong(f"{path}.messages", f"the model's chat template refuses them: {error}")
+            self._wrong(f"{path}.messages", str(error))
             return []
         return self._model.tokenizer.encode(text)
 
