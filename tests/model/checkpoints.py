@@ -100,7 +100,10 @@ CHECKPOINTS = {
         config=replace(_QWEN3, num_heads=8, num_kv_heads=1, tie_embeddings=False), shards=3
     ),
     "qwen3-gqa8-tied-narrow-heads-f16": Checkpoint(
-        config=replace(_QWEN3, num_heads=8, num_kv_heads=1, head_dim=6, vocab_size=321), dtype=np.float16, shards=2, seed=8
+        config=replace(_QWEN3, num_heads=8, num_kv_heads=1, head_dim=6, vocab_size=321),
+        dtype=np.float16,
+        shards=2,
+        seed=8,
     ),
     "llama-gqa3-tied": Checkpoint(
         config=replace(_LLAMA, num_heads=6, hidden_size=96, num_kv_heads=2, rope_theta=1e5), seed=5
