@@ -22,8 +22,8 @@ from serve.errors import ServiceError
 def serve(args: list[str] | None = None) -> None:
     """Serve a model over gRPC until SIGTERM."""
     config = tyro.cli(ServerConfig, prog="taper-serve", description=serve.__doc__, args=args)
-    from serve.loading import load  # JAX takes seconds to import: not for --help
     from serve.server import run
+    from serve.startup import load  # JAX takes seconds to import: not for --help
 
     try:
         run(config, load)

@@ -49,8 +49,6 @@ class ServerConfig:
     """Longest context of a request in tokens; the model's own unless set."""
     buckets: tuple[int, ...] = (8, 16, 32, 64)
     """Row counts that steps are padded to; one program is compiled for each."""
-    max_slots: int = 64
-    """Most branches that hold a place on the device at once."""
     max_chunk: int = 64
     """Most prompt tokens of one request in one step."""
     max_queue: int = 256
