@@ -1,0 +1,137 @@
+"""Random programs, requests and settings."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from scheduler.program import (
+    JOINS,
+    BranchSpec,
+    ParallelStage,
+    Plan,
+    SerialStage,
+    Stage,
+    TagProgram,
+)
+from scheduler.request import Request, SamplingParams, Slo, Stopping
+from tests.scheduler.alphabet import EOS, GRAMMARS, LETTERS, STOP
+from tests.scheduler.world import Setting
+
+LETTER = st.sampled_from(LETTERS)
+SHARED = tuple(LETTERS * 3)  # what many prompts begin with
+
+samplings = st.sampled_from(
+    [
+        SamplingParams(),
+        SamplingParams(temperature=1.0, seed=7),
+        SamplingParams(presence_penalty=0.5, seed=3),
+        SamplingParams(repetition_penalty=1.5, frequency_penalty=0.1),
+    ]
+)
+slos = st.sampled_from([Slo(tpot=1.0, ttft=10.0), Slo(tpot=0.006, ttft=0.05), Slo(tpot=1e-4, ttft=1e-3)])
+
+
+def stoppings(max_tokens: int = 7) -> st.SearchStrategy[Stopping]:
+    return st.builds(
+        Stopping,
+        max_tokens=st.integers(1, max_tokens),
+        eos_ids=st.sampled_from([frozenset(), frozenset({EOS})]),
+        stop_ids=st.sampled_from([frozenset(), frozenset({STOP})]),
+        stop_strings=st.sampled_from([(), ("bab",), ("abc", "bc"), ("d", "ca")]),
+    )
+
+
+def _prefixes(needed: bool) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.lists(LETTER, min_size=int(needed), max_size=5).map(tuple)
+
+
+@st.composite
+def stages(draw: st.DrawFn, depth: int, most: int = 3, least: int = 0) -> tuple[Stage, ...]:
+    drawn: list[Stage] = []
+    join = ""
+    for _ in range(draw(st.integers(least, most))):
+        if join == "none":
+            break
+        fed = join == "kv"
+        join = draw(st.sampled_from(JOINS)) if depth else ""
+        if join and draw(st.booleans()):
+            count = draw(st.integers(1, 4))
+            seeded = fed or draw(st.booleans())  # all of them, or any
+            branches = tuple(draw(branch_specs(depth - 1, seeded)) for _ in range(count))
+            drawn.append(ParallelStage(branches=branches, join=join))
+        else:
+            join = ""
+            drawn.append(
+                SerialStage(
+                    stopping=draw(stoppings()),
+                    prefix=draw(_prefixes(fed)),
+                    sampling=draw(st.none() | samplings),
+                )
+            )
+    return tuple(drawn)
+
+
+@st.composite
+def branch_specs(draw: st.DrawFn, depth: int, seeded: bool) -> BranchSpec:
+    return BranchSpec(
+        stopping=draw(stoppings()),
+        label=draw(st.sampled_from(["", "x"])),
+        prefix=draw(_prefixes(seeded)),
+        sampling=draw(st.none() | st.none() | samplings),
+        stages=draw(stages(depth, most=2)) if depth else (),
+    )
+
+
+plans = st.builds(Plan, stages=stages(2, least=1))
+
+tag_programs = st.builds(
+    TagProgram,
+    grammar=st.sampled_from(GRAMMARS),
+    stopping=st.builds(
+        Stopping,
+        max_tokens=st.integers(1, 60),
+        eos_ids=st.just(frozenset({EOS})),
+        stop_strings=st.sampled_from([(), ("aba",)]),
+    ),
+    branch_max_tokens=st.integers(3, 40),
+    max_branches=st.integers(1, 3),
+    max_depth=st.integers(0, 3),
+)
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> tuple[int, ...]:
+    own = draw(st.lists(LETTER, max_size=9))
+    shared = SHARED[: draw(st.sampled_from([0, 0, 4, 8, 9, 24]))]
+    return (*shared, *own) or (LETTERS[0],)
+
+
+@st.composite
+def loads(draw: st.DrawFn, programs: st.SearchStrategy[Plan | TagProgram], most: int = 4) -> list[Request]:
+    """Requests that arrive in this order."""
+    return [
+        Request(
+            id=f"r{number}",
+            prompt=draw(prompts()),
+            program=draw(programs),
+            sampling=draw(samplings),
+            slo=draw(slos),
+        )
+        for number in range(draw(st.integers(1, most)))
+    ]
+
+
+settings = st.builds(
+    Setting,
+    policy=st.sampled_from(["off", "cap:2", "cap:3", "eager", "taper"]),
+    buckets=st.sampled_from([(1,), (2,), (3, 5), (8,), (4, 8, 16, 32), (64,)]),
+    max_chunk=st.sampled_from([1, 3, 16]),
+    prompt_floor=st.sampled_from([1, 4, 32]),
+    page_size=st.integers(1, 5),
+    spare_slots=st.sampled_from([0, 0, 64]),
+    prefix_cache=st.booleans(),
+    fill=st.booleans(),
+    in_flight=st.sampled_from([0, 1]),
+    arrive_after=st.sampled_from([0, 1, 7]),
+    late_by=st.sampled_from([0.5, 1.0, 1.7]),
+)
