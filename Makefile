@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/taper-demo --model $(MODEL)
 
 test: $(VENV)/.installed-test check
-	$(BIN)/python -m pytest -n 2 -m "not oracle"
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Static checks: style, types.
 check: $(VENV)/.installed-test

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.config import PRESETS, ModelConfig
+from model.config import ModelConfig
 from model.qwen3 import Qwen3
 from model.sharding import Placement
 from model.weights import random_weights
@@ -38,30 +38,30 @@ class Letters:
         return "".join(chr(token) for token in ids)
 
 
-def tiny_config(**changes: Any) -> ModelConfig:
-    """Hidden size 128: smaller models hide what padding does to a row's rounding."""
-    from dataclasses import replace
-
-    sizes = {
-        "name": "tiny",
-        "vocab_size": 131,
-        "hidden_size": 128,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 160,
-        "max_context": 512,
-        "tie_embeddings": False,
-        "eos_ids": (),
-    }
-    return replace(PRESETS["qwen3-0.6b"], **(sizes | changes))
+# Hidden size 128: smaller models hide what padding does to a row's rounding.
+TINY = ModelConfig(
+    name="tiny",
+    vocab_size=131,
+    hidden_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    intermediate_size=160,
+    rope_theta=1e6,
+    tie_embeddings=False,
+    max_context=512,
+)
 
 
-def tiny_runner(dtype: Any, buckets: Sequence[int], **changes: Any) -> Runner:
+def tiny_runner(dtype: Any, buckets: Sequence[int]) -> Runner:
     """A compiled runner of a random model."""
     with jax.enable_x64(jnp.dtype(dtype) == jnp.float64):
-        model = random_weights(Qwen3(tiny_config(**changes), dtype), 7, Placement())
+        model = random_weights(Qwen3(TINY, dtype), 7, Placement())
+    return compiled_runner(model, buckets)
+
+
+def compiled_runner(model: Qwen3, buckets: Sequence[int]) -> Runner:
     runner = Runner(
         model,
         RunnerConfig(
