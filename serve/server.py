@@ -323,6 +323,7 @@ class ControlServicer(control_grpc.ControlServiceServicer):
             kv_used_tokens=load.kv_used_tokens,
             kv_capacity_tokens=load.kv_capacity_tokens,
             output_tokens_per_second=load.output_tokens_per_second,
+            steps=load.steps,
         )
 
     @_answers

@@ -97,20 +97,22 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("running_requests", "running_branches", "queued_requests", "kv_used_tokens", "kv_capacity_tokens", "output_tokens_per_second")
+    __slots__ = ("running_requests", "running_branches", "queued_requests", "kv_used_tokens", "kv_capacity_tokens", "output_tokens_per_second", "steps")
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_BRANCHES_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     KV_USED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     running_requests: int
     running_branches: int
     queued_requests: int
     kv_used_tokens: int
     kv_capacity_tokens: int
     output_tokens_per_second: float
-    def __init__(self, running_requests: _Optional[int] = ..., running_branches: _Optional[int] = ..., queued_requests: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., output_tokens_per_second: _Optional[float] = ...) -> None: ...
+    steps: int
+    def __init__(self, running_requests: _Optional[int] = ..., running_branches: _Optional[int] = ..., queued_requests: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., output_tokens_per_second: _Optional[float] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_ids",)
