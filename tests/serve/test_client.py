@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
 
 import pytest
 
-from scheduler import events
-from scheduler.events import BranchInfo, StageFinished, StageStarted, TokenEmitted
-from scheduler.plan import Sample
-from scheduler.request import FinishReason
 from serve.answer import BranchFinished, Completion, Delta, Finished, Joined, Logprob, Started, WidthChanged
 from serve.client import (
     AsyncClient,
@@ -23,50 +18,9 @@ from serve.client import (
     sampling,
     serial,
 )
-from serve.config import ServerConfig
 from serve.errors import CancelledError, InvalidRequestError, UnavailableError
 from serve.protos.taper.v1 import inference_service_pb2 as pb
-from serve.server import Backend, Service, listen, shut_down
-from tests.serve.fakes import FakeEngine, finished, served_model
-
-
-def say(name: str, branch: int, text: str, at: int = 1) -> list[TokenEmitted]:
-    return [
-        TokenEmitted(name, branch, Sample(byte, -0.5, ((7, -1.0),)), at + i)
-        for i, byte in enumerate(text.encode())
-    ]
-
-
-def fork_and_join(engine: FakeEngine, request) -> None:
-    """An introduction, two branches, one of which forks again, a conclusion. Ids that begin "held" wait."""
-    name = request.id
-
-    def begin(stage: int, *infos: tuple[int, int, str, str]) -> StageStarted:
-        branches = (
-            BranchInfo(id, parent, label, tuple(prefix.encode())) for id, parent, label, prefix in infos
-        )
-        return StageStarted(name, stage, tuple(branches))
-
-    def end(stage: int, branch: int, reason: FinishReason, stop=None, count: int = 1, final: bool = True):
-        return StageFinished(name, stage, branch, reason, stop, count, final)
-
-    done = FinishReason.MAX_TOKENS
-    engine.tell(name, events.Started(name, 3, 2), begin(0, (0, 0, "", "")), *say(name, 0, "Hi. "))
-    if name.startswith("held"):
-        return
-    engine.tell(name, end(0, 0, done, final=False), begin(1, (1, 0, "tea", "Tea: "), (2, 0, "", "Coffee: ")))
-    engine.tell(name, events.WidthChanged(name, 2, 2), *say(name, 1, "good"), *say(name, 2, "b"))
-    engine.tell(
-        name, *say(name, 2, "ad", 2), end(1, 1, FinishReason.STOP, "\n", 4), end(1, 2, done, final=False)
-    )
-    engine.tell(
-        name, begin(2, (3, 2, "", ", or "), (4, 2, "", ", and ")), *say(name, 3, "x"), *say(name, 4, "y")
-    )
-    engine.tell(name, end(2, 3, done), end(2, 4, FinishReason.EOS, 256), events.Joined(name, 2, (3, 4)))
-    engine.tell(name, end(1, 2, FinishReason.FORKED, None, 3), events.Joined(name, 1, (1, 2)))
-    engine.tell(name, begin(3, (0, 0, "", " So: ")), *say(name, 0, "tea.", 5), end(3, 0, done, None, 8))
-    engine.tell(name, finished(name, 17))
-
+from tests.serve.fakes import FakeEngine, fork_and_join, listening
 
 PLAN = [
     serial(max_tokens=4),
@@ -82,26 +36,8 @@ def engine() -> FakeEngine:
 
 @pytest.fixture(scope="module")
 def address(engine: FakeEngine) -> Iterator[str]:
-    """A server on a loop of its own, as a blocking client needs it."""
-    started: list[str] = []
-    up, stop = threading.Event(), threading.Event()
-
-    async def serve() -> None:
-        service = Service(ServerConfig(port=0))
-        service.serve(Backend(engine=engine, model=served_model()))
-        server, address = listen(service)
-        await server.start()
-        started.append(address)
-        up.set()
-        await asyncio.to_thread(stop.wait)
-        await shut_down(server, service, timeout=0.0)
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    up.wait()
-    yield started[0]
-    stop.set()
-    thread.join()
+    with listening(engine) as address:
+        yield address
 
 
 @pytest.fixture
