@@ -98,8 +98,11 @@ def test_commands_explain_themselves(command, capsys):
     assert "--" in capsys.readouterr().out
 
 
-def test_an_option_out_of_range_is_refused_before_anything_is_loaded(capsys):
+@pytest.mark.parametrize(
+    "option", [("--load-format", "telepathy"), ("--policy", "fast"), ("--page-size", "0")]
+)
+def test_an_option_that_cannot_work_is_refused_before_anything_is_loaded(option, capsys):
     with pytest.raises(SystemExit) as caught:
-        commands.serve(["--load-format", "telepathy"])
+        commands.serve([*option])
     assert caught.value.code == 2
-    assert "telepathy" in capsys.readouterr().err
+    assert option[1] in capsys.readouterr().err
