@@ -57,7 +57,7 @@ class Branch:
         self.limit = 0
         self.in_flight: list[Entry] = []
         self.slot: int | None = None
-        self.last_advanced = 0
+        self.last_advanced = -1
         self.completion_tokens = 0
         self.critical = 0 if parent is None else parent.critical
         self.allowance = 0

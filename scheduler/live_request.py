@@ -323,6 +323,7 @@ class LiveRequest:
         fork, branches = parent.fork, parent.forked
         assert fork is not None
         parent.critical = max(branch.critical for branch in branches)
+        parent.last_advanced = max(branch.last_advanced for branch in branches)
         parent.fork, parent.forked = None, []
         self.resumed_at = self.updated_at
         if fork.join == "none":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from hypothesis import strategies as st
 
 from scheduler.program import (
@@ -17,7 +19,6 @@ from scheduler.request import Request, SamplingParams, Slo, Stopping
 from tests.scheduler.alphabet import EOS, GRAMMARS, LETTERS, STOP
 from tests.scheduler.world import Setting
 
-LETTER = st.sampled_from(LETTERS)
 SHARED = tuple(LETTERS * 3)  # what many prompts begin with
 
 samplings = st.sampled_from(
@@ -28,23 +29,25 @@ samplings = st.sampled_from(
         SamplingParams(repetition_penalty=1.5, frequency_penalty=0.1),
     ]
 )
+stage_samplings = st.sampled_from([None, None, None, SamplingParams(presence_penalty=1.0, seed=1)])
 slos = st.sampled_from([Slo(tpot=1.0, ttft=10.0), Slo(tpot=0.006, ttft=0.05), Slo(tpot=1e-4, ttft=1e-3)])
 
 
-def stoppings(max_tokens: int = 7) -> st.SearchStrategy[Stopping]:
-    return st.builds(
-        Stopping,
-        max_tokens=st.integers(1, max_tokens),
-        eos_ids=st.sampled_from([frozenset(), frozenset({EOS})]),
-        stop_ids=st.sampled_from([frozenset(), frozenset({STOP})]),
-        stop_strings=st.sampled_from([(), ("bab",), ("abc", "bc"), ("d", "ca")]),
-    )
+stoppings = st.builds(
+    Stopping,
+    max_tokens=st.integers(1, 8),
+    eos_ids=st.sampled_from([frozenset(), frozenset({EOS})]),
+    stop_ids=st.sampled_from([frozenset(), frozenset({STOP})]),
+    stop_strings=st.sampled_from([(), (), ("bab",), ("abc", "bc"), ("d", "ca")]),
+)
+prefixes = st.sampled_from([LETTERS[:length] for length in range(6)])
+seeds = st.sampled_from([LETTERS[-length:] for length in range(1, 6)])  # prefixes that are not empty
 
 
-def _prefixes(needed: bool) -> st.SearchStrategy[tuple[int, ...]]:
-    return st.lists(LETTER, min_size=int(needed), max_size=5).map(tuple)
+joins = st.sampled_from(["", "", "", *JOINS])  # none: a serial stage
 
 
+@cache
 @st.composite
 def stages(draw: st.DrawFn, depth: int, most: int = 3, least: int = 0) -> tuple[Stage, ...]:
     drawn: list[Stage] = []
@@ -53,31 +56,31 @@ def stages(draw: st.DrawFn, depth: int, most: int = 3, least: int = 0) -> tuple[
         if join == "none":
             break
         fed = join == "kv"
-        join = draw(st.sampled_from(JOINS)) if depth else ""
-        if join and draw(st.booleans()):
+        join = draw(joins) if depth else ""
+        if join:
             count = draw(st.integers(1, 4))
             seeded = fed or draw(st.booleans())  # all of them, or any
             branches = tuple(draw(branch_specs(depth - 1, seeded)) for _ in range(count))
             drawn.append(ParallelStage(branches=branches, join=join))
         else:
-            join = ""
             drawn.append(
                 SerialStage(
-                    stopping=draw(stoppings()),
-                    prefix=draw(_prefixes(fed)),
-                    sampling=draw(st.none() | samplings),
+                    stopping=draw(stoppings),
+                    prefix=draw(seeds if fed else prefixes),
+                    sampling=draw(stage_samplings),
                 )
             )
     return tuple(drawn)
 
 
+@cache
 @st.composite
 def branch_specs(draw: st.DrawFn, depth: int, seeded: bool) -> BranchSpec:
     return BranchSpec(
-        stopping=draw(stoppings()),
+        stopping=draw(stoppings),
         label=draw(st.sampled_from(["", "x"])),
-        prefix=draw(_prefixes(seeded)),
-        sampling=draw(st.none() | st.none() | samplings),
+        prefix=draw(seeds if seeded else prefixes),
+        sampling=draw(stage_samplings),
         stages=draw(stages(depth, most=2)) if depth else (),
     )
 
@@ -101,13 +104,19 @@ tag_programs = st.builds(
 
 @st.composite
 def prompts(draw: st.DrawFn) -> tuple[int, ...]:
-    own = draw(st.lists(LETTER, max_size=9))
     shared = SHARED[: draw(st.sampled_from([0, 0, 4, 8, 9, 24]))]
+    own = LETTERS[draw(st.integers(0, 5)) :][: draw(st.integers(0, 8))]
     return (*shared, *own) or (LETTERS[0],)
 
 
 @st.composite
-def loads(draw: st.DrawFn, programs: st.SearchStrategy[Plan | TagProgram], most: int = 4) -> list[Request]:
+def loads(
+    draw: st.DrawFn,
+    programs: st.SearchStrategy[Plan] | st.SearchStrategy[TagProgram],
+    least: int = 1,
+    most: int = 4,
+    slos: st.SearchStrategy[Slo] = slos,
+) -> list[Request]:
     """Requests that arrive in this order."""
     return [
         Request(
@@ -117,7 +126,7 @@ def loads(draw: st.DrawFn, programs: st.SearchStrategy[Plan | TagProgram], most:
             sampling=draw(samplings),
             slo=draw(slos),
         )
-        for number in range(draw(st.integers(1, most)))
+        for number in range(draw(st.integers(least, most)))
     ]
 
 

@@ -35,7 +35,7 @@ class Setting:
     buckets: tuple[int, ...] = (4, 8, 16, 32)
     max_chunk: int = 16
     prompt_floor: int = 4
-    num_pages: int = 400
+    num_pages: int = 250
     page_size: int = 4
     spare_slots: int = 0
     prefix_cache: bool = True
@@ -79,6 +79,7 @@ class World:
         self.plans: list[StepPlan] = []
         self.events: dict[str, list[Event]] = defaultdict(list)
         self.drawn: dict[int, tuple[Sample, Entry]] = {}  # by the sample's identity, where it was drawn
+        self._forgotten: set[int] = set()
         self._flying: deque[tuple[StepPlan, tuple[Sample, ...], float]] = deque()
         self._passed_over: dict[tuple[str, int], tuple[int, int]] = {}
 
@@ -104,7 +105,7 @@ class World:
         assert oldest is None or oldest == self._oldest(), "the oldest request was preempted"
         self.check()
         if plan is None:
-            assert self._flying or self.scheduler.idle, "stuck: requests are live, and nothing can advance"
+            assert self._flying or self.scheduler.idle, "stuck: nothing can advance"
             return None
         self.plans.append(plan)
         self._check_plan(plan)
@@ -146,7 +147,9 @@ class World:
 
     def check(self) -> None:
         self.scheduler.check()
-        self.device.forget(self.pool._free)
+        free = set(self.pool._free)
+        self.device.forget(free - self._forgotten)
+        self._forgotten = free
 
     def check_drained(self) -> None:
         assert self.pool.owned == 0
