@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test check
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Compares live with transformers (installs torch: gigabytes); RECORD=1 rewrites the goldens.
 test-oracle: $(VENV)/.installed-oracle

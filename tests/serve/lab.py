@@ -16,7 +16,7 @@ from model.qwen3 import Qwen3
 from model.sharding import Placement
 from model.weights import random_weights
 from scheduler.events import Event, Finished, StageFinished, StageStarted, TokenEmitted
-from scheduler.plan import StepPlan
+from scheduler.plan import Sample, StepPlan
 from scheduler.predictor import StepLatencyModel
 from scheduler.request import FinishReason, Request
 from scheduler.scheduler import Scheduler, SchedulerConfig
@@ -77,12 +77,16 @@ def compiled_runner(model: Qwen3, buckets: Sequence[int]) -> Runner:
     return runner
 
 
+Name = tuple[Any, ...]
+"""Of a branch: (label, n-th of that label) from the root; () is the trunk."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one request came to, by branch; a branch is named by (label, n-th of that label) from the root."""
+    """What one request came to, by branch."""
 
-    tokens: Mapping[tuple[Any, ...], tuple[int, ...]]
-    reasons: Mapping[tuple[Any, ...], tuple[FinishReason, ...]]
+    tokens: Mapping[Name, tuple[int, ...]]
+    reasons: Mapping[Name, tuple[FinishReason, ...]]
 
 
 @dataclass(slots=True)
@@ -105,10 +109,33 @@ class Run:
 
 
 def answer(events: Iterable[Event]) -> Answer:
-    names: dict[int, tuple[Any, ...]] = {0: ()}
-    seen: dict[tuple[Any, ...], int] = defaultdict(int)
-    tokens: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    reasons: dict[tuple[Any, ...], list[FinishReason]] = defaultdict(list)
+    events = list(events)
+    reasons: dict[Name, list[FinishReason]] = defaultdict(list)
+    names = branch_names(events)
+    for event in events:
+        if isinstance(event, StageFinished):
+            reasons[names[event.branch]].append(event.reason)
+    return Answer(
+        {name: tuple(sample.token for sample in said) for name, said in samples(events).items()},
+        {name: tuple(why) for name, why in reasons.items()},
+    )
+
+
+def samples(events: Iterable[Event]) -> dict[Name, list[Sample]]:
+    """Every branch's samples, in order."""
+    events = list(events)
+    names = branch_names(events)
+    said: dict[Name, list[Sample]] = defaultdict(list)
+    for event in events:
+        if isinstance(event, TokenEmitted):
+            said[names[event.branch]].append(event.sample)
+    return said
+
+
+def branch_names(events: Iterable[Event]) -> dict[int, Name]:
+    """A name for each branch id that does not depend on the order in which branches were opened."""
+    names: dict[int, Name] = {0: ()}
+    seen: dict[Name, int] = defaultdict(int)
     for event in events:
         if isinstance(event, StageStarted):
             for info in event.branches:
@@ -116,14 +143,7 @@ def answer(events: Iterable[Event]) -> Answer:
                     name = (*names[info.parent], info.label)
                     names[info.branch] = (*name, seen[name])
                     seen[name] += 1
-        elif isinstance(event, TokenEmitted):
-            tokens[names[event.branch]].append(event.sample.token)
-        elif isinstance(event, StageFinished):
-            reasons[names[event.branch]].append(event.reason)
-    return Answer(
-        {name: tuple(ids) for name, ids in tokens.items()},
-        {name: tuple(why) for name, why in reasons.items()},
-    )
+    return names
 
 
 class Recorder:
