@@ -69,24 +69,30 @@ class Branch:
     def info(self, prefix: tuple[int, ...]) -> BranchInfo:
         return BranchInfo(self.id, self.parent.id if self.parent else 0, self.label, prefix)
 
-    def pieces(self) -> list[tuple[Segment, int]]:
-        """What must be computed, in order, until this branch samples its next token: (segment, rows).
-
-        Missing ancestors come first (a parent's last token, or all of it after a preemption). Empty while
-        the branch waits for its children, or for a token that is still on the way and that it cannot feed
-        from its slot.
-        """
-        if self.open_children:
-            return []
-        if self.in_flight:
-            waits = self.slot is None or self.segment.end + len(self.in_flight) >= self.limit
-            return [] if waits else [(self.segment, 1)]
-        return [(segment, segment.missing) for segment in self.segment.chain if segment.missing]
+    @property
+    def waits(self) -> bool:
+        """For its children, or for a token that is still on the way and that it cannot feed from its slot."""
+        if not self.in_flight:
+            return self.open_children > 0
+        return self.slot is None or self.segment.end + len(self.in_flight) >= self.limit
 
     @property
     def backlog(self) -> int:
-        """Rows until this branch samples its next token."""
-        return sum(rows for _, rows in self.pieces())
+        """Rows until this branch samples its next token; 0 while it waits."""
+        if self.waits:
+            return 0
+        return 1 if self.in_flight else sum(segment.missing for segment in self.segment.chain)
+
+    def pieces(self) -> list[tuple[Segment, int]]:
+        """What must be computed, in order, until this branch samples its next token: (segment, rows).
+
+        Missing ancestors come first: a parent's last token, or all of it after a preemption.
+        """
+        if self.waits:
+            return []
+        if self.in_flight:
+            return [(self.segment, 1)]
+        return [(segment, segment.missing) for segment in self.segment.chain if segment.missing]
 
     def history(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids before the next sampled token, as (given, generated)."""

@@ -6,7 +6,6 @@ once, so that the next candidate is priced against what this step will really ho
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
 from scheduler.branch import Branch
@@ -36,10 +35,12 @@ class StepDraft:
         self.rows = 0
         self.kv_tokens = 0
         self.slots: list[SlotSetup] = []
-        self.advanced: dict[LiveRequest, set[Branch]] = {}
-        self._rows_of: Counter[LiveRequest] = Counter()
+        self.advanced: dict[LiveRequest, dict[Branch, int]] = {}  # rows of each branch
+        self.sampling: set[LiveRequest] = set()
         self._pool = pool
+        self._page_size = pool.page_size
         self._latency = latency
+        self._largest = latency.buckets.largest
         self._make_room = make_room
         self._take_slot = take_slot
         self._entries: dict[Segment, Entry] = {}
@@ -55,10 +56,10 @@ class StepDraft:
     @property
     def room(self) -> int:
         """Rows that still fit the largest bucket."""
-        return self._latency.buckets.largest - self.rows
+        return self._largest - self.rows
 
     def rows_of(self, live: LiveRequest) -> int:
-        return self._rows_of[live]
+        return sum(self.advanced.get(live, {}).values())
 
     def left(self, branch: Branch) -> int:
         """Rows that `branch` could still add: none once the step samples its next token."""
@@ -72,8 +73,11 @@ class StepDraft:
 
     def unread(self, branch: Branch) -> int:
         """KV positions that `branch` would read and nobody in the step reads yet."""
-        read = self._segments_read
-        return sum(self._unread(segment) for segment in branch.segment.chain if segment not in read)
+        unread = 0
+        for segment in branch.segment.chain:
+            if segment not in self._segments_read:
+                unread += self._unread(segment)
+        return unread
 
     def affordable(self, branch: Branch, rows: int, budget: float) -> int:
         """The most of `rows` rows of `branch` with which the step stays within `budget`."""
@@ -89,7 +93,7 @@ class StepDraft:
         if not segment.shared:
             return segment.computed
         known = self._shared_pages_read.intersection(segment.pages[: segment.shared])
-        return segment.computed - len(known) * self._pool.page_size
+        return segment.computed - len(known) * self._page_size
 
     def _read(self, segment: Segment) -> None:
         self.kv_tokens += self._unread(segment)
@@ -112,20 +116,22 @@ class StepDraft:
                 break
         if added:
             branch.last_advanced = self.step_id
-            self.advanced.setdefault(live, set()).add(branch)
-            self._rows_of[live] += added
+            rows_of = self.advanced.setdefault(live, {})
+            rows_of[branch] = rows_of.get(branch, 0) + added
         return added
 
     def _with_pages(self, live: LiveRequest, segment: Segment, rows: int, must: bool) -> int:
         """Take the pages for `rows` more positions of `segment`; fewer rows if there are not enough."""
         if rows <= 0:
             return 0
+        if segment.computed + rows <= len(segment.pages) * self._page_size:
+            return rows
         pool = self._pool
         missing = pool.pages_for(segment.computed + rows) - len(segment.pages)
         if missing > pool.available and not (must and self._make_room(self, live, missing)):
             missing = pool.available
-            rows = min(rows, (len(segment.pages) + missing) * pool.page_size - segment.computed)
-        if missing > 0:
+            rows = min(rows, (len(segment.pages) + missing) * self._page_size - segment.computed)
+        if missing:
             segment.pages += pool.allocate(missing)
         return rows
 
@@ -160,6 +166,7 @@ class StepDraft:
         if samples:
             branch.in_flight.append(entry)
             self._sampled.add(branch)
+            self.sampling.add(live)
 
     def _context(self, ancestors: tuple[Segment, ...]) -> tuple[SegmentRead, ...]:
         """How the step reads `ancestors`, all of which are computed by now."""

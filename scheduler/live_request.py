@@ -8,7 +8,7 @@ runs in which step is decided in `scheduler.scheduler`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from operator import attrgetter
 
 from scheduler.branch import Branch
 from scheduler.events import (
@@ -27,7 +27,7 @@ from scheduler.footprint import worst_case_pages
 from scheduler.pages import PagePool
 from scheduler.plan import Entry, Sample, SlotSetup
 from scheduler.program import Action, Codec, Decode, End, Fork, TagProgram, cursor
-from scheduler.request import FinishReason, Request, Stopping
+from scheduler.request import FinishReason, Request
 from scheduler.segment import Segment, text
 
 
@@ -94,9 +94,10 @@ class LiveRequest:
         return sum(not branch.open_children for branch in self.branches.values())
 
     def runnable(self) -> list[Branch]:
-        """Branches that could advance, the least recently advanced first."""
-        ready = [branch for branch in self.branches.values() if branch.pieces()]
-        return sorted(ready, key=lambda branch: (branch.last_advanced, branch.id))
+        """Branches that could advance: the least recently advanced first, then in the order of their ids."""
+        ready = [branch for branch in self.branches.values() if branch.backlog]
+        ready.sort(key=attrgetter("last_advanced"))
+        return ready
 
     # --- coming and going ------------------------------------------------------------------------------
 
@@ -177,29 +178,34 @@ class LiveRequest:
             return []
         branch.in_flight.pop(0)
         self.updated_at = now
-        events = self._first_events(now)
-        stopping, segment, stage_from = branch.stopping, branch.segment, branch.stage_from
-        if sample.token in stopping.eos_ids or sample.token in stopping.stop_ids:
-            reason = FinishReason.EOS if sample.token in stopping.eos_ids else FinishReason.STOP
-            return events + self._end_stage(branch, branch.cursor.on_stop(reason), reason, sample.token)
-        segment.extend((sample.token,), sampled=(True,))
+        events = self._first_events(now) if self.first_token is None else []
+        stopping, token = branch.stopping, sample.token
+        if token in stopping.eos_ids or token in stopping.stop_ids:
+            reason = FinishReason.EOS if token in stopping.eos_ids else FinishReason.STOP
+            return events + self._end_stage(branch, branch.cursor.on_stop(reason), reason, token)
+        branch.segment.append(token)
         self.last_token = now
         self.tokens += 1
         branch.completion_tokens += 1
         branch.critical += 1
         events.append(TokenEmitted(self.request.id, branch.id, sample, branch.completion_tokens))
-        action = branch.cursor.on_token(segment.tokens, stage_from, segment.end)
+        return events + self._look_for_end(branch)
+
+    def _look_for_end(self, branch: Branch) -> list[Event]:
+        """What the newest token brings about: a tag of the model, a stop string, or the limit."""
+        segment, position = branch.segment, branch.segment.end
+        action = branch.cursor.on_token(segment.tokens, branch.stage_from, position)
         if action is not None and self._fits(branch, action):
             reason = action.reason if isinstance(action, End) else FinishReason.FORKED
-            return events + self._end_stage(branch, action, reason)
-        stop = self._stop_string(stopping, segment.tokens, stage_from)
+            return self._end_stage(branch, action, reason)
+        stop = self._stop_string(branch) if branch.stopping.stop_strings else None
         if stop is not None:
-            action = branch.cursor.on_stop(FinishReason.STOP)
-            return events + self._end_stage(branch, action, FinishReason.STOP, stop)
-        if segment.end >= branch.limit:
-            reason = FinishReason.CONTEXT if segment.end >= self._max_context else FinishReason.MAX_TOKENS
-            return events + self._end_stage(branch, branch.cursor.on_stop(reason), reason)
-        return events
+            reason = FinishReason.STOP
+        elif position >= branch.limit:
+            reason = FinishReason.CONTEXT if position >= self._max_context else FinishReason.MAX_TOKENS
+        else:
+            return []
+        return self._end_stage(branch, branch.cursor.on_stop(reason), reason, stop)
 
     def publish_prefix(self) -> None:
         """Offer the full, computed pages of the trunk before its first fork to the prefix cache."""
@@ -224,8 +230,6 @@ class LiveRequest:
     # --- stages ----------------------------------------------------------------------------------------
 
     def _first_events(self, now: float) -> list[Event]:
-        if self.first_token is not None:
-            return []
         self.first_token = self.last_token = now
         events, self._unsent = self._unsent, []
         return [Started(self.request.id, len(self.request.prompt), self.cached_tokens), *events]
@@ -421,11 +425,10 @@ class LiveRequest:
         root.computed = len(pages) * pool.page_size
         self._published = keys[len(pages) - 1] if pages else None
 
-    def _stop_string(self, stopping: Stopping, tokens: Sequence[int], stage_from: int) -> str | None:
+    def _stop_string(self, branch: Branch) -> str | None:
         """The stop string that the newest token completed: every token holds at least one byte of it."""
-        if not stopping.stop_strings:
-            return None
-        most = max(len(string.encode()) for string in stopping.stop_strings)
-        tail = self._codec.decode(list(tokens[max(stage_from, len(tokens) - most) :]))
-        found = [(tail.find(string), string) for string in stopping.stop_strings if string in tail]
+        strings, tokens = branch.stopping.stop_strings, branch.segment.tokens
+        most = max(len(string.encode()) for string in strings)
+        tail = self._codec.decode(tokens[max(branch.stage_from, len(tokens) - most) :])
+        found = [(tail.find(string), string) for string in strings if string in tail]
         return min(found)[1] if found else None

@@ -77,10 +77,15 @@ class SchedulerLoad:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A launched step: its plan, when it should end, and the (width, wanted) of each request in it."""
+    """A launched step: its plan and when it should end.
+
+    sampling  the requests that it should give a token
+    widths    for each request in it, how many branches advance, and how many were ready
+    """
 
     plan: StepPlan
     end: float
+    sampling: set[LiveRequest]
     widths: dict[LiveRequest, tuple[int, int]]
 
 
@@ -275,8 +280,8 @@ class Scheduler:
         protected = [turn.live for turn in decoding if turn.live in draft.advanced]
         if not protected:
             return math.inf
-        expected = {e.request_id: f.end for f in self._flights for e in f.plan.entries if e.samples}
-        deadlines = [live.deadline(expected.get(live.request.id)) for live in protected]
+        expected = {live: flight.end for flight in self._flights for live in flight.sampling}
+        deadlines = [live.deadline(expected.get(live)) for live in protected]
         if any(deadline - start >= baseline for deadline in deadlines):
             for turn in reading:
                 left = max(1, draft.left(turn.branch))
@@ -332,7 +337,7 @@ class Scheduler:
         for turn in turns:
             if not self._runs(turn):
                 continue
-            advanced = draft.advanced.get(turn.live, set())
+            advanced = draft.advanced.get(turn.live, {})
             deferred += [(turn.live.request.id, branch.id) for branch in turn.ready if branch not in advanced]
             if advanced:
                 widths[turn.live] = (len(advanced), len(turn.ready))
@@ -348,7 +353,7 @@ class Scheduler:
             baseline_seconds=baseline,
             budget_seconds=budget,
         )
-        self._flights.append(_Flight(plan, start + plan.predicted_seconds, widths))
+        self._flights.append(_Flight(plan, start + plan.predicted_seconds, draft.sampling, widths))
         return plan
 
     def _runs(self, turn: _Turn) -> bool:
@@ -378,8 +383,8 @@ class Scheduler:
             if live.finished:
                 del self._live[live.request.id]
                 self._leave(live)
-            elif self.config.prefix_cache:
-                live.publish_prefix()
+        for live in flight.widths if self.config.prefix_cache else ():
+            live.publish_prefix()
         return events
 
     # --- starting and preempting -----------------------------------------------------------------------

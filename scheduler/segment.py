@@ -65,6 +65,11 @@ class Segment:
         self.tokens.extend(tokens)
         self.sampled.extend(bytes(len(tokens)) if sampled is None else sampled)
 
+    def append(self, token: int) -> None:
+        """Append a generated token."""
+        self.tokens.append(token)
+        self.sampled.append(True)
+
     def cut(self, length: int, pool: PagePool) -> None:
         """Keep the first `length` tokens. What was written beyond is never read: readers count positions."""
         del self.tokens[length:], self.sampled[length:]
