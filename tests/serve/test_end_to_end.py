@@ -9,9 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from model import decode
+from model.checkpoint import load_model
+from model.sampling import Sampling
 from serve.answer import BranchFinished, Delta, Finished, Joined, StageStarted, Started
 from serve.client import Client, branch, parallel, sampling, serial, stopping
 from serve.demo import POLICIES, Demo, compare
@@ -72,17 +76,13 @@ def test_every_policy_gives_every_request_the_same_tokens(address: str) -> None:
 
 def test_the_server_and_the_offline_decode_loop_agree(address: str) -> None:
     """Two programs that share the model alone: one schedules, one is a single loop on the device."""
-    import jax.numpy as jnp
-
-    from model import decode
-    from model.checkpoint import load_model
-
     prompt, tokens, seed = [40, 301, 77, 512, 9], 12, 5
     model = load_model("default", jnp.float32)
     for temperature, width in ((0.0, 1), (0.9, 1), (0.9, 3)):
-        expected = decode.generate(
-            model, [prompt], max_tokens=tokens, branches=width, temperature=temperature, seed=seed
-        )[0]
+        options = Sampling(temperature=temperature, seed=seed)
+        expected = decode.generate(model, [prompt], max_tokens=tokens, branches=width, sampling=options).ids[
+            0
+        ]
         ends = stopping(tokens, ignore_eos=True)
         plan = (
             [serial(stopping=ends)]
@@ -94,7 +94,7 @@ def test_the_server_and_the_offline_decode_loop_agree(address: str) -> None:
                 prompt, plan=plan, sampling=sampling(temperature=temperature, seed=seed), token_ids=True
             )
         got = [answer.trunk.token_ids] if width == 1 else [b.token_ids for b in answer.branches]
-        assert [list(ids) for ids in got] == [list(ids) for ids in expected]
+        assert got == expected
 
 
 def test_sigterm_drains_and_exits_cleanly(server: subprocess.Popen[str], address: str) -> None:
