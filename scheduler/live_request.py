@@ -123,6 +123,12 @@ class LiveRequest:
     def holds_pages(self) -> bool:
         return any(segment.pages for segment in self.segments.values())
 
+    @property
+    def lacking_pages(self) -> int:
+        """Pages that the tokens it knows already will take, beyond those that it holds."""
+        sizes = [(self._pool.pages_for(len(s.tokens)), len(s.pages)) for s in self.segments.values()]
+        return sum(max(0, wanted - held) for wanted, held in sizes)
+
     def width_changed(self, width: int, wanted: int) -> list[Event]:
         """Tell how many branches advanced, and how many were ready, unless it is known or too early."""
         if self.first_token is None or (width, wanted) == self._width:

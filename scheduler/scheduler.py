@@ -411,8 +411,12 @@ class Scheduler:
         return next(chain(missed, on_time) if late_first else chain(on_time, missed))
 
     def _may_start(self, live: LiveRequest) -> bool:
-        """Whether its worst case fits now, and the step with it stays within everybody's TPOT target."""
-        if live.worst_case_pages > self.pool.available:
+        """Whether its worst case fits now, and the step with it stays within everybody's TPOT target.
+
+        What the running requests have still to read of their prompts is theirs already.
+        """
+        promised = sum(running.lacking_pages for running in self._running)
+        if live.worst_case_pages > self.pool.available - promised:
             return False
         rows = min(len(self._running) + self._floor, self.latency.buckets.largest)
         kv_tokens = self.pool.owned * self.pool.page_size + self._floor

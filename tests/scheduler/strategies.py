@@ -24,13 +24,10 @@ RELAXED = Slo(tpot=1.0, ttft=10.0)  # everybody may start at once
 SHARED = tuple(LETTERS * 3)  # what many prompts begin with
 
 
-
 def examples(number: int, **more: int) -> settings:
     """The same `number` of examples in every run."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    return settings(
-        max_examples=number, deadline=None, derandomize=True, suppress_health_check=slow, **more
-    )
+    return settings(max_examples=number, deadline=None, derandomize=True, suppress_health_check=slow, **more)
 
 
 samplings = st.sampled_from(

@@ -224,10 +224,10 @@ class SymbolicDevice:
         return Sample(slot.last)
 
 
-def unique_kv_tokens(plan: StepPlan, page_size: int) -> int:
+def unique_kv_tokens(entries: Iterable[Entry], page_size: int) -> int:
     """Distinct KV positions that a step reads: a page that several rows read counts once."""
     filled: set[tuple[int, int]] = set()
-    for entry in plan.entries:
+    for entry in entries:
         for read in (*entry.context, entry.own):
             for index, page in enumerate(read.pages):
                 filled.add((page, min(page_size, read.length - index * page_size)))

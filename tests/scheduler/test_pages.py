@@ -150,7 +150,9 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.release(pages)
             return
         own = self.pool.allocate(missing)
-        listed = [self.pool.cache.insert(key, page) for key, page in zip(keys[len(pages) :], own, strict=True)]
+        listed = [
+            self.pool.cache.insert(key, page) for key, page in zip(keys[len(pages) :], own, strict=True)
+        ]
         assert listed == own
         self.held.append([*pages, *own])
 

@@ -165,7 +165,7 @@ class World:
         setting = self.setting
         rows = sum(entry.rows for entry in plan.entries)
         bucket = min(bucket for bucket in setting.buckets if bucket >= rows)
-        kv_tokens = unique_kv_tokens(plan, setting.page_size)
+        kv_tokens = unique_kv_tokens(plan.entries, setting.page_size)
         assert (plan.rows, plan.bucket, plan.kv_tokens) == (rows, bucket, kv_tokens)
         seconds = self.latency.scale * (1e-3 + 1e-4 * bucket + 2e-6 * kv_tokens)
         assert abs(plan.predicted_seconds - seconds) < 1e-12
