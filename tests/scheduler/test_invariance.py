@@ -1,6 +1,7 @@
 """What a request says does not depend on how it is served.
 
-Its tokens, their positions and sampling keys, its ends, forks and joins: under any policy, buckets, chunks, batch mates, arrival, pages, cache, slots and pipelining they are what the program alone says.
+Its tokens, their positions and sampling keys, its ends, forks and joins: under any policy, buckets, chunks,
+batch mates, arrival, pages, cache, slots and pipelining they are what the program alone says.
 """
 
 from __future__ import annotations
