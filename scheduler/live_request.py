@@ -55,6 +55,7 @@ class LiveRequest:
         self.tokens = 0
         self.preemptions = 0
         self.cached_tokens = 0
+        self.prompt_read = False  # a launched step samples from it
         self.resident = False  # it runs: it may hold pages and slots
         self.finished = False
         self.branches: dict[int, Branch] = {}
@@ -179,6 +180,7 @@ class LiveRequest:
     def slot_setup(self, branch: Branch, slot: int) -> SlotSetup:
         """Give `branch` a slot for the token that it samples next."""
         branch.slot = slot
+        self.prompt_read = True
         if not branch.sampling.uses_penalties:
             return SlotSetup(slot, branch.sampling)
         return SlotSetup(slot, branch.sampling, *branch.history())

@@ -229,7 +229,7 @@ class Scheduler:
             ready = live.runnable()
             if not ready:
                 continue
-            decodes = live.first_token is not None and any(b.backlog <= self._floor for b in ready)
+            decodes = live.prompt_read and any(branch.backlog <= self._floor for branch in ready)
             (decoding if decodes else reading).append(_Turn(live, ready))
         reading.sort(key=lambda turn: turn.live.reading_deadline)
         return decoding, reading

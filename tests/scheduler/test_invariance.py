@@ -20,7 +20,7 @@ from tests.scheduler.alphabet import FOLLOWS, LETTERS, PLAIN, TALKATIVE
 from tests.scheduler.interpreter import Answer
 from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving, tag_programs
 from tests.scheduler.symbolic import SymbolicModel
-from tests.scheduler.world import Setting, assert_says, serve
+from tests.scheduler.world import Setting, assert_says, roomy, serve
 
 MODEL = SymbolicModel(PLAIN)
 FORKS = SymbolicModel(TALKATIVE, FOLLOWS)
@@ -36,7 +36,7 @@ def tight(load: list[Request], setting: Setting, spare: int) -> Setting:
 @examples(200)
 @given(loads(plans), serving)
 def test_plans(load: list[Request], setting: Setting) -> None:
-    assert_says(serve(load, setting, MODEL), load, MODEL)
+    assert_says(serve(load, roomy(load, setting), MODEL), load, MODEL)
 
 
 @examples(150)
@@ -76,7 +76,7 @@ def test_model_driven_forks_that_preempt_each_other(
 def test_the_context_may_end(load: list[Request], setting: Setting, order: list[int]) -> None:
     setting = replace(setting, max_context=39)
     load = [load[index] for index in order if index < len(load)]
-    assert_says(serve(load, setting, MODEL), load, MODEL)
+    assert_says(serve(load, roomy(load, setting), MODEL), load, MODEL)
 
 
 # --- nothing is computed twice -------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def forced_repeats(answer: Answer) -> int:
 @examples(150)
 @given(loads(plans), serving)
 def test_forks_and_joins_compute_nothing_twice(load: list[Request], setting: Setting) -> None:
-    world = serve(load, setting, MODEL)
+    world = serve(load, roomy(load, setting), MODEL)
     repeats = sum(forced_repeats(world.answer(request.id)) for request in load)
     # The last token again, and the stop after it if a step in flight had fed it and it is sampled again.
     assert world.recomputed() <= (1 + setting.in_flight) * repeats

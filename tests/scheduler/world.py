@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from scheduler.events import Event, Finished, Joined, StageFinished, StageStarted, TokenEmitted
+from scheduler.footprint import worst_case_pages
 from scheduler.plan import Entry, Sample, StepPlan, StepResult
 from scheduler.predictor import StepLatencyModel
 from scheduler.request import Request
@@ -128,6 +129,11 @@ class World:
         ends = begins + plan.predicted_seconds * self.setting.late_by
         self._flying.append((plan, samples, ends))
         return plan
+
+    @property
+    def flying(self) -> list[StepPlan]:
+        """The steps in flight, oldest first."""
+        return [plan for plan, _, _ in self._flying]
 
     def land(self) -> list[Event]:
         """The oldest step in flight ends."""
@@ -254,6 +260,12 @@ class World:
         return event
 
 
+def roomy(requests: Iterable[Request], setting: Setting) -> Setting:
+    """With so many pages that all of `requests` fit at once."""
+    needed = [worst_case_pages(r, setting.page_size, setting.max_context) for r in requests]
+    return replace(setting, num_pages=max(setting.num_pages, sum(needed)))
+
+
 def serve(requests: Sequence[Request], setting: Setting, model: SymbolicModel) -> World:
     world = World(setting, model)
     world.run(requests)
@@ -269,7 +281,3 @@ def assert_says(world: World, requests: Iterable[Request], model: SymbolicModel)
         assert usage.completion_tokens == oracle.tokens
         assert usage.critical_path_tokens == oracle.critical
         assert usage.prompt_tokens == len(request.prompt)
-
-
-def answers(world: World, requests: Iterable[Request]) -> Mapping[str, Answer]:
-    return {request.id: world.answer(request.id) for request in requests}

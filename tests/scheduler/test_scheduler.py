@@ -1,0 +1,625 @@
+"""The scheduler's rules: who gets in, who advances in a step, what it may cost, who gives way."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+
+from scheduler.events import (
+    Event,
+    Joined,
+    StageFinished,
+    StageStarted,
+    Started,
+    TokenEmitted,
+    WidthChanged,
+)
+from scheduler.plan import Entry, StepPlan, StepResult
+from scheduler.program import MULTIVERSE, BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
+from scheduler.request import Request, Slo, Stopping
+from scheduler.scheduler import RejectedError, Scheduler
+from tests.scheduler.alphabet import LETTERS, PLAIN, tokens
+from tests.scheduler.interpreter import Interpreter
+from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving
+from tests.scheduler.symbolic import SymbolicModel, unique_kv_tokens, widths
+from tests.scheduler.world import Setting, World, assert_says, roomy, serve
+
+TALKS_ON = SymbolicModel(LETTERS)
+MODEL = SymbolicModel(PLAIN)
+NEVER = Slo(tpot=math.inf, ttft=math.inf)
+
+
+def stopping(tokens: int) -> Stopping:
+    return Stopping(max_tokens=tokens)
+
+
+def serial(tokens: int, prefix: tuple[int, ...] = ()) -> SerialStage:
+    return SerialStage(stopping=stopping(tokens), prefix=prefix)
+
+
+def fork(width: int, tokens: int = 6, join: str = "none", stages: tuple[Stage, ...] = ()) -> ParallelStage:
+    spec = BranchSpec(stopping=stopping(tokens), prefix=LETTERS[:1], stages=stages)
+    return ParallelStage(branches=(spec,) * width, join=join)
+
+
+def request(name: str, *stages: Stage, prompt: int = 4, slo: Slo = RELAXED, **more: str) -> Request:
+    ids = tuple(LETTERS[n % len(LETTERS)] for n in range(prompt))
+    return Request(id=name, prompt=ids, program=Plan(stages=stages), slo=slo, **more)
+
+
+def run_until(world: World, reached: Callable[[], bool], most: int = 300) -> None:
+    for _ in range(most):
+        if reached():
+            return
+        world.step()
+    raise AssertionError("never reached")
+
+
+def emitted(world: World, name: str) -> int:
+    return sum(isinstance(event, TokenEmitted) for event in world.events[name])
+
+
+def rows_by_request(plan: StepPlan) -> dict[str, int]:
+    rows: dict[str, int] = defaultdict(int)
+    for entry in plan.entries:
+        rows[entry.request_id] += entry.rows
+    return rows
+
+
+# --- who gets in ---------------------------------------------------------------------------------------
+
+
+def rejection(world: World, wanted: Request) -> str:
+    with pytest.raises(RejectedError) as caught:
+        world.add(wanted)
+    return caught.value.reason
+
+
+def test_an_id_cannot_be_used_twice_at_a_time() -> None:
+    world = World(Setting(), TALKS_ON)
+    world.add(request("r", serial(3)))
+    assert rejection(world, request("r", serial(3))) == "DUPLICATE"
+    world.step()
+    assert rejection(world, request("r", serial(3))) == "DUPLICATE"
+    world.run([])
+    world.run([request("r", serial(3))])
+
+
+def test_the_queue_is_bounded_and_running_requests_are_not_in_it() -> None:
+    world = World(Setting(), TALKS_ON)
+    world.scheduler.config = replace(world.scheduler.config, max_queue=2)
+    world.add(request("a", serial(9)))
+    world.add(request("b", serial(9)))
+    assert rejection(world, request("c", serial(9))) == "QUEUE_FULL"
+    world.step()
+    world.add(request("c", serial(9)))
+
+
+def test_a_request_that_could_never_fit_is_refused_and_one_that_just_fits_runs() -> None:
+    world = World(Setting(num_pages=4, page_size=4), TALKS_ON)
+    assert rejection(world, request("r", serial(13))) == "KV_FULL"
+    assert rejection(world, request("r", fork(4, tokens=3))) == "KV_FULL"
+    world.run([request("a", serial(12)), request("b", fork(3, tokens=3))])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (request("r", serial(3), prompt=0), "prompt is empty"),
+        (request("r", serial(3), prompt=20), "20 tokens before .* leave no room in 20"),
+        (request("r", serial(3, prefix=LETTERS[:4]), prompt=16), "leave no room"),
+        (request("r", fork(2), prompt=19), "leave no room"),
+        (request("r"), "at least one stage"),
+    ],
+)
+def test_a_request_that_cannot_run_is_an_error(wanted: Request, message: str) -> None:
+    world = World(Setting(max_context=20), TALKS_ON)
+    with pytest.raises(ValueError, match=message):
+        world.add(wanted)
+    assert world.scheduler.idle
+
+
+def test_too_few_slots_are_refused() -> None:
+    world = World(Setting(), TALKS_ON)
+    with pytest.raises(ValueError, match="fewer than twice the largest bucket"):
+        Scheduler(replace(world.scheduler.config, num_slots=63), world.latency, world.scheduler._codec)
+
+
+def test_more_branches_than_slots_take_turns_with_them() -> None:
+    load = [request("r", fork(12, join="kv"), serial(2, LETTERS[:1])), request("s", fork(9))]
+    world = serve(load, Setting(buckets=(2,), in_flight=1), MODEL)
+    assert_says(world, load, MODEL)
+    assert len({setup.slot for plan in world.plans for setup in plan.slots}) <= 4
+
+
+# --- who starts ----------------------------------------------------------------------------------------
+
+
+def running(world: World) -> list[str]:
+    return [live.request.id for live in world.scheduler._running]
+
+
+def test_a_request_waits_until_its_worst_case_fits_beside_what_the_others_still_read() -> None:
+    world = World(Setting(num_pages=10, page_size=4, max_chunk=4), TALKS_ON)
+    world.add(request("a", serial(4), prompt=20))
+    world.add(request("b", serial(4), prompt=17))
+    world.step()
+    assert world.pool.available == 9, "enough for b's 6, if a's prompt had not to be read"
+    assert running(world) == ["a"]
+    world.run([])
+
+
+def test_nothing_overtakes_a_request_that_waits_for_pages() -> None:
+    world = World(Setting(num_pages=10, page_size=4), TALKS_ON)
+    world.add(request("a", serial(12), prompt=20))
+    world.add(request("large", serial(20), prompt=20))
+    world.add(request("small", serial(1), prompt=2))
+    run_until(world, lambda: emitted(world, "a") > 3)
+    assert running(world) == ["a"]
+    world.run([])
+
+
+def test_a_request_starts_only_if_the_step_with_it_keeps_every_tpot_target() -> None:
+    buckets = (4, 8)  # 1.4 ms and 1.8 ms
+    world = World(Setting(buckets=buckets, prompt_floor=4), TALKS_ON)
+    world.add(request("a", serial(9), slo=Slo(tpot=0.0017, ttft=9.0)))
+    world.add(request("b", serial(9), slo=Slo(tpot=9.0, ttft=9.0)))
+    run_until(world, lambda: emitted(world, "a") > 4)
+    assert running(world) == ["a"]
+    world.run([])
+    assert emitted(world, "b") == 9
+
+
+def test_alone_any_request_starts() -> None:
+    world = serve([request("a", serial(3), slo=Slo(tpot=1e-9, ttft=1e-9))], Setting(), TALKS_ON)
+    assert not world.finished("a").timing.tpot_slo_met
+
+
+def test_who_has_missed_the_ttft_target_starts_after_the_others_but_for_one_start_in_eight() -> None:
+    world = World(Setting(buckets=(1,), in_flight=0), TALKS_ON)  # one at a time
+    for number in range(3):
+        world.add(request(f"late{number}", serial(1), slo=Slo(tpot=1.0, ttft=0.001)))
+    world.now = 1.0
+    for number in range(18):
+        world.add(request(f"live{number}", serial(1), slo=Slo(tpot=1.0, ttft=60.0)))
+    world.run([])
+    first = [name for name, events in world.events.items() if isinstance(events[0], Started)]
+    assert [n for n, name in enumerate(first) if name.startswith("late")] == [7, 15, 20]
+    assert [name for name in first if name.startswith("live")] == [f"live{n}" for n in range(18)]
+
+
+# --- what a step holds ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_flight", [0, 1])
+@pytest.mark.parametrize("policy", ["off", "cap:2", "eager", "taper"])
+def test_every_decoding_request_advances_in_every_step(policy: str, in_flight: int) -> None:
+    world = World(Setting(policy=policy, in_flight=in_flight), TALKS_ON)
+    for name in "abc":
+        world.add(request(name, fork(3, tokens=20)))
+    run_until(world, lambda: all(emitted(world, name) for name in "abc"))
+    for _ in range(12):
+        plan = world.launch()
+        assert plan is not None
+        assert set(widths(plan)) == {"a", "b", "c"}
+        world.land()
+
+
+def test_at_width_one_branches_take_turns() -> None:
+    world = serve([request("r", fork(3, tokens=5))], Setting(policy="off", in_flight=0), TALKS_ON)
+    turns = [entry.branch for plan in world.plans for entry in plan.entries if entry.samples]
+    assert turns == [1, 2, 3] * 5
+
+
+def test_a_cap_is_the_number_of_branches_that_advance() -> None:
+    world = serve([request("r", fork(4, tokens=8))], Setting(policy="cap:3", in_flight=0), TALKS_ON)
+    assert [widths(plan)["r"] for plan in world.plans[1:9]] == [3] * 8
+
+
+@pytest.mark.parametrize("tpot", [1e-9, 0.0011])
+def test_if_everybody_is_late_the_width_is_one(tpot: float) -> None:
+    slo = Slo(tpot=tpot, ttft=1e-9)
+    world = serve([request("r", fork(6), slo=slo)], Setting(policy="taper", fill=False), TALKS_ON)
+    assert {widths(plan)["r"] for plan in world.plans} == {1}
+
+
+def test_padding_is_filled_even_without_slack() -> None:
+    slo = Slo(tpot=0.0014, ttft=1.0)  # the bucket of 4 takes 1.4 ms
+    setting = Setting(policy="taper", buckets=(4, 32), in_flight=0, prompt_floor=2)
+    filled = serve([request("r", fork(6, tokens=20), slo=slo)], setting, TALKS_ON)
+    narrow = serve([request("r", fork(6, tokens=20), slo=slo)], replace(setting, fill=False), TALKS_ON)
+    assert max(widths(plan)["r"] for plan in filled.plans) == 4
+    assert max(widths(plan)["r"] for plan in narrow.plans) == 1
+
+
+def shape(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
+    """Without ids, which are given in the order of arrival."""
+    return sorted((entry.request_id, entry.start, entry.rows, entry.samples) for entry in plan.entries)
+
+
+@examples(60)
+@given(loads(plans), serving)
+def test_without_targets_taper_is_eager(load: list[Request], setting: Setting) -> None:
+    """As long as the largest bucket holds everybody: what they leave out beyond that is a matter of taste."""
+    setting = roomy(load, replace(setting, buckets=(4, 64)))
+    load = [replace(request, slo=NEVER) for request in load]
+    taper, eager = (serve(load, replace(setting, policy=name), MODEL) for name in ("taper", "eager"))
+    if all(plan.rows < 64 for plan in eager.plans):
+        assert [shape(plan) for plan in taper.plans] == [shape(plan) for plan in eager.plans]
+
+
+# --- what a step may cost ------------------------------------------------------------------------------
+
+
+def cost(world: World, entries: Sequence[Entry]) -> float:
+    """An independent account of a step's seconds."""
+    rows = sum(entry.rows for entry in entries)
+    bucket = min(bucket for bucket in world.setting.buckets if bucket >= rows)
+    return 1e-3 + 1e-4 * bucket + 2e-6 * unique_kv_tokens(entries, world.setting.page_size)
+
+
+def first_of_each(plan: StepPlan) -> list[Entry]:
+    """The baseline, where everybody has one row: it is planned first."""
+    return [*{entry.request_id: entry for entry in reversed(plan.entries)}.values()]
+
+
+@pytest.mark.parametrize("in_flight", [0, 1])
+@pytest.mark.parametrize("policy", ["off", "cap:2", "eager", "taper"])
+def test_the_budget_is_what_the_most_urgent_request_can_spare(policy: str, in_flight: int) -> None:
+    """Recomputed from the plan's entries and the times of the tokens, for requests that all decode."""
+    slos = {"a": 0.0042, "b": 0.0031, "c": 0.0055}
+    buckets = (2, 4, 8, 16, 32)
+    world = World(Setting(policy=policy, in_flight=in_flight, fill=False, buckets=buckets), TALKS_ON)
+    for name, stage in (("a", fork(8, tokens=30)), ("b", serial(60)), ("c", fork(9, tokens=30))):
+        world.add(request(name, stage, slo=Slo(tpot=slos[name], ttft=9.0), prompt=6))
+    run_until(world, lambda: all(emitted(world, name) >= 3 for name in slos))
+    over = 0
+    for _ in range(25):
+        start = world.now + sum(plan.predicted_seconds for plan in world.flying)
+        plan = world.launch()
+        assert plan is not None
+        t0 = cost(world, first_of_each(plan))
+        assert plan.baseline_seconds == pytest.approx(t0)
+        assert plan.predicted_seconds == pytest.approx(cost(world, plan.entries))
+        last = start if in_flight else world.now  # everybody has a token in every step
+        on_time = [last + tpot - start - t0 for tpot in slos.values() if last + tpot - start >= t0]
+        assert plan.budget_seconds == pytest.approx(t0 + 0.8 * min(on_time, default=0.0))
+        over += plan.predicted_seconds > plan.budget_seconds + 1e-12
+        world.land()
+    assert over == (25 if policy == "eager" else 0)
+
+
+def test_a_request_that_must_wait_is_the_most_urgent() -> None:
+    """Its deadline is that of its last token, whoever else has had one since."""
+    world = World(Setting(policy="taper", in_flight=0, fill=False, buckets=(2, 16)), TALKS_ON)
+    world.add(request("wide", fork(8, tokens=40), slo=Slo(tpot=0.006, ttft=9.0)))
+    world.add(request("other", serial(40), slo=Slo(tpot=0.006, ttft=9.0)))
+    run_until(world, lambda: emitted(world, "other") > 2)
+    world.now += 0.0035  # a stall: 2.5 ms are left, the bucket of 16 takes 2.6
+    plan = world.launch()
+    assert plan is not None
+    assert plan.bucket == 2
+    t0 = plan.baseline_seconds
+    assert plan.budget_seconds == pytest.approx(t0 + 0.8 * (0.0025 - t0))
+
+
+def test_a_late_request_does_not_narrow_the_others() -> None:
+    setting = Setting(policy="taper", buckets=(2, 4, 8, 16), in_flight=0, fill=False, prompt_floor=2)
+    world = World(setting, TALKS_ON)
+    world.add(request("wide", fork(8, tokens=40), slo=Slo(tpot=0.01, ttft=9.0)))
+    world.add(request("doomed", serial(40), slo=Slo(tpot=0.0019, ttft=9.0)))
+    run_until(world, lambda: emitted(world, "doomed") > 2)
+    assert widths(world.plans[-1])["wide"] == 3
+    world.now += 0.005  # a stall
+    world.step()
+    assert widths(world.plans[-1])["wide"] == 8
+    world.step()
+    assert widths(world.plans[-1])["wide"] == 3
+
+
+def test_no_width_is_told_before_the_start() -> None:
+    world = serve([request("r", fork(3), prompt=30)], Setting(policy="eager", max_chunk=4), TALKS_ON)
+    kinds = [type(event) for event in world.events["r"]]
+    assert kinds[0] is Started
+    assert WidthChanged in kinds
+
+
+# --- prompts -------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_reads_a_little_in_every_step_whatever_the_slack() -> None:
+    world = World(Setting(policy="eager", buckets=(4, 8, 32), prompt_floor=4, late_by=1.2), TALKS_ON)
+    world.add(request("decoding", serial(90), slo=Slo(tpot=0.0025, ttft=9.0)))
+    run_until(world, lambda: emitted(world, "decoding") > 3)
+    world.add(request("reading", serial(1), prompt=60, slo=Slo(tpot=1.0, ttft=1e-6)))
+    world.now += 1.0  # it has missed its target, and the other one is about to be late
+    run_until(world, lambda: running(world) == ["decoding", "reading"])
+    start = len(world.plans) - 1
+    run_until(world, lambda: emitted(world, "reading") > 0)
+    read = [rows_by_request(plan)["reading"] for plan in world.plans[start:]]
+    assert min([rows for rows in read if rows][:-1]) >= 4
+    assert len(read) <= 17
+
+
+def test_the_prompt_that_is_due_first_has_the_floor() -> None:
+    setting = Setting(policy="off", prompt_floor=4, max_chunk=4, fill=False, in_flight=0)
+    world = World(setting, TALKS_ON)
+    world.add(request("decoding", serial(99), slo=Slo(tpot=0.0019, ttft=9.0)))
+    run_until(world, lambda: emitted(world, "decoding") > 3)
+    world.add(request("relaxed", serial(1), prompt=40, slo=Slo(tpot=1.0, ttft=20.0)))
+    world.add(request("urgent", serial(1), prompt=40, slo=Slo(tpot=1.0, ttft=10.0)))
+    run_until(world, lambda: emitted(world, "urgent") + emitted(world, "relaxed") > 0)
+    assert emitted(world, "urgent") == 1
+
+
+def test_a_prompt_that_missed_its_target_is_not_starved_by_those_that_have_not() -> None:
+    setting = Setting(policy="off", buckets=(8,), prompt_floor=2, max_chunk=2, fill=False, in_flight=0)
+    world = World(setting, TALKS_ON)
+    world.add(request("decoding", serial(150), slo=Slo(tpot=0.00190, ttft=9.0)))
+    world.add(request("late", serial(1), prompt=20, slo=Slo(tpot=1.0, ttft=0.0001)))
+    for number in range(5):
+        world.add(request(f"live{number}", serial(1), prompt=60, slo=Slo(tpot=1.0, ttft=90.0)))
+    run_until(world, lambda: emitted(world, "late") > 0, most=100)
+    assert emitted(world, "live4") == 0
+
+
+def test_prompts_are_read_at_the_pace_of_their_target_and_faster_if_there_is_slack() -> None:
+    def steps(ttft: float, tpot: float) -> int:
+        setting = Setting(
+            policy="off", buckets=(4, 8, 64), prompt_floor=2, max_chunk=32, fill=False, in_flight=0
+        )
+        world = World(setting, TALKS_ON)
+        world.add(request("decoding", serial(99), slo=Slo(tpot=tpot, ttft=9.0)))
+        run_until(world, lambda: emitted(world, "decoding") > 2)
+        before = len(world.plans)
+        world.add(request("reading", serial(1), prompt=64, slo=Slo(tpot=1.0, ttft=ttft)))
+        run_until(world, lambda: emitted(world, "reading") > 0)
+        return len(world.plans) - before
+
+    assert steps(ttft=9.0, tpot=1.0) <= 4, "nothing is urgent: whole chunks"
+    assert steps(ttft=9.0, tpot=0.002) > 9, "no room for the bucket of 64 within the TPOT target"
+
+
+def test_a_chunk_is_bounded() -> None:
+    world = serve([request("r", serial(2), prompt=50)], Setting(max_chunk=7, buckets=(64,)), TALKS_ON)
+    assert [rows_by_request(plan)["r"] for plan in world.plans[:8]] == [7] * 7 + [1]
+
+
+# --- the prefix cache ----------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_is_known_is_not_read_again() -> None:
+    setting = Setting(page_size=4)
+    world = World(setting, TALKS_ON)
+    world.run([request("a", serial(1), prompt=18)])
+    for name, prompt, cached in (("b", 18, 16), ("c", 17, 16), ("d", 16, 12), ("e", 40, 16)):
+        world.run([request(name, serial(1), prompt=prompt)])
+        assert world.finished(name).usage.cached_tokens == cached
+    world.run([request("f", serial(1), prompt=18, cache_salt="other")])
+    assert world.finished("f").usage.cached_tokens == 0
+
+
+def test_what_was_generated_is_known_too_until_the_first_fork() -> None:
+    world = World(Setting(page_size=4), TALKS_ON)
+    world.run([request("a", serial(9), fork(2), prompt=4)])
+    oracle = Interpreter(request("a", serial(9), prompt=4), TALKS_ON, 200)
+    said = tuple(record[1] for record in oracle.run()[()] if record[0] == "token")
+    again = Request(id="b", prompt=(*LETTERS[:4], *said), program=Plan(stages=(serial(1),)), slo=RELAXED)
+    world.run([again])
+    assert world.finished("b").usage.cached_tokens == 12
+
+
+def test_nothing_is_kept_where_it_is_switched_off() -> None:
+    world = World(Setting(prefix_cache=False), TALKS_ON)
+    world.run([request("a", serial(1), prompt=18), request("b", serial(1), prompt=18)])
+    assert world.pool.cache.idle == 0
+
+
+def test_a_preempted_request_finds_its_own_prompt_again() -> None:
+    load = [request(name, serial(40), prompt=12, cache_salt=name) for name in "ab"]
+    setting = Setting(num_pages=20, page_size=4)
+    world, cold = (serve(load, replace(setting, prefix_cache=on), MODEL) for on in (True, False))
+    for served in (world, cold):
+        assert_says(served, load, MODEL)
+        assert served.finished("b").usage.preemptions == 1
+    assert 0 < world.recomputed() < cold.recomputed()
+
+
+# --- giving way ----------------------------------------------------------------------------------------
+
+
+def test_the_youngest_gives_way_and_goes_on_first() -> None:
+    world = World(Setting(num_pages=16, page_size=4, policy="eager", prefix_cache=False), TALKS_ON)
+    for number in range(4):
+        world.add(request(f"r{number}", serial(40 - number), prompt=4))
+    world.run([])
+    preempted = {name: world.finished(name).usage.preemptions for name in world.events}
+    assert preempted["r0"] == 0
+    assert preempted["r3"] >= 1
+    order = sorted(world.events, key=lambda n: world.finished(n).timing.total)
+    assert order[0] == "r0"
+
+
+def test_the_queue_waits_behind_the_preempted() -> None:
+    world = World(Setting(num_pages=16, page_size=4, policy="eager", prefix_cache=False), TALKS_ON)
+    world.add(request("old", serial(40), prompt=4))
+    world.add(request("young", serial(40), prompt=4))
+    run_until(world, lambda: bool(world.scheduler._preempted))
+    world.add(request("new", serial(1), prompt=2))
+    assert world.scheduler.load().queued_requests == 2
+    while world.scheduler._preempted:
+        world.step()
+        assert "new" not in running(world) or not world.scheduler._preempted
+    world.run([])
+
+
+def test_the_tails_of_branches_go_before_their_request() -> None:
+    load = [request("old", serial(40), prompt=8), request("young", fork(4, tokens=20), prompt=8)]
+    world = serve(load, Setting(num_pages=28, page_size=4, policy="eager", prefix_cache=False), MODEL)
+    assert_says(world, load, MODEL)
+    assert world.tails_dropped > 0
+    assert world.finished("young").usage.preemptions == 0
+
+
+# --- going away ----------------------------------------------------------------------------------------
+
+NESTED = (
+    serial(5),
+    fork(3, tokens=8, join="kv", stages=(fork(2, tokens=4, join="reprefill"), serial(3))),
+    serial(9, LETTERS[:2]),
+)
+
+
+def in_fork(world: World) -> bool:
+    return any(branch.open_children for branch in world.scheduler._live["r"].branches.values())
+
+
+def read_of_prompt(world: World) -> int:
+    root = world.scheduler._live["r"]._root
+    return 0 if root is None else root.computed
+
+
+def segments_before_trunk(world: World) -> int:
+    trunk = world.scheduler._live["r"].branches.get(0)
+    return 0 if trunk is None else len(trunk.segment.ancestors)
+
+
+PHASES: dict[str, Callable[[World], bool]] = {
+    "queued": lambda world: True,
+    "mid-prompt": lambda world: 0 < read_of_prompt(world) < 30,
+    "serial decode": lambda world: emitted(world, "r") in (2, 3),
+    "inside a fork": lambda world: in_fork(world) and emitted(world, "r") > 9,
+    "inside a nested fork": lambda world: len(world.scheduler._live["r"].branches) > 4,
+    "between fork and join": lambda world: in_fork(world) and world.scheduler._live["r"].width == 1,
+    "after the join": lambda world: segments_before_trunk(world) > 3,
+    "preempted": lambda world: bool(world.scheduler._preempted),
+}
+
+
+@pytest.mark.parametrize("in_flight", [0, 1])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_cancelled_request_is_gone_at_once_and_nobody_else_notices(phase: str, in_flight: int) -> None:
+    others = [request("x", fork(3, tokens=30)), request("y", serial(40))]
+    pages = 40 if phase == "preempted" else 250
+    world = World(Setting(in_flight=in_flight, max_chunk=4, num_pages=pages, prefix_cache=False), MODEL)
+    for other in others:
+        world.add(other)
+    run_until(world, lambda: emitted(world, "y") > 2)
+    world.add(request("r", *NESTED, prompt=30))
+    run_until(world, lambda: PHASES[phase](world))
+    pages_of = [page for s in world.scheduler._live["r"].segments.values() for page in s.pages]
+    assert world.cancel("r")
+    assert not world.cancel("r")
+    owned = {
+        page
+        for live in world.scheduler._live.values()
+        for segment in live.segments.values()
+        for page in segment.pages
+    }
+    slots = sum(b.slot is not None for live in world.scheduler._live.values() for b in live.branches.values())
+    assert world.pool.owned == len(owned)
+    assert owned.isdisjoint(pages_of)
+    assert len(world.scheduler._free_slots) == world.scheduler.config.num_slots - slots
+    before = len(world.events["r"])
+    world.run([])
+    assert len(world.events["r"]) == before, "nothing more is heard of it"
+    assert_says(world, others, MODEL)
+
+
+def test_an_id_may_come_back_while_a_step_of_its_former_self_is_in_flight() -> None:
+    world = World(Setting(policy="eager"), MODEL)
+    world.add(request("r", fork(4, tokens=9)))
+    run_until(world, lambda: emitted(world, "r") > 3)
+    world.launch()
+    world.cancel("r")
+    world.events.clear()
+    again = request("r", serial(5), prompt=9)
+    world.add(again)
+    world.run([])
+    assert_says(world, [again], MODEL)
+
+
+# --- the rest ------------------------------------------------------------------------------------------
+
+
+def test_a_policy_may_change_at_any_time() -> None:
+    load = [request("a", fork(5, tokens=20)), request("b", fork(5, tokens=20))]
+    world = World(Setting(policy="off"), MODEL)
+    for wanted in load:
+        world.add(wanted)
+    for name in ("eager", "cap:2", "off", "taper") * 3:
+        world.scheduler.set_policy(name)
+        world.step()
+        world.step()
+    with pytest.raises(ValueError, match="unknown policy"):
+        world.scheduler.set_policy("fast")
+    assert world.scheduler.policy.name == "taper"
+    world.run([])
+    assert_says(world, load, MODEL)
+
+
+def test_steps_are_updated_in_the_order_of_their_launch() -> None:
+    world = World(Setting(), TALKS_ON)
+    world.add(request("r", serial(9)))
+    first, second = world.launch(), world.launch()
+    assert first is not None
+    assert second is not None
+    with pytest.raises(AssertionError, match="in the order"):
+        world.scheduler.update(StepResult(second, (), 0.001), 0.0)
+
+
+def test_load_counts_what_runs_and_what_waits() -> None:
+    world = World(Setting(num_pages=20, page_size=4, policy="eager"), TALKS_ON)
+    world.add(request("a", fork(3, tokens=9), prompt=8))
+    world.add(request("b", serial(9), prompt=60))
+    run_until(world, lambda: emitted(world, "a") > 3)
+    load = world.scheduler.load()
+    assert (load.running_requests, load.running_branches, load.queued_requests) == (1, 3, 1)
+    assert (load.kv_used_tokens, load.kv_capacity_tokens) == (4 * world.pool.owned, 80)
+    assert not world.scheduler.idle
+
+
+def test_with_nothing_to_do_there_is_no_plan() -> None:
+    world = World(Setting(), TALKS_ON)
+    assert world.scheduler.idle
+    assert world.launch() is None
+
+
+def test_a_model_driven_fork_that_does_not_fit_decodes_on() -> None:
+    chain = tokens("a<Goal><Outline>1:</Goal>c")
+    model = SymbolicModel(chain[-1:], {token: [after] for token, after in pairwise(chain)})
+    program = TagProgram(grammar=MULTIVERSE, stopping=stopping(60), branch_max_tokens=40)
+    wanted = Request(id="r", prompt=tokens("a"), program=program)
+    roomy, tight = (serve([wanted], Setting(num_pages=pages), model) for pages in (60, 16))
+    assert len(roomy.answer("r")) == 2
+    assert len(tight.answer("r")) == 1
+    assert emitted(tight, "r") == 60
+
+
+def test_events_come_in_the_order_of_occurrence() -> None:
+    world = serve([request("a", *NESTED), request("b", *NESTED)], Setting(policy="eager"), MODEL)
+    for name in "ab":
+        opened: set[int] = set()
+        for event in world.events[name]:
+            assert_in_order(event, opened)
+
+
+def assert_in_order(event: Event, opened: set[int]) -> None:
+    match event:
+        case StageStarted(branches=infos):
+            assert all(info.branch not in opened for info in infos)
+            opened.update(info.branch for info in infos)
+        case TokenEmitted(branch=branch):
+            assert branch in opened
+        case StageFinished(branch=branch):
+            opened.discard(branch)
+        case Joined(branches=branches):
+            assert opened.isdisjoint(branches)
+        case _:
+            pass
