@@ -10,13 +10,13 @@ demo: $(VENV)/.installed
 	$(BIN)/taper-demo --model $(MODEL)
 
 test: $(VENV)/.installed-test check
-	$(BIN)/python -m pytest -n 2 -m "not oracle"
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Static checks: style, types.
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Compares live with transformers (installs torch: gigabytes); RECORD=1 rewrites the goldens.
 test-oracle: $(VENV)/.installed-oracle

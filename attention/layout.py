@@ -71,7 +71,7 @@ class WorkList(NamedTuple):
     item_causal  row i of the item sees the first item_causal + i + 1 filled positions of the item's pages;
                  WHOLE: all of them
     page_ids     page of each reference
-    page_valid   filled positions of that page
+    page_valid   filled positions of that page; 0 where a list was laid out for pages yet to be filled
     """
 
     item_pages: Int32[Any, "items 2"]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention.layout import WHOLE, WorkList
+from attention.layout import WorkList
 
 if TYPE_CHECKING:
     from jax import Array
@@ -94,10 +94,8 @@ class _Reader(NamedTuple):
             first, count = work.item_pages.at[item].get(mode="clip").T
             row = jnp.where(live, work.item_rows[:, 0].at[item].get(mode="clip"), rows)
             mine = Softmax(*(x.at[row].get(mode="clip") for x in state))
-            everything = jnp.full((ITEM_TILE, 1), WHOLE, jnp.int32)
-            mine = self.read_blocks(
-                mine, query.at[row].get(mode="clip"), first, jnp.where(live, count, 0), everything, ITEM_BLOCK
-            )
+            lanes = query.at[row].get(mode="clip")
+            mine = self.read_blocks(mine, lanes, first, jnp.where(live, count, 0), None, ITEM_BLOCK)
             return Softmax(*(x.at[row].set(y, mode="drop") for x, y in zip(state, mine, strict=True)))
 
         return lax.fori_loop(np.int32(0), _ceil_div(work.num_single, ITEM_TILE), tile, state)
@@ -108,36 +106,28 @@ class _Reader(NamedTuple):
         rows, kv_heads, group, _ = query.shape
         size = min(ROW_TILE, rows)
 
-        def heads_first(
-            x: Array,
-        ) -> Array:  # [size, kv_heads, group, ...] to [1, kv_heads, size * group, ...]
-            return x.swapaxes(0, 1).reshape(1, kv_heads, size * group, *x.shape[3:])
+        def lanes_of(x: Array, start: Array) -> Array:
+            """[rows, kv_heads, group, ...] to [1, kv_heads, size * group, ...]"""
+            x = lax.dynamic_slice_in_dim(x, start, size).swapaxes(0, 1)
+            return x.reshape(1, kv_heads, size * group, *x.shape[3:])
 
-        def rows_first(x: Array) -> Array:
-            return x.reshape(kv_heads, size, group, *x.shape[3:]).swapaxes(0, 1)
+        def put_lanes(x: Array, lanes: Array, start: Array) -> Array:
+            lanes = lanes.reshape(kv_heads, size, *x.shape[2:]).swapaxes(0, 1)
+            return lax.dynamic_update_slice_in_dim(x, lanes, start, 0)
 
         def read_item(item: Array, state: Softmax) -> Softmax:
             first_row, row_count = work.item_rows[item]
-            first, count = work.item_pages[item]
+            first, count = work.item_pages[item, :, None]
 
             def tile(index: Array, state: Softmax) -> Softmax:
                 start = jnp.minimum(first_row + index * size, rows - size)
                 row = start + _range(size) - first_row
                 mine = (index * size <= row) & (row < row_count)
                 sees = jnp.where(mine, work.item_causal[item] + 1 + row, 0)
-                part = Softmax(*(heads_first(lax.dynamic_slice_in_dim(x, start, size)) for x in state))
-                part = self.read_blocks(
-                    part,
-                    heads_first(lax.dynamic_slice_in_dim(query, start, size)),
-                    first[None],
-                    count[None],
-                    jnp.repeat(sees, group, total_repeat_length=size * group)[None],
-                    ROW_BLOCK,
-                )
-                update = lax.dynamic_update_slice_in_dim
-                return Softmax(
-                    *(update(x, rows_first(y), start, 0) for x, y in zip(state, part, strict=True))
-                )
+                sees = jnp.broadcast_to(sees[:, None], (size, group)).reshape(1, -1)
+                part = Softmax(*(lanes_of(x, start) for x in state))
+                part = self.read_blocks(part, lanes_of(query, start), first, count, sees, ROW_BLOCK)
+                return Softmax(*(put_lanes(x, y, start) for x, y in zip(state, part, strict=True)))
 
             return lax.fori_loop(np.int32(0), _ceil_div(row_count, size), tile, state)
 
@@ -149,16 +139,15 @@ class _Reader(NamedTuple):
         query: Float[Array, "items kv_heads lanes head_dim"],
         first: Int32[Array, " items"],
         count: Int32[Array, " items"],
-        sees: Int32[Array, "items lanes_or_one"],
+        sees: Int32[Array, "items lanes"] | None,
         block_tokens: int,
     ) -> Softmax:
         """Continue the lanes' states with their items' pages: references first[i] .. first[i] + count[i].
 
-        Lane (i, n) sees the first sees[i, n] filled positions of them. `sees` may have one lane for all.
+        Lane (i, n) sees the first sees[i, n] filled positions of them; without `sees`, all of them.
         """
         page_size = self.k_pages.shape[2]
         pages = max(1, block_tokens // page_size)
-        slot = _range(page_size)
 
         def block(index: Array, carry: tuple[Softmax, Array]) -> tuple[Softmax, Array]:
             state, before = carry
@@ -166,29 +155,38 @@ class _Reader(NamedTuple):
             ids = self.work.page_ids.at[first[:, None] + ref].get(mode="clip")
             valid = self.work.page_valid.at[first[:, None] + ref].get(mode="clip")
             valid = jnp.where(ref < count[:, None], valid, 0)
-            ends = before[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32)
-            filled = (slot < valid[:, :, None]).reshape(len(first), -1)
-            position = ((ends - valid)[:, :, None] + slot).reshape(len(first), -1)
-            visible = filled[:, None] & (position[:, None] < sees[:, :, None])
-            k = _gather(self.k_pages, ids).astype(query.dtype)
-            v = _gather(self.v_pages, ids).astype(query.dtype)
-            # Unfilled slots may hold NaN, and 0 * NaN is NaN. Most blocks are full, and masking is a copy.
-            v = lax.cond(filled.all(), lambda v: v, lambda v: jnp.where(filled[:, None, :, None], v, 0), v)
+            filled = _range(page_size) < valid[:, :, None]
+            visible = filled.reshape(len(first), 1, 1, pages * page_size)
+            if sees is not None:
+                position = jnp.cumsum(filled.reshape(len(first), -1), axis=1, dtype=jnp.int32)
+                visible &= (before[:, None] + position)[:, None, None] <= sees[:, None, :, None]
+                before = before + valid.sum(1, dtype=jnp.int32)
+            k = _gather(self.k_pages, ids, query.dtype)
             scores = jnp.matmul(query, k.swapaxes(-1, -2), precision="highest")
-            return state.add(jnp.where(visible[:, None], scores, -jnp.inf), v), ends[:, -1]
+            v = lax.cond(
+                filled.all(),
+                lambda: _gather(self.v_pages, ids, query.dtype),
+                # Unfilled slots may hold NaN, and 0 * NaN is NaN.
+                lambda: jnp.where(
+                    filled.reshape(len(first), 1, pages * page_size, 1),
+                    _gather(self.v_pages, ids, query.dtype),
+                    0,
+                ),
+            )
+            return state.add(jnp.where(visible, scores, -jnp.inf), v), before
 
         blocks = _ceil_div(count.max(), pages)
         return lax.fori_loop(np.int32(0), blocks, block, (state, jnp.zeros_like(first)))[0]
 
 
 def _gather(
-    pages: Float[Array, "pages kv_heads page_size head_dim"], ids: Int32[Array, "items refs"]
+    pages: Float[Array, "pages kv_heads page_size head_dim"], ids: Int32[Array, "items refs"], dtype: np.dtype
 ) -> Float[Array, "items kv_heads positions head_dim"]:
     """The pages of each item end to end, heads first: one copy, without a transpose after it."""
     num_pages, kv_heads, page_size, head_dim = pages.shape
     tile = ids[:, None] * kv_heads + _range(kv_heads)[:, None]
     taken = pages.reshape(num_pages * kv_heads, page_size * head_dim).at[tile].get(mode="clip")
-    return taken.reshape(len(ids), kv_heads, ids.shape[1] * page_size, head_dim)
+    return taken.reshape(len(ids), kv_heads, ids.shape[1] * page_size, head_dim).astype(dtype)
 
 
 def _range(n: int) -> Int32[Array, " n"]:

@@ -7,54 +7,82 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from scheduler.program import BranchSpec, Plan, SerialStage, Stage
+from scheduler.program import ParallelStage, Plan, SerialStage, Stage
 from scheduler.request import Request
 
 
 class _Footprint(NamedTuple):
-    """peak: most pages at once; held: pages at the end; tokens: what a `reprefill` join would read again."""
+    """Of one branch and those below it.
+
+    peak    most pages at once
+    held    most pages at its end
+    tokens  most tokens of its text: what a `reprefill` join would read again
+    end     least position after it
+    """
 
     peak: int
     held: int
     tokens: int
+    end: int
 
 
-def worst_case_pages(request: Request, page_size: int) -> int:
+def worst_case_pages(request: Request, page_size: int, max_context: int) -> int:
     """Pages for the prompt and everything that the program may add to it, forks of the model excepted.
 
     A model-driven fork is checked when it happens, and falls back to serial decoding.
     """
-    program = request.program
+    program, prompt = request.program, len(request.prompt)
+    walk = _Walk(page_size, max_context)
     if isinstance(program, Plan):
-        return _walk(len(request.prompt), program.stages, page_size).peak
-    return -(-(len(request.prompt) + program.stopping.max_tokens) // page_size)
+        return walk.branch(0, prompt, prompt, program.stages).peak
+    return walk.pages(0, prompt + program.stopping.max_tokens)
 
 
-def _walk(segment: int, stages: tuple[Stage, ...], page_size: int) -> _Footprint:
-    """The footprint of a branch whose segment has `segment` tokens when it begins its stages."""
-    closed = peak = 0
-    tokens = segment
-    for stage in stages:
-        if isinstance(stage, SerialStage):
-            added = len(stage.prefix) + stage.stopping.max_tokens
-            segment, tokens = segment + added, tokens + added
-            continue
-        closed += -(-segment // page_size)
-        branches = [_branch(spec, page_size) for spec in stage.branches]
-        peak = max(peak, closed + sum(branch.peak for branch in branches))
-        added = sum(branch.tokens for branch in branches)
-        tokens += added
-        segment = 0
-        if stage.join == "kv":
-            closed += sum(branch.held for branch in branches)
-        elif stage.join == "reprefill":
-            segment = added
-    closed += -(-segment // page_size)
-    return _Footprint(max(peak, closed), closed, tokens)
+class _Walk:
+    """Goes through a program: all stages sample all that they may, but positions count as if they did not.
 
+    So a segment's length is bounded by its stages, and by what is left of the context after the least that
+    must come before it.
+    """
 
-def _branch(spec: BranchSpec, page_size: int) -> _Footprint:
-    first = (
-        max(1, len(spec.prefix)) + spec.stopping.max_tokens
-    )  # without a prefix it repeats the fork's token
-    return _walk(first, spec.stages, page_size)
+    def __init__(self, page_size: int, max_context: int) -> None:
+        self._page_size = page_size
+        self._max_context = max_context
+
+    def pages(self, start: int, tokens: int) -> int:
+        """Pages of a segment that starts at position `start` or later."""
+        return -(-min(tokens, max(0, self._max_context - start)) // self._page_size)
+
+    def branch(self, start: int, given: int, tokens: int, stages: tuple[Stage, ...]) -> _Footprint:
+        """A branch from position `start` on: `given` tokens, `tokens` with those sampled, then `stages`."""
+        closed = peak = 0
+        segment, position = tokens, start + given
+        for stage in stages:
+            if isinstance(stage, SerialStage):
+                added = len(stage.prefix) + stage.stopping.max_tokens
+                segment, tokens = segment + added, tokens + added
+                position += len(stage.prefix)
+                continue
+            closed += self.pages(start, segment)
+            branches = self._branches(position, stage)
+            peak = max(peak, closed + sum(branch.peak for branch in branches))
+            added = sum(branch.tokens for branch in branches)
+            tokens += added
+            start, segment = position, added if stage.join == "reprefill" else 0
+            if stage.join == "kv":
+                closed += sum(branch.held for branch in branches)
+                start = position = max(branch.end for branch in branches)
+        closed += self.pages(start, segment)
+        return _Footprint(max(peak, closed), closed, tokens, position)
+
+    def _branches(self, position: int, stage: ParallelStage) -> list[_Footprint]:
+        lead = int(not all(spec.prefix for spec in stage.branches))  # all begin with the fork's last token
+        return [
+            self.branch(
+                position - lead,
+                lead + len(spec.prefix),
+                lead + len(spec.prefix) + spec.stopping.max_tokens,
+                spec.stages,
+            )
+            for spec in stage.branches
+        ]

@@ -8,9 +8,10 @@ runs in which step is decided in `scheduler.scheduler`.
 from __future__ import annotations
 
 import itertools
+from operator import attrgetter
 
+from scheduler.branch import Branch
 from scheduler.events import (
-    BranchInfo,
     Event,
     Finished,
     Joined,
@@ -20,93 +21,14 @@ from scheduler.events import (
     Timing,
     TokenEmitted,
     Usage,
+    WidthChanged,
 )
 from scheduler.footprint import worst_case_pages
 from scheduler.pages import PagePool
 from scheduler.plan import Entry, Sample, SlotSetup
-from scheduler.program import Action, Codec, Cursor, Decode, End, Fork, TagProgram, cursor
-from scheduler.request import FinishReason, Request, SamplingParams, Stopping
-from scheduler.segment import Segment
-
-
-class Branch:
-    """One sequence being decoded.
-
-    segment        what it writes; the segment's ancestors are what it reads besides
-    trail          its own segments since birth, oldest first, with those of branches joined into it by `kv`
-    stage_from     index in the segment of the stage's first sampled token
-    limit          first position that the stage may not fill
-    in_flight      launched entries whose sampled token has not come back, oldest first
-    slot           where the device keeps its last token and sampling parameters, while it has one
-    last_advanced  the step in which it last ran, for taking turns
-    critical       sampled tokens on the longest chain from the request's start to here
-    allowance      pages that the branch and those below it may hold, for model-driven forks
-    """
-
-    __slots__ = (
-        "allowance", "completion_tokens", "critical", "cursor", "fork", "fork_stage", "forked", "id",
-        "in_flight", "label", "last_advanced", "limit", "open_children", "parent", "path", "sampling",
-        "segment", "slot", "stage", "stage_from", "stopping", "trail",
-    )  # fmt: skip
-
-    def __init__(
-        self, id: int, parent: Branch | None, path: tuple[tuple[int, int], ...], label: str, cursor: Cursor
-    ) -> None:
-        self.id = id
-        self.parent = parent
-        self.path = path
-        self.label = label
-        self.cursor = cursor
-        self.segment: Segment
-        self.trail: list[Segment] = []
-        self.stopping = Stopping(max_tokens=0)
-        self.sampling = SamplingParams()
-        self.stage = 0
-        self.stage_from = 0
-        self.limit = 0
-        self.in_flight: list[Entry] = []
-        self.slot: int | None = None
-        self.last_advanced = 0
-        self.completion_tokens = 0
-        self.critical = 0 if parent is None else parent.critical
-        self.allowance = 0
-        self.fork: Fork | None = None
-        self.fork_stage = 0
-        self.forked: list[Branch] = []
-        self.open_children = 0
-
-    def info(self, prefix: tuple[int, ...]) -> BranchInfo:
-        return BranchInfo(self.id, self.parent.id if self.parent else 0, self.label, prefix)
-
-    def pieces(self) -> list[tuple[Segment, int]]:
-        """What must be computed, in order, until this branch samples its next token: (segment, rows).
-
-        Missing ancestors come first (a parent's last token, or all of it after a preemption). Empty while
-        the branch waits for its children, or for a token that is still on the way and that it cannot feed
-        from its slot.
-        """
-        if self.open_children:
-            return []
-        if self.in_flight:
-            waits = self.slot is None or self.segment.end + len(self.in_flight) >= self.limit
-            return [] if waits else [(self.segment, 1)]
-        missing = [(s, s.missing) for s in (*self.segment.ancestors, self.segment)]
-        return [(segment, rows) for segment, rows in missing if rows]
-
-    @property
-    def backlog(self) -> int:
-        """Rows until this branch samples its next token."""
-        return sum(rows for _, rows in self.pieces())
-
-    def history(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ids before the next sampled token, as (given, generated), each sequence's tokens once."""
-        given: list[int] = []
-        generated: list[int] = []
-        for segment in (*self.segment.ancestors, self.segment):
-            own = zip(segment.tokens[segment.lead :], segment.sampled[segment.lead :], strict=True)
-            for token, sampled in own:
-                (generated if sampled else given).append(token)
-        return tuple(given), tuple(generated)
+from scheduler.program import Action, Codec, Decode, End, Fork, TagProgram, cursor
+from scheduler.request import FinishReason, Request
+from scheduler.segment import Segment, text
 
 
 class LiveRequest:
@@ -133,11 +55,11 @@ class LiveRequest:
         self.tokens = 0
         self.preemptions = 0
         self.cached_tokens = 0
+        self.resident = False  # it runs: it may hold pages and slots
         self.finished = False
-        self.reported_width: tuple[int, int] = (1, 1)
         self.branches: dict[int, Branch] = {}
         self.segments: dict[int, Segment] = {}
-        self.worst_case_pages = worst_case_pages(request, pool.page_size)
+        self.worst_case_pages = worst_case_pages(request, pool.page_size, max_context)
         self._pool = pool
         self._codec = codec
         self._free_slots = free_slots
@@ -147,6 +69,7 @@ class LiveRequest:
         self._stages = itertools.count()
         self._root: Segment | None = None
         self._published: bytes | None = None  # key of the last page given to the prefix cache
+        self._width = (1, 1)  # as last reported: how many branches advanced, and how many were ready
         self._unsent: list[Event] = []
 
     # --- what the scheduler asks -----------------------------------------------------------------------
@@ -165,33 +88,58 @@ class LiveRequest:
         last = max(self.last_token, self.resumed_at) if emission is None else emission
         return last + self.request.slo.tpot
 
+    @property
+    def width(self) -> int:
+        """Branches that decode or could: all but those that wait for branches of their own."""
+        return sum(not branch.open_children for branch in self.branches.values())
+
     def runnable(self) -> list[Branch]:
-        """Branches that could advance, the least recently advanced first."""
-        ready = [branch for branch in self.branches.values() if branch.pieces()]
-        return sorted(ready, key=lambda branch: (branch.last_advanced, branch.id))
+        """Branches that could advance: the least recently advanced first, then in the order of their ids."""
+        ready = [branch for branch in self.branches.values() if branch.backlog]
+        ready.sort(key=attrgetter("last_advanced"))
+        return ready
 
     # --- coming and going ------------------------------------------------------------------------------
 
     def resume(self, now: float) -> None:
         """Leave the queue: for the first time, or again after a preemption."""
         self.resumed_at = now
-        if self._root is None:
-            self.started_at = now
-            root = self._root = self._new_segment(0, ())
-            root.extend(self.request.prompt)
-            trunk = Branch(next(self._branch_ids), None, (), "", cursor(self.request.program, self._codec))
-            trunk.segment = root
-            trunk.trail = [root]
-            trunk.allowance = self._pool.num_pages
-            self.branches[trunk.id] = trunk
-            self._unsent += self._proceed(trunk, trunk.cursor.begin(root.end))
-            self.cached_tokens = self._reuse_prefix(root)
-        else:
+        self.resident = True
+        if self._root is not None:
             self._reuse_prefix(self._root)
+            return
+        self.started_at = self.updated_at = now
+        root = self._root = self._new_segment(0, ())
+        root.extend(self.request.prompt)
+        program = cursor(self.request.program, self._codec)
+        trunk = Branch(next(self._branch_ids), None, (), "", program, root)
+        trunk.allowance = self._pool.num_pages
+        self.branches[trunk.id] = trunk
+        self._unsent += self._proceed(trunk, trunk.cursor.begin(root.end))
+        self._reuse_prefix(root)
+        self.cached_tokens = min(root.computed, len(self.request.prompt))
+
+    @property
+    def holds_pages(self) -> bool:
+        return any(segment.pages for segment in self.segments.values())
+
+    @property
+    def lacking_pages(self) -> int:
+        """Pages that the tokens it knows already will take, beyond those that it holds."""
+        sizes = [(self._pool.pages_for(len(s.tokens)), len(s.pages)) for s in self.segments.values()]
+        return sum(max(0, wanted - held) for wanted, held in sizes)
+
+    def width_changed(self, width: int, wanted: int) -> list[Event]:
+        """Tell how many branches advanced, and how many were ready, unless it is known or too early."""
+        if self.first_token is None or (width, wanted) == self._width:
+            return []
+        self._width = (width, wanted)
+        return [WidthChanged(self.request.id, width, wanted)]
 
     def preempt(self) -> None:
         """Give up all pages; every token is kept and replayed later."""
         self.preemptions += 1
+        self.resident = False
         for segment in self.segments.values():
             segment.drop(self._pool)
         self._published = None
@@ -213,7 +161,7 @@ class LiveRequest:
             self.free_slot(branch)
         self.segments.clear()
         self.branches.clear()
-        self.finished = True
+        self.resident, self.finished = False, True
 
     def free_slot(self, branch: Branch) -> None:
         if branch.slot is not None:
@@ -236,50 +184,58 @@ class LiveRequest:
             return []
         branch.in_flight.pop(0)
         self.updated_at = now
-        events = self._first_events(now)
-        stopping, segment = branch.stopping, branch.segment
-        if sample.token in stopping.eos_ids or sample.token in stopping.stop_ids:
-            reason = FinishReason.EOS if sample.token in stopping.eos_ids else FinishReason.STOP
-            return events + self._end_stage(branch, branch.cursor.on_stop(reason), reason, sample.token)
-        segment.extend((sample.token,), sampled=True)
+        events = self._first_events(now) if self.first_token is None else []
+        stopping, token = branch.stopping, sample.token
+        if token in stopping.eos_ids or token in stopping.stop_ids:
+            reason = FinishReason.EOS if token in stopping.eos_ids else FinishReason.STOP
+            return events + self._end_stage(branch, branch.cursor.on_stop(reason), reason, token)
+        branch.segment.append(token)
         self.last_token = now
         self.tokens += 1
         branch.completion_tokens += 1
         branch.critical += 1
         events.append(TokenEmitted(self.request.id, branch.id, sample, branch.completion_tokens))
-        generated = segment.tokens[branch.stage_from :]
-        action = branch.cursor.on_token(generated, segment.end)
+        return events + self._look_for_end(branch)
+
+    def _look_for_end(self, branch: Branch) -> list[Event]:
+        """What the newest token brings about: a tag of the model, a stop string, or the limit."""
+        segment, position = branch.segment, branch.segment.end
+        action = branch.cursor.on_token(segment.tokens, branch.stage_from, position)
         if action is not None and self._fits(branch, action):
             reason = action.reason if isinstance(action, End) else FinishReason.FORKED
-            return events + self._end_stage(branch, action, reason)
-        stop = self._stop_string(stopping, generated)
+            return self._end_stage(branch, action, reason)
+        stop = self._stop_string(branch) if branch.stopping.stop_strings else None
         if stop is not None:
-            action = branch.cursor.on_stop(FinishReason.STOP)
-            return events + self._end_stage(branch, action, FinishReason.STOP, stop)
-        if segment.end >= branch.limit:
-            reason = FinishReason.CONTEXT if segment.end >= self._max_context else FinishReason.MAX_TOKENS
-            return events + self._end_stage(branch, branch.cursor.on_stop(reason), reason)
-        return events
+            reason = FinishReason.STOP
+        elif position >= branch.limit:
+            reason = FinishReason.CONTEXT if position >= self._max_context else FinishReason.MAX_TOKENS
+        else:
+            return []
+        return self._end_stage(branch, branch.cursor.on_stop(reason), reason, stop)
 
     def publish_prefix(self) -> None:
         """Offer the full, computed pages of the trunk before its first fork to the prefix cache."""
         root = self._root
         if root is None or not root.pages:
             return
-        full = min(root.computed, len(root.tokens)) // self._pool.page_size
-        if full > root.shared:
-            size = self._pool.page_size
-            tokens = root.tokens[root.shared * size : full * size]
-            for key in self._pool.cache.keys(tokens, self.request.cache_salt, self._published):
-                self._pool.cache.insert(key, root.pages[root.shared])
-                root.shared += 1
-                self._published = key
+        pool, index = self._pool, root.shared
+        full = min(root.computed, len(root.tokens)) // pool.page_size
+        if full == index:
+            return
+        tokens = root.tokens[index * pool.page_size : full * pool.page_size]
+        for key in pool.cache.keys(tokens, self.request.cache_salt, self._published):
+            own, listed = root.pages[index], pool.cache.insert(key, root.pages[index])
+            if listed != own:  # somebody else computed the same page: one of the two will do
+                pool.share([listed])
+                pool.release([own])
+                root.pages[index] = listed
+            index += 1
+            self._published = key
+        root.shared = index
 
     # --- stages ----------------------------------------------------------------------------------------
 
     def _first_events(self, now: float) -> list[Event]:
-        if self.first_token is not None:
-            return []
         self.first_token = self.last_token = now
         events, self._unsent = self._unsent, []
         return [Started(self.request.id, len(self.request.prompt), self.cached_tokens), *events]
@@ -313,7 +269,9 @@ class LiveRequest:
     def _decode(self, branch: Branch, action: Decode, events: list[Event]) -> list[Event]:
         segment = branch.segment
         segment.extend(action.prefix)
-        if segment.missing == 0:  # a token must be fed to sample the next: the last one, once more
+        if segment.missing == 0:
+            # After a dropped stop token, with nothing to go on from: the last token is fed once more, over
+            # itself. It is the only KV of a resident segment that is ever computed twice.
             segment.computed -= 1
         branch.stopping = action.stopping
         branch.sampling = action.sampling or self.request.sampling
@@ -332,27 +290,29 @@ class LiveRequest:
         """
         trunk = parent.segment
         shared_token = any(not child.first.prefix for child in fork.children)
-        lead = trunk.tokens[-1:] if shared_token else []
-        lead_sampled = bytes(trunk.sampled[-1:]) if shared_token else b""
-        trunk.cut(len(trunk.tokens) - len(lead), self._pool)
-        parent.fork, parent.forked, parent.open_children = fork, [], len(fork.children)
+        begin = len(trunk.tokens) - shared_token
+        tokens, sampled = trunk.tokens[begin:], trunk.sampled[begin:]
+        trunk.cut(begin, self._pool)
+        lead = trunk.id if shared_token else None
+        if shared_token and not trunk.tokens and trunk.lead is not None:
+            lead = trunk.lead  # the only token was itself one that elder siblings begin with
+        ancestors = trunk.chain if trunk.tokens else trunk.ancestors
+        parent.fork, parent.open_children, parent.lent = fork, len(fork.children), (tokens, sampled)
         share = self._share(parent, len(fork.children))
-        ancestors = (*trunk.ancestors, trunk) if trunk.tokens else trunk.ancestors
         for index, child in enumerate(fork.children):
+            segment = self._new_segment(trunk.end, ancestors, lead)
+            segment.extend(tokens, sampled)
             path = (*parent.path, (fork.index, index))
-            branch = Branch(next(self._branch_ids), parent, path, child.label, child.cursor)
+            branch = Branch(next(self._branch_ids), parent, path, child.label, child.cursor, segment)
             branch.last_advanced = parent.last_advanced
             branch.allowance = share
-            branch.segment = self._new_segment(trunk.end, ancestors, lead=len(lead) if index else 0)
-            branch.segment.extend(lead, lead_sampled)
-            branch.trail = [branch.segment]
             self.branches[branch.id] = branch
             parent.forked.append(branch)
-        firsts = (child.first for child in fork.children)
-        events = self._open_stage(*zip(parent.forked, firsts, strict=True))
-        parent.fork_stage = parent.forked[0].stage
-        for branch, child in zip(tuple(parent.forked), fork.children, strict=True):
-            events = self._decode(branch, child.first, events)
+        born = tuple(zip(parent.forked, (child.first for child in fork.children), strict=True))
+        events = self._open_stage(*born)
+        parent.stage = parent.forked[0].stage
+        for branch, first in born:
+            events = self._decode(branch, first, events)
         self.resumed_at = self.updated_at
         return events
 
@@ -373,9 +333,11 @@ class LiveRequest:
         fork, branches = parent.fork, parent.forked
         assert fork is not None
         parent.critical = max(branch.critical for branch in branches)
+        parent.last_advanced = max(branch.last_advanced for branch in branches)
         parent.fork, parent.forked = None, []
         self.resumed_at = self.updated_at
         if fork.join == "none":
+            parent.segment.extend(*parent.lent)
             return self._end_after_branches(parent, FinishReason.FORKED)
         joined = self._joined_segment(parent.segment, branches, fork.join)
         if fork.join == "kv":
@@ -383,7 +345,7 @@ class LiveRequest:
         parent.segment = joined
         parent.trail.append(joined)
         ids = tuple(branch.id for branch in branches)
-        events: list[Event] = [Joined(self.request.id, parent.fork_stage, ids)]
+        events: list[Event] = [Joined(self.request.id, parent.stage, ids)]
         if joined.end >= self._max_context:
             return events + self._end_after_branches(parent, FinishReason.CONTEXT)
         action = parent.cursor.on_join(joined.end)
@@ -393,18 +355,17 @@ class LiveRequest:
 
     def _joined_segment(self, before: Segment, branches: list[Branch], join: str) -> Segment:
         """What the parent goes on with: after the longest branch (`kv`), or reading all text again."""
-        ancestors = (*before.ancestors, before) if before.tokens else before.ancestors
+        ancestors = before.chain if before.tokens else before.ancestors
         trails = [segment for branch in branches for segment in branch.trail if segment.tokens]
         if join == "kv":
             return self._new_segment(max(branch.segment.end for branch in branches), (*ancestors, *trails))
-        joined = self._new_segment(before.end, ancestors)
-        for segment in trails:
-            joined.extend(segment.tokens[segment.lead :], bytes(segment.sampled[segment.lead :]))
+        joined = self._new_segment(before.end, ancestors, trails[0].lead)
+        joined.extend(*text(trails))
         return joined
 
     def _end_after_branches(self, parent: Branch, reason: FinishReason) -> list[Event]:
-        done, stage = parent.completion_tokens, parent.stage
-        ended = StageFinished(self.request.id, stage, parent.id, reason, None, done, final=True)
+        done = parent.completion_tokens
+        ended = StageFinished(self.request.id, parent.stage, parent.id, reason, None, done, final=True)
         return [ended, *self._end_branch(parent)]
 
     def _finish(self) -> list[Event]:
@@ -440,8 +401,9 @@ class LiveRequest:
         if not isinstance(action, Fork) or not isinstance(self.request.program, TagProgram):
             return True
         firsts = [child.first for child in action.children]
-        wanted = max(self._pool.pages_for(len(f.prefix) + f.stopping.max_tokens) for f in firsts)
-        return self._share(branch, len(firsts)) >= wanted
+        lead = int(not all(first.prefix for first in firsts))
+        wanted = max(lead + len(first.prefix) + first.stopping.max_tokens for first in firsts)
+        return self._share(branch, len(firsts)) >= self._pool.pages_for(wanted)
 
     def _share(self, branch: Branch, children: int) -> int:
         """Pages for each branch of a fork, after what its parent holds and may need when they have joined."""
@@ -452,31 +414,27 @@ class LiveRequest:
 
     # --- segments --------------------------------------------------------------------------------------
 
-    def _new_segment(self, start: int, ancestors: tuple[Segment, ...], lead: int = 0) -> Segment:
+    def _new_segment(self, start: int, ancestors: tuple[Segment, ...], lead: int | None = None) -> Segment:
         segment = Segment(next(self._segment_ids), start, ancestors, lead)
         self.segments[segment.id] = segment
         return segment
 
-    def _reuse_prefix(self, root: Segment) -> int:
-        """Take the prompt's cached pages, all but what holds its last token. Returns the tokens saved."""
-        pool = self._pool
-        keys = list(pool.cache.keys(root.tokens[:-1], self.request.cache_salt))
+    def _reuse_prefix(self, root: Segment) -> None:
+        """Take the cached pages of the trunk, all but what holds the token that a branch samples from."""
+        pool, trunk = self._pool, self.branches[0]
+        sealed = trunk.segment is not root or trunk.open_children > 0
+        keys = list(pool.cache.keys(root.tokens[: None if sealed else -1], self.request.cache_salt))
         pages = pool.cache.lookup(keys)
         pool.share(pages)
-        root.pages = list(pages)
+        root.pages = pages
         root.shared = len(pages)
         root.computed = len(pages) * pool.page_size
         self._published = keys[len(pages) - 1] if pages else None
-        return root.computed
 
-    @staticmethod
-    def _stop_at(strings: tuple[str, ...], text: str) -> str | None:
-        found = [(text.find(string), string) for string in strings if string in text]
-        return min(found)[1] if found else None
-
-    def _stop_string(self, stopping: Stopping, generated: list[int]) -> str | None:
+    def _stop_string(self, branch: Branch) -> str | None:
         """The stop string that the newest token completed: every token holds at least one byte of it."""
-        if not stopping.stop_strings:
-            return None
-        tail = max(len(string.encode()) for string in stopping.stop_strings)
-        return self._stop_at(stopping.stop_strings, self._codec.decode(generated[-tail:]))
+        strings, tokens = branch.stopping.stop_strings, branch.segment.tokens
+        most = max(len(string.encode()) for string in strings)
+        tail = self._codec.decode(tokens[max(branch.stage_from, len(tokens) - most) :])
+        found = [(tail.find(string), string) for string in strings if string in tail]
+        return min(found)[1] if found else None

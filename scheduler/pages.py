@@ -7,6 +7,7 @@ space is needed). free + cached + owned = total, always: `PagePool.check` proves
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -19,7 +20,8 @@ class PrefixCache:
     """Full pages by content: key = H(key of the page before, token ids, salt), so a key names a whole prefix.
 
     A page stays listed while segments own it; once nobody does it is *idle* and may be evicted, the one that
-    became idle first going first.
+    became idle first going first. Who owns a listed page owns the listed pages before it, so a page is listed
+    only as long as its whole prefix is.
     """
 
     def __init__(self, page_size: int) -> None:
@@ -32,7 +34,7 @@ class PrefixCache:
         """The keys of the full pages of `tokens`, which start at position 0 or right after page `after`."""
         key = hashlib.blake2b(salt.encode(), digest_size=16).digest() if after is None else after
         for end in range(self.page_size, len(tokens) + 1, self.page_size):
-            content = b"".join(t.to_bytes(4, "little") for t in tokens[end - self.page_size : end])
+            content = array("q", tokens[end - self.page_size : end]).tobytes()
             key = hashlib.blake2b(content, key=key, digest_size=16).digest()
             yield key
 
@@ -46,11 +48,12 @@ class PrefixCache:
             pages.append(page)
         return pages
 
-    def insert(self, key: bytes, page: int) -> None:
-        """List an owned page under its key; a key that is known already keeps its first page."""
-        if key not in self._page_of and page not in self._key_of:
-            self._page_of[key] = page
+    def insert(self, key: bytes, page: int) -> int:
+        """List an owned page under its key. Returns the page that is listed: a known key keeps its first."""
+        listed = self._page_of.setdefault(key, page)
+        if listed == page:
             self._key_of[page] = key
+        return listed
 
     def __contains__(self, page: int) -> bool:
         return page in self._key_of

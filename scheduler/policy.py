@@ -5,17 +5,20 @@ All four see the same candidates and go through the same code before and after.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 from scheduler.predictor import StepLatencyModel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Extra:
-    """A ready branch that could join the step: what it would add to it.
+    """A ready branch that could join the step: what it would add to it. Compared by identity.
 
     key         (request id, branch)
     rows        query rows
@@ -104,20 +107,14 @@ class Taper:
         self, extras: Sequence[Extra], baseline: Baseline, latency: StepLatencyModel
     ) -> Sequence[Extra]:
         by_cost = sorted(extras, key=lambda extra: (extra.kv_tokens, extra.rows))
-        best: list[Extra] = []
+        rows = [*accumulate((extra.rows for extra in by_cost), initial=baseline.rows)]
+        kv_tokens = [*accumulate((extra.kv_tokens for extra in by_cost), initial=baseline.kv_tokens)]
+        most = 0
         for bucket in latency.buckets:
-            if bucket < baseline.rows:
-                continue
-            rows, kv_tokens = baseline.rows, baseline.kv_tokens
-            chosen: list[Extra] = []
-            for extra in by_cost:
-                rows, kv_tokens = rows + extra.rows, kv_tokens + extra.kv_tokens
-                if rows > bucket or latency.predict(bucket, kv_tokens) > baseline.budget:
-                    break
-                chosen.append(extra)
-            if len(chosen) > len(best):
-                best = chosen
-        return best
+            in_bucket = bisect_right(rows, bucket)
+            in_budget = bisect_right(kv_tokens, baseline.budget, key=partial(latency.predict, bucket))
+            most = max(most, min(in_bucket, in_budget) - 1)
+        return by_cost[:most]
 
 
 def policy(name: str) -> AdmissionPolicy:

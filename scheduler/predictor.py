@@ -18,7 +18,7 @@ class StepLatencyModel:
     """Predicted seconds of a step."""
 
     SCALE_BOUNDS = (0.25, 4.0)
-    OUTLIER = 3.0  # a step this many times slower than predicted says nothing about the next
+    MOST = 0.5  # a larger relative error counts as this: one stalled step says little about the next
     RAISE, LOWER = 0.10, 0.02  # share of a relative error that one step moves the scale by
 
     def __init__(self, bucket_seconds: Mapping[int, float], kv_token_seconds: float = 0.0) -> None:
@@ -27,6 +27,8 @@ class StepLatencyModel:
         self.scale = 1.0
         self._seconds: dict[int, float] = {}
         highest = 0.0
+        if min(bucket_seconds.values()) <= 0.0:
+            raise ValueError(f"a step takes more than 0 seconds, got {dict(bucket_seconds)}")
         for bucket in self.buckets:  # a larger bucket never costs less, whatever the noise of the measurement
             highest = max(highest, bucket_seconds[bucket])
             self._seconds[bucket] = highest
@@ -37,9 +39,7 @@ class StepLatencyModel:
 
     def observe(self, rows: int, kv_tokens: int, seconds: float) -> None:
         """Learn from one finished step: too low a prediction is corrected faster than too high a one."""
-        error = seconds / self.predict(rows, kv_tokens) - 1.0
-        if error > self.OUTLIER:
-            return
+        error = min(self.MOST, seconds / self.predict(rows, kv_tokens) - 1.0)
         step = error * (self.RAISE if error > 0 else self.LOWER)
         low, high = self.SCALE_BOUNDS
         self.scale = min(high, max(low, self.scale * (1.0 + step)))

@@ -152,8 +152,8 @@ class Cursor(Protocol):
         """The first action, after the prompt."""
         ...
 
-    def on_token(self, generated: Sequence[int], position: int) -> Action | None:
-        """The stage's tokens so far, one of them new; None to decode on."""
+    def on_token(self, tokens: Sequence[int], stage_from: int, position: int) -> Action | None:
+        """The segment's tokens, one of them new, the stage's from `stage_from` on; None to decode on."""
         ...
 
     def on_stop(self, reason: FinishReason) -> Action:
@@ -175,7 +175,7 @@ class PlanCursor:
     def begin(self, position: int) -> Action:
         return self._advance(FinishReason.FORKED)
 
-    def on_token(self, generated: Sequence[int], position: int) -> Action | None:
+    def on_token(self, tokens: Sequence[int], stage_from: int, position: int) -> Action | None:
         return None
 
     def on_stop(self, reason: FinishReason) -> Action:
@@ -201,8 +201,8 @@ class PlanCursor:
 class TagCursor:
     """Watches one branch's text for the grammar's tags.
 
-    A fork that cannot be opened (no outline, too many, too deep) is no fork: the branch decodes on serially.
-    `limit` is the first position that the branch may not fill.
+    A fork that cannot be opened (never begun, no outline, too many, too deep, no room) is no fork: the branch
+    decodes on serially. `limit` is the first position that the branch may not fill.
     """
 
     def __init__(self, program: TagProgram, codec: Codec, depth: int = 0, limit: int | None = None) -> None:
@@ -216,12 +216,12 @@ class TagCursor:
         self._limit = position + self._program.stopping.max_tokens
         return self._decode((), position)
 
-    def on_token(self, generated: Sequence[int], position: int) -> Action | None:
+    def on_token(self, tokens: Sequence[int], stage_from: int, position: int) -> Action | None:
         grammar = self._program.grammar
-        if self._depth > 0 and self._closes(grammar.branch_close, generated):
+        if self._depth > 0 and self._closes(grammar.branch_close, tokens, stage_from):
             return End(FinishReason.BRANCH_CLOSED)
-        if self._depth < self._program.max_depth and self._closes(grammar.plan_close, generated):
-            return self._fork(generated, position)
+        if self._depth < self._program.max_depth and self._closes(grammar.plan_close, tokens, stage_from):
+            return self._fork(self._codec.decode(list(tokens[stage_from:])), position)
         return None
 
     def on_stop(self, reason: FinishReason) -> Action:
@@ -237,15 +237,16 @@ class TagCursor:
             return End(FinishReason.MAX_TOKENS)
         return Decode(prefix, replace(self._program.stopping, max_tokens=left))
 
-    def _closes(self, tag: str, generated: Sequence[int]) -> bool:
+    def _closes(self, tag: str, tokens: Sequence[int], stage_from: int) -> bool:
         """Whether the newest token completes `tag`: every token holds at least one byte of it."""
-        tail = list(generated[-len(tag.encode()) :])
-        return tag in self._codec.decode(tail) and tag not in self._codec.decode(tail[:-1])
+        tail = list(tokens[max(stage_from, len(tokens) - len(tag.encode())) :])
+        text = self._codec.decode(tail)
+        return tag in text and text.count(tag) > self._codec.decode(tail[:-1]).count(tag)
 
-    def _fork(self, generated: Sequence[int], position: int) -> Fork | None:
+    def _fork(self, text: str, position: int) -> Fork | None:
         program, grammar = self._program, self._program.grammar
-        goal = self._codec.decode(list(generated)).rpartition(grammar.plan_open)[2]
-        labels = [match.group(1) for match in re.finditer(grammar.outline, goal)]
+        _, opened, goal = text.rpartition(grammar.plan_open)
+        labels = [match.group(1) for match in re.finditer(grammar.outline, goal)] if opened else []
         if not 0 < len(labels) <= program.max_branches:
             return None
         assert self._limit is not None
@@ -267,18 +268,32 @@ def cursor(program: Plan | TagProgram, codec: Codec) -> Cursor:
     return PlanCursor(program.stages) if isinstance(program, Plan) else TagCursor(program, codec)
 
 
+def longest_first_prefix(program: Plan | TagProgram) -> int:
+    """Tokens that the program may force into the context before the first one is sampled."""
+    if isinstance(program, TagProgram):
+        return 0
+    first = program.stages[0]
+    parts = (first,) if isinstance(first, SerialStage) else first.branches
+    return max(len(part.prefix) for part in parts)
+
+
 def check_program(program: Plan | TagProgram) -> None:
     """Raise ValueError, naming the stage, for a program that could not run."""
     if isinstance(program, Plan):
-        _check_stages(program.stages, "plan")
         if not program.stages:
             raise ValueError("plan: at least one stage is needed")
-    elif program.grammar.join == "kv" and not program.grammar.join_open:
+        _check_stages(program.stages, "plan")
+        return
+    if min(program.stopping.max_tokens, program.branch_max_tokens) < 1:
+        raise ValueError("max_tokens and branch_max_tokens must be at least 1")
+    if program.grammar.join not in ("kv", "reprefill"):
+        raise ValueError(f"a grammar's join must be kv or reprefill, got {program.grammar.join!r}")
+    if program.grammar.join == "kv" and not program.grammar.join_open:
         raise ValueError("a grammar that joins by kv needs a join_open to feed")
 
 
 def _check_stages(stages: tuple[Stage, ...], where: str) -> None:
-    joined_by_kv = False
+    before = ""  # how the stage before joins
     for index, stage in enumerate(stages):
         name = f"{where}.stages[{index}]"
         parts = (stage,) if isinstance(stage, SerialStage) else stage.branches
@@ -286,12 +301,14 @@ def _check_stages(stages: tuple[Stage, ...], where: str) -> None:
             raise ValueError(f"{name}: a parallel stage needs at least one branch")
         if any(part.stopping.max_tokens < 1 for part in parts):
             raise ValueError(f"{name}: max_tokens must be at least 1")
-        if joined_by_kv and not all(part.prefix for part in parts):
+        if before == "none":
+            raise ValueError(f"{name}: nothing can follow a stage whose branches are not joined")
+        if before == "kv" and not all(part.prefix for part in parts):
             raise ValueError(f"{name}: a stage after a kv join needs a prefix to feed")
-        joined_by_kv = False
+        before = ""
         if isinstance(stage, ParallelStage):
             if stage.join not in JOINS:
                 raise ValueError(f"{name}: join must be one of {', '.join(JOINS)}, got {stage.join!r}")
-            joined_by_kv = stage.join == "kv"
+            before = stage.join
             for child, spec in enumerate(stage.branches):
                 _check_stages(spec.stages, f"{name}.branches[{child}]")

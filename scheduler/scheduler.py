@@ -10,19 +10,22 @@ replay after a preemption and a decoding branch are all segments with tokens tha
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
+from scheduler.branch import Branch
 from scheduler.draft import StepDraft
-from scheduler.events import Event, WidthChanged
-from scheduler.live_request import Branch, LiveRequest
+from scheduler.events import Event
+from scheduler.live_request import LiveRequest
 from scheduler.pages import PagePool
 from scheduler.plan import StepPlan, StepResult
 from scheduler.policy import AdmissionPolicy, Baseline, Extra, policy
 from scheduler.predictor import StepLatencyModel
-from scheduler.program import Codec, check_program
+from scheduler.program import Codec, check_program, longest_first_prefix
 from scheduler.request import Request
 from scheduler.slack import pace, prompt_deadline, slack
 
@@ -74,18 +77,40 @@ class SchedulerLoad:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A launched step: its plan, when it should end, and the (width, wanted) that it changed."""
+    """A launched step: its plan and when it should end.
+
+    sampling  the requests that it should give a token
+    widths    for each request in it, how many branches advance, and how many were ready
+    """
 
     plan: StepPlan
     end: float
-    widths: dict[str, tuple[int, int]]
+    sampling: set[LiveRequest]
+    widths: dict[LiveRequest, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A running request and its branches that could advance, the least recently advanced first."""
+
+    live: LiveRequest
+    ready: Sequence[Branch]
+
+    @property
+    def branch(self) -> Branch:
+        """The branch whose turn it is."""
+        return self.ready[0]
 
 
 class Scheduler:
-    """Requests in, step plans out; holds every page and slot. Not thread-safe; has no clock."""
+    """Requests in, step plans out; holds every page and slot. Not thread-safe; has no clock.
+
+    A request waits (`_queue`), runs (`_running`), perhaps waits again without its pages (`_preempted`), and
+    is gone.
+    """
 
     START_MARGIN = 0.95  # share of the TPOT target that a step may take with one request more
-    LATE_START = 8  # one start in so many goes to a request that has missed its TTFT target
+    LATE_TURN = 8  # one start and one prompt floor in so many go to who has missed the TTFT target
     FILL_SHARE = 0.01  # share of the TPOT target by which filling the bucket may lengthen a step
 
     def __init__(self, config: SchedulerConfig, latency: StepLatencyModel, codec: Codec) -> None:
@@ -98,8 +123,9 @@ class Scheduler:
         self._codec = codec
         self._floor = max(1, min(config.prompt_floor, latency.buckets.largest // 2))
         self._live: dict[str, LiveRequest] = {}
+        self._queue: deque[LiveRequest] = deque()
         self._running: list[LiveRequest] = []  # oldest first
-        self._queue: deque[LiveRequest] = deque()  # preempted ones first
+        self._preempted: list[LiveRequest] = []  # oldest first
         self._free_slots = list(range(config.num_slots - 1, -1, -1))
         self._flights: deque[_Flight] = deque()
         self._steps = 0
@@ -108,10 +134,13 @@ class Scheduler:
     # --- requests --------------------------------------------------------------------------------------
 
     def add(self, request: Request, now: float) -> None:
-        """Queue a request. Raises RejectedError, or ValueError for a program that cannot run."""
+        """Queue a request. Raises RejectedError, or ValueError for a request that cannot run."""
         check_program(request.program)
         if not request.prompt:
             raise ValueError("the prompt is empty: at least one token is needed")
+        forced, most = len(request.prompt) + longest_first_prefix(request.program), self.config.max_context
+        if forced >= most:
+            raise ValueError(f"{forced} tokens before the first one is sampled leave no room in {most}")
         if request.id in self._live:
             raise RejectedError("DUPLICATE", f"request {request.id!r} is already running")
         if len(self._queue) >= self.config.max_queue:
@@ -154,8 +183,8 @@ class Scheduler:
     def load(self) -> SchedulerLoad:
         return SchedulerLoad(
             running_requests=len(self._running),
-            running_branches=sum(len(live.branches) for live in self._running),
-            queued_requests=len(self._queue),
+            running_branches=sum(live.width for live in self._running),
+            queued_requests=len(self._queue) + len(self._preempted),
             kv_used_tokens=self.pool.owned * self.pool.page_size,
             kv_capacity_tokens=self.pool.num_pages * self.pool.page_size,
         )
@@ -176,9 +205,9 @@ class Scheduler:
         self._start_queued(start)
         draft = StepDraft(self._steps, self.pool, self.latency, self._make_room, self._take_slot)
         decoding, reading = self._turns()
-        self._add_baseline(draft, decoding)
+        self._add_baseline(draft, decoding, reserved=bool(reading))
         self._add_floor(draft, reading, start)
-        if not draft.entries:
+        if not draft.rows:
             return None
         baseline = draft.seconds()
         extras = self._extras(draft, decoding)
@@ -186,47 +215,56 @@ class Scheduler:
         self._read_prompts(draft, reading, budget, start, at_pace=True)
         self._admit(draft, extras, budget)
         self._read_prompts(draft, reading, budget, start, at_pace=False)
-        return self._launch(draft, start, baseline, budget)
+        return self._launch(draft, start, baseline, budget, [*decoding, *reading])
 
-    def _turns(self) -> tuple[list[tuple[LiveRequest, Branch]], list[tuple[LiveRequest, Branch]]]:
-        """Each running request with the branch whose turn it is: those that decode, and those that read.
+    def _turns(self) -> tuple[list[_Turn], list[_Turn]]:
+        """The running requests that can advance: those that decode, oldest first, and those that read.
 
-        To read is to have more to compute than a decode step should carry: a prompt, a joined text, a
-        replay. It is paced, while a decoding request has a deadline.
+        A request reads while each of its branches has more to compute than a decode step should carry: a
+        prompt, a joined text, a replay. It is paced, while a decoding request has a deadline.
         """
-        decoding: list[tuple[LiveRequest, Branch]] = []
-        reading: list[tuple[LiveRequest, Branch]] = []
+        decoding: list[_Turn] = []
+        reading: list[_Turn] = []
         for live in self._running:
-            for branch in live.runnable()[:1]:
-                backlog = branch.backlog
-                decodes = live.first_token is not None and backlog <= self._floor
-                (decoding if decodes else reading).append((live, branch))
-        reading.sort(key=lambda turn: turn[0].reading_deadline)
+            ready = live.runnable()
+            if not ready:
+                continue
+            decodes = live.first_token is not None and any(b.backlog <= self._floor for b in ready)
+            (decoding if decodes else reading).append(_Turn(live, ready))
+        reading.sort(key=lambda turn: turn.live.reading_deadline)
         return decoding, reading
 
-    def _add_baseline(self, draft: StepDraft, decoding: list[tuple[LiveRequest, Branch]]) -> None:
-        """Every decoding request advances; oldest first, since the oldest may preempt the others."""
-        waiting = len(decoding)
-        for live, branch in decoding:
-            waiting -= 1
-            if live in self._running:  # not preempted meanwhile
-                draft.add(live, branch, draft.room - waiting, must=True)
+    def _add_baseline(self, draft: StepDraft, decoding: list[_Turn], *, reserved: bool) -> None:
+        """Every decoding request advances one branch; oldest first, since the oldest may preempt the others.
 
-    def _add_floor(self, draft: StepDraft, reading: list[tuple[LiveRequest, Branch]], start: float) -> None:
-        """Prompts never starve: the one due first reads a little in every step; missed ones come last."""
-        for live, branch in sorted(reading, key=lambda turn: turn[0].reading_deadline <= start):
-            if live in self._running and draft.add(live, branch, self._floor, must=True):
+        There is a row for each of them, and, if `reserved`, one for a request that reads.
+        """
+        waiting = len(decoding) + reserved
+        for turn in decoding:
+            waiting -= 1
+            if self._runs(turn):
+                draft.add(turn.live, turn.branch, min(self._floor, draft.room - waiting), must=True)
+
+    def _add_floor(self, draft: StepDraft, reading: list[_Turn], start: float) -> None:
+        """Prompts never starve: the one due first reads a little in every step.
+
+        Those that have missed their target come last, but for one step in LATE_TURN.
+        """
+        late_first = self._steps % self.LATE_TURN == 0
+        for turn in sorted(reading, key=lambda turn: not late_first and turn.live.reading_deadline <= start):
+            if self._runs(turn) and draft.add(turn.live, turn.branch, self._floor, must=True):
                 return
 
-    def _extras(self, draft: StepDraft, decoding: list[tuple[LiveRequest, Branch]]) -> dict[Extra, Branch]:
+    def _extras(self, draft: StepDraft, decoding: list[_Turn]) -> dict[Extra, tuple[LiveRequest, Branch]]:
         """Ready branches beyond the baseline, least recently advanced first."""
-        extras: dict[Extra, Branch] = {}
-        for live, _ in decoding:
-            taken = draft.advanced.get(live.request.id, [])
-            for branch in live.runnable() if taken else ():
-                if branch not in taken and branch.backlog <= self._floor:
-                    kv_tokens = draft.unread(branch) + branch.backlog
-                    extras[Extra((live.request.id, branch.id), branch.backlog, kv_tokens)] = branch
+        extras: dict[Extra, tuple[LiveRequest, Branch]] = {}
+        for live, ready in ((turn.live, turn.ready) for turn in decoding):
+            taken = draft.advanced.get(live)
+            for branch in ready if taken else ():
+                backlog = branch.backlog
+                if branch is not ready[0] and backlog <= self._floor:
+                    kv_tokens = draft.unread(branch) + backlog
+                    extras[Extra((live.request.id, branch.id), backlog, kv_tokens)] = (live, branch)
         return extras
 
     def _budget(
@@ -234,21 +272,21 @@ class Scheduler:
         draft: StepDraft,
         start: float,
         baseline: float,
-        decoding: list[tuple[LiveRequest, Branch]],
-        reading: list[tuple[LiveRequest, Branch]],
+        decoding: list[_Turn],
+        reading: list[_Turn],
         extras: Iterable[Extra],
     ) -> float:
         """Seconds that the step may take (see scheduler.slack). Without decoding requests nobody is hurt."""
-        protected = [live for live, _ in decoding if live.request.id in draft.advanced]
+        protected = [turn.live for turn in decoding if turn.live in draft.advanced]
         if not protected:
             return math.inf
-        expected = {e.request_id: f.end for f in self._flights for e in f.plan.entries if e.samples}
-        deadlines = [live.deadline(expected.get(live.request.id)) for live in protected]
+        expected = {live: flight.end for flight in self._flights for live in flight.sampling}
+        deadlines = [live.deadline(expected.get(live)) for live in protected]
         if any(deadline - start >= baseline for deadline in deadlines):
-            for live, branch in reading:
-                left = max(1, draft.left(branch))
-                due = prompt_deadline(live.reading_deadline, start, left, self.config.max_chunk)
-                deadlines += [due] if due is not None else []
+            for turn in reading:
+                left = max(1, draft.left(turn.branch))
+                due = prompt_deadline(turn.live.reading_deadline, start, left, self.config.max_chunk)
+                deadlines += [due] if due is not None and self._runs(turn) else []
         budget = baseline + self.config.rho * slack(deadlines, start, baseline)
         if self.config.fill:
             tightest = min(live.request.slo.tpot for live in protected)
@@ -264,49 +302,48 @@ class Scheduler:
                 break
             room -= extra.rows
             kv_tokens += extra.kv_tokens
-        return draft.seconds(0, kv_tokens)
+        return draft.seconds(kv_tokens)
 
-    def _admit(self, draft: StepDraft, extras: dict[Extra, Branch], budget: float) -> None:
+    def _admit(
+        self, draft: StepDraft, extras: dict[Extra, tuple[LiveRequest, Branch]], budget: float
+    ) -> None:
         step = Baseline(draft.rows, draft.kv_tokens, budget)
         for extra in self.policy.admit(list(extras), step, self.latency):
             if draft.room >= extra.rows:
-                draft.add(self._live[extra.key[0]], extras[extra], extra.rows)
+                draft.add(*extras[extra], extra.rows)
 
     def _read_prompts(
-        self,
-        draft: StepDraft,
-        reading: list[tuple[LiveRequest, Branch]],
-        budget: float,
-        start: float,
-        *,
-        at_pace: bool,
+        self, draft: StepDraft, reading: list[_Turn], budget: float, start: float, *, at_pace: bool
     ) -> None:
         """Read prompts within the budget: up to the pace of their TTFT target, or all that fits."""
-        for live, branch in reading:
-            left = draft.left(branch)
-            if not left or live not in self._running:
+        for turn in reading:
+            left = draft.left(turn.branch)
+            if not left or not self._runs(turn):
                 continue
             wanted = self.config.max_chunk
             if at_pace:
                 step_seconds = budget if math.isfinite(budget) else draft.seconds()
-                wanted = min(wanted, pace(live.reading_deadline, start, left, step_seconds))
-            rows = min(wanted - draft.rows_of(live), left)
-            draft.add(live, branch, draft.affordable(branch, rows, budget))
+                wanted = min(wanted, pace(turn.live.reading_deadline, start, left, step_seconds))
+            rows = draft.affordable(turn.branch, min(wanted - draft.rows_of(turn.live), left), budget)
+            if rows:
+                draft.add(turn.live, turn.branch, rows)
 
-    def _launch(self, draft: StepDraft, start: float, baseline: float, budget: float) -> StepPlan:
+    def _launch(
+        self, draft: StepDraft, start: float, baseline: float, budget: float, turns: list[_Turn]
+    ) -> StepPlan:
         self._steps += 1
-        widths: dict[str, tuple[int, int]] = {}
+        widths: dict[LiveRequest, tuple[int, int]] = {}
         deferred: list[tuple[str, int]] = []
-        for live in self._running:
-            advanced = draft.advanced.get(live.request.id, [])
-            waiting = [branch for branch in live.runnable() if branch not in advanced]
-            deferred += [(live.request.id, branch.id) for branch in waiting]
-            width = (len(advanced), len(advanced) + len(waiting))
-            if advanced and width != live.reported_width:
-                live.reported_width = widths[live.request.id] = width
+        for turn in turns:
+            if not self._runs(turn):
+                continue
+            advanced = draft.advanced.get(turn.live, {})
+            deferred += [(turn.live.request.id, branch.id) for branch in turn.ready if branch not in advanced]
+            if advanced:
+                widths[turn.live] = (len(advanced), len(turn.ready))
         plan = StepPlan(
             step_id=draft.step_id,
-            entries=tuple(draft.entries),
+            entries=draft.entries,
             slots=tuple(draft.slots),
             deferred=tuple(deferred),
             bucket=self.latency.buckets.fit(draft.rows),
@@ -316,8 +353,12 @@ class Scheduler:
             baseline_seconds=baseline,
             budget_seconds=budget,
         )
-        self._flights.append(_Flight(plan, start + plan.predicted_seconds, widths))
+        self._flights.append(_Flight(plan, start + plan.predicted_seconds, draft.sampling, widths))
         return plan
+
+    def _runs(self, turn: _Turn) -> bool:
+        """Whether the request still runs: others may have preempted it in the step being planned."""
+        return turn.live.resident
 
     # --- results ---------------------------------------------------------------------------------------
 
@@ -327,11 +368,10 @@ class Scheduler:
         plan = flight.plan
         assert plan is result.plan, "steps must be updated in the order in which they were scheduled"
         self.latency.observe(plan.rows, plan.kv_tokens, result.seconds)
-        events: list[Event] = [
-            WidthChanged(request_id, width, wanted)
-            for request_id, (width, wanted) in flight.widths.items()
-            if request_id in self._live
-        ]
+        events: list[Event] = []
+        for live, (width, wanted) in flight.widths.items():
+            if self._live.get(live.request.id) is live:
+                events += live.width_changed(width, wanted)
         samples = iter(result.samples)
         for entry in plan.entries:
             sample = next(samples) if entry.samples else None
@@ -343,39 +383,40 @@ class Scheduler:
             if live.finished:
                 del self._live[live.request.id]
                 self._leave(live)
-            elif self.config.prefix_cache:
-                live.publish_prefix()
+        for live in flight.widths if self.config.prefix_cache else ():
+            live.publish_prefix()
         return events
 
     # --- starting and preempting -----------------------------------------------------------------------
 
     def _start_queued(self, start: float) -> None:
-        while self._queue and len(self._running) < self.latency.buckets.largest:
+        while (self._preempted or self._queue) and len(self._running) < self.latency.buckets.largest:
             live = self._next_to_start(start)
             if self._running and not self._may_start(live):
                 return
-            self._queue.remove(live)
+            self._leave(live)
             if live.started_at is None:
                 live.age = self._starts
                 self._starts += 1
             live.resume(start)
-            self._running.append(live)
-            self._running.sort(key=lambda running: running.age)
+            insort(self._running, live, key=_age)
 
     def _next_to_start(self, start: float) -> LiveRequest:
         """Preempted requests first; then those that can still meet their TTFT target, then the others."""
-        if self._queue[0].started_at is not None:
-            return self._queue[0]
-        missed = [live for live in self._queue if live.ttft_deadline <= start]
-        if len(missed) == len(self._queue) or (
-            missed and self._starts % self.LATE_START == self.LATE_START - 1
-        ):
-            return missed[0]
-        return next(live for live in self._queue if live.ttft_deadline > start)
+        if self._preempted:
+            return self._preempted[0]
+        on_time = (live for live in self._queue if live.ttft_deadline > start)
+        missed = (live for live in self._queue if live.ttft_deadline <= start)
+        late_first = self._starts % self.LATE_TURN == self.LATE_TURN - 1
+        return next(chain(missed, on_time) if late_first else chain(on_time, missed))
 
     def _may_start(self, live: LiveRequest) -> bool:
-        """Whether its worst case fits now, and the step with it stays within everybody's TPOT target."""
-        if live.worst_case_pages > self.pool.available:
+        """Whether its worst case fits now, and the step with it stays within everybody's TPOT target.
+
+        What the running requests have still to read of their prompts is theirs already.
+        """
+        promised = sum(running.lacking_pages for running in self._running)
+        if live.worst_case_pages > self.pool.available - promised:
             return False
         rows = min(len(self._running) + self._floor, self.latency.buckets.largest)
         kv_tokens = self.pool.owned * self.pool.page_size + self._floor
@@ -385,12 +426,12 @@ class Scheduler:
     def _make_room(self, draft: StepDraft, live: LiveRequest, pages: int) -> bool:
         """Preempt requests younger than `live` that the draft does not advance, until `pages` are available.
 
-        First the tails of the branches that have waited longest, then the whole request.
+        The youngest goes first: the tails of its branches whose turn is not next, then all of it.
         """
         for victim in reversed(self._running):
             if self.pool.available >= pages or victim.age <= live.age:
                 break
-            if victim.request.id in draft.advanced:
+            if victim in draft.advanced or not victim.holds_pages:
                 continue
             for branch in victim.runnable()[1:]:
                 if self.pool.available < pages:
@@ -398,7 +439,7 @@ class Scheduler:
             if self.pool.available < pages:
                 victim.preempt()
                 self._running.remove(victim)
-                self._queue.appendleft(victim)
+                insort(self._preempted, victim, key=_age)
         return self.pool.available >= pages
 
     def _take_slot(self, draft: StepDraft) -> int:
@@ -413,13 +454,16 @@ class Scheduler:
                 for branch in live.branches.values()
                 if branch.slot is not None
                 and not branch.in_flight
-                and branch not in draft.advanced.get(live.request.id, ())
+                and branch not in draft.advanced.get(live, ())
             )
             live.free_slot(branch)
         return self._free_slots.pop()
 
     def _leave(self, live: LiveRequest) -> None:
-        if live in self._running:
-            self._running.remove(live)
-        elif live in self._queue:
-            self._queue.remove(live)
+        for place in (self._running, self._preempted, self._queue):
+            if live in place:
+                place.remove(live)
+
+
+def _age(live: LiveRequest) -> int:
+    return live.age

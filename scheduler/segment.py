@@ -9,7 +9,7 @@ Its ancestors are fixed at birth: a replay after a preemption reads exactly what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from scheduler.pages import PagePool
 from scheduler.plan import SegmentRead
@@ -19,17 +19,30 @@ class Segment:
     """Token ids, where they stand, and the pages of those that are computed.
 
     start     rotary position of the first token
-    lead      leading tokens that only repeat those of an elder sibling (a fork's shared token): 0 or 1
+    chain     its ancestors, root first, and itself
+    lead      where a fork's branches all begin with the fork's last token: the segment that gave it up
     sampled   for each token, whether it was generated (1) or given (0)
-    shared    leading pages that are in the prefix cache
+    shared    leading pages that are in the prefix cache: full ones, which are never written again
     """
 
-    __slots__ = ("ancestors", "computed", "id", "lead", "pages", "sampled", "shared", "start", "tokens")
+    __slots__ = (
+        "ancestors",
+        "chain",
+        "computed",
+        "id",
+        "lead",
+        "pages",
+        "sampled",
+        "shared",
+        "start",
+        "tokens",
+    )
 
-    def __init__(self, id: int, start: int, ancestors: tuple[Segment, ...], lead: int = 0) -> None:
+    def __init__(self, id: int, start: int, ancestors: tuple[Segment, ...], lead: int | None = None) -> None:
         self.id = id
         self.start = start
         self.ancestors = ancestors
+        self.chain = (*ancestors, self)
         self.lead = lead
         self.tokens: list[int] = []
         self.sampled = bytearray()
@@ -47,14 +60,21 @@ class Segment:
         """Known tokens whose KV no launched step writes."""
         return max(0, len(self.tokens) - self.computed)
 
-    def extend(self, tokens: Sequence[int], sampled: bool | bytes = False) -> None:
+    def extend(self, tokens: Sequence[int], sampled: Iterable[int] | None = None) -> None:
+        """Append tokens: given ones, unless `sampled` says of each whether it was generated."""
         self.tokens.extend(tokens)
-        self.sampled.extend(sampled if isinstance(sampled, bytes) else bytes([sampled]) * len(tokens))
+        self.sampled.extend(bytes(len(tokens)) if sampled is None else sampled)
+
+    def append(self, token: int) -> None:
+        """Append a generated token."""
+        self.tokens.append(token)
+        self.sampled.append(True)
 
     def cut(self, length: int, pool: PagePool) -> None:
         """Keep the first `length` tokens. What was written beyond is never read: readers count positions."""
         del self.tokens[length:], self.sampled[length:]
         self.computed = min(self.computed, length)
+        self.shared = min(self.shared, length // pool.page_size)
         keep = pool.pages_for(length)
         pool.release(self.pages[keep:])
         del self.pages[keep:]
@@ -68,3 +88,20 @@ class Segment:
     def read(self, pool: PagePool) -> SegmentRead:
         """How a step reads what is computed so far."""
         return SegmentRead(tuple(self.pages[: pool.pages_for(self.computed)]), self.computed)
+
+
+def text(segments: Iterable[Segment]) -> tuple[list[int], bytearray]:
+    """The tokens of `segments` end to end, and which of them were generated.
+
+    A fork's last token that several of them begin with counts once.
+    """
+    tokens: list[int] = []
+    sampled = bytearray()
+    leads: set[int] = set()
+    for segment in segments:
+        first = int(segment.lead in leads)
+        if segment.lead is not None and segment.tokens:
+            leads.add(segment.lead)
+        tokens += segment.tokens[first:]
+        sampled += segment.sampled[first:]
+    return tokens, sampled

@@ -29,6 +29,11 @@ def prompt_deadline(ttft_deadline: float, start: float, tokens_left: int, chunk:
 
 
 def pace(ttft_deadline: float, start: float, tokens_left: int, step_seconds: float) -> int:
-    """Prompt tokens a step should read for the prompt to be done in time, at `step_seconds` a step."""
-    steps = max(1, int((ttft_deadline - start) / step_seconds)) if step_seconds > 0 else 1
-    return math.ceil(tokens_left / steps) if ttft_deadline > start else 0
+    """Prompt tokens a step should read for the prompt to be done in time, at `step_seconds` a step.
+
+    None are due once the target is missed, or if it is never.
+    """
+    if ttft_deadline <= start or math.isinf(ttft_deadline):
+        return 0
+    steps = max(1, int((ttft_deadline - start) / step_seconds))
+    return math.ceil(tokens_left / steps)

@@ -22,8 +22,8 @@ from serve.errors import ServiceError
 def serve(args: list[str] | None = None) -> None:
     """Serve a model over gRPC until SIGTERM."""
     config = tyro.cli(ServerConfig, prog="taper-serve", description=serve.__doc__, args=args)
-    from serve.loading import load  # JAX takes seconds to import: not for --help
     from serve.server import run
+    from serve.startup import load  # JAX takes seconds to import: not for --help
 
     try:
         run(config, load)
@@ -72,8 +72,10 @@ def _question(ask: Ask) -> tuple[Prompt, Options]:
         max_tokens=ask.max_tokens, sampling=sampling(temperature=ask.temperature, seed=ask.seed)
     )
     if ask.branch:
-        labelled = [branch(text, label=text.strip(), max_tokens=ask.max_tokens) for text in ask.branch]
-        options["plan"] = [parallel(labelled)]
+        unique = len(set(map(str.strip, ask.branch))) == len(ask.branch)
+        labels = [text.strip() if unique else "" for text in ask.branch]
+        branches = [branch(text, label=label) for text, label in zip(ask.branch, labels, strict=True)]
+        options["plan"] = [parallel(branches, max_tokens=ask.max_tokens)]
         if ask.conclude:
             options["plan"] = [*options["plan"], serial(ask.conclude, max_tokens=ask.max_tokens)]
     return ([{"role": "user", "content": ask.prompt}] if ask.chat else ask.prompt), options

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from scheduler.policy import policy
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
@@ -49,8 +51,6 @@ class ServerConfig:
     """Longest context of a request in tokens; the model's own unless set."""
     buckets: tuple[int, ...] = (8, 16, 32, 64)
     """Row counts that steps are padded to; one program is compiled for each."""
-    max_slots: int = 64
-    """Most branches that hold a place on the device at once."""
     max_chunk: int = 64
     """Most prompt tokens of one request in one step."""
     max_queue: int = 256
@@ -71,3 +71,16 @@ class ServerConfig:
     """Folder that keeps compiled programs between starts; None compiles them anew."""
     seed: int = 0
     """Seed of random weights."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what would only be found after minutes of loading."""
+        policy(self.policy)
+        counts = ("page_size", "num_pages", "max_chunk", "max_queue", "max_branches", "max_depth")
+        for name in (*counts, "max_context", "default_max_tokens", "tpot_slo_ms", "ttft_slo_ms"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be more than 0, not {value}")
+        if not self.buckets or any(bucket < 1 for bucket in self.buckets):
+            raise ValueError(f"buckets must be row counts of at least 1, not {self.buckets}")
+        if not 0 <= self.rho <= 1:
+            raise ValueError(f"rho must be a share between 0 and 1, not {self.rho}")

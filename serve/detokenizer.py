@@ -1,14 +1,15 @@
 """Token ids to text, piece by piece: whole characters only, and never a part of a stop string.
 
-Byte-level tokens may end inside of a character, so `decode(a) + decode(b) != decode(a + b)`. A detokenizer
-decodes a short window of the newest tokens again with each token, and gives out what later tokens can no
-longer change. All pieces together equal the text of all tokens, cut at the stop string.
+Byte-level tokens may end inside of a character, so `decode(a) + decode(b) != decode(a + b)`. Most do not:
+after whole characters, a token of whole characters adds what it always adds, which is remembered. Otherwise
+a short window of the newest tokens is decoded again, and what later tokens can no longer change is given
+out. All pieces together equal the text of all tokens, cut at the stop string.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoding puts for bytes that are not a character (yet)
 _MOST_UNFINISHED = 3  # bytes of a character that lacks its last one
@@ -19,22 +20,33 @@ class Decodes(Protocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
 
 
+class Spelling(NamedTuple):
+    """piece: what a token adds after whole characters, None if that is not whole; alone: its length alone.
+
+    The two differ where tokenizers mark words by a leading space, and strip it at the beginning.
+    """
+
+    piece: str | None
+    alone: int
+
+
 class Speller:
-    """Spells tokens for all streams, and remembers which tokens have no text: special ones, unused ids."""
+    """Spells tokens for all streams, and remembers what each token adds: nothing, if special or unused."""
 
     def __init__(self, tokenizer: Decodes, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._silent: dict[int, bool] = {}
+        self._spellings: dict[int, Spelling] = {}
 
     def text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
-    def is_silent(self, token: int) -> bool:
-        """Whether a token adds no text. Twice, since some tokenizers strip a space at the beginning."""
-        if token not in self._silent:
-            self._silent[token] = not self.text([token, token])
-        return self._silent[token]
+    def spelling(self, token: int) -> Spelling:
+        if token not in self._spellings:
+            alone, twice = self.text([token]), self.text([token, token])
+            whole = _UNFINISHED not in twice
+            self._spellings[token] = Spelling(twice[len(alone) :] if whole else None, len(alone))
+        return self._spellings[token]
 
 
 class Detokenizer:
@@ -47,24 +59,30 @@ class Detokenizer:
     def __init__(self, speller: Speller, *, stops: Iterable[str] = (), context: Sequence[int] = ()) -> None:
         self._speller = speller
         self._stops = tuple(stops)
-        self._window = [token for token in context[-_WINDOW // 2 :] if not speller.is_silent(token)]
+        self._firsts = tuple({stop[0] for stop in self._stops})
+        self._window = [token for token in context[-_WINDOW // 2 :] if speller.spelling(token).piece != ""]
         before = speller.text(self._window)
         if before.endswith(_UNFINISHED):  # a character cut in two belongs to neither side
             self._window, before = [], ""
         self._given = len(before)  # characters of the window's text that are settled
+        self._whole = True  # all of them are
         self._held = ""  # settled text that may turn out to belong to a stop string
 
     def push(self, token: int) -> str:
         """The text that this token settles; may be empty."""
-        if self._speller.is_silent(token):
+        piece, alone = self._speller.spelling(token)
+        if piece == "":
             return ""
+        if piece is not None and self._whole and self._window:
+            self._window, self._given = [token], alone
+            return self._hold(piece)
         self._window.append(token)
         text = self._speller.text(self._window)
         settled = len(text)
         while settled > len(text) - _MOST_UNFINISHED and text[:settled].endswith(_UNFINISHED):
             settled -= 1
         piece = text[self._given : settled]
-        self._given = max(self._given, settled)
+        self._given, self._whole = max(self._given, settled), settled == len(text)
         if len(self._window) > _WINDOW:
             self._shorten(text)
         return self._hold(piece)
@@ -80,7 +98,7 @@ class Detokenizer:
 
     def _hold(self, piece: str) -> str:
         """A whole stop string is held until the next token: whether the sequence ends is not decided here."""
-        if not self._stops:
+        if not self._held and not any(first in piece for first in self._firsts):
             return piece
         old, text = len(self._held), self._held + piece
         keep = len(text)

@@ -57,6 +57,7 @@ class Load:
     kv_used_tokens: int
     kv_capacity_tokens: int
     output_tokens_per_second: float
+    steps: int = 0
 
 
 class Handle(Protocol):
@@ -100,6 +101,7 @@ class Engine:
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="taper-engine", daemon=True)
         self._recent: deque[tuple[float, int]] = deque()
+        self._steps = 0
 
     # --- from any thread -------------------------------------------------------------------------------
 
@@ -152,6 +154,7 @@ class Engine:
             kv_used_tokens=load.kv_used_tokens,
             kv_capacity_tokens=load.kv_capacity_tokens,
             output_tokens_per_second=tokens / self.RATE_WINDOW,
+            steps=self._steps,
         )
 
     def stop(self, *, drain: bool, timeout: float) -> None:
@@ -213,6 +216,7 @@ class Engine:
         result = StepResult(step.plan, samples, now - max(step.at, previous_end))
         with self._wake:
             events = self.scheduler.update(result, now)
+            self._steps += 1
             sinks = self._route(events)
             self._recent.append((now, sum(isinstance(event, TokenEmitted) for event in events)))
             while now - self._recent[0][0] > self.RATE_WINDOW:

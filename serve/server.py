@@ -300,7 +300,7 @@ class ControlServicer(control_grpc.ControlServiceServicer):
             instance_id=service.instance_id,
             policy=config.policy,
             state=_STATES[service.state],
-            max_running_branches=config.max_slots,
+            max_step_branches=max(config.buckets),
             max_queued_requests=config.max_queue,
             uptime=duration(time.monotonic() - service.started),
         )
@@ -323,6 +323,7 @@ class ControlServicer(control_grpc.ControlServiceServicer):
             kv_used_tokens=load.kv_used_tokens,
             kv_capacity_tokens=load.kv_capacity_tokens,
             output_tokens_per_second=load.output_tokens_per_second,
+            steps=load.steps,
         )
 
     @_answers

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from scheduler.events import Event, Finished, Timing, Usage
-from scheduler.request import Request
+from scheduler import events
+from scheduler.events import (
+    BranchInfo,
+    Event,
+    Finished,
+    StageFinished,
+    StageStarted,
+    Timing,
+    TokenEmitted,
+    Usage,
+)
+from scheduler.plan import Sample
+from scheduler.request import FinishReason, Request
+from serve.config import ServerConfig
 from serve.engine import Failed, Load, Refused
 from serve.requests import ServedModel
+from serve.server import Backend, Service, listen, shut_down
 
 EOS = 256
 VOCAB = 300
@@ -108,15 +123,15 @@ class FakeEngine:
 
     # --- what a test says ------------------------------------------------------------------------------
 
-    def tell(self, request_id: str, *events: Event | Failed) -> None:
+    def tell(self, request_id: str, *happened: Event | Failed) -> None:
         """A step's events, as if from the engine's thread."""
         with self._change:
             sink = self._sinks.get(request_id)
-            if events and isinstance(events[-1], Finished | Failed):
+            if happened and isinstance(happened[-1], Finished | Failed):
                 self._sinks.pop(request_id, None)
                 self._change.notify_all()
         if sink is not None:
-            sink(events)
+            sink(happened)
 
     def wait_for(self, condition: Callable[[FakeEngine], bool], timeout: float = 10.0) -> None:
         with self._change:
@@ -129,3 +144,65 @@ def finished(request_id: str, tokens: int = 1) -> Finished:
     )
     timing = Timing(queue=0.25, ttft=0.5, tpot=0.01, total=1.5, tpot_slo_met=True, ttft_slo_met=False)
     return Finished(request_id, usage, timing)
+
+
+@contextlib.contextmanager
+def listening(engine: FakeEngine) -> Iterator[str]:
+    """The address of a server whose loop has a thread of its own, as blocking clients need it."""
+    addresses: list[str] = []
+    up, stop = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        service = Service(ServerConfig(port=0))
+        service.serve(Backend(engine=engine, model=served_model()))
+        server, address = listen(service)
+        await server.start()
+        addresses.append(address)
+        up.set()
+        await asyncio.to_thread(stop.wait)
+        await shut_down(server, service, timeout=0.0)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    up.wait()
+    yield addresses[0]
+    stop.set()
+    thread.join()
+
+
+def say(name: str, branch: int, text: str, at: int = 1) -> list[TokenEmitted]:
+    return [
+        TokenEmitted(name, branch, Sample(byte, -0.5, ((7, -1.0),)), at + i)
+        for i, byte in enumerate(text.encode())
+    ]
+
+
+def fork_and_join(engine: FakeEngine, request) -> None:
+    """An introduction, two branches, one of which forks again, a conclusion. Ids that begin "held" wait."""
+    name = request.id
+
+    def begin(stage: int, *infos: tuple[int, int, str, str]) -> StageStarted:
+        branches = (
+            BranchInfo(id, parent, label, tuple(prefix.encode())) for id, parent, label, prefix in infos
+        )
+        return StageStarted(name, stage, tuple(branches))
+
+    def end(stage: int, branch: int, reason: FinishReason, stop=None, count: int = 1, final: bool = True):
+        return StageFinished(name, stage, branch, reason, stop, count, final)
+
+    done = FinishReason.MAX_TOKENS
+    engine.tell(name, events.Started(name, 3, 2), begin(0, (0, 0, "", "")), *say(name, 0, "Hi. "))
+    if name.startswith("held"):
+        return
+    engine.tell(name, end(0, 0, done, final=False), begin(1, (1, 0, "tea", "Tea: "), (2, 0, "", "Coffee: ")))
+    engine.tell(name, events.WidthChanged(name, 2, 2), *say(name, 1, "good"), *say(name, 2, "b"))
+    engine.tell(
+        name, *say(name, 2, "ad", 2), end(1, 1, FinishReason.STOP, "\n", 4), end(1, 2, done, final=False)
+    )
+    engine.tell(
+        name, begin(2, (3, 2, "", ", or "), (4, 2, "", ", and ")), *say(name, 3, "x"), *say(name, 4, "y")
+    )
+    engine.tell(name, end(2, 3, done), end(2, 4, FinishReason.EOS, 256), events.Joined(name, 2, (3, 4)))
+    engine.tell(name, end(1, 2, FinishReason.FORKED, None, 3), events.Joined(name, 1, (1, 2)))
+    engine.tell(name, begin(3, (0, 0, "", " So: ")), *say(name, 0, "tea.", 5), end(3, 0, done, None, 8))
+    engine.tell(name, finished(name, 17))

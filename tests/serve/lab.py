@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.config import PRESETS, ModelConfig
+from model.config import ModelConfig
 from model.qwen3 import Qwen3
 from model.sharding import Placement
 from model.weights import random_weights
 from scheduler.events import Event, Finished, StageFinished, StageStarted, TokenEmitted
-from scheduler.plan import StepPlan
+from scheduler.plan import Sample, StepPlan
 from scheduler.predictor import StepLatencyModel
 from scheduler.request import FinishReason, Request
 from scheduler.scheduler import Scheduler, SchedulerConfig
@@ -38,30 +38,30 @@ class Letters:
         return "".join(chr(token) for token in ids)
 
 
-def tiny_config(**changes: Any) -> ModelConfig:
-    """Hidden size 128: smaller models hide what padding does to a row's rounding."""
-    from dataclasses import replace
-
-    sizes = {
-        "name": "tiny",
-        "vocab_size": 131,
-        "hidden_size": 128,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 160,
-        "max_context": 512,
-        "tie_embeddings": False,
-        "eos_ids": (),
-    }
-    return replace(PRESETS["qwen3-0.6b"], **(sizes | changes))
+# Hidden size 128: smaller models hide what padding does to a row's rounding.
+TINY = ModelConfig(
+    name="tiny",
+    vocab_size=131,
+    hidden_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    intermediate_size=160,
+    rope_theta=1e6,
+    tie_embeddings=False,
+    max_context=512,
+)
 
 
-def tiny_runner(dtype: Any, buckets: Sequence[int], **changes: Any) -> Runner:
+def tiny_runner(dtype: Any, buckets: Sequence[int]) -> Runner:
     """A compiled runner of a random model."""
     with jax.enable_x64(jnp.dtype(dtype) == jnp.float64):
-        model = random_weights(Qwen3(tiny_config(**changes), dtype), 7, Placement())
+        model = random_weights(Qwen3(TINY, dtype), 7, Placement())
+    return compiled_runner(model, buckets)
+
+
+def compiled_runner(model: Qwen3, buckets: Sequence[int]) -> Runner:
     runner = Runner(
         model,
         RunnerConfig(
@@ -77,12 +77,16 @@ def tiny_runner(dtype: Any, buckets: Sequence[int], **changes: Any) -> Runner:
     return runner
 
 
+Name = tuple[Any, ...]
+"""Of a branch: (label, n-th of that label) from the root; () is the trunk."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one request came to, by branch; a branch is named by (label, n-th of that label) from the root."""
+    """What one request came to, by branch."""
 
-    tokens: Mapping[tuple[Any, ...], tuple[int, ...]]
-    reasons: Mapping[tuple[Any, ...], tuple[FinishReason, ...]]
+    tokens: Mapping[Name, tuple[int, ...]]
+    reasons: Mapping[Name, tuple[FinishReason, ...]]
 
 
 @dataclass(slots=True)
@@ -105,10 +109,33 @@ class Run:
 
 
 def answer(events: Iterable[Event]) -> Answer:
-    names: dict[int, tuple[Any, ...]] = {0: ()}
-    seen: dict[tuple[Any, ...], int] = defaultdict(int)
-    tokens: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    reasons: dict[tuple[Any, ...], list[FinishReason]] = defaultdict(list)
+    events = list(events)
+    reasons: dict[Name, list[FinishReason]] = defaultdict(list)
+    names = branch_names(events)
+    for event in events:
+        if isinstance(event, StageFinished):
+            reasons[names[event.branch]].append(event.reason)
+    return Answer(
+        {name: tuple(sample.token for sample in said) for name, said in samples(events).items()},
+        {name: tuple(why) for name, why in reasons.items()},
+    )
+
+
+def samples(events: Iterable[Event]) -> dict[Name, list[Sample]]:
+    """Every branch's samples, in order."""
+    events = list(events)
+    names = branch_names(events)
+    said: dict[Name, list[Sample]] = defaultdict(list)
+    for event in events:
+        if isinstance(event, TokenEmitted):
+            said[names[event.branch]].append(event.sample)
+    return said
+
+
+def branch_names(events: Iterable[Event]) -> dict[int, Name]:
+    """A name for each branch id that does not depend on the order in which branches were opened."""
+    names: dict[int, Name] = {0: ()}
+    seen: dict[Name, int] = defaultdict(int)
     for event in events:
         if isinstance(event, StageStarted):
             for info in event.branches:
@@ -116,14 +143,7 @@ def answer(events: Iterable[Event]) -> Answer:
                     name = (*names[info.parent], info.label)
                     names[info.branch] = (*name, seen[name])
                     seen[name] += 1
-        elif isinstance(event, TokenEmitted):
-            tokens[names[event.branch]].append(event.sample.token)
-        elif isinstance(event, StageFinished):
-            reasons[names[event.branch]].append(event.reason)
-    return Answer(
-        {name: tuple(ids) for name, ids in tokens.items()},
-        {name: tuple(why) for name, why in reasons.items()},
-    )
+    return names
 
 
 class Recorder:

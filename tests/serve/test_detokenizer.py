@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from model.checkpoint import model_folder
+from model.tokenizer import Tokenizer
 from serve.detokenizer import Detokenizer, Speller
 from tests.serve.fakes import EOS, ByteTokenizer
 
@@ -70,23 +72,32 @@ def byte_level() -> ByteLevel:
     return ByteLevel()
 
 
+@cache
+def embedded() -> Tokenizer:
+    """The default model's own."""
+    folder = model_folder("default")
+    assert folder is not None
+    return Tokenizer.from_folder(folder)
+
+
 def pieces(detokenizer: Detokenizer, ids, **end) -> list[str]:
     return [*(detokenizer.push(token) for token in ids), detokenizer.finish(**end)]
 
 
 @pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("make", [byte_level, ByteTokenizer])
+@pytest.mark.parametrize("make", [byte_level, ByteTokenizer, embedded])
 @given(data=st.data())
 def test_the_pieces_of_any_tokens_add_up_to_the_text_of_all(make, skip, data):
     tokenizer = make()
-    ids = data.draw(st.lists(st.integers(0, 299), max_size=120))
+    ids = data.draw(st.lists(st.integers(0, 299) | st.integers(0, 2000), max_size=120))
     speller = Speller(tokenizer, skip_special_tokens=skip)
     assert "".join(pieces(Detokenizer(speller), ids)) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.parametrize("make", [byte_level, embedded])
 @given(text=st.text(st.characters(exclude_characters="�", codec="utf-8"), max_size=60))
-def test_no_piece_of_a_real_text_holds_half_a_character(text):
-    tokenizer = byte_level()
+def test_no_piece_of_a_real_text_holds_half_a_character(make, text):
+    tokenizer = make()
     speller = Speller(tokenizer, skip_special_tokens=True)
     got = pieces(Detokenizer(speller), tokenizer.encode(text))
     assert "".join(got) == text

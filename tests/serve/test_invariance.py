@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
-from scheduler.request import Slo
+from scheduler.plan import Sample
+from scheduler.request import SamplingParams, Slo
 from serve.runner import Runner
-from tests.serve.lab import Answer, run
+from tests.serve.lab import Answer, run, samples
 from tests.serve.loads import load
 
 SMALL_POOL = 40  # pages: hardly more than the largest request needs
@@ -68,8 +71,41 @@ def test_tokens_do_not_depend_on_the_schedule(
 
 def test_equality_can_fail(exact_runner: Runner, alone: dict[str, Answer]) -> None:
     """Another seed gives other tokens: the comparison above is not of constants."""
-    from dataclasses import replace
-
     request = next(r for r in load(Slo()) if r.sampling.temperature > 0)
     other = replace(request, sampling=replace(request.sampling, seed=request.sampling.seed + 1))
     assert run(exact_runner, [other], policy="off").answers()[request.id] != alone[request.id]
+
+
+NEAR_TIE = 1e-4  # log-probability: float32 rounding between two buckets is a tenth of this
+
+
+@pytest.mark.parametrize("setting", SETTINGS[::4], ids=lambda s: "-".join(str(v) for v in s.values()))
+def test_float32_differs_at_near_ties_only(
+    runner: Runner, setting: dict, record_property: Callable[[str, object], None]
+) -> None:
+    """Greedy requests may part ways where two tokens are within rounding of each other, and nowhere else."""
+    setting = {k: v for k, v in setting.items() if k not in ("tpot", "order")}
+    asked = [
+        replace(request, sampling=SamplingParams(logprobs=True, top_logprobs=2))
+        for request in load(Slo(tpot=RELAXED, ttft=60.0))
+    ]
+    record = run(runner, asked, **setting)
+    excuses = []
+    for request in asked:
+        alone = run(runner, [request], policy="off", buckets=(3, 32))
+        excuses += _near_ties(samples(alone.events[request.id]), samples(record.events[request.id]))
+    record_property("near ties", excuses)
+    print(f"near ties at which tokens differ: {excuses}")
+    assert all(gap < NEAR_TIE for gap in excuses)
+    assert len(excuses) <= 1, "ties are rare: these weights give one in ten thousand tokens"
+
+
+def _near_ties(
+    expected: Mapping[object, Sequence[Sample]], got: Mapping[object, Sequence[Sample]]
+) -> list[float]:
+    """The lead of the best token at the first difference of two answers, if they differ."""
+    for branch, wanted in expected.items():
+        for want, have in zip(wanted, got[branch], strict=True):
+            if want.token != have.token:
+                return [want.top[0][1] - want.top[1][1]]
+    return []

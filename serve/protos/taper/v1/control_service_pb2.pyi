@@ -69,14 +69,14 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "api_versions", "instance_id", "device", "policy", "state", "max_running_branches", "max_queued_requests", "kv_capacity_tokens", "uptime")
+    __slots__ = ("version", "api_versions", "instance_id", "device", "policy", "state", "max_step_branches", "max_queued_requests", "kv_capacity_tokens", "uptime")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     API_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
-    MAX_RUNNING_BRANCHES_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_BRANCHES_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_FIELD_NUMBER: _ClassVar[int]
@@ -86,31 +86,33 @@ class GetServerInfoResponse(_message.Message):
     device: str
     policy: str
     state: ServerState
-    max_running_branches: int
+    max_step_branches: int
     max_queued_requests: int
     kv_capacity_tokens: int
     uptime: _duration_pb2.Duration
-    def __init__(self, version: _Optional[str] = ..., api_versions: _Optional[_Iterable[str]] = ..., instance_id: _Optional[str] = ..., device: _Optional[str] = ..., policy: _Optional[str] = ..., state: _Optional[_Union[ServerState, str]] = ..., max_running_branches: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., api_versions: _Optional[_Iterable[str]] = ..., instance_id: _Optional[str] = ..., device: _Optional[str] = ..., policy: _Optional[str] = ..., state: _Optional[_Union[ServerState, str]] = ..., max_step_branches: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("running_requests", "running_branches", "queued_requests", "kv_used_tokens", "kv_capacity_tokens", "output_tokens_per_second")
+    __slots__ = ("running_requests", "running_branches", "queued_requests", "kv_used_tokens", "kv_capacity_tokens", "output_tokens_per_second", "steps")
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_BRANCHES_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     KV_USED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     running_requests: int
     running_branches: int
     queued_requests: int
     kv_used_tokens: int
     kv_capacity_tokens: int
     output_tokens_per_second: float
-    def __init__(self, running_requests: _Optional[int] = ..., running_branches: _Optional[int] = ..., queued_requests: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., output_tokens_per_second: _Optional[float] = ...) -> None: ...
+    steps: int
+    def __init__(self, running_requests: _Optional[int] = ..., running_branches: _Optional[int] = ..., queued_requests: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., output_tokens_per_second: _Optional[float] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_ids",)

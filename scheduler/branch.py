@@ -1,0 +1,102 @@
+"""One sequence being decoded: a request's trunk, or a branch of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scheduler.events import BranchInfo
+from scheduler.plan import Entry
+from scheduler.program import Cursor, Fork
+from scheduler.request import SamplingParams, Stopping
+from scheduler.segment import Segment, text
+
+
+class Branch:
+    """Where a sequence stands: in its program, in its segments, and on the device.
+
+    segment        what it writes; the segment's ancestors are what it reads besides
+    trail          its own segments since birth, oldest first, with those of branches joined into it by `kv`
+    stage          number of the stage that it is in, or was in last
+    stage_from     index in the segment of the stage's first sampled token
+    limit          first position that the stage may not fill
+    in_flight      launched entries whose sampled token has not come back, oldest first
+    slot           where the device keeps its last token and sampling parameters, while it has one
+    last_advanced  the step in which it last ran, for taking turns
+    critical       sampled tokens on the longest chain from the request's start to here
+    allowance      pages that the branch and those below it may hold, for model-driven forks
+    fork           the fork that it waits for; `forked` are its branches, `open_children` of which still run
+    lent           the last tokens (none or one) that these begin with in its place, as (ids, generated?)
+    """
+
+    __slots__ = (
+        "allowance", "completion_tokens", "critical", "cursor", "fork", "forked", "id", "in_flight", "label",
+        "last_advanced", "lent", "limit", "open_children", "parent", "path", "sampling", "segment", "slot",
+        "stage", "stage_from", "stopping", "trail",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        id: int,
+        parent: Branch | None,
+        path: tuple[tuple[int, int], ...],
+        label: str,
+        cursor: Cursor,
+        segment: Segment,
+    ) -> None:
+        self.id = id
+        self.parent = parent
+        self.path = path
+        self.label = label
+        self.cursor = cursor
+        self.segment = segment
+        self.trail = [segment]
+        self.stopping = Stopping(max_tokens=0)
+        self.sampling = SamplingParams()
+        self.stage = 0
+        self.stage_from = 0
+        self.limit = 0
+        self.in_flight: list[Entry] = []
+        self.slot: int | None = None
+        self.last_advanced = -1
+        self.completion_tokens = 0
+        self.critical = 0 if parent is None else parent.critical
+        self.allowance = 0
+        self.fork: Fork | None = None
+        self.forked: list[Branch] = []
+        self.open_children = 0
+        self.lent: tuple[Sequence[int], Sequence[int]] = ((), ())
+
+    def info(self, prefix: tuple[int, ...]) -> BranchInfo:
+        return BranchInfo(self.id, self.parent.id if self.parent else 0, self.label, prefix)
+
+    @property
+    def waits(self) -> bool:
+        """For its children, or for a token that is still on the way and that it cannot feed from its slot."""
+        if not self.in_flight:
+            return self.open_children > 0
+        return self.slot is None or self.segment.end + len(self.in_flight) >= self.limit
+
+    @property
+    def backlog(self) -> int:
+        """Rows until this branch samples its next token; 0 while it waits."""
+        if self.waits:
+            return 0
+        return 1 if self.in_flight else sum(segment.missing for segment in self.segment.chain)
+
+    def pieces(self) -> list[tuple[Segment, int]]:
+        """What must be computed, in order, until this branch samples its next token: (segment, rows).
+
+        Missing ancestors come first: a parent's last token, or all of it after a preemption.
+        """
+        if self.waits:
+            return []
+        if self.in_flight:
+            return [(self.segment, 1)]
+        return [(segment, segment.missing) for segment in self.segment.chain if segment.missing]
+
+    def history(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids before the next sampled token, as (given, generated)."""
+        tokens, sampled = text(self.segment.chain)
+        given = tuple(token for token, made in zip(tokens, sampled, strict=True) if not made)
+        generated = tuple(token for token, made in zip(tokens, sampled, strict=True) if made)
+        return given, generated

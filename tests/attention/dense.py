@@ -1,0 +1,106 @@
+"""Brute-force attention in float64 NumPy, straight from the reads, and pools with NaN wherever nothing is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention import Capacity, Read, WorkList, plan_rows, shared_prefix_attention
+
+_attend = jax.jit(partial(shared_prefix_attention, return_lse=True), static_argnames=("scale", "backend"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one attention call and the right answer. Rows past the reads' are padding."""
+
+    q: np.ndarray
+    k_pages: np.ndarray
+    v_pages: np.ndarray
+    work: WorkList
+    scale: float
+    out: np.ndarray
+    lse: np.ndarray
+
+    def errors(self, backend: str) -> tuple[float, float]:
+        """(relative norm of the output's error, largest error of a log-sum-exp) of a backend."""
+        out, lse = self.run(backend)
+        real = np.isfinite(self.lse)
+        assert (np.isfinite(lse) == real).all()
+        assert (lse[~real] == -np.inf).all()
+        assert (out[~real] == 0).all()
+        norm = np.linalg.norm(out - self.out) / max(np.linalg.norm(self.out), 1e-300)
+        return float(norm), float(np.abs(lse[real] - self.lse[real]).max(initial=0.0))
+
+    def run(self, backend: str) -> tuple[np.ndarray, np.ndarray]:
+        arrays = map(jnp.asarray, (self.q, self.k_pages, self.v_pages))
+        out, lse = _attend(*arrays, self.work, scale=self.scale, backend=backend)
+        assert out.dtype == self.q.dtype
+        return np.asarray(out, np.float64), np.asarray(lse, np.float64)
+
+
+def make_case(
+    reads: Sequence[Read],
+    *,
+    page_size: int,
+    kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 16,
+    dtype: np.dtype | type = np.float32,
+    capacity: Capacity | None = None,
+    num_pages: int | None = None,
+    magnitude: float = 1.0,
+    seed: int = 0,
+) -> Case:
+    rng = np.random.default_rng(seed)
+    num_pages = num_pages or max((page for read in reads for page in read.pages), default=0) + 2
+    capacity = capacity or Capacity.for_bucket(sum(read.rows for read in reads) + 3, num_pages)
+    order, work = plan_rows(reads, capacity, page_size)
+    pool = (num_pages, kv_heads, page_size, head_dim)
+    # Cast first, so that the answer is that of the same inputs.
+    q = (magnitude * rng.normal(size=(capacity.rows, kv_heads * group, head_dim))).astype(dtype)
+    unused = ~used_slots(reads, num_pages, page_size)[:, None, :, None]
+    k, v = (np.where(unused, np.nan, rng.normal(size=pool)).astype(dtype) for _ in range(2))
+    scale = head_dim**-0.5
+    out, lse = dense_attention(q, k, v, [reads[index] for index in order], scale)
+    return Case(q, k, v, work, scale, out, lse)
+
+
+def used_slots(reads: Sequence[Read], num_pages: int, page_size: int) -> np.ndarray:
+    """[pages, page_size]: slots that hold a position that some read was given."""
+    valid = np.zeros(num_pages, np.int64)
+    for read in reads:
+        np.maximum.at(valid, np.asarray(read.pages), np.asarray(read.valid))
+    return np.arange(page_size) < valid[:, None]
+
+
+def dense_attention(
+    q: np.ndarray, k_pages: np.ndarray, v_pages: np.ndarray, reads: Sequence[Read], scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of `reads`, in that order, packed from row 0."""
+    q = q.astype(np.float64)
+    group = q.shape[1] // k_pages.shape[1]
+    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    first_row = 0
+    for read in reads:
+        k, v = (
+            np.concatenate(
+                [pages[page, :, :valid] for page, valid in zip(read.pages, read.valid, strict=True)], axis=1
+            )
+            .astype(np.float64)
+            .repeat(group, axis=0)
+            for pages in (k_pages, v_pages)
+        )
+        before = sum(read.valid) - sum(read.valid[-read.own_pages :])
+        for index in range(read.rows):
+            row, seen = first_row + index, before + read.ordinal + index + 1
+            scores = np.einsum("hd,hpd->hp", q[row], k[:, :seen]) * scale
+            lse[row] = np.logaddexp.reduce(scores, axis=1)
+            out[row] = np.einsum("hp,hpd->hd", np.exp(scores - lse[row][:, None]), v[:, :seen])
+        first_row += read.rows
+    return out, lse

@@ -1,0 +1,166 @@
+"""Random trees of KV segments, the reads of their leaves, and the positions that those reads must see."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from hypothesis import strategies as st
+
+from attention.layout import Read, WorkList
+
+SYSTEM_PAGES = 3  # full pages of a prompt that requests share through a prefix cache
+
+
+@dataclass(frozen=True)
+class Segment:
+    pages: tuple[int, ...]
+    length: int
+
+    def valid(self, page_size: int) -> list[int]:
+        return [min(page_size, self.length - i * page_size) for i in range(len(self.pages))]
+
+
+@dataclass
+class Forest:
+    """Hands out scattered pages, never one twice (but for the system prompt's)."""
+
+    page_size: int
+    stride: int  # odd, so that it visits every page of a power of two
+    num_pages: int = 4096
+    leaves: list[tuple[list[Segment], Segment, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.free = [(self.stride * i) % self.num_pages for i in range(self.num_pages)]
+        self.system = tuple(self.free.pop() for _ in range(SYSTEM_PAGES))
+
+    def segment(self, length: int, cached: int = 0) -> Segment:
+        count = -(-length // self.page_size)
+        return Segment(self.system[:cached] + tuple(self.free.pop() for _ in range(count - cached)), length)
+
+    @cached_property
+    def reads(self) -> list[Read]:
+        """Made here and not in the strategy: beartype checks a Read with the global random generator."""
+        return [self._read([*context, own], rows) for context, own, rows in self.leaves]
+
+    def _read(self, segments: list[Segment], rows: int) -> Read:
+        own = segments[-1]
+        return Read(
+            pages=[page for segment in segments for page in segment.pages],
+            valid=[count for segment in segments for count in segment.valid(self.page_size)],
+            own_pages=len(own.pages),
+            rows=rows,
+            ordinal=own.length - rows,
+        )
+
+
+@st.composite
+def forests(draw: st.DrawFn, page_sizes: tuple[int, ...] = (1, 2, 4)) -> Forest:
+    """One to four requests: nested forks, kv joins, decode rows beside prompt chunks, shared prompts."""
+    forest = Forest(
+        page_size=draw(st.sampled_from(page_sizes)),
+        stride=2 * draw(st.integers(0, 2047)) + 1,
+    )
+    lengths = st.integers(1, 5 * forest.page_size)
+
+    def leaf(context: list[Segment], cached: int = 0) -> None:
+        rows = draw(st.sampled_from([1, 1, 2, 3, 7]))
+        before = draw(st.integers(0, 4 * forest.page_size)) + cached * forest.page_size
+        forest.leaves.append((context, forest.segment(before + rows, cached), rows))
+
+    def grow(context: list[Segment], depth: int) -> None:
+        match draw(st.sampled_from(["leaf", "fork", "join"])) if depth < 3 else "leaf":
+            case "leaf":
+                leaf(context)
+            case "fork":
+                for _ in range(draw(st.integers(1, 3))):
+                    step = [forest.segment(draw(lengths))] if draw(st.booleans()) else []
+                    grow(context + step, depth + 1)
+            case "join":
+                joined = [forest.segment(draw(lengths)) for _ in range(draw(st.integers(1, 3)))]
+                grow(context + joined, depth + 1)
+
+    for _ in range(draw(st.integers(1, 4))):
+        cached = draw(st.integers(0, SYSTEM_PAGES))
+        if draw(st.booleans()):
+            leaf([], cached)
+        else:
+            length = cached * forest.page_size + draw(lengths)
+            grow([forest.segment(length, cached)], 0)
+    forest.leaves = draw(st.permutations(forest.leaves))
+    return forest
+
+
+def positions_seen(read: Read, row: int) -> list[tuple[int, int]]:
+    """(page, slot) of every position that a row of the read attends to, root first."""
+    positions = [
+        (page, slot) for page, valid in zip(read.pages, read.valid, strict=True) for slot in range(valid)
+    ]
+    own = sum(read.valid[-read.own_pages :])
+    return positions[: len(positions) - own + read.ordinal + row + 1]
+
+
+def positions_listed(work: WorkList) -> Iterator[tuple[int, tuple[int, int]]]:
+    """(row, (page, slot)) of every position that the work list's items give to their rows."""
+    for item in range(work.num_items):
+        first_ref, refs = work.item_pages[item].tolist()
+        first_row, rows = work.item_rows[item].tolist()
+        listed = [
+            (int(work.page_ids[ref]), slot)
+            for ref in range(first_ref, first_ref + refs)
+            for slot in range(work.page_valid[ref])
+        ]
+        for row in range(rows):
+            for position in listed[: work.item_causal[item] + row + 1]:
+                yield first_row + row, position
+
+
+def readers_of_shared_pages(reads: list[Read]) -> Counter[frozenset[int]]:
+    """For every page of the tree, who reads it: how many pages each set of reads has to itself.
+
+    A page is a node of the tree (its path matters, not only its id) if all rows of a read see all of it;
+    the remaining pages of a read are its own.
+    """
+    readers: dict[tuple, set[int]] = {}
+    for index, read in enumerate(reads):
+        seen, path = len(positions_seen(read, 0)), ()
+        for page, valid in zip(read.pages, read.valid, strict=True):
+            private = index if seen < valid and read.rows > 1 else None
+            if seen <= 0 and private is None:
+                break
+            path = (*path, (page, min(valid, seen) if private is None else valid, private))
+            readers.setdefault(path, set()).add(index)
+            seen -= valid
+    return Counter(frozenset(group) for group in readers.values())
+
+
+def mixed_reads(page_size: int) -> list[Read]:
+    """One step of everything: a three-level tree, a wide fork, prompt chunks, a kv join, a lone long tail.
+
+    It crosses the tiles and blocks of `attention.xla`: more than 16 rows share pages, more than 128 positions
+    are read; and there are contexts of a single position.
+    """
+    forest = Forest(page_size=page_size, stride=2053)
+
+    def leaf(context: list[Segment], length: int, rows: int = 1, cached: int = 0) -> None:
+        forest.leaves.append((context, forest.segment(length, cached), rows))
+
+    trunk = forest.segment(150)
+    for middle in (1, 33, 40):
+        child = forest.segment(middle)
+        leaf([trunk, child], middle)
+        leaf([trunk, child], 2)
+    wide = forest.segment(137)
+    for branch in range(20):
+        leaf([wide], 1 + 7 * branch % 30)
+    joined = [wide, forest.segment(5), forest.segment(2 * page_size), forest.segment(9)]
+    leaf(joined, 6)
+    leaf([*joined, forest.segment(3)], 17, rows=11)
+    leaf([], 37, rows=37)
+    leaf([], 3 * page_size + 40, rows=18, cached=SYSTEM_PAGES)
+    leaf([], 3 * page_size + 5, cached=SYSTEM_PAGES)
+    leaf([], 300)
+    leaf([], 1)
+    return forest.reads

@@ -1,0 +1,180 @@
+"""The offline decode loop, against the dense oracle, transformers' goldens and itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import decode
+from model.checkpoint import load_model
+from model.decode import generate
+from model.qwen3 import Qwen3
+from model.sampling import Sampling, branch_key
+from model.weights import hf_tensors
+from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
+from tests.model.dense import dense_greedy, dense_logits
+
+NAME = "qwen3-gqa2-untied-wide-heads-bf16"
+PROMPTS = [[7], [*range(50, 72)], [3, 1, 4, 1, 5, 9, 2, 6, 5]]
+TOKENS = 14
+
+
+@pytest.fixture(scope="module")
+def model(golden_folder: Callable[[str], Path]) -> Qwen3:
+    return load_model(str(golden_folder(NAME)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def greedy(model: Qwen3) -> list[list[int]]:
+    """What the dense oracle goes on with after each prompt."""
+    tensors = hf_tensors(model)
+    return [dense_greedy(tensors, model.config, prompt, TOKENS) for prompt in PROMPTS]
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    decode.main(list(options))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_command_goes_on_as_transformers_does(
+    name: str, golden_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = ",".join(map(str, CHECKPOINTS[name].prompt))
+    dtype = "float64" if name == "qwen3-gqa1-tied" else "float32"
+    length = str(GREEDY_TOKENS)
+    folder = str(golden_folder(name))
+    out = run(
+        capsys, "--model", folder, "--prompt-ids", prompt, "--max-tokens", length, "--dtype", dtype, "--json"
+    )
+    [answer] = json.loads(out)["prompts"]
+    assert answer["branches"][0]["token_ids"] == Golden.load(name).greedy.tolist()
+
+
+@pytest.mark.parametrize(("page_size", "backend"), [(4, "xla"), (16, "xla"), (4, "reference")])
+def test_every_branch_of_every_prompt_is_the_dense_continuation(
+    model: Qwen3, greedy: list[list[int]], page_size: int, backend: str
+) -> None:
+    """Prompts of 1, 22 and 9 tokens in one batch; two branches of each."""
+    generation = generate(model, PROMPTS, max_tokens=TOKENS, branches=2, page_size=page_size, backend=backend)
+    assert generation.ids == [[ids, ids] for ids in greedy]
+    assert generation.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_draws_are_keyed_by_seed_path_and_position(model: Qwen3, branches: int) -> None:
+    """Drawn again from the dense oracle's logits. One branch is the trunk; several are a stage's children."""
+    seed, temperature = 2**63 + 12345, 0.7
+    sampling = Sampling(temperature=temperature, seed=seed)
+    generation = generate(model, PROMPTS, max_tokens=TOKENS, branches=branches, sampling=sampling)
+    tensors = hf_tensors(model)
+    for prompt, answers in zip(PROMPTS, generation.ids, strict=True):
+        for number, ids in enumerate(answers):
+            path = ((0, number),) if branches > 1 else ()
+            words = np.array([seed >> 32, seed % 2**32], np.uint32)
+            key = jax.random.wrap_key_data(words, impl="threefry2x32")
+            key = jax.random.fold_in(key, np.uint32(branch_key(path) % 2**32))
+            logits = dense_logits(tensors, model.config, prompt + ids)[len(prompt) - 1 : -1]
+            for end, row in enumerate(logits, len(prompt)):
+                noise = jax.random.gumbel(jax.random.fold_in(key, end), row.shape, jnp.float32)
+                assert ids[end - len(prompt)] == (row / temperature + noise).argmax()
+        assert len({tuple(ids) for ids in answers}) == branches
+
+
+def test_penalties_count_the_prompt_and_what_was_generated(model: Qwen3) -> None:
+    sampling = Sampling(repetition_penalty=1e6, frequency_penalty=1e6)
+    generation = generate(model, PROMPTS, max_tokens=TOKENS, sampling=sampling)
+    for prompt, [ids] in zip(PROMPTS, generation.ids, strict=True):
+        assert len(set(ids)) == len(ids)
+        assert not set(ids) & set(prompt)
+
+
+def test_a_branch_ends_before_the_end_of_sequence_token(model: Qwen3, greedy: list[list[int]]) -> None:
+    end = greedy[1][5]
+    expected = [ids[: ids.index(end)] if end in ids else ids for ids in greedy]
+    assert len(expected[1]) <= 5
+    generation = generate(model, PROMPTS, max_tokens=TOKENS, eos_ids=(end,))
+    assert generation.ids == [[ids] for ids in expected]
+
+
+def test_prompts_of_other_lengths_and_other_options_use_the_same_program(model: Qwen3) -> None:
+    generate(model, PROMPTS, max_tokens=TOKENS, eos_ids=(1,))
+    compiled = decode.compile_generation.cache_info().misses
+    others, sampling = [[4], [5, 6], [7, 8, 9]], Sampling(temperature=1.0, top_k=3)
+    generate(model, others, max_tokens=TOKENS, eos_ids=(2, 3), sampling=sampling)
+    assert decode.compile_generation.cache_info().misses == compiled
+
+
+def test_the_donated_cache_is_not_copied(model: Qwen3, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = []
+    compile_generation = decode.compile_generation
+
+    def keep(*arguments: object) -> jax.stages.Compiled:
+        programs.append(compile_generation(*arguments))
+        return programs[-1]
+
+    monkeypatch.setattr(decode, "compile_generation", keep)
+    generate(model, [[1, 2]], max_tokens=480, branches=8, eos_ids=range(model.config.vocab_size))
+    config = model.config
+    cache = 2 * config.num_layers * 8 * 480 * config.num_kv_heads * config.head_dim * 4
+    memory = programs[0].memory_analysis()
+    assert memory.alias_size_in_bytes > cache
+    assert memory.temp_size_in_bytes < cache / config.num_layers
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "a prompt"),
+        ([[]], {}, "at least one token"),
+        ([[1], [259]], {}, r"0\.\.258"),
+        ([[1] * 500], {}, "context, 512"),
+        ([[1]], {"max_tokens": 0}, "at least one token"),
+        ([[1]], {"branches": 0}, "one branch"),
+        ([[1]], {"sampling": Sampling(seed=2**64)}, "64 bits"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(
+    model: Qwen3, prompts: list[list[int]], options: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, **({"max_tokens": 20} | options))
+
+
+def test_json_has_ids_and_text_of_every_branch(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--max-tokens", "5", "--branches", "2", "--temperature", "0.9", "--seed", "3", "--ignore-eos")
+    prompts = ("--prompt", "The sun", "--prompt", "A", "--prompt-ids", "5,6,7")
+    answer = json.loads(run(capsys, *prompts, *options, "--json"))
+    assert list(answer) == ["prompts", "tokens_per_second"]
+    assert [list(prompt) for prompt in answer["prompts"]] == [["branches"]] * 3
+    branches = [branch for prompt in answer["prompts"] for branch in prompt["branches"]]
+    assert [list(branch) for branch in branches] == [["token_ids", "text"]] * 6
+    assert [len(branch["token_ids"]) for branch in branches] == [5] * 6
+    assert all(branch["text"] for branch in branches)
+    text = run(capsys, *prompts, *options)
+    assert all(branch["text"] in text for branch in branches)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--prompt"),
+        (["--prompt-ids", "1,x"], "numbers with commas"),
+        (["--prompt", "a", "--attention", "magic"], "auto"),
+        (["--prompt", "a", "--model", "nowhere"], "no model"),
+    ],
+)
+def test_the_command_says_what_is_wrong(options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        decode.main(options)
+
+
+def test_a_folder_without_a_tokenizer_takes_ids_only(golden_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(SystemExit, match="--prompt-ids"):
+        decode.main(["--model", str(golden_folder(NAME)), "--prompt", "a"])

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from scheduler.branch import Branch
+from scheduler.program import Plan, SerialStage, cursor
+from scheduler.request import Stopping
+from scheduler.segment import Segment
+from tests.scheduler.alphabet import Alphabet
+
+
+def branch(*segments: Segment) -> Branch:
+    program = Plan(stages=(SerialStage(stopping=Stopping(max_tokens=1)),))
+    made = Branch(1, None, (), "", cursor(program, Alphabet()), segments[-1])
+    made.limit = 100
+    return made
+
+
+def chain(*lengths: tuple[int, int]) -> list[Segment]:
+    """Segments under each other, of (tokens, computed)."""
+    segments: list[Segment] = []
+    for number, (length, computed) in enumerate(lengths):
+        segment = Segment(number, 0, segments[-1].chain if segments else ())
+        segment.extend(range(10 * number, 10 * number + length))
+        segment.computed = computed
+        segments.append(segment)
+    return segments
+
+
+def test_what_is_missing_is_computed_from_the_root_down() -> None:
+    segments = chain((5, 4), (3, 3), (2, 0))
+    replayed = branch(*segments)
+    assert replayed.pieces() == [(segments[0], 1), (segments[2], 2)]
+    assert replayed.backlog == 3
+
+
+def test_a_branch_waits_for_its_children() -> None:
+    waiting = branch(*chain((5, 4)))
+    waiting.open_children = 2
+    assert (waiting.waits, waiting.pieces(), waiting.backlog) == (True, [], 0)
+
+
+def test_a_token_on_the_way_is_fed_only_from_the_slot_and_below_the_limit() -> None:
+    (segment,) = chain((5, 5))
+    flying = branch(segment)
+    flying.in_flight = [object()]  # type: ignore[list-item]
+    assert flying.waits, "it has no slot"
+    flying.slot = 3
+    assert flying.pieces() == [(segment, 1)]
+    assert flying.backlog == 1
+    flying.limit = 6
+    assert flying.waits, "the token on the way is the last one"
+
+
+def test_history_tells_given_from_generated() -> None:
+    segments = chain((2, 2), (1, 1))
+    segments[1].append(99)
+    assert branch(*segments).history() == ((0, 1, 10), (99,))

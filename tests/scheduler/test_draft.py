@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from scheduler.draft import StepDraft
+from scheduler.live_request import LiveRequest
+from scheduler.pages import PagePool
+from scheduler.plan import Entry, Sample
+from scheduler.predictor import StepLatencyModel
+from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage
+from scheduler.request import Request, Stopping
+from tests.scheduler.alphabet import Alphabet
+from tests.scheduler.symbolic import unique_kv_tokens
+
+FORK = ParallelStage(
+    branches=tuple(BranchSpec(stopping=Stopping(max_tokens=9), prefix=(n, n)) for n in (1, 2, 3)), join="kv"
+)
+
+
+class Bench:
+    """A pool of 20 pages of 4, and drafts of steps on it."""
+
+    def __init__(self, num_pages: int = 20) -> None:
+        self.pool = PagePool(num_pages, 4)
+        self.latency = StepLatencyModel({4: 0.010, 16: 0.020}, 1e-4)
+        self.slots = [*range(64)]
+        self.steps = itertools.count()
+        self.asked: list[int] = []
+
+    def live(self, *stages: Stage, prompt: int = 6, name: str = "r") -> LiveRequest:
+        live = LiveRequest(
+            Request(id=name, prompt=tuple(range(prompt)), program=Plan(stages=stages)),
+            now=0.0,
+            pool=self.pool,
+            codec=Alphabet(),
+            free_slots=self.slots,
+            max_context=100,
+        )
+        live.resume(0.0)
+        return live
+
+    def draft(self) -> StepDraft:
+        def refuse(draft: StepDraft, live: LiveRequest, pages: int) -> bool:
+            self.asked.append(pages)
+            return False
+
+        return StepDraft(next(self.steps), self.pool, self.latency, refuse, lambda draft: self.slots.pop())
+
+    def accept(self, live: LiveRequest, draft: StepDraft, token: int = 9) -> None:
+        for entry in draft.entries:
+            if entry.samples and entry.request_id == live.request.id:
+                live.accept(entry, Sample(token), 1.0)
+
+
+def serial(tokens: int = 9) -> SerialStage:
+    return SerialStage(stopping=Stopping(max_tokens=tokens))
+
+
+def only(draft: StepDraft) -> Entry:
+    (entry,) = draft.entries
+    return entry
+
+
+def test_a_prompt_is_read_in_pieces_and_the_last_one_samples() -> None:
+    bench = Bench()
+    live = bench.live(serial(), prompt=6)
+    (trunk,) = live.runnable()
+    first = bench.draft()
+    assert first.add(live, trunk, 4) == 4
+    assert (only(first).rows, only(first).samples, only(first).slot) == (4, False, None)
+    last = bench.draft()
+    assert last.add(live, trunk, 4) == 2
+    entry = only(last)
+    assert (entry.start, entry.ordinal, entry.tokens, entry.samples) == (4, 4, (4, 5), True)
+    assert entry.own.length == 6
+    assert [setup.slot for setup in last.slots] == [entry.slot]
+
+
+def test_more_of_a_segment_makes_its_entry_longer() -> None:
+    bench = Bench()
+    live = bench.live(serial(), prompt=6)
+    (trunk,) = live.runnable()
+    draft = bench.draft()
+    draft.add(live, trunk, 2)
+    draft.add(live, trunk, 3)
+    entry = only(draft)
+    assert (entry.ordinal, entry.rows, entry.tokens) == (0, 5, (0, 1, 2, 3, 4))
+    assert (draft.rows, draft.rows_of(live), draft.kv_tokens) == (5, 5, 5)
+
+
+def test_a_token_in_flight_is_fed_from_its_slot() -> None:
+    bench = Bench()
+    live = bench.live(serial())
+    (trunk,) = live.runnable()
+    bench.draft().add(live, trunk, 6)
+    draft = bench.draft()
+    assert draft.add(live, trunk, 1) == 1
+    entry = only(draft)
+    assert (entry.tokens, entry.slot, entry.start) == (None, trunk.slot, 6)
+    assert draft.slots == []
+
+
+def test_a_token_at_the_limit_is_not_fed() -> None:
+    bench = Bench()
+    live = bench.live(serial(tokens=2))
+    (trunk,) = live.runnable()
+    bench.draft().add(live, trunk, 6)
+    bench.draft().add(live, trunk, 1)
+    assert live.runnable() == [], "both tokens are on the way"
+
+
+def test_a_parents_last_token_is_fed_once_and_without_sampling() -> None:
+    bench = Bench()
+    live = bench.live(serial(tokens=1), FORK)
+    read = bench.draft()
+    read.add(live, live.runnable()[0], 6)
+    bench.accept(live, read)
+    draft = bench.draft()
+    rows = [draft.add(live, branch, 9) for branch in live.runnable()]
+    assert rows == [3, 2, 2]
+    seal, *branches = draft.entries
+    assert (seal.samples, seal.start, seal.tokens) == (False, 6, (9,))
+    assert [entry.samples for entry in branches] == [True] * 3
+    assert all(entry.context == (seal.own,) for entry in branches)
+    assert draft.kv_tokens == 7 + 3 * 2
+
+
+def test_shared_kv_is_counted_once() -> None:
+    bench = Bench()
+    live = bench.live(FORK)
+    draft = bench.draft()
+    first, second, _ = live.runnable()
+    assert draft.unread(first) == 0
+    draft.add(live, first, 9)
+    assert draft.kv_tokens == 6 + 2
+    later = bench.draft()
+    assert later.unread(first) == 6 + 2
+    later.add(live, first, 1)
+    assert later.kv_tokens == 6 + 3
+    assert later.unread(second) == 0
+    later.add(live, second, 2)
+    assert later.kv_tokens == 6 + 3 + 2
+
+
+def test_pages_shared_between_requests_are_counted_once() -> None:
+    bench = Bench()
+    first = bench.live(serial(), prompt=10, name="a")
+    read = bench.draft()
+    read.add(first, first.runnable()[0], 16)
+    first.publish_prefix()
+    second = bench.live(serial(), prompt=10, name="b")
+    assert second.cached_tokens == 8
+    draft = bench.draft()
+    draft.add(first, first.runnable()[0], 1)
+    assert draft.kv_tokens == 11
+    assert draft.unread(second.runnable()[0]) == 0
+    draft.add(second, second.runnable()[0], 2)
+    assert draft.kv_tokens == 11 + 2
+
+
+def test_the_same_content_computed_twice_becomes_one_page() -> None:
+    bench = Bench()
+    lives = [bench.live(serial(), prompt=10, name=name) for name in "ab"]
+    draft = bench.draft()
+    for live in lives:
+        draft.add(live, live.runnable()[0], 8)
+    assert (draft.kv_tokens, bench.pool.owned) == (16, 4)
+    for live in lives:
+        live.publish_prefix()
+    assert bench.pool.owned == 2
+    after = bench.draft()
+    for live in lives:
+        after.add(live, live.runnable()[0], 1)
+    assert after.kv_tokens == 8 + 1 + 1
+    bench.pool.check(segment.pages for live in lives for segment in live.segments.values())
+
+
+def test_what_is_affordable_is_a_matter_of_buckets() -> None:
+    bench = Bench()
+    live = bench.live(serial(), prompt=12)
+    (trunk,) = live.runnable()
+    draft = bench.draft()
+    assert draft.affordable(trunk, 12, budget=0.009) == 0
+    assert draft.affordable(trunk, 12, budget=0.0105) == 4
+    assert draft.affordable(trunk, 12, budget=0.022) == 12
+    assert draft.affordable(trunk, 3, budget=0.022) == 3
+    draft.add(live, trunk, 3)
+    assert draft.affordable(trunk, 9, budget=0.0105) == 1
+    assert draft.affordable(trunk, 9, budget=1.0) == 9
+    assert draft.affordable(trunk, 0, budget=1.0) == 0
+
+
+def test_no_more_than_the_largest_bucket_is_added() -> None:
+    bench = Bench()
+    live = bench.live(serial(), prompt=30)
+    draft = bench.draft()
+    assert draft.add(live, live.runnable()[0], 30) == 16
+    assert draft.room == 0
+    assert draft.seconds() == pytest.approx(0.020 + 16e-4)
+
+
+def test_without_pages_as_much_is_read_as_there_are() -> None:
+    bench = Bench(num_pages=2)
+    live = bench.live(serial(), prompt=12)
+    draft = bench.draft()
+    assert draft.add(live, live.runnable()[0], 12) == 8
+    assert bench.asked == []
+    assert draft.add(live, live.runnable()[0], 4, must=True) == 0
+    assert bench.asked == [1]
+
+
+def test_nothing_is_left_of_a_branch_that_samples() -> None:
+    bench = Bench()
+    live = bench.live(serial())
+    (trunk,) = live.runnable()
+    draft = bench.draft()
+    assert draft.left(trunk) == 6
+    draft.add(live, trunk, 4)
+    assert draft.left(trunk) == 2
+    draft.add(live, trunk, 2)
+    assert draft.left(trunk) == 0
+    assert draft.sampling == {live}
+
+
+def test_its_count_of_kv_is_the_entries_own() -> None:
+    bench = Bench()
+    lives = [bench.live(FORK, name="a"), bench.live(serial(), name="b", prompt=7)]
+    for _ in range(4):
+        draft = bench.draft()
+        for live in lives:
+            for branch in live.runnable():
+                draft.add(live, branch, 2)
+        assert draft.kv_tokens == unique_kv_tokens(draft.entries, page_size=4)

@@ -1,0 +1,254 @@
+"""What a request tells, in order, and what it measures."""
+
+from __future__ import annotations
+
+import pytest
+
+from scheduler.events import (
+    BranchInfo,
+    Event,
+    Finished,
+    Joined,
+    StageFinished,
+    StageStarted,
+    Started,
+    TokenEmitted,
+    WidthChanged,
+)
+from scheduler.program import MULTIVERSE, BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
+from scheduler.request import FinishReason, Request, SamplingParams, Slo, Stopping
+from tests.scheduler.alphabet import EOS, ID, LETTERS, STOP, tokens
+from tests.scheduler.symbolic import SymbolicModel
+from tests.scheduler.world import Setting, World, serve
+
+A, B, C, D = tokens("a"), tokens("b"), tokens("c"), tokens("d")
+COUNTS = SymbolicModel(LETTERS, {A[0]: B, B[0]: C, C[0]: D, D[0]: [EOS]})
+"""Says the next letter, and then ends."""
+TALKS_ON = SymbolicModel(A)
+
+
+def stopping(max_tokens: int, **more: object) -> Stopping:
+    return Stopping(max_tokens=max_tokens, **more)  # type: ignore[arg-type]
+
+
+def serial(max_tokens: int, prefix: tuple[int, ...] = (), **more: object) -> SerialStage:
+    return SerialStage(prefix=prefix, stopping=stopping(max_tokens, **more))
+
+
+def fork(join: str, *prefixes: tuple[int, ...], max_tokens: int = 2) -> ParallelStage:
+    specs = (
+        BranchSpec(prefix=p, stopping=stopping(max_tokens), label=str(n)) for n, p in enumerate(prefixes)
+    )
+    return ParallelStage(branches=tuple(specs), join=join)
+
+
+def request(*stages: Stage, prompt: tuple[int, ...] = A, **more: object) -> Request:
+    return Request(id="r", prompt=prompt, program=Plan(stages=stages), **more)  # type: ignore[arg-type]
+
+
+def said(world: World) -> list[Event]:
+    return world.events["r"]
+
+
+def told(events: list[Event]) -> list[object]:
+    """Events without their measures."""
+    short: list[object] = []
+    for event in events:
+        match event:
+            case TokenEmitted(branch=branch, sample=sample):
+                short.append((branch, sample.token))
+            case StageStarted(stage=stage, branches=infos):
+                short.append(("stage", stage, [info.branch for info in infos]))
+            case StageFinished(stage=stage, branch=branch, reason=reason, final=final):
+                short.append(("end", stage, branch, reason.value, final))
+            case Joined(stage=stage, branches=branches):
+                short.append(("joined", stage, branches))
+            case WidthChanged(width=width, wanted=wanted):
+                short.append(("width", width, wanted))
+            case _:
+                short.append(type(event).__name__)
+    return short
+
+
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_the_story_of_a_request_that_forks_and_joins(in_flight: int) -> None:
+    stages = (serial(9, eos_ids=frozenset({EOS})), fork("kv", B, C), serial(1, prefix=A))
+    setting = Setting(policy="eager", in_flight=in_flight)
+    assert told(said(serve([request(*stages)], setting, COUNTS))) == [
+        "Started",
+        ("stage", 0, [0]),
+        (0, B[0]),
+        (0, C[0]),
+        (0, D[0]),
+        ("end", 0, 0, "eos", False),
+        ("stage", 1, [1, 2]),
+        ("width", 2, 2),
+        (1, C[0]),
+        (2, D[0]),
+        (1, D[0]),
+        ("end", 1, 1, "max_tokens", True),
+        (2, EOS),
+        ("end", 1, 2, "max_tokens", True),
+        ("joined", 1, (1, 2)),
+        ("stage", 2, [0]),
+        ("width", 1, 1),
+        (0, B[0]),
+        ("end", 2, 0, "max_tokens", True),
+        "Finished",
+    ]
+
+
+def test_stages_tell_what_they_force_and_who_opened_them() -> None:
+    world = serve([request(serial(1, prefix=C), fork("none", B, D))], Setting(), TALKS_ON)
+    opened = [event.branches for event in said(world) if isinstance(event, StageStarted)]
+    assert opened == [
+        (BranchInfo(0, 0, "", C),),
+        (BranchInfo(1, 0, "0", B), BranchInfo(2, 0, "1", D)),
+    ]
+
+
+def test_branches_that_are_not_joined_end_the_request() -> None:
+    world = serve([request(fork("none", B, C))], Setting(policy="eager", in_flight=0), COUNTS)
+    assert told(said(world))[-4:] == [
+        (2, EOS),
+        ("end", 0, 2, "max_tokens", True),
+        ("end", 0, 0, "forked", True),
+        "Finished",
+    ]
+
+
+def test_a_dropped_stop_is_named_and_not_emitted() -> None:
+    world = serve([request(serial(9, stop_ids=frozenset(D)))], Setting(), COUNTS)
+    *_, token, end, _ = said(world)
+    assert isinstance(token, TokenEmitted)
+    assert token.sample.token == C[0]
+    assert isinstance(end, StageFinished)
+    assert (end.reason, end.stop, end.completion_tokens, end.final) == (FinishReason.STOP, D[0], 2, True)
+
+
+def test_a_stop_string_is_named_and_its_tokens_are_emitted() -> None:
+    world = serve([request(serial(9, stop_strings=("cd", "bcd")))], Setting(), COUNTS)
+    *_, token, end, _ = said(world)
+    assert isinstance(token, TokenEmitted)
+    assert token.sample.token == D[0]
+    assert isinstance(end, StageFinished)
+    assert (end.reason, end.stop) == (FinishReason.STOP, "bcd"), "the one that began first"
+
+
+def test_a_stop_string_does_not_reach_back_before_its_stage() -> None:
+    stages = (serial(1), serial(9, stop_strings=("bc",), eos_ids=frozenset({EOS})))
+    ends = [e for e in said(serve([request(*stages)], Setting(), COUNTS)) if isinstance(e, StageFinished)]
+    assert [end.reason for end in ends] == [FinishReason.MAX_TOKENS, FinishReason.EOS]
+
+
+def test_the_context_ends_a_stage_and_all_that_would_follow() -> None:
+    world = serve([request(serial(9), serial(9), prompt=A * 3)], Setting(max_context=6), TALKS_ON)
+    assert told(said(world))[-4:] == [
+        ("end", 0, 0, "context", False),
+        ("stage", 1, [0]),
+        ("end", 1, 0, "context", True),
+        "Finished",
+    ]
+
+
+def test_branches_without_room_end_at_once() -> None:
+    stages = (serial(2), fork("kv", B * 3, B), serial(1, prefix=C))
+    world = serve([request(*stages, prompt=A * 3)], Setting(max_context=7, policy="eager"), TALKS_ON)
+    assert told(said(world))[-7:] == [
+        ("stage", 1, [1, 2]),
+        ("end", 1, 1, "context", True),
+        (2, A[0]),
+        ("end", 1, 2, "context", True),
+        ("joined", 1, (1, 2)),
+        ("end", 1, 0, "context", True),
+        "Finished",
+    ]
+
+
+def test_usage_counts_all_branches_and_the_longest_chain() -> None:
+    stages = (
+        serial(3),
+        ParallelStage(
+            branches=(
+                BranchSpec(stopping=stopping(2), prefix=B),
+                BranchSpec(stopping=stopping(5), prefix=B, stages=(fork("reprefill", C, C), serial(1))),
+            ),
+            join="kv",
+        ),
+        serial(4, prefix=C),
+    )
+    usage = serve([request(*stages, prompt=A * 10)], Setting(), TALKS_ON).finished("r").usage
+    assert (usage.prompt_tokens, usage.cached_tokens, usage.preemptions) == (10, 0, 0)
+    assert usage.completion_tokens == 3 + 2 + (5 + 2 + 2 + 1) + 4
+    assert usage.critical_path_tokens == 3 + (5 + 2 + 1) + 4
+
+
+def test_cached_tokens_are_those_of_the_prompt() -> None:
+    world = World(Setting(page_size=4), TALKS_ON)
+    world.run([request(serial(1, prefix=B * 8), prompt=A * 9)])
+    again = Request(id="s", prompt=A * 9, program=Plan(stages=(serial(1, prefix=B * 8),)))
+    world.run([again])
+    started = world.events["s"][0]
+    assert isinstance(started, Started)
+    assert (started.prompt_tokens, started.cached_tokens) == (9, 9)
+    assert world.finished("s").usage.cached_tokens == 9
+
+
+def test_timing_is_of_the_whole_request() -> None:
+    setting = Setting(policy="off", in_flight=0, buckets=(8,), late_by=1.0)
+    slow, fast = Slo(tpot=0.004, ttft=1.0), Slo(tpot=0.0001, ttft=0.0001)
+    for slo, met in ((slow, True), (fast, False)):
+        world = World(setting, TALKS_ON)
+        world.now = 5.0
+        world.run([request(serial(4), fork("none", B, C), slo=slo)])
+        finished = world.finished("r")
+        emitted = [p.predicted_seconds for p in world.plans]
+        timing = finished.timing
+        assert timing.queue == 0.0
+        assert timing.ttft == pytest.approx(emitted[0])
+        assert timing.tpot == pytest.approx(sum(emitted[1:]) / (finished.usage.completion_tokens - 1))
+        assert timing.total == pytest.approx(sum(emitted))
+        assert (timing.tpot_slo_met, timing.ttft_slo_met) == (met, met)
+
+
+def test_a_request_without_a_token_meets_its_tpot_target() -> None:
+    model = SymbolicModel([EOS])
+    world = serve([request(serial(4, eos_ids=frozenset({EOS})))], Setting(), model)
+    assert told(said(world)) == ["Started", ("stage", 0, [0]), ("end", 0, 0, "eos", True), "Finished"]
+    finished = world.finished("r")
+    assert (finished.usage.completion_tokens, finished.timing.tpot) == (0, 0.0)
+    assert finished.timing.tpot_slo_met
+
+
+def test_a_tag_is_emitted_and_the_fork_after_it_told() -> None:
+    program = TagProgram(grammar=MULTIVERSE, stopping=stopping(40), branch_max_tokens=12)
+    chain = tokens("<Goal><Outline>1:</Goal>")
+    model = SymbolicModel(
+        tokens("</Path>"), dict(zip((*A, *chain), ([t] for t in chain))) | {ID["\n"]: [STOP]}
+    )
+    world = serve([Request(id="r", prompt=A, program=program)], Setting(), model)
+    story = told(said(world))
+    assert story[: len(chain) + 2] == ["Started", ("stage", 0, [0]), *((0, token) for token in chain)]
+    assert story[len(chain) + 2 : len(chain) + 4] == [("end", 0, 0, "forked", False), ("stage", 1, [1])]
+
+
+def test_a_width_is_told_when_it_changes() -> None:
+    stages = (fork("none", B, C, D, max_tokens=4),)
+    world = serve([request(*stages)], Setting(policy="cap:2", in_flight=0), TALKS_ON)
+    widths = [event for event in told(said(world)) if event[0] == "width"]  # type: ignore[index]
+    assert widths == [("width", 2, 3), ("width", 2, 2), ("width", 1, 1)]
+
+
+def test_sampling_of_a_stage_replaces_the_requests() -> None:
+    hot, cold = SamplingParams(temperature=1.0, seed=5), SamplingParams(seed=1)
+    stage = SerialStage(stopping=stopping(1), sampling=hot)
+    world = serve([request(serial(1), stage, serial(1), sampling=cold)], Setting(), TALKS_ON)
+    setups = [setup.sampling for plan in world.plans for setup in plan.slots]
+    assert setups == [cold, hot, cold]
+
+
+def test_finished_is_the_last_event_and_started_the_first() -> None:
+    events = said(serve([request(fork("none", B, C))], Setting(policy="eager"), TALKS_ON))
+    assert isinstance(events[0], Started)
+    assert isinstance(events[-1], Finished)
+    assert sum(isinstance(event, Started | Finished) for event in events) == 2

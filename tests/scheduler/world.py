@@ -1,0 +1,250 @@
+"""A scheduler in front of a symbolic device, with the engine's loop and a clock that only steps move.
+
+Every step is checked: pages and slots are accounted for, the plan costs what it says, no branch is passed over
+for too long, nothing of a shared page is overwritten, and what is read was written.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from scheduler.events import Event, Finished, Joined, StageFinished, StageStarted, TokenEmitted
+from scheduler.plan import Entry, Sample, StepPlan, StepResult
+from scheduler.predictor import StepLatencyModel
+from scheduler.request import Request
+from scheduler.scheduler import Scheduler, SchedulerConfig
+from tests.scheduler.alphabet import Alphabet
+from tests.scheduler.interpreter import Answer, Interpreter, Key
+from tests.scheduler.symbolic import SymbolicDevice, SymbolicModel, unique_kv_tokens, widths
+
+MAX_CONTEXT = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How a load is served. None of it may change what a request says.
+
+    in_flight    steps that are in flight while the next is planned: 0 or 1
+    arrive_after a request arrives so many steps after the one before it
+    late_by      a step takes so much longer than predicted (a factor)
+    """
+
+    policy: str = "taper"
+    buckets: tuple[int, ...] = (4, 8, 16, 32)
+    max_chunk: int = 16
+    prompt_floor: int = 4
+    num_pages: int = 250
+    page_size: int = 4
+    spare_slots: int = 0
+    prefix_cache: bool = True
+    fill: bool = True
+    in_flight: int = 1
+    arrive_after: int = 0
+    late_by: float = 1.0
+    max_context: int = MAX_CONTEXT
+
+
+def latency(buckets: Sequence[int]) -> StepLatencyModel:
+    return StepLatencyModel({rows: 1e-3 + 1e-4 * rows for rows in buckets}, 2e-6)
+
+
+class World:
+    """`add`, `step` until `scheduler.idle`, and read `events`."""
+
+    def __init__(self, setting: Setting, model: SymbolicModel) -> None:
+        self.setting = setting
+        self.latency = latency(setting.buckets)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                num_pages=setting.num_pages,
+                page_size=setting.page_size,
+                num_slots=2 * max(setting.buckets) + setting.spare_slots,
+                max_context=setting.max_context,
+                max_chunk=setting.max_chunk,
+                prompt_floor=setting.prompt_floor,
+                prefix_cache=setting.prefix_cache,
+                fill=setting.fill,
+                policy=setting.policy,
+            ),
+            self.latency,
+            Alphabet(),
+        )
+        self.pool = self.scheduler.pool
+        self.device = SymbolicDevice(
+            setting.num_pages, setting.page_size, self.scheduler.config.num_slots, model, self._is_shared
+        )
+        self.now = 0.0
+        self.plans: list[StepPlan] = []
+        self.events: dict[str, list[Event]] = defaultdict(list)
+        self.drawn: dict[int, tuple[Sample, Entry]] = {}  # by the sample's identity, where it was drawn
+        self._forgotten: set[int] = set()
+        self._flying: deque[tuple[StepPlan, tuple[Sample, ...], float]] = deque()
+        self._passed_over: dict[tuple[str, int], tuple[int, int]] = {}
+
+    # --- driving ---------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request, self.now)
+
+    def cancel(self, request_id: str) -> bool:
+        known = self.scheduler.cancel(request_id)
+        self.check()
+        return known
+
+    def step(self) -> None:
+        """One round of the engine's loop: plan, launch, and take in the oldest step in flight."""
+        plan = self.launch()
+        if self._flying and (plan is None or len(self._flying) > self.setting.in_flight):
+            self.land()
+
+    def launch(self) -> StepPlan | None:
+        oldest = self._oldest()
+        plan = self.scheduler.schedule(self.now)
+        assert oldest is None or oldest == self._oldest(), "the oldest request was preempted"
+        self.check()
+        if plan is None:
+            assert self._flying or self.scheduler.idle, "stuck: nothing can advance"
+            return None
+        self.plans.append(plan)
+        self._check_plan(plan)
+        self._check_turns(plan)
+        samples = self.device.execute(plan)
+        sampling = [entry for entry in plan.entries if entry.samples]
+        self.drawn.update(
+            (id(sample), (sample, entry)) for sample, entry in zip(samples, sampling, strict=True)
+        )
+        begins = max([self.now, *(end for _, _, end in self._flying)])
+        ends = begins + plan.predicted_seconds * self.setting.late_by
+        self._flying.append((plan, samples, ends))
+        return plan
+
+    def land(self) -> list[Event]:
+        """The oldest step in flight ends."""
+        plan, samples, end = self._flying.popleft()
+        seconds, self.now = max(1e-9, end - self.now), max(self.now, end)
+        events = self.scheduler.update(StepResult(plan, samples, seconds), self.now)
+        for event in events:
+            self.events[event.request_id].append(event)
+        self.check()
+        return events
+
+    def run(self, requests: Iterable[Request], max_steps: int = 5000) -> None:
+        """Serve all of `requests`."""
+        arriving = deque(requests)
+        for number in range(max_steps):
+            if arriving and (not self.setting.arrive_after or number % self.setting.arrive_after == 0):
+                self.add(arriving.popleft())
+                while arriving and not self.setting.arrive_after:
+                    self.add(arriving.popleft())
+            if not arriving and self.scheduler.idle:
+                return self.check_drained()
+            self.step()
+        raise AssertionError(f"still running after {max_steps} steps")
+
+    # --- checking --------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        self.scheduler.check()
+        free = set(self.pool._free)
+        self.device.forget(free - self._forgotten)
+        self._forgotten = free
+
+    def check_drained(self) -> None:
+        assert self.pool.owned == 0
+        assert len(self.scheduler._free_slots) == self.scheduler.config.num_slots
+
+    def _is_shared(self, page: int) -> bool:
+        return self.pool._owners[page] > 1 or page in self.pool.cache
+
+    def _oldest(self) -> str | None:
+        return self.scheduler._running[0].request.id if self.scheduler._running else None
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        setting = self.setting
+        rows = sum(entry.rows for entry in plan.entries)
+        bucket = min(bucket for bucket in setting.buckets if bucket >= rows)
+        kv_tokens = unique_kv_tokens(plan.entries, setting.page_size)
+        assert (plan.rows, plan.bucket, plan.kv_tokens) == (rows, bucket, kv_tokens)
+        seconds = self.latency.scale * (1e-3 + 1e-4 * bucket + 2e-6 * kv_tokens)
+        assert abs(plan.predicted_seconds - seconds) < 1e-12
+        assert plan.predicted_seconds >= plan.baseline_seconds
+        if self.scheduler.policy.name == "taper":
+            assert plan.predicted_seconds <= max(plan.budget_seconds, plan.baseline_seconds) + 1e-12
+        cap = {"off": 1, "cap:2": 2, "cap:3": 3}.get(self.scheduler.policy.name)
+        assert cap is None or max(widths(plan).values()) <= cap
+
+    def _check_turns(self, plan: StepPlan) -> None:
+        """A ready branch among W advances at least once in W steps in which its request advances."""
+        width = widths(plan)
+        deferred: dict[str, set[tuple[str, int]]] = defaultdict(set)
+        for request_id, branch in plan.deferred:
+            deferred[request_id].add((request_id, branch))
+        passed_over: dict[tuple[str, int], tuple[int, int]] = {}
+        for request_id, waiting in deferred.items():
+            group = width[request_id] + len(waiting)
+            for key in waiting:
+                times, largest = self._passed_over.get(key, (0, 0))
+                times, largest = times + bool(width[request_id]), max(largest, group)
+                assert times < largest, f"{key} was passed over {times} times in a group of {largest}"
+                passed_over[key] = (times, largest)
+        self._passed_over = passed_over
+
+    # --- reading ---------------------------------------------------------------------------------------
+
+    def answer(self, request_id: str) -> Answer:
+        """The events of a request in the form of the interpreter's answer."""
+        keys: dict[int, Key] = {0: ()}
+        forks: dict[int, int] = defaultdict(int)
+        answer: Answer = {(): []}
+        for event in self.events[request_id]:
+            match event:
+                case StageStarted(branches=infos):
+                    born = [info for info in infos if info.branch not in keys]
+                    for number, info in enumerate(born):
+                        keys[info.branch] = (*keys[info.parent], (forks[info.parent], number))
+                        answer[keys[info.branch]] = []
+                    for parent in {info.parent for info in born}:
+                        forks[parent] += 1
+                    for info in infos:
+                        answer[keys[info.branch]].append(("stage", info.prefix))
+                case TokenEmitted(branch=branch, sample=sample):
+                    entry = self.drawn[id(sample)][1]
+                    position = entry.start + entry.rows
+                    answer[keys[branch]].append(("token", sample.token, position, entry.path))
+                case StageFinished():
+                    record = (event.reason, event.stop, event.completion_tokens, event.final)
+                    answer[keys[event.branch]].append(("end", *record))
+                case Joined(branches=branches):
+                    joined = tuple(keys[branch] for branch in branches)
+                    answer[joined[0][:-1]].append(("joined", joined))
+                case _:
+                    pass
+        return answer
+
+    def finished(self, request_id: str) -> Finished:
+        event = self.events[request_id][-1]
+        assert isinstance(event, Finished)
+        return event
+
+
+def serve(requests: Sequence[Request], setting: Setting, model: SymbolicModel) -> World:
+    world = World(setting, model)
+    world.run(requests)
+    return world
+
+
+def assert_says(world: World, requests: Iterable[Request], model: SymbolicModel) -> None:
+    """Every request says what its program, interpreted alone, says."""
+    for request in requests:
+        oracle = Interpreter(request, model, world.setting.max_context)
+        assert world.answer(request.id) == oracle.run()
+        usage = world.finished(request.id).usage
+        assert usage.completion_tokens == oracle.tokens
+        assert usage.critical_path_tokens == oracle.critical
+        assert usage.prompt_tokens == len(request.prompt)
+
+
+def answers(world: World, requests: Iterable[Request]) -> Mapping[str, Answer]:
+    return {request.id: world.answer(request.id) for request in requests}

@@ -1,0 +1,112 @@
+"""The whole system as a user has it: taper-serve as a process, spoken to over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from model import decode
+from model.checkpoint import load_model
+from model.sampling import Sampling
+from serve.answer import BranchFinished, Delta, Finished, Joined, StageStarted, Started
+from serve.client import Client, branch, parallel, sampling, serial, stopping
+from serve.demo import POLICIES, Demo, compare
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    command = [
+        str(Path(sys.executable).with_name("taper-serve")),
+        *("--port", "0", "--buckets", "8", "32"),
+        *("--compilation-cache", str(tmp_path_factory.mktemp("programs"))),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def address(server: subprocess.Popen[str]) -> str:
+    assert server.stdout is not None
+    ready = server.stdout.readline()
+    assert ready.startswith("taper-serve ready on 127.0.0.1:"), "it listens on loopback unless told otherwise"
+    return ready.split()[-1]
+
+
+def test_a_request_forks_tapers_and_joins(address: str) -> None:
+    plan = [
+        serial(stopping=stopping(4, ignore_eos=True)),
+        parallel(
+            [branch(f"\n{i}:", label=str(i), stopping=stopping(3 + i, ignore_eos=True)) for i in range(3)]
+        ),
+        serial("\nSo:", stopping=stopping(5, ignore_eos=True)),
+    ]
+    with Client(address) as client:
+        events = list(client.generate("The sea is", plan=plan, token_ids=True))
+    kinds = [type(event) for event in events]
+    assert kinds[0] is Started
+    assert kinds[-1] is Finished
+    assert kinds.count(StageStarted) == 3
+    assert kinds.count(Joined) == 1
+    assert kinds.count(BranchFinished) == 4
+    lengths = {
+        number: sum(len(e.token_ids) for e in events if isinstance(e, Delta) and e.branch == number)
+        for number in range(4)
+    }
+    assert lengths == {0: 9, 1: 3, 2: 4, 3: 5}
+    assert events[-1].usage.critical_path_tokens == 4 + 5 + 5
+
+
+def test_every_policy_gives_every_request_the_same_tokens(address: str) -> None:
+    runs = asyncio.run(compare(address, Demo(requests=6), Console(quiet=True)))
+    assert set(runs) == set(POLICIES)
+    assert all(run.answers == runs["off"].answers for run in runs.values())
+    assert all(len(run.row()) == len(runs["off"].row()) for run in runs.values())
+    assert len(set(runs["off"].answers)) == 6, "different prompts, different answers"
+
+
+def test_the_server_and_the_offline_decode_loop_agree(address: str) -> None:
+    """Two programs that share the model alone: one schedules, one is a single loop on the device."""
+    prompt, tokens, seed = [40, 301, 77, 512, 9], 12, 5
+    model = load_model("default", jnp.float32)
+    for temperature, width in ((0.0, 1), (0.9, 1), (0.9, 3)):
+        options = Sampling(temperature=temperature, seed=seed)
+        expected = decode.generate(model, [prompt], max_tokens=tokens, branches=width, sampling=options).ids[
+            0
+        ]
+        ends = stopping(tokens, ignore_eos=True)
+        plan = (
+            [serial(stopping=ends)]
+            if width == 1
+            else [parallel([branch(stopping=ends) for _ in range(width)], join="none")]
+        )
+        with Client(address) as client:
+            answer = client.complete(
+                prompt, plan=plan, sampling=sampling(temperature=temperature, seed=seed), token_ids=True
+            )
+        got = [answer.trunk.token_ids] if width == 1 else [b.token_ids for b in answer.branches]
+        assert got == expected
+
+
+def test_sigterm_drains_and_exits_cleanly(server: subprocess.Popen[str], address: str) -> None:
+    """Last in this file: the request that runs is finished, then the process ends with 0."""
+    with Client(address) as client:
+        stream = client.generate(
+            "Rivers", plan=[serial(stopping=stopping(200, ignore_eos=True))], token_ids=True
+        )
+        events = iter(stream)
+        assert isinstance(next(events), Started)
+        server.send_signal(signal.SIGTERM)
+        rest = list(events)
+    assert isinstance(rest[-1], Finished)
+    assert rest[-1].usage.completion_tokens == 200
+    assert server.wait(60) == 0
