@@ -52,10 +52,13 @@ class Capacity:
         """Room for every plan of at most `rows` rows.
 
         The items are the nodes of a tree with at most `rows` leaves in which every inner node branches, so
-        2 * rows - 1 suffice. A pool page is referred to once as long as no two live contexts reach it by
-        different paths; `pages_per_read` (the longest context in pages) bounds small buckets further.
+        2 * rows - 1 suffice. A pool page is referred to once, and once more by each read that sees only a
+        part of it where others see more; `pages_per_read` (the longest context in pages) bounds small
+        buckets further.
         """
-        refs = num_pages if pages_per_read is None else min(num_pages, rows * pages_per_read)
+        refs = num_pages + rows
+        if pages_per_read is not None:
+            refs = min(refs, rows * pages_per_read)
         return cls(rows=rows, items=2 * rows, page_refs=refs)
 
 

@@ -120,6 +120,14 @@ class LiveRequest:
         self.cached_tokens = min(root.computed, len(self.request.prompt))
 
     @property
+    def owed_pages(self) -> int:
+        """Pages that its known tokens need and do not have yet: of a prompt being read, or a replay."""
+        return sum(
+            max(0, self._pool.pages_for(len(segment.tokens)) - len(segment.pages))
+            for segment in self.segments.values()
+        )
+
+    @property
     def holds_pages(self) -> bool:
         return any(segment.pages for segment in self.segments.values())
 
@@ -270,8 +278,8 @@ class LiveRequest:
         segment = branch.segment
         segment.extend(action.prefix)
         if segment.missing == 0:
-            # After a dropped stop token, with nothing to go on from: the last token is fed once more, over
-            # itself. It is the only KV of a resident segment that is ever computed twice.
+            # The stage before ended on a token that was dropped or fed already, and this one brings nothing
+            # to go on from: the last token is fed once more, over itself.
             segment.computed -= 1
         branch.stopping = action.stopping
         branch.sampling = action.sampling or self.request.sampling
@@ -337,7 +345,7 @@ class LiveRequest:
         parent.fork, parent.forked = None, []
         self.resumed_at = self.updated_at
         if fork.join == "none":
-            parent.segment.extend(*parent.lent)
+            parent.segment.extend(*parent.lent)  # what a join further up will read
             return self._end_after_branches(parent, FinishReason.FORKED)
         joined = self._joined_segment(parent.segment, branches, fork.join)
         if fork.join == "kv":

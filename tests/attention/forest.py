@@ -159,6 +159,7 @@ def mixed_reads(page_size: int) -> list[Read]:
     leaf(joined, 6)
     leaf([*joined, forest.segment(3)], 17, rows=11)
     leaf([], 37, rows=37)
+    leaf([], 290, rows=21)
     leaf([], 3 * page_size + 40, rows=18, cached=SYSTEM_PAGES)
     leaf([], 3 * page_size + 5, cached=SYSTEM_PAGES)
     leaf([], 300)

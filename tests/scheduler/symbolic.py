@@ -76,7 +76,7 @@ class SymbolicDevice:
     """Executes plans in the order of their launch.
 
     `is_shared(page)` says whether a page may be read by others than the request that writes it: such a page
-    may be written only with what it holds already.
+    may be written only with what it holds already. `fed` are the tokens of the last plan's entries.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class SymbolicDevice:
         self.page_size = page_size
         self.model = model
         self.slots = [Slot() for _ in range(num_slots)]
+        self.fed: list[list[int]] = []
         self._pages: list[list[Cell | None]] = [[None] * page_size for _ in range(num_pages)]
         self._is_shared = is_shared
 
@@ -103,6 +104,7 @@ class SymbolicDevice:
         for setup in plan.slots:
             self._set_up(setup)
         rows = [self._write(entry) for entry in plan.entries]
+        self.fed = [[cell.token for cell in cells] for cells in rows]
         writer = {cell: index for index, cells in enumerate(rows) for cell in cells}
         for index in range(len(rows)):
             self._compute(index, plan.entries, rows, writer)

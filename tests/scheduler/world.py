@@ -6,7 +6,8 @@ for too long, nothing of a shared page is overwritten, and what is read was writ
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+import math
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -79,6 +80,8 @@ class World:
         self.plans: list[StepPlan] = []
         self.events: dict[str, list[Event]] = defaultdict(list)
         self.drawn: dict[int, tuple[Sample, Entry]] = {}  # by the sample's identity, where it was drawn
+        self.computed: Counter[tuple[str, int, int, int]] = Counter()  # request, segment, index, token
+        self.tails_dropped = 0
         self._forgotten: set[int] = set()
         self._flying: deque[tuple[StepPlan, tuple[Sample, ...], float]] = deque()
         self._passed_over: dict[tuple[str, int], tuple[int, int]] = {}
@@ -100,9 +103,10 @@ class World:
             self.land()
 
     def launch(self) -> StepPlan | None:
-        oldest = self._oldest()
+        oldest, tails = self._oldest(), self._tails()
         plan = self.scheduler.schedule(self.now)
-        assert oldest is None or oldest == self._oldest(), "the oldest request was preempted"
+        self.tails_dropped += len(tails - self._tails())
+        assert self._oldest() <= oldest, "the oldest request was preempted"
         self.check()
         if plan is None:
             assert self._flying or self.scheduler.idle, "stuck: nothing can advance"
@@ -111,6 +115,11 @@ class World:
         self._check_plan(plan)
         self._check_turns(plan)
         samples = self.device.execute(plan)
+        self.computed.update(
+            (entry.request_id, entry.segment, entry.ordinal + row, token)
+            for entry, tokens in zip(plan.entries, self.device.fed, strict=True)
+            for row, token in enumerate(tokens)
+        )
         sampling = [entry for entry in plan.entries if entry.samples]
         self.drawn.update(
             (id(sample), (sample, entry)) for sample, entry in zip(samples, sampling, strict=True)
@@ -158,8 +167,14 @@ class World:
     def _is_shared(self, page: int) -> bool:
         return self.pool._owners[page] > 1 or page in self.pool.cache
 
-    def _oldest(self) -> str | None:
-        return self.scheduler._running[0].request.id if self.scheduler._running else None
+    def _tails(self) -> set[tuple[str, int]]:
+        """Segments of running requests that hold pages; not those of requests preempted as a whole."""
+        running = self.scheduler._running
+        return {(live.request.id, s.id) for live in running for s in live.segments.values() if s.pages}
+
+    def _oldest(self) -> float:
+        """Age of the oldest running request: its number in the order of starting."""
+        return min((live.age for live in self.scheduler._running), default=math.inf)
 
     def _check_plan(self, plan: StepPlan) -> None:
         setting = self.setting
@@ -176,14 +191,14 @@ class World:
         assert cap is None or max(widths(plan).values()) <= cap
 
     def _check_turns(self, plan: StepPlan) -> None:
-        """A ready branch among W advances at least once in W steps in which its request advances."""
+        """A ready branch, one of W of its request, advances once in W steps in which the request advances."""
         width = widths(plan)
         deferred: dict[str, set[tuple[str, int]]] = defaultdict(set)
         for request_id, branch in plan.deferred:
             deferred[request_id].add((request_id, branch))
         passed_over: dict[tuple[str, int], tuple[int, int]] = {}
         for request_id, waiting in deferred.items():
-            group = width[request_id] + len(waiting)
+            group = self.scheduler._live[request_id].width
             for key in waiting:
                 times, largest = self._passed_over.get(key, (0, 0))
                 times, largest = times + bool(width[request_id]), max(largest, group)
@@ -222,6 +237,16 @@ class World:
                 case _:
                     pass
         return answer
+
+    def recomputed(self) -> int:
+        """How often the KV of a token was computed again where it stands; not what a dropped one cost."""
+        return self.computed.total() - len(self.computed)
+
+    def holds_anything(self, request_id: str) -> bool:
+        return request_id in self.scheduler._live
+
+    def is_finished(self, request_id: str) -> bool:
+        return bool(self.events[request_id]) and isinstance(self.events[request_id][-1], Finished)
 
     def finished(self, request_id: str) -> Finished:
         event = self.events[request_id][-1]
