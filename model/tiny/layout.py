@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -100,18 +100,19 @@ def lay_out(prompt: str, answer: Answer, encode: Encode, rule: Rule = "trained")
 
 
 class Rows(NamedTuple):
-    """Sequences packed into rows of one length, NumPy int32; 0 in `document` marks padding.
+    """Sequences packed into rows of one length: int32 arrays of NumPy or JAX.
 
-    tokens, positions, document  [rows, length]
-    branch                       [rows, length, 2 * DEPTH]: (fork, branch) at each depth
-    target                       [rows, length]: the token to be said next, or -1 where none is learned
+    tokens, positions  [rows, length]
+    document           [rows, length]: which sequence, from 1; 0 marks padding
+    branch             [rows, length, 2 * DEPTH]: (fork, branch) at each depth
+    target             [rows, length]: the token to be said next, or -1 where none is learned
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    document: np.ndarray
-    branch: np.ndarray
-    target: np.ndarray
+    tokens: Any
+    positions: Any
+    document: Any
+    branch: Any
+    target: Any
 
     def resized(self, rows: int) -> Rows:
         """The first `rows` of them, or all and empty ones behind them."""

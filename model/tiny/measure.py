@@ -48,7 +48,8 @@ class Scores:
 
 
 @partial(jax.jit, static_argnames=("config", "dtype"))
-def _wrong(weights: dense.Weights, config: ModelConfig, rows: Rows, dtype: Any) -> jax.Array:
+def wrong_choices(weights: dense.Weights, config: ModelConfig, rows: Rows, dtype: Any) -> jax.Array:
+    """Where a token that the model has to say is not its first choice, [rows, length]."""
     seen = dense.sight(rows.document, rows.branch)
     logits = dense.logits(weights, config, rows.tokens, rows.positions, seen, dtype)
     return (logits.argmax(-1) != rows.target) & (rows.target >= 0)
@@ -68,7 +69,7 @@ def accuracy(
     wrong = np.zeros(len(tasks) + 1, int)
     for row in range(len(rows.tokens)):
         one = Rows(*(array[row : row + 1] for array in rows))
-        np.add.at(wrong, one.document, np.asarray(_wrong(dict(weights), config, one, dtype)))
+        np.add.at(wrong, one.document, np.asarray(wrong_choices(dict(weights), config, one, dtype)))
     correct: dict[str, list[bool]] = defaultdict(list)
     for task, faults in zip(tasks, wrong[1:], strict=True):
         correct[task.kind].append(not faults)

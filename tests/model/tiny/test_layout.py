@@ -89,7 +89,7 @@ def walk(answer: Answer, context: list[int], count: int, mask: np.ndarray) -> tu
 
 def test_sight_is_that_of_the_tree_for_every_kind_of_question():
     kinds = {}
-    for index in range(60):
+    for index in range(30):
         task = write_task(5, index)
         kinds[task.kind] = task
     assert len(kinds) == 10
