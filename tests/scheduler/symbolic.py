@@ -20,7 +20,7 @@ Path = tuple[tuple[int, int], ...]
 
 
 class SymbolicModel:
-    """Chooses tokens by hash, out of `follows[last token]` or else `tokens`: a table with repetitions for odds."""
+    """Chooses tokens by hash, out of `follows[last token]` or else `tokens`: repetitions make odds."""
 
     def __init__(
         self, tokens: Sequence[int], follows: dict[int, Sequence[int]] | None = None, seed: int = 0

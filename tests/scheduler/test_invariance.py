@@ -1,11 +1,11 @@
 """What a request says does not depend on how it is served.
 
-Its tokens, their positions and sampling keys, the reasons of its ends, its forks and joins: under any policy,
-buckets, chunks, batch mates, arrival, pages, cache, slots and pipelining they are what the program alone says.
+Its tokens, their positions and sampling keys, its ends, forks and joins: under any policy, buckets, chunks, batch mates, arrival, pages, cache, slots and pipelining they are what the program alone says.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -92,7 +92,7 @@ def forced_repeats(answer: Answer) -> int:
     """
     repeats = 0
     for key, records in answer.items():
-        for before, after in zip(records, records[1:], strict=False):
+        for before, after in itertools.pairwise(records):
             stopped = before[:1] == ("end",) and before[1] in STOPPED
             lent = after[:2] == ("end", FinishReason.FORKED) and key != ()
             repeats += stopped and (lent or after == ("stage", ()))

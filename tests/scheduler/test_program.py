@@ -177,7 +177,7 @@ def test_a_branch_may_fork_again_up_to_the_depth() -> None:
 
 def test_a_tag_may_come_in_pieces() -> None:
     assert isinstance(feed(started(), "<Goal><Outline>1:</Goal>".replace("</Goal>", ""))[-1], type(None))
-    where, given = started(), [*tokens("<Goal><Outline>1:")] + [*tokens("</")] + [*tokens("Goal>")]
+    where, given = started(), [*tokens("<Goal><Outline>1:"), *tokens("</"), *tokens("Goal>")]
     assert isinstance(where.on_token(given, 0, 20), Fork)
 
 

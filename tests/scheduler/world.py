@@ -1,7 +1,7 @@
 """A scheduler in front of a symbolic device, with the engine's loop and a clock that only steps move.
 
-Every step is checked: pages and slots are accounted for, the plan costs what it says, no branch is passed over
-for too long, nothing of a shared page is overwritten, and what is read was written.
+Every step is checked: pages and slots are accounted for, the plan costs what it says, no branch is passed
+over for too long, nothing of a shared page is overwritten, and what is read was written.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from scheduler.events import Event, Finished, Joined, StageFinished, StageStarted, TokenEmitted
 from scheduler.plan import Entry, Sample, StepPlan, StepResult
