@@ -98,6 +98,31 @@ MULTIVERSE = TagGrammar(
     join_open="\n<Conclusion>\n",
 )
 
+# Native Parallel Reasoner (arXiv 2512.07461): Multiverse's mechanics in its own words, one level deep.
+NPR = TagGrammar(
+    name="npr",
+    plan_open="<guideline>",
+    outline=r"<plan>\s*(\d+)\s*:",
+    plan_close="</guideline>",
+    branch_open="\n<step>\n{label}:",
+    branch_close="</step>",
+    join_open="\n<takeaway>\n",
+)
+
+# ThreadWeaver (github.com/facebookresearch/threadweaver): an ordinary model, which reads its threads again.
+THREADWEAVER = TagGrammar(
+    name="threadweaver",
+    plan_open="<Outlines>",
+    outline=r"<Outline>\s*(\d+)\s*:",
+    plan_close="</Outlines>",
+    branch_open="\n<Thread>\n{label}:",
+    branch_close="</Thread>",
+    join_open="</Parallel>",
+    join="reprefill",
+)
+
+GRAMMARS = {grammar.name: grammar for grammar in (MULTIVERSE, NPR, THREADWEAVER)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TagProgram:

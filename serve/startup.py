@@ -16,7 +16,7 @@ from attention import default_backend
 from model.checkpoint import load_model, model_folder
 from model.tokenizer import Tokenizer
 from scheduler.plan import StepResult
-from scheduler.program import MULTIVERSE
+from scheduler.program import GRAMMARS
 from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from serve.config import ServerConfig
@@ -87,7 +87,7 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
         max_context=max_context,
         eos_ids=tokenizer.eos_ids or model.config.eos_ids,
         join=model.config.join,
-        grammars={MULTIVERSE.name: MULTIVERSE},
+        grammars=GRAMMARS,
         own_grammar=model.config.tag_grammar,
         max_branches=config.max_branches,
         max_depth=config.max_depth,

@@ -1,0 +1,106 @@
+"""The default model, served: right answers, and the same tokens however they are scheduled.
+
+Its own definition (model/tiny: whole sequences, masks, no pages) says what each answer must be; nothing of
+it runs in the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import pytest
+
+from model.checkpoint import load_model
+from model.config import ModelConfig
+from model.tiny.layout import Fork, Rows, lay_out, pack
+from model.tiny.lessons import FOLDER, prompt, tokenizer
+from model.tiny.measure import held_out, load, wrong_choices
+from model.tiny.tasks import Answer as Written
+from model.tiny.tasks import Task, transcript
+from scheduler.program import MULTIVERSE, TagProgram
+from scheduler.request import FinishReason, Request, Slo, Stopping
+from serve.runner import Runner, RunnerConfig
+from tests.serve.lab import Answer, Run, run
+
+PAGE_SIZE = 16
+NUM_PAGES = 1024
+TASKS = held_out(16)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Runner:
+    runner = Runner(
+        load_model("default", jnp.float32),
+        RunnerConfig(
+            num_pages=NUM_PAGES, page_size=PAGE_SIZE, buckets=(16, 64), num_slots=128, backend="xla"
+        ),
+    )
+    runner.compile()
+    return runner
+
+
+def request(index: int, task: Task) -> Request:
+    codec = tokenizer()
+    stopping = Stopping(max_tokens=448, eos_ids=frozenset(codec.eos_ids))
+    program = TagProgram(grammar=MULTIVERSE, stopping=stopping, branch_max_tokens=300)
+    ids = tuple(codec.encode(prompt(task.question)))
+    return Request(id=str(index), prompt=ids, program=program, slo=Slo(tpot=0.05, ttft=60.0))
+
+
+def serve(runner: Runner, tasks: Sequence[Task], **settings: object) -> Run:
+    requests = [request(index, task) for index, task in enumerate(tasks)]
+    settings = {"num_pages": NUM_PAGES, "page_size": PAGE_SIZE, "num_slots": 128} | settings
+    return run(runner, requests, codec=tokenizer(), **settings)
+
+
+def texts(answer: Answer) -> dict[tuple[str, ...], str]:
+    """What each branch said, by its labels from the trunk."""
+    return {name[::2]: tokenizer().decode(ids) for name, ids in answer.tokens.items()}
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Runner) -> Run:
+    return serve(tiny, TASKS, policy="taper")
+
+
+def test_answers_to_held_out_questions_are_right(served: Run) -> None:
+    answers = served.answers()
+    right = [texts(answers[str(index)]) == transcript(task.answer) for index, task in enumerate(TASKS)]
+    assert sum(right) >= 0.95 * len(TASKS)
+
+
+def test_branches_close_with_their_tag_and_the_answer_with_the_end_of_the_turn(served: Run) -> None:
+    for answer in served.answers().values():
+        for name, reasons in answer.reasons.items():
+            assert reasons[-1] is (FinishReason.BRANCH_CLOSED if name else FinishReason.EOS)
+
+
+@pytest.mark.parametrize("policy", ["off", "cap:2", "eager"])
+def test_every_policy_gives_the_same_tokens(tiny: Runner, served: Run, policy: str) -> None:
+    assert serve(tiny, TASKS, policy=policy).answers() == served.answers()
+
+
+def test_preemption_and_a_limit_of_sixteen_rows_change_no_token(tiny: Runner, served: Run) -> None:
+    record = serve(tiny, TASKS, policy="eager", num_pages=208, buckets=(16,))
+    assert record.preemptions() > 0
+    assert max(sum(entry.rows for entry in plan.entries) for plan in record.plans) <= 16
+    assert record.answers() == served.answers()
+
+
+def as_written(said: dict[tuple[str, ...], str], name: tuple[str, ...] = ()) -> Written:
+    """A served answer as the tree that it came from: a branch goes on after its </Goal>."""
+    before, goal, after = said[name].partition("</Goal>")
+    children = {path[-1]: as_written(said, path) for path in said if path[:-1] == name and path}
+    return (before + goal, Fork(children), after) if children else (said[name],)
+
+
+def test_served_tokens_are_the_first_choices_of_one_dense_pass(served: Run) -> None:
+    sequences = []
+    for index, answer in served.answers().items():
+        question = prompt(TASKS[int(index)].question)
+        sequences.append(lay_out(question, as_written(texts(answer)), tokenizer().encode))
+    weights, config = load(FOLDER), ModelConfig.from_folder(FOLDER)
+    for row in zip(*pack(sequences, 1024), strict=True):
+        rows = Rows(*(array[None] for array in row))
+        assert not wrong_choices(weights, config, rows, jnp.float32).any()
