@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  ?= default
 
-.PHONY: demo test check test-oracle protos clean
+.PHONY: demo test check test-oracle test-answers protos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/taper-demo --model $(MODEL)
@@ -21,6 +21,11 @@ check: $(VENV)/.installed-test
 # Compares live with transformers (installs torch: gigabytes); RECORD=1 rewrites the goldens.
 test-oracle: $(VENV)/.installed-oracle
 	$(BIN)/python -m pytest -m oracle $(if $(RECORD),--record-goldens)
+
+# The default model on QUESTIONS held-out questions, under every policy and with preemption.
+QUESTIONS ?= 500
+test-answers: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/serve/test_tiny_answers.py -s --questions $(QUESTIONS)
 
 protos: $(VENV)/.installed-test
 	$(BIN)/python -m serve.protos.generate

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from serve.answer import Branch, BranchFinished, Completion, Delta, Joined, StageStarted
-from serve.client import Client, Options, Prompt, branch, parallel, sampling, serial
+from serve.client import Client, Options, Prompt, branch, model_driven, parallel, sampling, serial
 from serve.config import ServerConfig
 from serve.errors import ServiceError
 
@@ -36,15 +36,15 @@ class Ask:
     """Ask a server, and watch its answer grow."""
 
     prompt: Annotated[str, tyro.conf.Positional]
-    """What to go on from, or the question with --chat."""
+    """The question, or what to go on from with --raw."""
     branch: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text that one branch begins with; repeat it for each branch."""
     conclude: str = ""
     """Text that goes on after the branches have been joined."""
-    chat: bool = False
-    """Send the prompt as a chat turn, for models that were trained to answer."""
-    max_tokens: int = 64
-    """Limit of each sequence."""
+    raw: bool = False
+    """Go on from the prompt as it is, also where the model could be asked in a chat."""
+    max_tokens: int | None = None
+    """Limit of each sequence; the server's own unless set."""
     temperature: float | None = None
     """0 is greedy, the default."""
     seed: int | None = None
@@ -67,7 +67,10 @@ def client(args: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _question(ask: Ask) -> tuple[Prompt, Options]:
+def _question(connection: Client, ask: Ask) -> tuple[Prompt, Options]:
+    """As a chat where the model knows chats; with the model's own branches unless others are asked for."""
+    info = connection.model_info()
+    chat = info.supports_chat and not ask.raw
     options = Options(
         max_tokens=ask.max_tokens, sampling=sampling(temperature=ask.temperature, seed=ask.seed)
     )
@@ -78,13 +81,15 @@ def _question(ask: Ask) -> tuple[Prompt, Options]:
         options["plan"] = [parallel(branches, max_tokens=ask.max_tokens)]
         if ask.conclude:
             options["plan"] = [*options["plan"], serial(ask.conclude, max_tokens=ask.max_tokens)]
-    return ([{"role": "user", "content": ask.prompt}] if ask.chat else ask.prompt), options
+    elif chat and info.default_tag_set:
+        options["plan"] = model_driven(max_tokens=ask.max_tokens)
+    return ([{"role": "user", "content": ask.prompt}] if chat else ask.prompt), options
 
 
 def _show_lines(connection: Client, ask: Ask, console: Console) -> None:
     """What is whole is printed: a branch when it ends, then the answer and what it took."""
     completion = Completion()
-    prompt, options = _question(ask)
+    prompt, options = _question(connection, ask)
     for event in connection.generate(prompt, **options):
         completion.add(event)
         if isinstance(event, BranchFinished) and event.branch:
@@ -98,7 +103,7 @@ def _show_lines(connection: Client, ask: Ask, console: Console) -> None:
 
 def _show_live(connection: Client, ask: Ask, console: Console) -> None:
     completion = Completion()
-    prompt, options = _question(ask)
+    prompt, options = _question(connection, ask)
     with Live(Answer(completion), console=console, refresh_per_second=20) as live:
         for event in connection.generate(prompt, **options):
             completion.add(event)

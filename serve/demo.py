@@ -1,14 +1,16 @@
-"""`taper-demo`: a real server, one answer that branches, and one load under three policies.
+"""`taper-demo`: a real server, one answer that branches, and one load of questions under three policies.
 
-The server runs as a process of its own; everything here goes over gRPC. Requests, arrivals and seeds are the
-same for every policy, so the tokens must be too: the demo fails if they are not. It does not assert which
-policy wins, because that takes a quieter machine than this one may be.
+The server runs as a process of its own; everything here goes over gRPC. The embedded model forks by itself,
+and its answers can be checked. Questions and arrivals are the same for every policy, so the tokens must be
+too: the demo fails if they are not. It does not assert which policy wins, because that takes a quieter
+machine than this one may be.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import signal
 import statistics
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -25,8 +28,9 @@ from rich.live import Live
 from rich.rule import Rule
 from rich.table import Table
 
+from model.tiny.tasks import Fork, Task, transcript, write_task
 from serve.answer import Completion, Delta, Event, StageStarted, WidthChanged
-from serve.client import AsyncClient, Client, Options, Prompt, branch, parallel, serial, stopping
+from serve.client import AsyncClient, Client, Options, Prompt, branch, model_driven, parallel, serial
 from serve.commands import Answer, summary
 
 POLICIES = ("off", "eager", "taper")
@@ -37,12 +41,12 @@ SMOLLM2_FOLDER = Path("checkpoints/smollm2")
 class Demo:
     """Watch an answer branch, and compare admission policies on one load."""
 
-    model: str = "default"
-    """`default`, `smollm2` (fetched when first used), or whatever taper-serve serves."""
+    model: Literal["default", "smollm2"] = "default"
+    """`default`, or `smollm2`, which is fetched when first used and answers one question."""
     requests: int = 48
-    """Requests of the load."""
-    seed: int = 0
-    """Of the load's lengths and arrivals."""
+    """Questions of the load; every second one has independent parts."""
+    seed: int = 3_000_017
+    """Of the questions, which training has not seen, and of their arrivals."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -51,19 +55,39 @@ def main(args: list[str] | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
     with running_server(_server_options(demo.model), console) as address:
         if demo.model == "smollm2":
-            watch(address, *QUESTION, console=console)
+            watch(address, ADVICE, "What should I know before I adopt a dog?", console)
             return
-        watch(address, *SHOWCASE, console=console)
+        show_speed(address, demo, console)
         runs = asyncio.run(compare(address, demo, console))
     disagreeing = {policy for policy in POLICIES if runs[policy].answers != runs[POLICIES[0]].answers}
     if disagreeing:
         sys.exit(f"taper-demo: the tokens under {', '.join(sorted(disagreeing))} differ from {POLICIES[0]}'s")
-    console.print(f"All {demo.requests} requests got the same tokens under every policy.")
+    right = runs[POLICIES[0]].right
+    console.print(
+        f"The same tokens under every policy; {right} of {demo.requests} answers are right to the letter."
+    )
+
+
+BY_ITSELF = Options(plan=model_driven(max_tokens=448, branch_max_tokens=300))
+
+
+def chat(question: str) -> Prompt:
+    return [{"role": "user", "content": question}]
+
+
+def questions(seed: int) -> Iterator[Task]:
+    """Questions of a kind that the default model was taught, but has not seen."""
+    return (write_task(seed, index, held_out=True) for index in itertools.count())
+
+
+def parts(task: Task) -> int:
+    """Branches that the right answer opens at its first fork; 0 if it does not fork."""
+    return next((len(part.branches) for part in task.answer if isinstance(part, Fork)), 0)
 
 
 def _server_options(model: str) -> list[str]:
     if model != "smollm2":
-        return ["--model", model, "--buckets", "1", "4", "8", "16", "32", "64"]
+        return ["--buckets", "1", "4", "8", "16", "32", "64"]
     if not (SMOLLM2_FOLDER / "config.json").exists():
         from model.smollm2 import convert
 
@@ -92,54 +116,45 @@ def running_server(options: Sequence[str], console: Console) -> Iterator[str]:
 
 # --- one answer, watched -----------------------------------------------------------------------------------
 
-SHOWCASE: tuple[str, Prompt, Options] = (
-    "One request: a serial stage, six branches at once, a join (random weights: do not expect sense)",
-    "The sun rises in the east. ",
-    Options(
-        plan=[
-            serial(max_tokens=12),
-            parallel(
-                [
-                    branch(f"\n{hour}:", label=hour, max_tokens=16 + 4 * i)
-                    for i, hour in enumerate(("Dawn", "Morning", "Noon", "Afternoon", "Evening", "Night"))
-                ],
-                join="kv",
-            ),
-            serial("\nSo:", max_tokens=12),
-        ],
-    ),
-)
-
-QUESTION: tuple[str, Prompt, Options] = (
-    "What should I know before I adopt a dog?",
-    [{"role": "user", "content": "What should I know before I adopt a dog?"}],
-    Options(
-        plan=[
-            parallel(
-                [
-                    branch("\n\nFood: A dog", label="food", max_tokens=48, stop=["\n"]),
-                    branch("\n\nExercise: A dog", label="exercise", max_tokens=48, stop=["\n"]),
-                    branch("\n\nHealth: A dog", label="health", max_tokens=48, stop=["\n"]),
-                ],
-                join="reprefill",
-            ),
-            serial("\n\nIn short,", max_tokens=48, stop=["\n"]),
-        ],
-    ),
+ADVICE = Options(
+    plan=[
+        parallel(
+            [
+                branch("\n\nFood: A dog", label="food", max_tokens=48, stop=["\n"]),
+                branch("\n\nExercise: A dog", label="exercise", max_tokens=48, stop=["\n"]),
+                branch("\n\nHealth: A dog", label="health", max_tokens=48, stop=["\n"]),
+            ],
+            join="reprefill",
+        ),
+        serial("\n\nIn short,", max_tokens=48, stop=["\n"]),
+    ],
 )
 
 
-def watch(address: str, title: str, prompt: Prompt, options: Options, console: Console) -> None:
-    """Run one request; in a terminal its branches grow side by side, elsewhere they are shown at the end."""
-    console.print(Rule(title))
+def watch(address: str, options: Options, question: str, console: Console) -> Completion:
+    """Ask one question; in a terminal its branches grow side by side, elsewhere they are shown at the end."""
+    console.print(Rule(question))
     completion = Completion()
     with Client(address) as client, _view(completion, console) as refresh:
-        for event in client.generate(prompt, **options):
+        for event in client.generate(chat(question), **options):
             completion.add(event)
             if isinstance(event, Delta | StageStarted):
                 refresh()
     console.print(summary(completion), style="dim")
-    console.print()
+    return completion
+
+
+def show_speed(address: str, demo: Demo, console: Console) -> None:
+    """One question with six parts, watched; then again without branches, to compare."""
+    six = (task for task in questions(demo.seed) if parts(task) == 6)
+    task = max(itertools.islice(six, 40), key=lambda task: sum(map(len, transcript(task.answer).values())))
+    with Client(address) as client:
+        client.set_policy("eager")
+        branched = watch(address, BY_ITSELF, task.question, console)
+        client.set_policy("off")
+        serial_time = client.complete(chat(task.question), **BY_ITSELF).timing.total
+    ratio = serial_time / branched.timing.total
+    console.print(f"The same with one branch at a time: {serial_time:.2f} s, {ratio:.1f} times as long.\n")
 
 
 @contextlib.contextmanager
@@ -157,19 +172,18 @@ def _view(completion: Completion, console: Console) -> Iterator[Callable[[], Non
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A request of the load, and when it arrives in seconds."""
+    """A question of the load, and when it arrives in seconds."""
 
     at: float
-    prompt: str
+    task: Task
     options: Options
-    forks: bool
 
 
 @dataclass(slots=True)
 class Measured:
-    """A request as its client saw it: times in seconds since it was sent, and its tokens."""
+    """A question as its asker saw it answered: times in seconds since it was sent."""
 
-    forks: bool
+    task: Task
     completion: Completion = field(default_factory=Completion)
     first: float = 0.0
     last: float = 0.0
@@ -194,8 +208,23 @@ class Measured:
     def tpot(self) -> float:
         return (self.last - self.first) / max(1, self.tokens - 1)
 
-    def answer(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(b.token_ids) for b in (self.completion.trunk, *self.completion.branches))
+    @property
+    def right(self) -> bool:
+        """Whether everything that every branch said is right, to the letter."""
+        branches = {each.id: each for each in (self.completion.trunk, *self.completion.branches)}
+
+        def name(number: int) -> tuple[str, ...]:
+            each = branches[number]
+            return (*name(each.parent), each.label) if number else ()
+
+        return {name(number): each.text for number, each in branches.items()} == transcript(self.task.answer)
+
+    def tokens_by_label(self) -> dict[tuple[int, str], list[tuple[int, ...]]]:
+        """What every branch said, whatever the order in which branches were opened."""
+        said: dict[tuple[int, str], list[tuple[int, ...]]] = {}
+        for each in (self.completion.trunk, *self.completion.branches):
+            said.setdefault((each.parent > 0, each.label), []).append(tuple(each.token_ids))
+        return {label: sorted(all_said) for label, all_said in said.items()}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -209,19 +238,24 @@ class Run:
     ttft: float
 
     @property
-    def answers(self) -> list[tuple[tuple[int, ...], ...]]:
-        return [each.answer() for each in self.measured]
+    def answers(self) -> list[dict[tuple[int, str], list[tuple[int, ...]]]]:
+        return [each.tokens_by_label() for each in self.measured]
+
+    @property
+    def right(self) -> int:
+        return sum(each.right for each in self.measured)
 
     @property
     def good(self) -> list[Measured]:
         return [each for each in self.measured if each.tpot <= self.tpot and each.first <= self.ttft]
 
     def row(self) -> list[str]:
-        serial_tpot = [1e3 * each.tpot for each in self.measured if not each.forks]
-        forks = [each for each in self.measured if each.forks]
+        serial_tpot = [1e3 * each.tpot for each in self.measured if not parts(each.task)]
+        forks = [each for each in self.measured if parts(each.task)]
         return [
             f"{sum(each.tokens for each in self.good) / self.seconds:.0f}",
             f"{len(self.good) / len(self.measured):.0%}",
+            f"{self.right} of {len(self.measured)}",
             f"{statistics.median(serial_tpot):.1f} / {max(serial_tpot):.1f}",
             f"{sum(e.fork_tokens for e in forks) / sum(e.fork_steps for e in forks):.2f}",
             f"{self.steps}",
@@ -229,20 +263,31 @@ class Run:
         ]
 
 
-COLUMNS = ("goodput tok/s", "attainment", "serial TPOT ms p50 / max", "mean width", "steps", "seconds")
+COLUMNS = (
+    "goodput tok/s",
+    "attainment",
+    "right",
+    "serial TPOT ms p50 / max",
+    "mean width",
+    "steps",
+    "seconds",
+)
 
 
 async def compare(address: str, demo: Demo, console: Console) -> dict[str, Run]:
     """The same load under every policy, at targets that follow from this machine's own speed."""
     async with AsyncClient(address) as client:
         await client.set_policy("off")
-        crowd = await play(client, [serial_job(0.0, index) for index in range(8)])
+        whole = (task for task in questions(demo.seed + 1) if not parts(task))
+        crowd = await play(client, [job(next(whole), 0.0) for _ in range(8)])
         tpot = 2 * statistics.median(each.tpot for each in crowd)
         ttft = 100 * tpot
-        jobs = mixed_load(demo, spacing=3 * tpot, tpot=tpot, ttft=ttft)
-        console.print(Rule(f"{demo.requests} requests, half of them with six branches, under three policies"))
+        jobs = mixed_load(demo, spacing=12 * tpot, tpot=tpot, ttft=ttft)
         console.print(
-            f"Targets: TPOT {1e3 * tpot:.1f} ms, twice what 8 serial requests together get here;"
+            Rule(f"{demo.requests} questions, half of them with independent parts, under three policies")
+        )
+        console.print(
+            f"Targets: TPOT {1e3 * tpot:.1f} ms, twice what 8 serial answers at once get here;"
             f" TTFT {1e3 * ttft:.0f} ms."
         )
         table = Table("policy", *COLUMNS)
@@ -259,35 +304,21 @@ async def compare(address: str, demo: Demo, console: Console) -> dict[str, Run]:
     return runs
 
 
-def serial_job(at: float, index: int, **slo: float) -> Job:
-    options = Options(plan=[serial(stopping=stopping(40, ignore_eos=True))], token_ids=True, **slo)  # type: ignore[typeddict-item]
-    return Job(at=at, prompt=f"Request {index}: the rain falls on the hills. ", options=options, forks=False)
-
-
-def forking_job(at: float, index: int, lengths: Sequence[int], **slo: float) -> Job:
-    branches = [
-        branch(f"\n{i}:", stopping=stopping(length, ignore_eos=True)) for i, length in enumerate(lengths)
-    ]
-    plan = [
-        serial(stopping=stopping(8, ignore_eos=True)),
-        parallel(branches, join="kv"),
-        serial("\nAll:", stopping=stopping(8, ignore_eos=True)),
-    ]
-    options = Options(plan=plan, token_ids=True, **slo)  # type: ignore[typeddict-item]
-    return Job(at=at, prompt=f"Request {index}: the rivers run to the sea. ", options=options, forks=True)
+def job(task: Task, at: float, **slo: float) -> Job:
+    options = Options(**BY_ITSELF, token_ids=True, **slo)  # type: ignore[typeddict-item]
+    return Job(at=at, task=task, options=options)
 
 
 def mixed_load(demo: Demo, *, spacing: float, tpot: float, ttft: float) -> list[Job]:
-    """Poisson arrivals, on average `spacing` seconds apart; every second request forks."""
+    """Poisson arrivals, on average `spacing` seconds apart; every second answer forks."""
     rng = random.Random(demo.seed)
     slo = {"tpot_slo_ms": 1e3 * tpot, "ttft_slo_ms": 1e3 * ttft}
+    whole = (task for task in questions(demo.seed) if not parts(task))
+    parted = (task for task in questions(demo.seed) if parts(task))
     jobs: list[Job] = []
     at = 0.0
     for index in range(demo.requests):
-        if index % 2:
-            jobs.append(forking_job(at, index, [rng.randint(12, 32) for _ in range(6)], **slo))
-        else:
-            jobs.append(serial_job(at, index, **slo))
+        jobs.append(job(next(parted if index % 2 else whole), at, **slo))
         at += rng.expovariate(1 / spacing)
     return jobs
 
@@ -296,10 +327,10 @@ async def play(client: AsyncClient, jobs: Sequence[Job]) -> list[Measured]:
     """Send every job at its time and measure it from outside."""
 
     async def one(job: Job) -> Measured:
-        measured = Measured(job.forks)
+        measured = Measured(job.task)
         await asyncio.sleep(job.at)
         sent = time.monotonic()
-        async for event in client.generate(job.prompt, **job.options):
+        async for event in client.generate(chat(job.task.question), **job.options):
             measured.add(event, time.monotonic() - sent)
         return measured
 

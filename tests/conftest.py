@@ -46,6 +46,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="oracle tests write what transformers computes to tests/model/goldens",
     )
+    parser.addoption(
+        "--questions", type=int, default=16, help="how many held-out questions the default model is asked"
+    )
 
 
 @pytest.fixture

@@ -200,7 +200,7 @@ def run(
     engine.start()
     for request in requests:
         engine.submit(request, sink)
-    finished = done.wait(120)
+    finished = done.wait(120 + len(requests))
     engine.stop(drain=False, timeout=10)
     assert not failures, failures
     assert finished, f"still running: {left}"
