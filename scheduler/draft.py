@@ -6,6 +6,7 @@ once, so that the next candidate is priced against what this step will really ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from scheduler.branch import Branch
@@ -19,6 +20,11 @@ from scheduler.segment import Segment
 class StepDraft:
     """Entries of one step, one for each segment that is written, within the largest bucket.
 
+    start      when the step should begin
+    baseline   predicted seconds of its forced part, once that is in; budget, what it may take with the rest
+    advanced   the branches that advance, and by how many rows
+    sampling   the requests that it should give a token
+
     make_room(draft, live, pages)  frees pages for a request that must advance, or returns False
     take_slot(draft)               a device slot that no entry of this step uses
     """
@@ -26,16 +32,21 @@ class StepDraft:
     def __init__(
         self,
         step_id: int,
+        start: float,
         pool: PagePool,
         latency: StepLatencyModel,
+        *,
         make_room: Callable[[StepDraft, LiveRequest, int], bool],
         take_slot: Callable[[StepDraft], int],
     ) -> None:
         self.step_id = step_id
+        self.start = start
+        self.baseline = 0.0
+        self.budget = math.inf
         self.rows = 0
         self.kv_tokens = 0
         self.slots: list[SlotSetup] = []
-        self.advanced: dict[LiveRequest, dict[Branch, int]] = {}  # rows of each branch
+        self.advanced: dict[LiveRequest, dict[Branch, int]] = {}
         self.sampling: set[LiveRequest] = set()
         self._pool = pool
         self._page_size = pool.page_size
@@ -52,6 +63,10 @@ class StepDraft:
     @property
     def entries(self) -> tuple[Entry, ...]:
         return tuple(self._entries.values())
+
+    @property
+    def bucket(self) -> int:
+        return self._latency.buckets.fit(self.rows)
 
     @property
     def room(self) -> int:
@@ -79,12 +94,12 @@ class StepDraft:
                 unread += self._unread(segment)
         return unread
 
-    def affordable(self, branch: Branch, rows: int, budget: float) -> int:
-        """The most of `rows` rows of `branch` with which the step stays within `budget`."""
+    def affordable(self, branch: Branch, rows: int) -> int:
+        """The most of `rows` rows of `branch` with which the step stays within the budget."""
         kv_tokens = self.kv_tokens + self.unread(branch)
         for bucket in reversed([*self._latency.buckets]):
             fit = min(rows, bucket - self.rows)
-            if fit > 0 and self._latency.predict(bucket, kv_tokens + fit) <= budget:
+            if fit > 0 and self._latency.predict(bucket, kv_tokens + fit) <= self.budget:
                 return fit
         return 0
 

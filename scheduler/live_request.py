@@ -32,7 +32,13 @@ from scheduler.segment import Segment, text
 
 
 class LiveRequest:
-    """A request from its arrival to its last token."""
+    """A request from its arrival to its last token.
+
+    age          order of first start: the oldest running request is never preempted
+    resident     it runs, and may hold pages and slots
+    prompt_read  a launched step samples from it: it has a deadline from then on
+    resumed_at   when it last started, forked, joined or came back: for control only, measures never restart
+    """
 
     def __init__(
         self,
@@ -45,18 +51,18 @@ class LiveRequest:
         max_context: int,
     ) -> None:
         self.request = request
-        self.age = 0  # order of first start: the oldest running request is never preempted
+        self.age = 0
         self.arrival = now
         self.started_at: float | None = None
         self.first_token: float | None = None
         self.last_token = now
         self.updated_at = now
-        self.resumed_at = now  # for control only: measures never restart
+        self.resumed_at = now
         self.tokens = 0
         self.preemptions = 0
         self.cached_tokens = 0
-        self.prompt_read = False  # a launched step samples from it
-        self.resident = False  # it runs: it may hold pages and slots
+        self.prompt_read = False
+        self.resident = False
         self.finished = False
         self.branches: dict[int, Branch] = {}
         self.segments: dict[int, Segment] = {}
@@ -100,6 +106,24 @@ class LiveRequest:
         ready.sort(key=attrgetter("last_advanced"))
         return ready
 
+    @property
+    def holds_pages(self) -> bool:
+        return any(segment.pages for segment in self.segments.values())
+
+    @property
+    def lacking_pages(self) -> int:
+        """Pages that the tokens it knows already will take, beyond those that it holds."""
+        sizes = [(self._pool.pages_for(len(s.tokens)), len(s.pages)) for s in self.segments.values()]
+        return sum(max(0, wanted - held) for wanted, held in sizes)
+
+    def check(self) -> None:
+        """Raise AssertionError unless its segments hold what they need for what is computed, and no more."""
+        assert self.resident or not self.holds_pages, "a request that does not run holds pages"
+        for segment in self.segments.values():
+            held, most = len(segment.pages), max(segment.computed, len(segment.tokens))
+            assert self._pool.pages_for(segment.computed) <= held <= self._pool.pages_for(most)
+            assert segment.shared * self._pool.page_size <= len(segment.tokens)
+
     # --- coming and going ------------------------------------------------------------------------------
 
     def resume(self, now: float) -> None:
@@ -120,31 +144,6 @@ class LiveRequest:
         self._reuse_prefix(root)
         self.cached_tokens = min(root.computed, len(self.request.prompt))
 
-    @property
-    def owed_pages(self) -> int:
-        """Pages that its known tokens need and do not have yet: of a prompt being read, or a replay."""
-        return sum(
-            max(0, self._pool.pages_for(len(segment.tokens)) - len(segment.pages))
-            for segment in self.segments.values()
-        )
-
-    @property
-    def holds_pages(self) -> bool:
-        return any(segment.pages for segment in self.segments.values())
-
-    @property
-    def lacking_pages(self) -> int:
-        """Pages that the tokens it knows already will take, beyond those that it holds."""
-        sizes = [(self._pool.pages_for(len(s.tokens)), len(s.pages)) for s in self.segments.values()]
-        return sum(max(0, wanted - held) for wanted, held in sizes)
-
-    def width_changed(self, width: int, wanted: int) -> list[Event]:
-        """Tell how many branches advanced, and how many were ready, unless it is known or too early."""
-        if self.first_token is None or (width, wanted) == self._width:
-            return []
-        self._width = (width, wanted)
-        return [WidthChanged(self.request.id, width, wanted)]
-
     def preempt(self) -> None:
         """Give up all pages; every token is kept and replayed later."""
         self.preemptions += 1
@@ -156,10 +155,8 @@ class LiveRequest:
             self.free_slot(branch)
 
     def drop_tail(self, branch: Branch) -> None:
-        """Give up the pages of one branch's own segment."""
+        """Give up the pages of one branch's own segment, as long as it has siblings."""
         branch.segment.drop(self._pool)
-        if branch.segment is self._root:
-            self._published = None
         self.free_slot(branch)
 
     def release(self) -> None:
@@ -223,25 +220,20 @@ class LiveRequest:
             return []
         return self._end_stage(branch, branch.cursor.on_stop(reason), reason, stop)
 
-    def publish_prefix(self) -> None:
-        """Offer the full, computed pages of the trunk before its first fork to the prefix cache."""
-        root = self._root
-        if root is None or not root.pages:
-            return
-        pool, index = self._pool, root.shared
-        full = min(root.computed, len(root.tokens)) // pool.page_size
-        if full == index:
-            return
-        tokens = root.tokens[index * pool.page_size : full * pool.page_size]
-        for key in pool.cache.keys(tokens, self.request.cache_salt, self._published):
-            own, listed = root.pages[index], pool.cache.insert(key, root.pages[index])
-            if listed != own:  # somebody else computed the same page: one of the two will do
-                pool.share([listed])
-                pool.release([own])
-                root.pages[index] = listed
-            index += 1
-            self._published = key
-        root.shared = index
+    def _stop_string(self, branch: Branch) -> str | None:
+        """The stop string that the newest token completed: every token holds at least one byte of it."""
+        strings, tokens = branch.stopping.stop_strings, branch.segment.tokens
+        most = max(len(string.encode()) for string in strings)
+        tail = self._codec.decode(tokens[max(branch.stage_from, len(tokens) - most) :])
+        found = [(tail.find(string), string) for string in strings if string in tail]
+        return min(found)[1] if found else None
+
+    def width_changed(self, width: int, wanted: int) -> list[Event]:
+        """Tell how many branches advanced, and how many were ready, unless it is known or too early."""
+        if self.first_token is None or (width, wanted) == self._width:
+            return []
+        self._width = (width, wanted)
+        return [WidthChanged(self.request.id, width, wanted)]
 
     # --- stages ----------------------------------------------------------------------------------------
 
@@ -293,25 +285,15 @@ class LiveRequest:
         return events
 
     def _fork(self, parent: Branch, fork: Fork) -> list[Event]:
-        """Branches start right after the parent's segment, on pages of their own, at a common position.
-
-        Where a branch has nothing to begin with, the parent is sealed one token short, and each branch feeds
-        that token as its own first row.
-        """
-        trunk = parent.segment
-        shared_token = any(not child.first.prefix for child in fork.children)
-        begin = len(trunk.tokens) - shared_token
-        tokens, sampled = trunk.tokens[begin:], trunk.sampled[begin:]
-        trunk.cut(begin, self._pool)
-        lead = trunk.id if shared_token else None
-        if shared_token and not trunk.tokens and trunk.lead is not None:
-            lead = trunk.lead  # the only token was itself one that elder siblings begin with
-        ancestors = trunk.chain if trunk.tokens else trunk.ancestors
-        parent.fork, parent.open_children, parent.lent = fork, len(fork.children), (tokens, sampled)
+        """Branches start right after the parent's segment, on pages of their own, at a common position."""
         share = self._share(parent, len(fork.children))
+        lead = None if all(child.first.prefix for child in fork.children) else self._lend(parent)
+        trunk = parent.segment
+        ancestors = trunk.chain if trunk.tokens else trunk.ancestors
+        parent.fork, parent.open_children = fork, len(fork.children)
         for index, child in enumerate(fork.children):
             segment = self._new_segment(trunk.end, ancestors, lead)
-            segment.extend(tokens, sampled)
+            segment.extend(*parent.lent)
             path = (*parent.path, (fork.index, index))
             branch = Branch(next(self._branch_ids), parent, path, child.label, child.cursor, segment)
             branch.last_advanced = parent.last_advanced
@@ -325,6 +307,18 @@ class LiveRequest:
             events = self._decode(branch, first, events)
         self.resumed_at = self.updated_at
         return events
+
+    def _lend(self, parent: Branch) -> int:
+        """Seal the parent one token short: each of its branches feeds that token as its own first row.
+
+        So it is where a branch has nothing to begin with. Returns the `lead` by which the token is known.
+        """
+        trunk = parent.segment
+        parent.lent = trunk.tokens[-1:], trunk.sampled[-1:]
+        trunk.cut(len(trunk.tokens) - 1, self._pool)
+        if trunk.lead is not None and not trunk.tokens:  # it was lent to the parent in the same way
+            return trunk.lead
+        return trunk.id
 
     def _end_branch(self, branch: Branch) -> list[Event]:
         parent = branch.parent
@@ -346,8 +340,9 @@ class LiveRequest:
         parent.last_advanced = max(branch.last_advanced for branch in branches)
         parent.fork, parent.forked = None, []
         self.resumed_at = self.updated_at
+        lent, parent.lent = parent.lent, ((), ())
         if fork.join == "none":
-            parent.segment.extend(*parent.lent)  # what a join further up will read
+            parent.segment.extend(*lent)  # a join further up will read it
             return self._end_after_branches(parent, FinishReason.FORKED)
         joined = self._joined_segment(parent.segment, branches, fork.join)
         if fork.join == "kv":
@@ -422,12 +417,27 @@ class LiveRequest:
         after = pages_for(max(0, branch.limit - branch.segment.end)) + 1
         return (branch.allowance - held - after) // children
 
-    # --- segments --------------------------------------------------------------------------------------
+    # --- the prefix cache ------------------------------------------------------------------------------
 
-    def _new_segment(self, start: int, ancestors: tuple[Segment, ...], lead: int | None = None) -> Segment:
-        segment = Segment(next(self._segment_ids), start, ancestors, lead)
-        self.segments[segment.id] = segment
-        return segment
+    def publish_prefix(self) -> None:
+        """Offer the full, computed pages of the trunk before its first fork to the prefix cache."""
+        root = self._root
+        if root is None or not root.pages:
+            return
+        pool, index = self._pool, root.shared
+        full = min(root.computed, len(root.tokens)) // pool.page_size
+        if full == index:
+            return
+        tokens = root.tokens[index * pool.page_size : full * pool.page_size]
+        for key in pool.cache.keys(tokens, self.request.cache_salt, self._published):
+            own, listed = root.pages[index], pool.cache.insert(key, root.pages[index])
+            if listed != own:  # somebody else computed the same page: one of the two will do
+                pool.share([listed])
+                pool.release([own])
+                root.pages[index] = listed
+            index += 1
+            self._published = key
+        root.shared = index
 
     def _reuse_prefix(self, root: Segment) -> None:
         """Take the cached pages of the trunk, all but what holds the token that a branch samples from."""
@@ -441,10 +451,9 @@ class LiveRequest:
         root.computed = len(pages) * pool.page_size
         self._published = keys[len(pages) - 1] if pages else None
 
-    def _stop_string(self, branch: Branch) -> str | None:
-        """The stop string that the newest token completed: every token holds at least one byte of it."""
-        strings, tokens = branch.stopping.stop_strings, branch.segment.tokens
-        most = max(len(string.encode()) for string in strings)
-        tail = self._codec.decode(tokens[max(branch.stage_from, len(tokens) - most) :])
-        found = [(tail.find(string), string) for string in strings if string in tail]
-        return min(found)[1] if found else None
+    # --- segments --------------------------------------------------------------------------------------
+
+    def _new_segment(self, start: int, ancestors: tuple[Segment, ...], lead: int | None = None) -> Segment:
+        segment = Segment(next(self._segment_ids), start, ancestors, lead)
+        self.segments[segment.id] = segment
+        return segment

@@ -40,7 +40,10 @@ class Baseline:
 
 
 class AdmissionPolicy(Protocol):
-    """`extras` come least recently advanced first, the oldest request's first; the answer keeps an order."""
+    """Chooses among `extras`: the oldest request's come first, of those the least recently advanced.
+
+    What does not fit is left out from the end of the answer.
+    """
 
     @property
     def name(self) -> str: ...

@@ -190,7 +190,12 @@ class Scheduler:
         )
 
     def check(self) -> None:
-        """Raise AssertionError unless every page and slot is accounted for."""
+        """Raise AssertionError unless every request, page and slot is accounted for."""
+        places = [*self._running, *self._preempted, *self._queue]
+        assert len(places) == len(self._live), "a request is lost, or in two places"
+        assert all(live.resident == (live in self._running) for live in places)
+        for live in places:
+            live.check()
         self.pool.check(segment.pages for live in self._live.values() for segment in live.segments.values())
         held = [b.slot for live in self._live.values() for b in live.branches.values() if b.slot is not None]
         assert sorted(held + self._free_slots) == list(range(self.config.num_slots)), (
@@ -203,19 +208,26 @@ class Scheduler:
         """The next step, as of the predicted end of the step in flight; None if nothing can advance."""
         start = max([now, *(flight.end for flight in self._flights)])
         self._start_queued(start)
-        draft = StepDraft(self._steps, self.pool, self.latency, self._make_room, self._take_slot)
+        draft = StepDraft(
+            self._steps,
+            start,
+            self.pool,
+            self.latency,
+            make_room=self._make_room,
+            take_slot=self._take_slot,
+        )
         decoding, reading = self._turns()
         self._add_baseline(draft, decoding, reserved=bool(reading))
-        self._add_floor(draft, reading, start)
+        self._add_floor(draft, reading)
         if not draft.rows:
             return None
-        baseline = draft.seconds()
+        draft.baseline = draft.seconds()
         extras = self._extras(draft, decoding)
-        budget = self._budget(draft, start, baseline, decoding, reading, extras)
-        self._read_prompts(draft, reading, budget, start, at_pace=True)
-        self._admit(draft, extras, budget)
-        self._read_prompts(draft, reading, budget, start, at_pace=False)
-        return self._launch(draft, start, baseline, budget, [*decoding, *reading])
+        draft.budget = self._budget(draft, decoding, reading, extras)
+        self._read_prompts(draft, reading, at_pace=True)
+        self._admit(draft, extras)
+        self._read_prompts(draft, reading, at_pace=False)
+        return self._launch(draft, [*decoding, *reading])
 
     def _turns(self) -> tuple[list[_Turn], list[_Turn]]:
         """The running requests that can advance: those that decode, oldest first, and those that read.
@@ -242,39 +254,38 @@ class Scheduler:
         waiting = len(decoding) + reserved
         for turn in decoding:
             waiting -= 1
-            if self._runs(turn):
+            if turn.live.resident:  # nobody has preempted it meanwhile
                 draft.add(turn.live, turn.branch, min(self._floor, draft.room - waiting), must=True)
 
-    def _add_floor(self, draft: StepDraft, reading: list[_Turn], start: float) -> None:
+    def _add_floor(self, draft: StepDraft, reading: list[_Turn]) -> None:
         """Prompts never starve: the one due first reads a little in every step.
 
         Those that have missed their target come last, but for one step in LATE_TURN.
         """
-        late_first = self._steps % self.LATE_TURN == 0
-        for turn in sorted(reading, key=lambda turn: not late_first and turn.live.reading_deadline <= start):
-            if self._runs(turn) and draft.add(turn.live, turn.branch, self._floor, must=True):
+        if self._steps % self.LATE_TURN:
+            reading = sorted(reading, key=lambda turn: turn.live.reading_deadline <= draft.start)
+        for turn in reading:
+            if turn.live.resident and draft.add(turn.live, turn.branch, self._floor, must=True):
                 return
 
     def _extras(self, draft: StepDraft, decoding: list[_Turn]) -> dict[Extra, tuple[LiveRequest, Branch]]:
-        """Ready branches beyond the baseline, least recently advanced first."""
+        """Ready branches beyond the baseline, the oldest request's first, least recently advanced first.
+
+        Where several of them would read what nobody reads yet, each is priced as if it came alone.
+        """
         extras: dict[Extra, tuple[LiveRequest, Branch]] = {}
-        for live, ready in ((turn.live, turn.ready) for turn in decoding):
-            taken = draft.advanced.get(live)
-            for branch in ready if taken else ():
-                backlog = branch.backlog
-                if branch is not ready[0] and backlog <= self._floor:
-                    kv_tokens = draft.unread(branch) + backlog
-                    extras[Extra((live.request.id, branch.id), backlog, kv_tokens)] = (live, branch)
+        for turn in decoding:
+            if turn.live not in draft.advanced:
+                continue
+            for branch in turn.ready[1:]:
+                rows = branch.backlog
+                if rows <= self._floor:
+                    extra = Extra((turn.live.request.id, branch.id), rows, draft.unread(branch) + rows)
+                    extras[extra] = (turn.live, branch)
         return extras
 
     def _budget(
-        self,
-        draft: StepDraft,
-        start: float,
-        baseline: float,
-        decoding: list[_Turn],
-        reading: list[_Turn],
-        extras: Iterable[Extra],
+        self, draft: StepDraft, decoding: list[_Turn], reading: list[_Turn], extras: Iterable[Extra]
     ) -> float:
         """Seconds that the step may take (see scheduler.slack). Without decoding requests nobody is hurt."""
         protected = [turn.live for turn in decoding if turn.live in draft.advanced]
@@ -282,20 +293,31 @@ class Scheduler:
             return math.inf
         expected = {live: flight.end for flight in self._flights for live in flight.sampling}
         deadlines = [live.deadline(expected.get(live)) for live in protected]
-        if any(deadline - start >= baseline for deadline in deadlines):
-            for turn in reading:
-                left = max(1, draft.left(turn.branch))
-                due = prompt_deadline(turn.live.reading_deadline, start, left, self.config.max_chunk)
-                deadlines += [due] if due is not None and self._runs(turn) else []
-        budget = baseline + self.config.rho * slack(deadlines, start, baseline)
+        if any(deadline - draft.start >= draft.baseline for deadline in deadlines):
+            deadlines += self._prompt_deadlines(draft, reading)
+        budget = draft.baseline + self.config.rho * slack(deadlines, draft.start, draft.baseline)
         if self.config.fill:
-            tightest = min(live.request.slo.tpot for live in protected)
-            budget = max(budget, min(self._filled(draft, extras), baseline + self.FILL_SHARE * tightest))
+            most = self.FILL_SHARE * min(live.request.slo.tpot for live in protected)
+            budget = max(budget, min(self._filled(draft, extras), draft.baseline + most))
         return budget
+
+    def _prompt_deadlines(self, draft: StepDraft, reading: list[_Turn]) -> list[float]:
+        """When the next chunk of each prompt is due."""
+        due = [
+            prompt_deadline(
+                turn.live.reading_deadline,
+                draft.start,
+                max(1, draft.left(turn.branch)),
+                self.config.max_chunk,
+            )
+            for turn in reading
+            if turn.live.resident
+        ]
+        return [deadline for deadline in due if deadline is not None]
 
     def _filled(self, draft: StepDraft, extras: Iterable[Extra]) -> float:
         """Predicted seconds with ready branches in the padding of the baseline's own bucket."""
-        room = self.latency.buckets.fit(draft.rows) - draft.rows
+        room = draft.bucket - draft.rows
         kv_tokens = 0
         for extra in sorted(extras, key=lambda extra: extra.kv_tokens):
             if extra.rows > room:
@@ -304,61 +326,51 @@ class Scheduler:
             kv_tokens += extra.kv_tokens
         return draft.seconds(kv_tokens)
 
-    def _admit(
-        self, draft: StepDraft, extras: dict[Extra, tuple[LiveRequest, Branch]], budget: float
-    ) -> None:
-        step = Baseline(draft.rows, draft.kv_tokens, budget)
+    def _admit(self, draft: StepDraft, extras: dict[Extra, tuple[LiveRequest, Branch]]) -> None:
+        step = Baseline(draft.rows, draft.kv_tokens, draft.budget)
         for extra in self.policy.admit(list(extras), step, self.latency):
             if draft.room >= extra.rows:
                 draft.add(*extras[extra], extra.rows)
 
-    def _read_prompts(
-        self, draft: StepDraft, reading: list[_Turn], budget: float, start: float, *, at_pace: bool
-    ) -> None:
+    def _read_prompts(self, draft: StepDraft, reading: list[_Turn], *, at_pace: bool) -> None:
         """Read prompts within the budget: up to the pace of their TTFT target, or all that fits."""
         for turn in reading:
             left = draft.left(turn.branch)
-            if not left or not self._runs(turn):
+            if not left or not turn.live.resident:
                 continue
             wanted = self.config.max_chunk
             if at_pace:
-                step_seconds = budget if math.isfinite(budget) else draft.seconds()
-                wanted = min(wanted, pace(turn.live.reading_deadline, start, left, step_seconds))
-            rows = draft.affordable(turn.branch, min(wanted - draft.rows_of(turn.live), left), budget)
+                seconds = draft.budget if math.isfinite(draft.budget) else draft.seconds()
+                wanted = min(wanted, pace(turn.live.reading_deadline, draft.start, left, seconds))
+            rows = draft.affordable(turn.branch, min(wanted - draft.rows_of(turn.live), left))
             if rows:
                 draft.add(turn.live, turn.branch, rows)
 
-    def _launch(
-        self, draft: StepDraft, start: float, baseline: float, budget: float, turns: list[_Turn]
-    ) -> StepPlan:
+    def _launch(self, draft: StepDraft, turns: list[_Turn]) -> StepPlan:
         self._steps += 1
         widths: dict[LiveRequest, tuple[int, int]] = {}
         deferred: list[tuple[str, int]] = []
         for turn in turns:
-            if not self._runs(turn):
-                continue
-            advanced = draft.advanced.get(turn.live, {})
-            deferred += [(turn.live.request.id, branch.id) for branch in turn.ready if branch not in advanced]
-            if advanced:
-                widths[turn.live] = (len(advanced), len(turn.ready))
+            if turn.live.resident:
+                advanced = draft.advanced.get(turn.live, {})
+                waiting = [branch.id for branch in turn.ready if branch not in advanced]
+                deferred += [(turn.live.request.id, branch) for branch in waiting]
+                if advanced:
+                    widths[turn.live] = (len(advanced), len(turn.ready))
         plan = StepPlan(
             step_id=draft.step_id,
             entries=draft.entries,
             slots=tuple(draft.slots),
             deferred=tuple(deferred),
-            bucket=self.latency.buckets.fit(draft.rows),
+            bucket=draft.bucket,
             rows=draft.rows,
             kv_tokens=draft.kv_tokens,
             predicted_seconds=draft.seconds(),
-            baseline_seconds=baseline,
-            budget_seconds=budget,
+            baseline_seconds=draft.baseline,
+            budget_seconds=draft.budget,
         )
-        self._flights.append(_Flight(plan, start + plan.predicted_seconds, draft.sampling, widths))
+        self._flights.append(_Flight(plan, draft.start + plan.predicted_seconds, draft.sampling, widths))
         return plan
-
-    def _runs(self, turn: _Turn) -> bool:
-        """Whether the request still runs: others may have preempted it in the step being planned."""
-        return turn.live.resident
 
     # --- results ---------------------------------------------------------------------------------------
 

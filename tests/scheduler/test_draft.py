@@ -46,7 +46,14 @@ class Bench:
             self.asked.append(pages)
             return False
 
-        return StepDraft(next(self.steps), self.pool, self.latency, refuse, lambda draft: self.slots.pop())
+        return StepDraft(
+            next(self.steps),
+            0.0,
+            self.pool,
+            self.latency,
+            make_room=refuse,
+            take_slot=lambda draft: self.slots.pop(),
+        )
 
     def accept(self, live: LiveRequest, draft: StepDraft, token: int = 9) -> None:
         for entry in draft.entries:
@@ -182,14 +189,19 @@ def test_what_is_affordable_is_a_matter_of_buckets() -> None:
     live = bench.live(serial(), prompt=12)
     (trunk,) = live.runnable()
     draft = bench.draft()
-    assert draft.affordable(trunk, 12, budget=0.009) == 0
-    assert draft.affordable(trunk, 12, budget=0.0105) == 4
-    assert draft.affordable(trunk, 12, budget=0.022) == 12
-    assert draft.affordable(trunk, 3, budget=0.022) == 3
+
+    def affordable(rows: int, budget: float) -> int:
+        draft.budget = budget
+        return draft.affordable(trunk, rows)
+
+    assert affordable(12, 0.009) == 0
+    assert affordable(12, 0.0105) == 4
+    assert affordable(12, 0.022) == 12
+    assert affordable(3, 0.022) == 3
     draft.add(live, trunk, 3)
-    assert draft.affordable(trunk, 9, budget=0.0105) == 1
-    assert draft.affordable(trunk, 9, budget=1.0) == 9
-    assert draft.affordable(trunk, 0, budget=1.0) == 0
+    assert affordable(9, 0.0105) == 1
+    assert affordable(9, 1.0) == 9
+    assert affordable(0, 1.0) == 0
 
 
 def test_no_more_than_the_largest_bucket_is_added() -> None:
