@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from gguf import GGMLQuantizationType as Quantization
 from safetensors.numpy import load_file
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from attention.layout import Capacity
 from model import decode, smollm2
@@ -44,9 +46,29 @@ PARAGRAPH = (
     "water is fresh enough to drink."
 )
 
+
+def learn_tokenizer() -> tokenizers.Tokenizer:
+    """A byte-level BPE with merges, digits one by one and some added tokens, as SmolLM2's is."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([PARAGRAPH], trainer)
+    backend.add_tokens([tokenizers.AddedToken(tag, normalized=False) for tag in ("<Path>", "</Path>")])
+    return backend
+
+
+LEARNED = learn_tokenizer()
 CONFIG = replace(
     CHECKPOINTS["llama-gqa3-tied"].config,
-    vocab_size=1024,
+    vocab_size=LEARNED.get_vocab_size(),
     hidden_size=96,
     num_heads=3,
     num_kv_heads=1,
@@ -128,9 +150,9 @@ def write_gguf(
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, pre_tokenizer: str) -> None:
-    stored = json.loads((TINY / "tokenizer.json").read_text())
+    stored = json.loads(LEARNED.to_str())
     added = {token["content"]: 3 if token["special"] else 4 for token in stored["added_tokens"]}
-    tokens = sorted(tiny.backend.get_vocab(), key=tiny.backend.token_to_id)
+    tokens = sorted(LEARNED.get_vocab(), key=LEARNED.token_to_id)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
@@ -177,7 +199,7 @@ def test_the_tokenizer_and_the_template_come_along(tmp_path):
     convert_gguf(write_gguf(tmp_path / "a.gguf", CONFIG), tmp_path / "out")
     tokenizer = Tokenizer.from_folder(tmp_path / "out")
     text = "<|im_start|>user\nIt's 1234 o'clock:  don't   wait <Path>\u00e9\N{SNOWMAN}</Path>\n<|im_end|>"
-    assert tokenizer.encode(text) == tiny.encode(text)
+    assert tokenizer.encode(text) == LEARNED.encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.render_chat(QUESTION) == tiny.render_chat(QUESTION)
     assert tokenizer.eos_ids == (2,)

@@ -71,12 +71,12 @@ def test_every_policy_gives_every_request_the_same_tokens(address: str) -> None:
     assert set(runs) == set(POLICIES)
     assert all(run.answers == runs["off"].answers for run in runs.values())
     assert all(len(run.row()) == len(runs["off"].row()) for run in runs.values())
-    assert len(set(runs["off"].answers)) == 6, "different prompts, different answers"
+    assert len({str(answer) for answer in runs["off"].answers}) == 6, "different prompts, different answers"
 
 
 def test_the_server_and_the_offline_decode_loop_agree(address: str) -> None:
     """Two programs that share the model alone: one schedules, one is a single loop on the device."""
-    prompt, tokens, seed = [40, 301, 77, 512, 9], 12, 5
+    prompt, tokens, seed = [40, 101, 77, 212, 9], 12, 5
     model = load_model("default", jnp.float32)
     for temperature, width in ((0.0, 1), (0.9, 1), (0.9, 3)):
         options = Sampling(temperature=temperature, seed=seed)
