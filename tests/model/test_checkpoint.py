@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ NAME = "qwen3-gqa2-untied-wide-heads-bf16"
 
 @pytest.fixture
 def converted(golden_folder: Callable[[str], Path], tmp_path: Path) -> Path:
-    source = golden_folder(NAME)
+    source = shutil.copytree(golden_folder(NAME), tmp_path / "source")
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     out = tmp_path / "converted"
