@@ -64,7 +64,7 @@ class ServerConfig:
     """Most logit biases of one branch."""
     max_top_logprobs: int = 8
     """Most alternatives reported for each token."""
-    default_max_tokens: int = 256
+    default_max_tokens: int = 512
     """Limit of a stage whose request names none."""
 
     compilation_cache: str | None = "~/.cache/taper"
