@@ -26,7 +26,7 @@ class StepDraft:
     sampling   the requests that it should give a token
 
     make_room(draft, live, pages)  frees pages for a request that must advance, or returns False
-    take_slot(draft)               a device slot that no entry of this step uses
+    take_slot()                    a device slot that no entry of this step uses
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class StepDraft:
         latency: StepLatencyModel,
         *,
         make_room: Callable[[StepDraft, LiveRequest, int], bool],
-        take_slot: Callable[[StepDraft], int],
+        take_slot: Callable[[], int],
     ) -> None:
         self.step_id = step_id
         self.start = start
@@ -152,7 +152,7 @@ class StepDraft:
 
     def _append(self, live: LiveRequest, branch: Branch, segment: Segment, rows: int, samples: bool) -> None:
         if samples and branch.slot is None:
-            self.slots.append(live.slot_setup(branch, self._take_slot(self)))
+            self.slots.append(live.slot_setup(branch, self._take_slot()))
         before = segment.computed
         segment.computed += rows
         self.rows += rows

@@ -150,7 +150,6 @@ class LiveRequest:
         self.resident = False
         for segment in self.segments.values():
             segment.drop(self._pool)
-        self._published = None
         for branch in self.branches.values():
             self.free_slot(branch)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -127,6 +127,7 @@ class Scheduler:
         self._running: list[LiveRequest] = []  # oldest first
         self._preempted: list[LiveRequest] = []  # oldest first
         self._free_slots = list(range(config.num_slots - 1, -1, -1))
+        self._slot_holders: Iterator[tuple[LiveRequest, Branch]] = iter(())  # for one step
         self._flights: deque[_Flight] = deque()
         self._steps = 0
         self._starts = 0
@@ -216,6 +217,7 @@ class Scheduler:
             make_room=self._make_room,
             take_slot=self._take_slot,
         )
+        self._slot_holders = ((live, b) for live in self._running[::-1] for b in live.branches.values())
         decoding, reading = self._turns()
         self._add_baseline(draft, decoding, reserved=bool(reading))
         self._add_floor(draft, reading)
@@ -454,21 +456,15 @@ class Scheduler:
                 insort(self._preempted, victim, key=_age)
         return self.pool.available >= pages
 
-    def _take_slot(self, draft: StepDraft) -> int:
+    def _take_slot(self) -> int:
         """A free slot, or that of a branch which sits this step out and whose last token is known.
 
         There is one: at most two buckets of branches are in the draft or in flight.
         """
-        if not self._free_slots:
-            live, branch = next(
-                (live, branch)
-                for live in reversed(self._running)
-                for branch in live.branches.values()
-                if branch.slot is not None
-                and not branch.in_flight
-                and branch not in draft.advanced.get(live, ())
-            )
-            live.free_slot(branch)
+        while not self._free_slots:
+            live, branch = next(self._slot_holders)
+            if not branch.in_flight:
+                live.free_slot(branch)
         return self._free_slots.pop()
 
     def _leave(self, live: LiveRequest) -> None:

@@ -52,7 +52,7 @@ class Bench:
             self.pool,
             self.latency,
             make_room=refuse,
-            take_slot=lambda draft: self.slots.pop(),
+            take_slot=self.slots.pop,
         )
 
     def accept(self, live: LiveRequest, draft: StepDraft, token: int = 9) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from scheduler.footprint import worst_case_pages
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
-from scheduler.request import FinishReason, Request, Stopping
+from scheduler.request import FinishReason, Request, SamplingParams, Stopping
 from tests.scheduler.alphabet import FOLLOWS, LETTERS, PLAIN, TALKATIVE
 from tests.scheduler.interpreter import Answer
 from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving, tag_programs
@@ -77,6 +77,19 @@ def test_the_context_may_end(load: list[Request], setting: Setting, order: list[
     setting = replace(setting, max_context=39)
     load = [load[index] for index in order if index < len(load)]
     assert_says(serve(load, roomy(load, setting), MODEL), load, MODEL)
+
+
+@pytest.mark.parametrize("join", ["kv", "reprefill"])
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_a_token_may_be_lent_on_before_anything_follows_it(join: str, in_flight: int) -> None:
+    """Both branches end at once, and their own branches begin with nothing too."""
+    inner = ParallelStage(branches=(BranchSpec(stopping=Stopping(max_tokens=3)),) * 2, join="reprefill")
+    first = Stopping(max_tokens=3, eos_ids=frozenset(range(100)))
+    outer = ParallelStage(branches=(BranchSpec(stopping=first, stages=(inner,)),) * 2, join=join)
+    plan = Plan(stages=(outer, SerialStage(stopping=Stopping(max_tokens=3), prefix=LETTERS[:1])))
+    penalised = SamplingParams(presence_penalty=1.0, frequency_penalty=1.0)
+    load = [Request(id="r", prompt=LETTERS[:3], program=plan, sampling=penalised, slo=RELAXED)]
+    assert_says(serve(load, Setting(in_flight=in_flight), MODEL), load, MODEL)
 
 
 # --- nothing is computed twice -------------------------------------------------------------------------

@@ -117,6 +117,13 @@ def test_branches_that_are_not_joined_end_the_request() -> None:
     ]
 
 
+def test_after_a_kv_join_the_branches_are_read_in_their_order() -> None:
+    world = serve([request(serial(2), fork("kv", B, C, D), serial(1, prefix=A))], Setting(), TALKS_ON)
+    after = world.plans[-1].entries[-1]
+    written = {entry.branch: entry.own.pages for plan in world.plans for entry in plan.entries}
+    assert [read.pages for read in after.context[1:]] == [written[branch] for branch in (1, 2, 3)]
+
+
 def test_a_dropped_stop_is_named_and_not_emitted() -> None:
     world = serve([request(serial(9, stop_ids=frozenset(D)))], Setting(), COUNTS)
     *_, token, end, _ = said(world)

@@ -211,6 +211,21 @@ def test_every_decoding_request_advances_in_every_step(policy: str, in_flight: i
         world.land()
 
 
+def test_a_branch_with_much_to_read_leaves_a_row_for_everybody() -> None:
+    """Each begins with more rows than its share of the bucket."""
+    spec = BranchSpec(stopping=stopping(9), prefix=LETTERS[:2])
+    stages = (serial(3), ParallelStage(branches=(spec,) * 3, join="none"))
+    world = World(Setting(policy="eager", buckets=(4,), prompt_floor=2), TALKS_ON)
+    for name in "abcd":
+        world.add(request(name, *stages, prompt=1))
+    run_until(world, lambda: all(world.scheduler._live[name].prompt_read for name in "abcd"))
+    while not world.scheduler.idle:
+        ready = {live.request.id for live in world.scheduler._running if live.runnable()}
+        plan = world.launch()
+        assert set(widths(plan) if plan else ()) == ready
+        world.land()
+
+
 def test_at_width_one_branches_take_turns() -> None:
     world = serve([request("r", fork(3, tokens=5))], Setting(policy="off", in_flight=0), TALKS_ON)
     turns = [entry.branch for plan in world.plans for entry in plan.entries if entry.samples]
@@ -307,6 +322,22 @@ def test_a_request_that_must_wait_is_the_most_urgent() -> None:
     assert plan.bucket == 2
     t0 = plan.baseline_seconds
     assert plan.budget_seconds == pytest.approx(t0 + 0.8 * (0.0025 - t0))
+
+
+def test_a_prompt_that_is_due_narrows_the_branches() -> None:
+    def width(ttft: float) -> int:
+        setting = Setting(buckets=(2, 8, 16), in_flight=0, fill=False, prompt_floor=1, max_chunk=4)
+        world = World(setting, TALKS_ON)
+        world.add(request("wide", fork(12, tokens=40), slo=Slo(tpot=0.02, ttft=9.0)))
+        run_until(world, lambda: emitted(world, "wide") > 12)
+        world.add(request("prompt", serial(1), prompt=41, slo=Slo(tpot=1.0, ttft=ttft)))
+        world.step()
+        return widths(world.plans[-1])["wide"]
+
+    assert width(ttft=9.0) == 12
+    # 40 tokens in 10 chunks leave 2.2 ms for each. The bucket of 16 takes 2.6; that of 8 has room for a chunk
+    # of 4 and for 4 branches.
+    assert width(ttft=0.022) == 4
 
 
 def test_a_late_request_does_not_narrow_the_others() -> None:
@@ -446,6 +477,19 @@ def test_the_youngest_gives_way_and_goes_on_first() -> None:
     assert order[0] == "r0"
 
 
+def test_the_preempted_come_back_in_the_order_of_their_age() -> None:
+    world = World(Setting(num_pages=18, page_size=4, policy="eager", prefix_cache=False), TALKS_ON)
+    for number in range(4):
+        world.add(request(f"r{number}", serial(40), prompt=4))
+    waiting: list[str] = []
+    while not world.scheduler.idle:
+        world.step()
+        names = [live.request.id for live in world.scheduler._preempted]
+        assert names == sorted(names)
+        waiting = max(waiting, names, key=len)
+    assert waiting == ["r1", "r2", "r3"]
+
+
 def test_the_queue_waits_behind_the_preempted() -> None:
     world = World(Setting(num_pages=16, page_size=4, policy="eager", prefix_cache=False), TALKS_ON)
     world.add(request("old", serial(40), prompt=4))
@@ -543,6 +587,7 @@ def test_an_id_may_come_back_while_a_step_of_its_former_self_is_in_flight() -> N
     world.add(again)
     world.run([])
     assert_says(world, [again], MODEL)
+    assert isinstance(world.events["r"][0], Started), "no width of its former self is told"
 
 
 # --- the rest ------------------------------------------------------------------------------------------
