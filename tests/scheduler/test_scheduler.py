@@ -213,7 +213,7 @@ def test_every_decoding_request_advances_in_every_step(policy: str, in_flight: i
 
 def test_a_branch_with_much_to_read_leaves_a_row_for_everybody() -> None:
     """Each begins with more rows than its share of the bucket."""
-    spec = BranchSpec(stopping=stopping(9), prefix=LETTERS[:2])
+    spec = BranchSpec(stopping=stopping(9), prefix=LETTERS[:1])
     stages = (serial(3), ParallelStage(branches=(spec,) * 3, join="none"))
     world = World(Setting(policy="eager", buckets=(4,), prompt_floor=2), TALKS_ON)
     for name in "abcd":
