@@ -13,11 +13,12 @@ import pytest
 
 from model.checkpoint import load_model
 from model.config import ModelConfig
-from model.tiny.layout import Fork, Rows, lay_out, pack
+from model.tiny.layout import Rows, Tokens, lay_out, pack
 from model.tiny.lessons import FOLDER, prompt, tokenizer
 from model.tiny.measure import held_out, load, wrong_choices
 from model.tiny.tasks import Answer as Written
-from model.tiny.tasks import Task, transcript
+from model.tiny.tasks import Fork, Task, transcript
+from scheduler.events import Event, StageFinished, StageStarted, TokenEmitted
 from scheduler.program import MULTIVERSE, TagProgram
 from scheduler.request import FinishReason, Request, Slo, Stopping
 from serve.runner import Runner, RunnerConfig
@@ -97,19 +98,36 @@ def test_preemption_and_a_limit_of_sixteen_rows_change_no_token(
     assert record.answers() == served.answers()
 
 
-def as_written(said: dict[tuple[str, ...], str], name: tuple[str, ...] = ()) -> Written:
-    """A served answer as the tree that it came from: a branch goes on after its </Goal>."""
-    before, goal, after = said[name].partition("</Goal>")
-    children = {path[-1]: as_written(said, path) for path in said if path[:-1] == name and path}
-    return (before + goal, Fork(children), after) if children else (said[name],)
+def as_written(events: Sequence[Event], branch: int = 0) -> Written:
+    """A served answer as the tree that it came from, whatever it says."""
+    parts: list[str | Fork] = []
+    known = {branch}
+    for event in events:
+        if isinstance(event, TokenEmitted) and event.branch == branch:
+            parts.append(tokenizer().decode([event.sample.token]))
+        elif isinstance(event, StageStarted):
+            born = [info for info in event.branches if info.parent == branch and info.branch not in known]
+            known.update(info.branch for info in born)
+            if born:
+                parts.append(Fork({info.label: as_written(events, info.branch) for info in born}))
+    return tuple(parts)
+
+
+def dense_sequence(task: Task, events: Sequence[Event]) -> Tokens:
+    """A served answer for one dense pass, which must say all that was sampled."""
+    sequence = lay_out(prompt(task.question), as_written(events), tokenizer().encode)
+    ended = [event.reason for event in events if isinstance(event, StageFinished)][-1]
+    sequence.learned[-1] = ended is FinishReason.EOS
+    sampled = sum(isinstance(event, TokenEmitted) for event in events)
+    assert sum(sequence.learned) == sampled + sequence.learned[-1], "a sampled token is not in it"
+    return sequence
 
 
 def test_served_tokens_are_the_first_choices_of_one_dense_pass(served: Run, tasks: list[Task]) -> None:
-    sequences = []
-    for index, answer in served.answers().items():
-        question = prompt(tasks[int(index)].question)
-        sequences.append(lay_out(question, as_written(texts(answer)), tokenizer().encode))
+    """Whatever was served: a wrong answer must be the one that the dense pass would give, too."""
+    sequences = [dense_sequence(tasks[int(index)], events) for index, events in served.events.items()]
     weights, config = load(FOLDER), ModelConfig.from_folder(FOLDER)
-    for row in zip(*pack(sequences, 1024), strict=True):
+    length = max(1024, *(len(sequence.tokens) for sequence in sequences))
+    for row in zip(*pack(sequences, length), strict=True):
         rows = Rows(*(array[None] for array in row))
         assert not wrong_choices(weights, config, rows, jnp.float32).any()
