@@ -112,7 +112,7 @@ def plan_rows(
     work = WorkList.empty(capacity)
     if not reads:
         return np.zeros(0, np.int64), work
-    lists = _PageLists.of(reads, page_size)
+    lists = PageLists.of(reads, page_size)
     order = lists.tree_order()
     lists = lists.take(order)
     nodes = np.array(list(_tree_nodes(lists.shared_with_previous(), lists.count)), np.int64)
@@ -124,9 +124,9 @@ def plan_rows(
     page_count = stop - start
     by_kind = np.lexsort((-page_count, row_count > 1))
 
-    _check_fits("rows", int(row_end[-1]), capacity.rows)
-    _check_fits("items", len(nodes), capacity.items)
-    _check_fits("page references", int(page_count.sum()), capacity.page_refs)
+    check_fits("rows", int(row_end[-1]), capacity.rows)
+    check_fits("items", len(nodes), capacity.items)
+    check_fits("page references", int(page_count.sum()), capacity.page_refs)
     items = slice(len(nodes))
     page_count = page_count[by_kind]
     work.item_pages[items, 0] = np.cumsum(page_count) - page_count
@@ -134,7 +134,7 @@ def plan_rows(
     work.item_rows[items, 0] = first_row[by_kind]
     work.item_rows[items, 1] = row_count[by_kind]
     work.item_causal[items] = lists.causal(read, start, stop)[by_kind]
-    refs = _ragged_ranges((lists.offset[read] + start)[by_kind], page_count)
+    refs = ragged_ranges((lists.offset[read] + start)[by_kind], page_count)
     work.page_ids[: len(refs)] = lists.pages[refs]
     work.page_valid[: len(refs)] = lists.valid[refs]
     work.num_items[...] = len(nodes)
@@ -143,7 +143,7 @@ def plan_rows(
 
 
 @dataclass(frozen=True, slots=True)
-class _PageLists:
+class PageLists:
     """The reads' page lists end to end. Read r's are pages[offset[r]:][:count[r]].
 
     seen   positions of its list that the read's first row sees
@@ -160,7 +160,7 @@ class _PageLists:
     filled: np.ndarray  # [len(pages) + 1]: positions before each page, over all lists
 
     @classmethod
-    def of(cls, reads: Sequence[Read], page_size: int) -> _PageLists:
+    def of(cls, reads: Sequence[Read], page_size: int) -> PageLists:
         rows, own, ordinal, count = np.array(
             [(read.rows, read.own_pages, read.ordinal, len(read.pages)) for read in reads], np.int64
         ).T
@@ -196,7 +196,7 @@ class _PageLists:
         keys = [raw[start:stop] for start, stop in zip(starts, stops, strict=True)]
         return np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
 
-    def take(self, order: np.ndarray) -> _PageLists:
+    def take(self, order: np.ndarray) -> PageLists:
         return replace(
             self,
             rows=self.rows[order],
@@ -210,8 +210,8 @@ class _PageLists:
         """For each read, the number of leading whole pages that it has in common with the read before it."""
         common = np.zeros_like(self.whole)
         common[1:] = np.minimum(self.whole[1:], self.whole[:-1])
-        mine = _ragged_ranges(self.offset, common)
-        depth = _ragged_ranges(np.zeros_like(common), common)
+        mine = ragged_ranges(self.offset, common)
+        depth = ragged_ranges(np.zeros_like(common), common)
         theirs = np.repeat(np.roll(self.offset, 1), common) + depth
         differ = (self.pages[mine] != self.pages[theirs]) | (self.valid[mine] != self.valid[theirs])
         np.minimum.at(common, np.repeat(np.arange(len(common)), common)[differ], depth[differ])
@@ -243,13 +243,13 @@ def _tree_nodes(shared: np.ndarray, count: np.ndarray) -> Iterator[tuple[int, in
             path.append((own, read))
 
 
-def _ragged_ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+def ragged_ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     """start[0] .. start[0] + count[0] - 1, start[1] .. and so on, end to end."""
     skipped = np.cumsum(count) - count
     return np.repeat(start - skipped, count) + np.arange(count.sum())
 
 
-def _check_fits(what: str, needed: int, room: int) -> None:
+def check_fits(what: str, needed: int, room: int) -> None:
     if needed > room:
         raise ValueError(
             f"the step needs {needed} {what}, its bucket has room for {room}: take a larger bucket"
