@@ -6,7 +6,7 @@ and every run of pages shared by a run of rows becomes one work item: shared pag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -113,9 +113,9 @@ def plan_rows(
     if not reads:
         return np.zeros(0, np.int64), work
     lists = PageLists.of(reads, page_size)
-    order = lists.tree_order()
+    order, shared = lists.tree_order()
     lists = lists.take(order)
-    nodes = np.array(list(_tree_nodes(lists.shared_with_previous(), lists.count)), np.int64)
+    nodes = np.array(list(_tree_nodes(shared, lists.count)), np.int64)
     read, start, stop, last = nodes.T
 
     row_end = np.cumsum(lists.rows)
@@ -148,6 +148,8 @@ class PageLists:
 
     seen   positions of its list that the read's first row sees
     whole  leading pages that all of its rows see whole
+    table  where `filled` has the positions before each of its pages, and after the last; only of reads of
+           several rows, the others see all of their list whole
     """
 
     rows: np.ndarray
@@ -155,46 +157,59 @@ class PageLists:
     count: np.ndarray
     seen: np.ndarray
     whole: np.ndarray
+    table: np.ndarray
     pages: np.ndarray
     valid: np.ndarray
-    filled: np.ndarray  # [len(pages) + 1]: positions before each page, over all lists
+    filled: np.ndarray
 
     @classmethod
     def of(cls, reads: Sequence[Read], page_size: int) -> PageLists:
-        rows, own, ordinal, count = np.array(
-            [(read.rows, read.own_pages, read.ordinal, len(read.pages)) for read in reads], np.int64
-        ).T
-        pages = np.concatenate([np.asarray(read.pages, np.int32) for read in reads])
-        valid = np.concatenate([np.asarray(read.valid, np.int32) for read in reads])
-        if len(pages) != len(valid):
+        rows = np.array([read.rows for read in reads])
+        own = np.array([read.own_pages for read in reads])
+        ordinal = np.array([read.ordinal for read in reads])
+        count = np.array([len(read.pages) for read in reads])
+        if count.tolist() != [len(read.valid) for read in reads]:
             raise ValueError("every page of a Read needs its valid count, and only those")
         if (own < 1).any() or (own > count).any() or (rows < 1).any() or (ordinal < 0).any():
             raise ValueError("a Read needs 1 <= own_pages <= len(pages), rows >= 1 and ordinal >= 0")
+        pages = np.concatenate([read.pages for read in reads], dtype=np.int32)
+        valid = np.concatenate([read.valid for read in reads], dtype=np.int32)
         if valid.min() < 1 or valid.max() > page_size or pages.min() < 0:
             raise ValueError(f"a Read's valid counts must be in 1..{page_size} and its page ids not negative")
         end = np.cumsum(count)
         offset = end - count
-        filled = np.concatenate([[0], np.cumsum(valid, dtype=np.int64)])
-        seen = filled[end - own] - filled[offset] + ordinal + 1
-        if (seen + rows - 1 > filled[end] - filled[offset]).any():
+        filled_own = np.add.reduceat(valid, np.stack([end - own, end], 1).ravel()[:-1])[::2].astype(np.int64)
+        if (ordinal + rows > filled_own).any():
             raise ValueError("a Read's last row must be inside its own pages' valid positions")
+        seen = np.add.reduceat(valid, offset) - filled_own + ordinal + 1
+
+        # Only where a row may see less than the list does it matter where each page's positions begin.
+        whole, table = count.copy(), np.zeros_like(count)
+        some = np.flatnonzero(ordinal + 1 < filled_own)
+        table[some] = np.cumsum(count[some]) - count[some]
+        filled = np.append(0, np.cumsum(valid[ragged_ranges(offset[some], count[some])], dtype=np.int64))
+        start = filled[table[some]]
+        whole[some] = np.searchsorted(filled, start + seen[some], side="right") - 1 - table[some]
 
         # A single row sees a fixed set of positions: cut its list there, and it is an ordinary whole read.
-        whole = np.minimum(np.searchsorted(filled, filled[offset] + seen, side="right") - 1, end) - offset
-        for read in np.flatnonzero((rows == 1) & (whole < count)):
-            rest = seen[read] - (filled[offset[read] + whole[read]] - filled[offset[read]])
-            if rest:
-                valid[offset[read] + whole[read]] = rest
-                whole[read] += 1
-            count[read] = whole[read]
-        return cls(rows, offset, count, seen, whole, pages, valid, filled)
+        single = rows[some] == 1
+        some, start = some[single], start[single]
+        rest = start + seen[some] - filled[table[some] + whole[some]]
+        valid[(offset + whole)[some][rest > 0]] = rest[rest > 0]
+        whole[some] += rest > 0
+        count[some] = whole[some]
+        return cls(rows, offset, count, seen, whole, table, pages, valid, filled)
 
-    def tree_order(self) -> np.ndarray:
-        """Depth first over the shared pages: page lists in lexicographic order (as big-endian bytes)."""
-        raw = self.pages.astype(">u4").tobytes()
-        starts, stops = (4 * self.offset).tolist(), (4 * (self.offset + self.whole)).tolist()
-        keys = [raw[start:stop] for start, stop in zip(starts, stops, strict=True)]
-        return np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+    def tree_order(self) -> tuple[np.ndarray, np.ndarray]:
+        """Depth first over the shared pages, and how many of them each read shares with the one before it.
+
+        Page lists are put in lexicographic order, as bytes. Only leading pages that are seen whole count.
+        """
+        nodes = (self.pages.astype(np.int64) << 8 | self.valid).astype(">i8").tobytes()
+        starts, stops = (8 * self.offset).tolist(), (8 * (self.offset + self.whole)).tolist()
+        keys = [nodes[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        return np.array(order, np.int64), np.fromiter(_overlaps(map(keys.__getitem__, order)), np.int64)
 
     def take(self, order: np.ndarray) -> PageLists:
         return replace(
@@ -204,23 +219,34 @@ class PageLists:
             count=self.count[order],
             seen=self.seen[order],
             whole=self.whole[order],
+            table=self.table[order],
         )
 
-    def shared_with_previous(self) -> np.ndarray:
-        """For each read, the number of leading whole pages that it has in common with the read before it."""
-        common = np.zeros_like(self.whole)
-        common[1:] = np.minimum(self.whole[1:], self.whole[:-1])
-        mine = ragged_ranges(self.offset, common)
-        depth = ragged_ranges(np.zeros_like(common), common)
-        theirs = np.repeat(np.roll(self.offset, 1), common) + depth
-        differ = (self.pages[mine] != self.pages[theirs]) | (self.valid[mine] != self.valid[theirs])
-        np.minimum.at(common, np.repeat(np.arange(len(common)), common)[differ], depth[differ])
-        return common
+    def positions_before(self, read: np.ndarray, page: np.ndarray) -> np.ndarray:
+        """Positions before the page-th of a read of several rows."""
+        return self.filled[self.table[read] + page] - self.filled[self.table[read]]
 
     def causal(self, read: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
         """`item_causal` of items that read the pages start..stop of the lists of `read`."""
-        before = self.filled[self.offset[read] + start] - self.filled[self.offset[read]]
-        return np.where(stop <= self.whole[read], WHOLE, self.seen[read] - before - 1)
+        causal = np.full(len(read), WHOLE)
+        cut = stop > self.whole[read]
+        causal[cut] = self.seen[read[cut]] - 1 - self.positions_before(read[cut], start[cut])
+        return causal
+
+
+def _overlaps(keys: Iterable[bytes]) -> Iterator[int]:
+    """How many leading words of eight bytes each key has in common with the one before it."""
+    previous = common = b""
+    for key in keys:
+        depth = len(common)
+        # Mostly as many as the last two had.
+        if not key.startswith(common) or key[depth : depth + 8] == previous[depth : depth + 8]:
+            size = min(len(key), len(previous))
+            differ = int.from_bytes(key[:size]) ^ int.from_bytes(previous[:size])
+            depth = (8 * size - differ.bit_length()) // 64 * 8
+            common = key[:depth]
+        yield depth // 8
+        previous = key
 
 
 def _tree_nodes(shared: np.ndarray, count: np.ndarray) -> Iterator[tuple[int, int, int, int]]:

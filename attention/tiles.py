@@ -8,6 +8,7 @@ results, unless it is split so that all of the device has work.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,6 +55,32 @@ class Tiling:
     def head_workers(self) -> int:
         """How many tiles the device computes at the same time, with all of their heads."""
         return max(1, self.workers // self.kv_heads)
+
+    @property
+    def partial_seconds(self) -> float:
+        """Cost of a row's partial result: of its query heads per KV head, 16 of which fill a narrow tile."""
+        return COSTS.partial * (16 // self.narrow_rows)
+
+    def page_seconds(self, rows: np.ndarray) -> np.ndarray:
+        """What a tile of so many rows needs for a page, with one head."""
+        return np.where(rows > self.narrow_rows, COSTS.wide_token, COSTS.narrow_token) * self.page_size
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds that a worker needs while all are busy; with head_dim 128 in bfloat16. Only ratios matter.
+
+    Measured on an H200 with 264 workers, which then stream 4.06 (narrow) and 3.6 (wide) TB/s together.
+    """
+
+    narrow_token: float = 512 * 264 / 4.06e12  # a key and a value, for the rows of a narrow tile
+    wide_token: float = 512 * 264 / 3.6e12
+    tile: float = 1.5e-6
+    partial: float = 128 * 8 * 264 / 4e12  # one query head's partial result of a row, written and merged
+    alone: float = 0.4  # what a token takes a worker while most others idle, relative to the above
+
+
+COSTS = Costs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +164,14 @@ def pack_sees(
     """Row i of a tile (i = 0 is its first) sees offset o of a page if o < valid, first <= i < end and
     o <= causal + i.
 
-    Bits 0-7 valid (1..128), 8-14 first (0..127), 15-22 end (1..128), 23-31 causal + 256 (causal in -256..255).
-    As no offset exceeds 127, a causal of 255 is no limit.
+    Bits 0-7 valid (1..128), 8-14 first (0..127), 15-22 end (1..128), 23-31 causal + 256 (causal in
+    -256..255). As no offset exceeds 127, a causal of 255 is no limit.
     """
     word = valid | first << 8 | end << 15 | (causal + 256) << 23
     return word.astype(np.uint32).view(np.int32)
 
 
-def unpack_sees(word: Int32[Any, "..."]) -> tuple[Any, Any, Any, Any]:
+def unpack_sees(word: Int32[Any, "*shape"]) -> tuple[Any, Any, Any, Any]:
     """(valid, first, end, causal) of packed words, NumPy or JAX."""
     return word & 0xFF, word >> 8 & 0x7F, word >> 15 & 0xFF, (word >> 23 & 0x1FF) - 256
 
@@ -160,15 +187,15 @@ def plan_tiles(reads: Sequence[Read], capacity: TileCapacity) -> tuple[Int[np.nd
     if not reads:
         return np.zeros(0, np.int64), out
     lists = PageLists.of(reads, tiling.page_size)
-    order = lists.tree_order()
-    pieces = _Pieces.of(lists.take(order), tiling.wide_rows)
+    order, shared = lists.tree_order()
+    pieces = _Pieces.of(lists.take(order), shared, tiling.wide_rows)
     check_fits("rows", int(pieces.row_end[-1]), capacity.rows)
 
     tiles = _Tiles.of(pieces, _cut(pieces, tiling), tiling)
     check_fits("tiles", len(tiles.row), capacity.tiles)
     check_fits("page references", len(tiles.page_ids), capacity.page_refs)
     parts = _split(tiles, capacity)
-    parts.write(tiles, out)
+    parts.write(tiles, tiling, out)
     return order, out
 
 
@@ -182,6 +209,7 @@ class _Pieces:
     """
 
     lists: PageLists
+    read: np.ndarray
     offset: np.ndarray
     row: np.ndarray
     row_end: np.ndarray
@@ -191,7 +219,7 @@ class _Pieces:
     count: np.ndarray
 
     @classmethod
-    def of(cls, lists: PageLists, most_rows: int) -> _Pieces:
+    def of(cls, lists: PageLists, shared: np.ndarray, most_rows: int) -> _Pieces:
         pieces = -(-lists.rows // most_rows)
         read = np.repeat(np.arange(len(pieces)), pieces)
         before = ragged_ranges(np.zeros_like(pieces), pieces) * most_rows
@@ -200,24 +228,79 @@ class _Pieces:
         offset, seen = lists.offset[read], lists.seen[read] + before
         whole, count = lists.whole[read], lists.count[read]
         long = np.flatnonzero(lists.rows[read] > 1)
-        base = lists.filled[offset[long]]
+        table = lists.table[read][long]
+        base = lists.filled[table]
         by_first = np.searchsorted(lists.filled, base + seen[long], side="right") - 1
         by_last = np.searchsorted(lists.filled, base + seen[long] + rows[long] - 1)
-        whole[long] = np.minimum(by_first - offset[long], count[long])
-        count[long] = by_last - offset[long]
-        shared = np.where(before > 0, np.roll(whole, 1), lists.shared_with_previous()[read])
-        return cls(lists, offset, row_end - rows, row_end, seen, shared, whole, count)
+        whole[long] = np.minimum(by_first - table, count[long])
+        count[long] = by_last - table
+        shared = np.where(before > 0, np.roll(whole, 1), shared[read])
+        return cls(lists, read, offset, row_end - rows, row_end, seen, shared, whole, count)
 
 
 def _cut(pieces: _Pieces, tiling: Tiling) -> np.ndarray:
-    """The first piece of every tile: runs of pieces that share something, of at most wide_rows rows."""
-    first, start = [], 0
-    ends, shared = pieces.row_end.tolist(), pieces.shared.tolist()
-    for piece, end in enumerate(ends):
-        if not shared[piece] or end - start > tiling.wide_rows:
-            first.append(piece)
-            start = ends[piece - 1] if piece else 0
-    return np.array(first, np.int64)
+    """The first piece of every tile, by predicted cost.
+
+    A wide tile reads what its rows share once, but takes longer than a narrow one for every page. So rows
+    that share much are put into wide tiles and the others into narrow ones, which cost them nothing.
+    """
+    rows, shared = pieces.row_end - pieces.row, pieces.shared
+    narrow, wide = COSTS.narrow_token * tiling.page_size, COSTS.wide_token * tiling.page_size
+    saved = wide * shared + COSTS.tile
+    lost = np.where(rows > tiling.narrow_rows, 0, (wide - narrow) * pieces.count)
+    gains = np.maximum(saved, np.append(saved[1:], 0)) > lost
+    first = _pack(pieces, np.append(False, gains[1:] & gains[:-1]), saved, tiling.wide_rows)
+
+    # What a wide tile loses to narrow ones of a row each.
+    start = np.flatnonzero(first)
+    tile_rows = np.add.reduceat(rows, start)
+    balance = np.add.reduceat(np.where(first, 0, saved) - lost, start)
+    loses = (tile_rows > tiling.narrow_rows) & (balance < 0)
+    apart = ~gains | np.repeat(loses, np.diff(np.append(start, len(rows))))
+    if apart.any():
+        link = np.append(False, apart[1:] & apart[:-1])
+        first = np.where(apart, _pack(pieces, link, saved, tiling.narrow_rows), first)
+    return np.flatnonzero(first)
+
+
+def _pack(pieces: _Pieces, link: np.ndarray, cost: np.ndarray, most_rows: int) -> np.ndarray:
+    """Is a piece the first of its tile? Linked neighbours share a tile where they share pages.
+
+    Runs of more than most_rows rows are cut, before piece i at cost[i], as cheaply as that can be done.
+    """
+    first = ~link | (pieces.shared == 0)
+    start = np.flatnonzero(first)
+    end = np.append(start[1:], len(first))
+    for run in np.flatnonzero(pieces.row_end[end - 1] - pieces.row[start] > most_rows).tolist():
+        inside = slice(start[run], end[run])
+        start_row, end_row, costs = (values[inside].tolist() for values in (pieces.row, pieces.row_end, cost))
+        cuts = _cheapest_cuts(start_row, end_row, costs, most_rows)
+        first[start[run] + np.array(cuts)] = True
+    return first
+
+
+def _cheapest_cuts(start: list[int], end: list[int], cost: list[float], most_rows: int) -> list[int]:
+    """Where to cut a run of pieces so that no part exceeds most_rows, at the least sum of the cuts' costs.
+
+    The cheapest way to cut before piece i follows from the cheapest ways up to the pieces that a part which
+    ends at i may begin with; of those, `open` holds the ones that a later piece may yet prefer.
+    """
+    best, came_from = 0.0, []
+    open_parts: deque[tuple[float, int]] = deque()
+    for piece, last_row in enumerate(end):
+        total = best + cost[piece]
+        while open_parts and open_parts[-1][0] >= total:
+            open_parts.pop()
+        open_parts.append((total, piece))
+        while last_row - start[open_parts[0][1]] > most_rows:
+            open_parts.popleft()
+        best, begin = open_parts[0]
+        came_from.append(begin)
+    cuts, piece = [], len(end)
+    while piece:
+        piece = came_from[piece - 1]
+        cuts.append(piece)
+    return cuts
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +325,6 @@ class _Tiles:
         lists, pages = pieces.lists, len(pieces.row)
         last = np.append(first[1:], pages) - 1
         tile = np.repeat(np.arange(len(first)), last - first + 1)
-        alone = first == last
         inside = np.where(np.arange(pages) == first[tile], pieces.whole, pieces.shared)
         common = np.minimum.reduceat(inside, first)
 
@@ -287,7 +369,7 @@ class _Tiles:
         causal = np.full(len(refs), NO_LIMIT)
         cut = np.flatnonzero(depth >= pieces.whole[piece])
         own_piece = piece[cut]
-        position = lists.filled[refs[cut]] - lists.filled[pieces.offset[own_piece]]
+        position = lists.positions_before(pieces.read[own_piece], depth[cut])
         lag = pieces.row[own_piece] - ref_row[cut]
         causal[cut] = pieces.seen[own_piece] - 1 - position - lag
         causal = np.minimum(causal, NO_LIMIT)
@@ -316,6 +398,7 @@ class _Parts:
     row_end: np.ndarray
     whole: np.ndarray  # [parts, 2]
     masked: np.ndarray  # [parts, 2]
+    blocks: np.ndarray
     split: np.ndarray  # is the part one of several?
 
     @classmethod
@@ -338,12 +421,34 @@ class _Parts:
         first[some] = np.where(only, np.minimum.reduceat(tiles.sees_first, starts), 0)
         end[some] = np.where(only, np.maximum.reduceat(tiles.sees_end, starts), end[some])
         row = tiles.row[tile]
-        return cls(tile, row + first, row + end, whole, masked, (block > 0) | (stop < 2**30))
+        blocks = -((whole[:, 0] - whole[:, 1]) // size + (masked[:, 0] - masked[:, 1]) // size)
+        return cls(tile, row + first, row + end, whole, masked, blocks, (block > 0) | (stop < 2**30))
 
-    def write(self, tiles: _Tiles, out: TileList) -> None:
-        blocks = self.whole[:, 1] - self.whole[:, 0] + self.masked[:, 1] - self.masked[:, 0]
-        order = np.argsort(-blocks, kind="stable")
-        rows = np.where(self.split, self.row_end - self.row, 0)[order]
+    @property
+    def slots(self) -> np.ndarray:
+        """Partial results of each part."""
+        return np.where(self.split, self.row_end - self.row, 0)
+
+    def costs(self, tiling: Tiling) -> np.ndarray:
+        """Seconds of a worker for each part."""
+        return COSTS.tile + self.blocks * tiling.block_pages * tiling.page_seconds(self.row_end - self.row)
+
+    def seconds(self, tiling: Tiling) -> tuple[float, float]:
+        """Predicted time of a step's attention, and of that if its load were even.
+
+        Where the load is uneven, those who are left at the end have the device to themselves.
+        """
+        cost = self.costs(tiling)
+        workers = tiling.head_workers
+        mean = (cost.sum() + tiling.partial_seconds * self.slots.sum()) / workers
+        # Of the n * workers + 1 longest parts, some worker gets n + 1.
+        shortest = -np.sort(-cost)[::workers]
+        longest = max(mean, (shortest * np.arange(1, len(shortest) + 1)).max())
+        return mean + COSTS.alone * (longest - mean), mean
+
+    def write(self, tiles: _Tiles, tiling: Tiling, out: TileList) -> None:
+        order = np.argsort(-self.costs(tiling), kind="stable")
+        rows = self.slots[order]
         count = len(order)
         out.num_tiles[...] = count
         out.tile_rows[:count, 0] = self.row[order]
@@ -371,19 +476,32 @@ class _Parts:
 
 
 def _split(tiles: _Tiles, capacity: TileCapacity) -> _Parts:
-    """Cut the tiles, laid end to end, into pieces of the same length, as many as the device has workers."""
+    """The tiles as they are, or cut for an even load where that is predicted to be faster.
+
+    To cut, the tiles are laid end to end and the line is divided evenly among some or all workers.
+    """
     tiling = capacity.tiling
-    blocks = sum(-(-(x[:, 1] - x[:, 0]) // tiling.block_pages) for x in (tiles.whole, tiles.masked))
-    end = np.cumsum(blocks)
-    every = np.arange(len(blocks))
-    workers = tiling.head_workers
-    while workers > 1:
-        cuts = np.arange(1, workers) * end[-1] // workers
+    every = np.arange(len(tiles.row))
+    best = _Parts.of(tiles, every, np.zeros_like(every), tiling)
+    seconds, mean = best.seconds(tiling)
+    if seconds < 1.05 * mean:
+        return best
+    per_block = tiling.page_seconds(tiles.row_end - tiles.row) * tiling.block_pages
+    blocks = best.blocks
+    end = np.cumsum(blocks * per_block)
+    for workers in {tiling.head_workers // share for share in (1, 2, 3, 4)} - {0, 1}:
+        length = end[-1] / workers
+        cuts = np.arange(1, workers) * length
         tile = np.searchsorted(end, cuts, side="right")
-        keys = np.unique(np.concatenate([every << 32, tile << 32 | (cuts - (end - blocks)[tile])]))
+        block = np.rint((cuts - end[tile]) / per_block[tile]).astype(np.int64) + blocks[tile]
+        # A short end is not worth a part of its own.
+        least = np.maximum(length / 8 / per_block[tile], 1)
+        fair = (block >= least) & (blocks[tile] - block >= least)
+        keys = np.unique(np.concatenate([every << 32, tile[fair] << 32 | block[fair]]))
         parts = _Parts.of(tiles, keys >> 32, keys & 0xFFFFFFFF, tiling)
-        slots = (parts.row_end - parts.row)[parts.split].sum()
-        if len(keys) <= capacity.tiles and slots <= capacity.slots:
-            return parts
-        workers //= 2
-    return _Parts.of(tiles, every, np.zeros_like(every), tiling)
+        if len(keys) > capacity.tiles or parts.slots.sum() > capacity.slots:
+            continue
+        predicted, _ = parts.seconds(tiling)
+        if predicted < seconds:
+            best, seconds = parts, predicted
+    return best
