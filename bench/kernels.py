@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from bench.peers import FlashInfer, peer_names
 from bench.plot import plot_cases
 from bench.report import summary, table
 from bench.shapes import RANDOM_DISTRIBUTION, PageTables, Shape, random_shapes, shrunk, suite_shapes
-from bench.work import moved, plan_work, row_order
+from bench.work import moved, planner, row_order
 
 if TYPE_CHECKING:
     from jax import Array
@@ -56,7 +56,7 @@ class Options:
     random: int = 0
     seed: int = 0
     page: Sequence[int] = (16, 64)
-    backend: str = field(default_factory=default_backend)
+    backend: str = "xla"
     scale: str = "full"
     json: Path | None = None
     plot: Path | None = None
@@ -143,16 +143,17 @@ class KernelBench:
         tables = PageTables.of(shape, self.options.seed)
         reads = tables.reads()
         bucket = next(size for size in ROW_BUCKETS if shape.rows <= size)
-        start = time.perf_counter()
-        order, work = plan_work(
+        plan = planner(
             self.options.backend,
-            reads,
             rows=bucket,
             num_pages=self.pool_pages(shape),
+            pages_per_read=max(other.longest for other in self.same_pages(shape)),
             page_size=shape.page,
             q_heads=shape.q_heads,
             kv_heads=shape.kv_heads,
         )
+        start = time.perf_counter()
+        order, work = plan(reads)
         seconds = time.perf_counter() - start
         return Prepared(shape, tables, row_order(reads, order), bucket, work, seconds)
 
@@ -189,8 +190,11 @@ class KernelBench:
 
     def pool_pages(self, shape: Shape) -> int:
         """Pages of the pool that all shapes of a page size share."""
-        same = [other for other in self.shapes if other.page == shape.page]
-        return max(other.pages * self.page_sets(other) for other in same)
+        return max(other.pages * self.page_sets(other) for other in self.same_pages(shape))
+
+    def same_pages(self, shape: Shape) -> list[Shape]:
+        """The shapes that have this shape's page size, and so its pool."""
+        return [other for other in self.shapes if other.page == shape.page]
 
     def page_sets(self, shape: Shape) -> int:
         """Different page sets that a shape is measured on."""
@@ -323,7 +327,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         help="of the shapes, tables and data; default: a new one",
     )
     add("--page", type=int, nargs="+", choices=[16, 64], default=Options.page)
-    add("--backend", default=default_backend())
+    add("--backend", default=default_backend(128))
     add("--scale", choices=["full", "tiny"], default="full", help="tiny: shapes that a CPU can run")
     add("--json", type=Path)
     add("--plot", type=Path, help="an image file (needs matplotlib)")

@@ -104,6 +104,11 @@ class Shape:
     def pages(self) -> int:
         return self.groups * (self.prefix // self.page) + int((-(-self.tails // self.page)).sum())
 
+    @property
+    def longest(self) -> int:
+        """Pages of the longest branch."""
+        return self.prefix // self.page - int(-self.tails.max() // self.page)
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"rows": self.rows, "unique_bytes": self.unique_bytes, "flops": self.flops}
 

@@ -1,32 +1,44 @@
-"""The work list of a benchmark's reads, from the planner that the attention backend goes with."""
+"""Work lists of a benchmark's reads, from the planner that the attention backend goes with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from attention import Capacity, Read, plan_rows
+from attention import Read, capacity, plan
+
+Planner = Callable[[Sequence[Read]], tuple[np.ndarray, Any]]
 
 
-def plan_work(
+def planner(
     backend: str,
-    reads: Sequence[Read],
     *,
     rows: int,
     num_pages: int,
+    pages_per_read: int,
     page_size: int,
     q_heads: int,
     kv_heads: int,
-) -> tuple[np.ndarray, Any]:
-    """(order, work list) of the reads; `order[i]` is the read whose rows come i-th.
+) -> Planner:
+    """What turns reads into (order, work list) for a backend; `order[i]` is the read whose rows come i-th.
 
-    The list has the array sizes of a bucket of `rows` rows over a pool of `num_pages`, whatever the reads.
+    Its lists have the array sizes of a bucket of `rows` rows over a pool of `num_pages`, whatever the reads.
+    It can be sent to another process, which needs no device to use it.
     """
-    del backend, q_heads, kv_heads  # both backends so far take the same list
-    return plan_rows(reads, Capacity.for_bucket(rows, num_pages), page_size)
+    room = capacity(
+        backend,
+        rows,
+        num_pages,
+        heads=q_heads,
+        kv_heads=kv_heads,
+        page_size=page_size,
+        pages_per_read=pages_per_read,
+    )
+    return partial(plan, capacity=room, page_size=page_size)
 
 
 def moved(work: Any, pages: int) -> Any:
