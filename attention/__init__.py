@@ -1,37 +1,99 @@
 """Attention of ragged query rows over shared, paged KV.
 
-One signature for every backend. What the rows read is a work list (`attention.layout`); a backend knows
-arrays and work items, and nothing of requests.
+One signature for every backend. What the rows read is planned on the host, as work items
+(`attention.layout`) or as tiles for a GPU (`attention.tiles`); a backend knows arrays and work, and nothing
+of requests.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from attention import reference, xla
+import jax
+
+from attention import gpu, reference, xla
 from attention.layout import Capacity, Read, WorkList, plan_rows
+from attention.tiles import TileCapacity, TileList, plan_tiles
 
 if TYPE_CHECKING:
+    import numpy as np
     from jax import Array
-    from jaxtyping import Float, Int32
+    from jaxtyping import Float, Int, Int32
 
 __all__ = [
     "BACKENDS",
     "Capacity",
     "Read",
+    "TileCapacity",
+    "TileList",
     "WorkList",
+    "capacity",
     "default_backend",
+    "plan",
     "plan_rows",
     "shared_prefix_attention",
     "write_kv",
 ]
 
-BACKENDS = {"reference": reference.attend, "xla": xla.attend}
+
+class Backend(NamedTuple):
+    """tiled: takes a TileList instead of a WorkList."""
+
+    attend: Callable[..., tuple[Array, Array]]
+    write: Callable[..., tuple[Array, Array]]
+    tiled: bool
 
 
-def default_backend() -> str:
-    """The backend for the devices that JAX runs on."""
-    return "xla"
+BACKENDS = {
+    "reference": Backend(reference.attend, xla.write_kv, tiled=False),
+    "xla": Backend(xla.attend, xla.write_kv, tiled=False),
+    "gpu": Backend(gpu.attend, gpu.write_kv, tiled=True),
+    "gpu-interpreted": Backend(
+        partial(gpu.attend, interpret=True), partial(gpu.write_kv, interpret=True), tiled=True
+    ),
+}
+
+
+def default_backend(head_dim: int) -> str:
+    """The backend for the devices that JAX runs on and a model's head size."""
+    return "gpu" if jax.default_backend() == "gpu" and gpu.supports(head_dim) else "xla"
+
+
+def capacity(
+    backend: str,
+    rows: int,
+    num_pages: int,
+    *,
+    heads: int,
+    kv_heads: int,
+    page_size: int,
+    pages_per_read: int | None = None,
+) -> Capacity | TileCapacity:
+    """Array sizes of what `plan` makes for a backend: room for every plan of at most `rows` rows.
+
+    `pages_per_read` (the longest context in pages) may bound them further.
+    """
+    if _backend(backend).tiled:
+        tiling = gpu.tiling(heads, kv_heads, page_size)
+        return TileCapacity.for_bucket(rows, num_pages, tiling, pages_per_read)
+    return Capacity.for_bucket(rows, num_pages, pages_per_read)
+
+
+def plan(
+    reads: Sequence[Read], capacity: Capacity | TileCapacity, page_size: int
+) -> tuple[Int[np.ndarray, " reads"], WorkList | TileList]:
+    """Lay rows out in tree order and list their work: see `plan_rows` and `plan_tiles`."""
+    if isinstance(capacity, TileCapacity):
+        return plan_tiles(reads, capacity)
+    return plan_rows(reads, capacity, page_size)
+
+
+def _backend(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise ValueError(f"no attention backend {name!r}; there are {', '.join(BACKENDS)}")
+    return BACKENDS[name]
 
 
 @overload
@@ -39,7 +101,7 @@ def shared_prefix_attention(
     q: Array,
     k_pages: Array,
     v_pages: Array,
-    work: WorkList,
+    work: WorkList | TileList,
     *,
     scale: float,
     backend: str,
@@ -50,7 +112,7 @@ def shared_prefix_attention(
     q: Array,
     k_pages: Array,
     v_pages: Array,
-    work: WorkList,
+    work: WorkList | TileList,
     *,
     scale: float,
     backend: str,
@@ -60,7 +122,7 @@ def shared_prefix_attention(
     q: Float[Array, "rows heads head_dim"],
     k_pages: Float[Array, "pages kv_heads page_size head_dim"],
     v_pages: Float[Array, "pages kv_heads page_size head_dim"],
-    work: WorkList,
+    work: WorkList | TileList,
     *,
     scale: float,
     backend: str,
@@ -76,11 +138,10 @@ def shared_prefix_attention(
     Raises:
       ValueError: no such backend, or heads is not a multiple of kv_heads.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"no attention backend {backend!r}; there are {', '.join(BACKENDS)}")
+    attend = _backend(backend).attend
     if q.shape[1] % k_pages.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k_pages.shape[1]} KV heads evenly")
-    out, lse = BACKENDS[backend](q, k_pages, v_pages, work, scale=scale)
+    out, lse = attend(q, k_pages, v_pages, work, scale=scale)
     return (out, lse) if return_lse else out
 
 
@@ -91,11 +152,11 @@ def write_kv(
     v: Float[Array, "rows kv_heads head_dim"],
     page: Int32[Array, " rows"],
     offset: Int32[Array, " rows"],
+    *,
+    backend: str,
 ) -> tuple[Array, Array]:
     """Write each row's key and value to its page and offset; in place where the pages are donated.
 
     A page id that is not in the pool (the pool's size, by convention) writes nowhere.
     """
-    k_pages = k_pages.at[page, :, offset].set(k.astype(k_pages.dtype), mode="drop")
-    v_pages = v_pages.at[page, :, offset].set(v.astype(v_pages.dtype), mode="drop")
-    return k_pages, v_pages
+    return _backend(backend).write(k_pages, v_pages, k, v, page, offset)

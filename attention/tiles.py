@@ -140,7 +140,7 @@ class TileList(NamedTuple):
                  the other rows' follow
     page_ids     page of each reference; tiles may share references
     page_sees    who sees what of it, packed (`pack_sees`); of masked references only
-    row_parts    first entry in part_slots, count: the row's partial results; none where a tile is final
+    row_parts    first entry in part_slots, count: the row's partial results; -1 where a tile is final
     part_slots   slots to merge, row by row
     """
 
@@ -462,7 +462,8 @@ class _Parts:
         out.part_slots[: len(slot_row)] = np.argsort(slot_row, kind="stable")
         parts = np.bincount(slot_row, minlength=len(out.row_parts))
         out.row_parts[:, 0] = np.cumsum(parts) - parts
-        out.row_parts[:, 1] = parts
+        laid_out = np.arange(len(parts)) < tiles.row_end[-1]
+        out.row_parts[:, 1] = np.where(laid_out & (parts == 0), -1, parts)
 
         out.page_ids[: len(tiles.page_ids)] = tiles.page_ids
         first = np.repeat(self.row - tiles.row[self.tile], self.masked[:, 1] - self.masked[:, 0])

@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 from jax import lax
 
-from attention import BACKENDS, default_backend
+from attention import BACKENDS
 from attention.layout import WHOLE, WorkList
 from model.checkpoint import LoadFormat, load_model, model_folder
 from model.kv_cache import KVCache
@@ -67,7 +67,7 @@ def generate(
     sampling: Sampling | None = None,
     eos_ids: Sequence[int] = (),
     page_size: int = 16,
-    backend: str | None = None,
+    backend: str = "xla",
 ) -> Generation:
     """Continues every prompt (token ids) in `branches` branches, until `eos_ids` or `max_tokens`.
 
@@ -88,7 +88,7 @@ def generate(
     slots = _slots(model, prompts, branches, sampling)
     structure, weights = model.split()
     arguments = weights, cache, slots, plan.arrays
-    program = compile_generation(structure, _Shapes.of(arguments), backend or default_backend())
+    program = compile_generation(structure, _Shapes.of(arguments), backend)
     started = time.perf_counter()
     tokens, *_ = program(*arguments)
     tokens = np.asarray(tokens)
@@ -385,8 +385,8 @@ class Decode:
     """`random` makes weights on the device instead of reading them."""
     weights_seed: int = 0
     """Seed of random weights."""
-    attention: str = "auto"
-    """Attention backend; `auto` picks by device, `reference` is the oracle."""
+    attention: str = "xla"
+    """Attention backend: `xla`, or `reference`, the oracle."""
     page_size: int = 16
     """KV positions in a page."""
     json: bool = False
@@ -403,8 +403,9 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _report(command: Decode) -> str:
-    if command.attention not in ("auto", *BACKENDS):
-        raise ValueError(f"--attention must be auto or one of {', '.join(BACKENDS)}")
+    backends = [name for name, backend in BACKENDS.items() if not backend.tiled]
+    if command.attention not in backends:
+        raise ValueError(f"--attention must be one of {', '.join(backends)}")
     tokenizer = _tokenizer(command.model)
     prompts = _prompts(command, tokenizer)
     model = load_model(
@@ -424,7 +425,7 @@ def _report(command: Decode) -> str:
         ),
         eos_ids=() if command.ignore_eos else (tokenizer and tokenizer.eos_ids) or model.config.eos_ids,
         page_size=command.page_size,
-        backend=None if command.attention == "auto" else command.attention,
+        backend=command.attention,
     )
     answers = [
         [

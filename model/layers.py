@@ -25,7 +25,7 @@ from model.config import Llama3Scaling, ModelConfig
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-    from attention.layout import WorkList
+    from attention import TileList, WorkList
 
 
 def parameter(shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any, *, fan_in: int) -> nnx.Param:
@@ -119,7 +119,7 @@ class Attention(nnx.Module):
         kv: tuple[Array, Array],
         write_page: Int[Array, " rows"],
         write_offset: Int[Array, " rows"],
-        work: WorkList,
+        work: WorkList | TileList,
         backend: str,
     ) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
         q = product("re,ehd->rhd", x, self.q)
@@ -128,7 +128,7 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *angles), rotate(k, *angles)
-        kv = write_kv(*kv, k, v, write_page, write_offset)
+        kv = write_kv(*kv, k, v, write_page, write_offset, backend=backend)
         out = shared_prefix_attention(q, *kv, work, scale=self.scale, backend=backend)
         return product("rhd,hde->re", out, self.o), kv
 
@@ -159,7 +159,7 @@ class DecoderLayer(nnx.Module):
         kv: tuple[Array, Array],
         write_page: Int[Array, " rows"],
         write_offset: Int[Array, " rows"],
-        work: WorkList,
+        work: WorkList | TileList,
         backend: str,
     ) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
         out, kv = self.attention(
@@ -177,7 +177,7 @@ def decoder_layer(
     kv: tuple[Array, Array],
     write_page: Int[Array, " rows"],
     write_offset: Int[Array, " rows"],
-    work: WorkList,
+    work: WorkList | TileList,
     *,
     backend: str,
 ) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:

@@ -19,7 +19,7 @@ from model.layers import DecoderLayer, RMSNorm, decoder_layer, parameter, produc
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-    from attention.layout import WorkList
+    from attention import TileList, WorkList
 
 
 class Qwen3(nnx.Module):
@@ -48,7 +48,7 @@ class Qwen3(nnx.Module):
         cache: KVCache,
         write_page: Int[Array, " rows"],
         write_offset: Int[Array, " rows"],
-        work: WorkList,
+        work: WorkList | TileList,
         backend: str,
     ) -> tuple[Float[Array, "rows embed"], KVCache]:
         """One step over packed rows: writes each row's KV at (write_page, write_offset), then reads `work`.

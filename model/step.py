@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.layout import Capacity, WorkList
+from attention import Capacity, TileCapacity, TileList, WorkList
 from model.kv_cache import KVCache
 from model.qwen3 import ModelStructure, Qwen3
 from model.sampling import SampleInputs, SampleOutputs, SlotState, sample
@@ -44,7 +44,7 @@ class StepInputs(NamedTuple):
     positions: Int32[Any, " rows"]
     write_page: Int32[Any, " rows"]
     write_offset: Int32[Any, " rows"]
-    work: WorkList
+    work: WorkList | TileList
     sample: SampleInputs
 
 
@@ -52,7 +52,7 @@ class StepInputs(NamedTuple):
 class StepLayout:
     """Where each array of a bucket's StepInputs lies in its packed vector. Hashable: one per program."""
 
-    capacity: Capacity
+    capacity: Capacity | TileCapacity
     samples: int
 
     @property
@@ -100,7 +100,7 @@ def _padding(layout: StepLayout) -> StepInputs:
         positions=zero_rows,
         write_page=np.full(rows, NOWHERE, np.int32),
         write_offset=zero_rows,
-        work=WorkList.empty(layout.capacity),
+        work=layout.capacity.empty(),
         sample=SampleInputs(**sample_fields),
     )
 

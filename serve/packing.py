@@ -6,7 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from attention.layout import Capacity, Read, plan_rows
+import attention
+from attention import Capacity, Read, TileCapacity
 from model.sampling import SampleInputs, branch_key
 from model.step import StepInputs
 from scheduler.plan import Entry, SegmentRead, StepPlan
@@ -14,13 +15,13 @@ from scheduler.plan import Entry, SegmentRead, StepPlan
 _branch_key = lru_cache(maxsize=65536)(branch_key)
 
 
-def step_inputs(plan: StepPlan, capacity: Capacity, page_size: int, flags: int) -> StepInputs:
+def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: int, flags: int) -> StepInputs:
     """The arrays of a step, not yet padded. Samples are in the plan's order; rows are in tree order.
 
     `flags` are the sampling options that the step's slots use (model.sampling.USES_*).
     """
     entries = plan.entries
-    order, work = plan_rows([_read(entry, page_size) for entry in entries], capacity, page_size)
+    order, work = attention.plan([_read(entry, page_size) for entry in entries], capacity, page_size)
     tokens: list[int] = []
     positions: list[int] = []
     pages: list[int] = []

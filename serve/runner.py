@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.layout import Capacity
+import attention
 from model.kv_cache import KVCache
 from model.qwen3 import Qwen3
 from model.sampling import SampleOutputs, Sampling, SlotState, assign, count_history, pack_assignments
@@ -104,7 +104,15 @@ class Runner:
 
     def _compile_bucket(self, bucket: int) -> float:
         config, started = self.config, time.perf_counter()
-        layout = StepLayout(Capacity.for_bucket(bucket, config.num_pages), min(bucket, config.num_slots))
+        capacity = attention.capacity(
+            config.backend,
+            bucket,
+            config.num_pages,
+            heads=self.model_config.num_heads,
+            kv_heads=self.model_config.num_kv_heads,
+            page_size=config.page_size,
+        )
+        layout = StepLayout(capacity, min(bucket, config.num_slots))
         with self._precision():
             program = compile_step(
                 self._structure,

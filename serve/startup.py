@@ -48,7 +48,9 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
             page_size=config.page_size,
             buckets=config.buckets,
             num_slots=slots,
-            backend=default_backend() if config.attention == "auto" else config.attention,
+            backend=default_backend(model.config.head_dim)
+            if config.attention == "auto"
+            else config.attention,
             max_logit_bias=config.max_logit_bias,
             max_top_logprobs=config.max_top_logprobs,
         ),

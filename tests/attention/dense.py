@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention import Capacity, Read, WorkList, plan_rows, shared_prefix_attention
+import attention
+from attention import Capacity, Read, TileCapacity, TileList, WorkList, shared_prefix_attention
 
 _attend = jax.jit(partial(shared_prefix_attention, return_lse=True), static_argnames=("scale", "backend"))
 
@@ -22,7 +23,7 @@ class Case:
     q: np.ndarray
     k_pages: np.ndarray
     v_pages: np.ndarray
-    work: WorkList
+    work: WorkList | TileList
     scale: float
     out: np.ndarray
     lse: np.ndarray
@@ -52,18 +53,27 @@ def make_case(
     group: int = 2,
     head_dim: int = 16,
     dtype: np.dtype | type = np.float32,
-    capacity: Capacity | None = None,
+    backend: str = "xla",
+    capacity: Capacity | TileCapacity | None = None,
     num_pages: int | None = None,
     magnitude: float = 1.0,
     seed: int = 0,
 ) -> Case:
     rng = np.random.default_rng(seed)
     num_pages = num_pages or max((page for read in reads for page in read.pages), default=0) + 2
-    capacity = capacity or Capacity.for_bucket(sum(read.rows for read in reads) + 3, num_pages)
-    order, work = plan_rows(reads, capacity, page_size)
+    heads = kv_heads * group
+    capacity = capacity or attention.capacity(
+        backend,
+        sum(read.rows for read in reads) + 3,
+        num_pages,
+        heads=heads,
+        kv_heads=kv_heads,
+        page_size=page_size,
+    )
+    order, work = attention.plan(reads, capacity, page_size)
     pool = (num_pages, kv_heads, page_size, head_dim)
     # Cast first, so that the answer is that of the same inputs.
-    q = (magnitude * rng.normal(size=(capacity.rows, kv_heads * group, head_dim))).astype(dtype)
+    q = (magnitude * rng.normal(size=(capacity.rows, heads, head_dim))).astype(dtype)
     unused = ~used_slots(reads, num_pages, page_size)[:, None, :, None]
     k, v = (np.where(unused, np.nan, rng.normal(size=pool)).astype(dtype) for _ in range(2))
     scale = head_dim**-0.5

@@ -82,7 +82,7 @@ def test_the_bucket_capacity_always_suffices(forest: Forest) -> None:
         Capacity.for_bucket(rows, forest.num_pages, pages_per_read=longest),
     ):
         _, work = plan_rows(forest.reads, capacity, forest.page_size)
-        assert [array.shape for array in work] == [array.shape for array in WorkList.empty(capacity)]
+        assert [array.shape for array in work] == [array.shape for array in capacity.empty()]
         assert {array.dtype for array in work} == {np.dtype(np.int32)}
 
 

@@ -117,7 +117,7 @@ def test_one_program_serves_every_list_and_its_time_follows_the_list() -> None:
     pages = jnp.zeros((8192, 2, 16, 32))
     q = jnp.zeros((512, 4, 32))
     everything = [Read(range(16 * i, 16 * i + 16), [16] * 16, 16, 1, 255) for i in range(512)]
-    compiled = jax.jit(attend).lower(q, pages, pages, WorkList.empty(capacity)).compile()
+    compiled = jax.jit(attend).lower(q, pages, pages, capacity.empty()).compile()
 
     def seconds(reads: list[Read]) -> float:
         work = jax.tree.map(jnp.asarray, plan_rows(reads, capacity, 16)[1])
@@ -135,10 +135,10 @@ def test_writing_and_reading_a_donated_pool_copies_none_of_it() -> None:
     pool = jax.ShapeDtypeStruct((4096, 2, 16, 32), jnp.float32)
     rows = jax.ShapeDtypeStruct((8, 2, 32), jnp.float32)
     index = jax.ShapeDtypeStruct((8,), jnp.int32)
-    work = WorkList.empty(Capacity(rows=8, items=16, page_refs=64))
+    work = Capacity(rows=8, items=16, page_refs=64).empty()
 
     def step(k_pages, v_pages, k, v, page, offset, work):
-        k_pages, v_pages = write_kv(k_pages, v_pages, k, v, page, offset)
+        k_pages, v_pages = write_kv(k_pages, v_pages, k, v, page, offset, backend="xla")
         return attend(k, k_pages, v_pages, work), k_pages, v_pages
 
     program = jax.jit(step, donate_argnums=(0, 1)).lower(pool, pool, rows, rows, index, index, work)

@@ -166,7 +166,7 @@ def test_json_has_ids_and_text_of_every_branch(capsys: pytest.CaptureFixture[str
     [
         ([], "--prompt"),
         (["--prompt-ids", "1,x"], "numbers with commas"),
-        (["--prompt", "a", "--attention", "magic"], "auto"),
+        (["--prompt", "a", "--attention", "magic"], "one of reference, xla"),
         (["--prompt", "a", "--model", "nowhere"], "no model"),
     ],
 )

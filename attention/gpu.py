@@ -1,0 +1,365 @@
+"""Attention for NVIDIA GPUs: Pallas kernels, lowered by Triton, over the tiles of `attention.tiles`.
+
+`attend` is two launches. The first runs a fixed grid of workers over the tiles, longest first. A tile's rows
+times their query heads per KV head are the rows of two matrix products for each block of pages, with a
+running softmax in base 2 (FlashAttention-2, arXiv 2307.08691); pages that several rows share are read once
+for all of them. A tile that was split leaves float32 partial results, which the second launch merges by their
+log-sum-exp.
+
+What makes it fast, so that it is not undone by accident: page ids are fetched one block ahead, so that the
+loads of keys and values depend on nothing in their own iteration and Triton keeps several blocks in flight;
+unfilled page slots are never loaded (the address is clamped to a filled one), so that values need no mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from attention.tiles import TileList, Tiling, unpack_sees
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float, Int32
+
+# Query rows times heads of a tile: the M of its matrix products. Triton's smallest is 16.
+NARROW = 16
+WIDE = 64
+BLOCK_TOKENS = 64
+NUM_WARPS = 4
+STAGES = 3
+# Multiprocessors of an H100 or H200, each with room for two workers' shared memory.
+WORKERS = 2 * 132
+# Partial results that the merge reads at once, and heads of one program.
+MERGE_PARTS = 8
+MERGE_HEADS = 4
+
+
+def tiling(heads: int, kv_heads: int, page_size: int) -> Tiling:
+    """How these kernels cut a step into tiles."""
+    group = heads // kv_heads
+    return Tiling(
+        page_size=page_size,
+        kv_heads=kv_heads,
+        narrow_rows=max(1, NARROW // group),
+        wide_rows=max(1, WIDE // group),
+        block_pages=max(1, BLOCK_TOKENS // page_size),
+        workers=WORKERS,
+    )
+
+
+def supports(head_dim: int) -> bool:
+    """Whether these kernels take a model's head size."""
+    return head_dim >= 16 and head_dim & (head_dim - 1) == 0
+
+
+def attend(
+    q: Float[Array, "rows heads head_dim"],
+    k_pages: Float[Array, "pages kv_heads page_size head_dim"],
+    v_pages: Float[Array, "pages kv_heads page_size head_dim"],
+    tiles: TileList,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "rows heads head_dim"], Float[Array, "rows heads"]]:
+    """See `attention.shared_prefix_attention`. `interpret`: without a GPU, slowly.
+
+    Raises:
+      ValueError: head_dim is not supported, page_size is not a power of two, or the pages have more elements
+        than the kernel's 32-bit offsets reach.
+    """
+    rows, heads, head_dim = q.shape
+    _, kv_heads, page_size, _ = k_pages.shape
+    if not supports(head_dim):
+        raise ValueError(f"the GPU kernels need a power of two, 16 or more, as head_dim, not {head_dim}")
+    if page_size & (page_size - 1):
+        raise ValueError(f"the GPU kernels need a power of two as page_size, not {page_size}")
+    if k_pages.size > 2**31:
+        raise ValueError(f"the GPU kernels reach 2**31 elements of keys, not {k_pages.size} {k_pages.shape}")
+
+    slots = tiles.part_slots.shape[0]
+    partial_type = jnp.promote_types(jnp.float32, q.dtype)
+    shape = jax.ShapeDtypeStruct
+    kernel = partial(_tiles_kernel, tiling=tiling(heads, kv_heads, page_size), scale=scale)
+    out, lse, part_out, part_lse = _call(
+        kernel,
+        grid=(min(2 * WORKERS, tiles.tile_rows.shape[0] * kv_heads),),
+        out_shape=(
+            shape(q.shape, q.dtype),
+            shape((rows, heads), partial_type),
+            shape((slots, heads, head_dim), partial_type),
+            shape((slots, heads), partial_type),
+        ),
+        num_warps=NUM_WARPS,
+        num_stages=STAGES if q.dtype.itemsize <= 2 else 1,
+        interpret=interpret,
+    )(
+        q,
+        k_pages,
+        v_pages,
+        tiles.tile_rows,
+        tiles.tile_whole,
+        tiles.tile_masked,
+        tiles.tile_slot,
+        tiles.page_ids,
+        tiles.page_sees,
+        tiles.num_tiles.reshape(1),
+    )
+    out, lse = _call(
+        _merge_kernel,
+        grid=(rows, pl.cdiv(heads, MERGE_HEADS)),
+        out_shape=(shape(q.shape, q.dtype), shape((rows, heads), partial_type)),
+        num_warps=4,
+        interpret=interpret,
+        input_output_aliases={4: 0, 5: 1},
+    )(part_out, part_lse, tiles.row_parts, tiles.part_slots, out, lse)
+    return out, lse
+
+
+def write_kv(
+    k_pages: Float[Array, "pages kv_heads page_size head_dim"],
+    v_pages: Float[Array, "pages kv_heads page_size head_dim"],
+    k: Float[Array, "rows kv_heads head_dim"],
+    v: Float[Array, "rows kv_heads head_dim"],
+    page: Int32[Array, " rows"],
+    offset: Int32[Array, " rows"],
+    *,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """See `attention.write_kv`: one launch for keys and values."""
+    return _call(
+        _write_kernel,
+        grid=(k.shape[0],),
+        out_shape=(
+            jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype),
+            jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype),
+        ),
+        num_warps=4,
+        interpret=interpret,
+        input_output_aliases={4: 0, 5: 1},
+    )(page, offset, k, v, k_pages, v_pages)
+
+
+def _call(
+    kernel: Callable[..., None], *, num_warps: int, num_stages: int = 1, **arguments: Any
+) -> Callable[..., Any]:
+    """pallas_call over whole arrays, addressed by the kernel itself."""
+    params = plt.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+    return pl.pallas_call(kernel, compiler_params=params, **arguments)
+
+
+# --- the tiles ---------------------------------------------------------------------------------------------
+
+
+def _tiles_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    tile_rows_ref,
+    tile_whole_ref,
+    tile_masked_ref,
+    tile_slot_ref,
+    page_ids_ref,
+    page_sees_ref,
+    num_tiles_ref,
+    out_ref,
+    lse_ref,
+    part_out_ref,
+    part_lse_ref,
+    *,
+    tiling: Tiling,
+    scale: float,
+) -> None:
+    group = q_ref.shape[1] // tiling.kv_heads
+    head_dim = q_ref.shape[2]
+    block_tokens = tiling.block_pages * tiling.page_size
+    position = jnp.arange(block_tokens, dtype=jnp.int32)
+    # A block of one page is addressed by a scalar, which is cheaper than an id for each position.
+    which = position // tiling.page_size if tiling.block_pages > 1 else jnp.int32(0)
+    own_offset = position % tiling.page_size
+    dims = jnp.arange(head_dim, dtype=jnp.int32)
+    precision = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
+    accumulate = lse_ref.dtype
+    to_base_2 = scale * math.log2(math.e)
+
+    def run(tile: Array, head: Array, max_rows: int, lanes: int) -> None:
+        first_row, count = tile_rows_ref[tile, 0], tile_rows_ref[tile, 1]
+        lane = jnp.arange(lanes, dtype=jnp.int32)
+        row = lane // group
+        in_tile = row < count
+        q_row, q_head = first_row + row, head * group + lane % group
+        query = q_ref[jnp.minimum(q_row, q_ref.shape[0] - 1)[:, None], q_head[:, None], dims[None, :]]
+
+        def refs(list_ref, block: Array) -> tuple[Array, Array]:
+            """Page references of a block of a list, and which of its positions are not past the end."""
+            index = block * tiling.block_pages + which
+            size = list_ref[tile, 1]
+            return list_ref[tile, 0] + jnp.minimum(index, size - 1), index < size
+
+        def load(pages_ref, ids: Array, offset: Array | None) -> Array:
+            if tiling.block_pages > 1:
+                ids = ids[:, None]
+                offset = own_offset if offset is None else offset
+            if offset is None:
+                return pages_ref[ids, head]
+            return pages_ref[ids, head, offset[:, None], dims[None, :]]
+
+        def add(state, ids: Array, offset: Array | None, visible: Array | None):
+            total, highest, acc = state
+            scores = _dot(query, load(k_ref, ids, offset), (1, 1), accumulate, precision)
+            if visible is not None:
+                scores = jnp.where(visible, scores, -jnp.inf)
+            new_highest = jnp.maximum(highest, scores.max(axis=1))
+            weights = jnp.exp2(scores * to_base_2 - (new_highest * to_base_2)[:, None])
+            shrink = jnp.exp2((highest - new_highest) * to_base_2)
+            v = load(v_ref, ids, offset)
+            acc = acc * shrink[:, None] + _dot(weights.astype(v.dtype), v, (1, 0), accumulate, precision)
+            return total * shrink + weights.sum(axis=1), new_highest, acc
+
+        def whole_block(block: Array, carry):
+            state, ids = carry
+            ahead = page_ids_ref[refs(tile_whole_ref, block + 1)[0]]
+            listed = refs(tile_whole_ref, block)[1][None, :] if tiling.block_pages > 1 else None
+            return add(state, ids, None, listed), ahead
+
+        def masked_block(block: Array, carry):
+            state, ids, sees = carry
+            ahead, _ = refs(tile_masked_ref, block + 1)
+            ids_ahead, sees_ahead = page_ids_ref[ahead], page_sees_ref[ahead]
+            valid, first, end, causal = unpack_sees(sees)
+            _, listed = refs(tile_masked_ref, block)
+            first = jnp.maximum(first, own_offset - causal)
+            end = jnp.where(listed & (own_offset < valid), end, 0)
+            visible = (row[:, None] >= first[None, :]) & (row[:, None] < end[None, :])
+            state = add(state, ids, jnp.minimum(own_offset, valid - 1), visible)
+            return state, ids_ahead, sees_ahead
+
+        # A finite start: a lane that has seen nothing yet must not give inf - inf.
+        state = (
+            jnp.zeros(lanes, accumulate),
+            jnp.full(lanes, -1e30, accumulate),
+            jnp.zeros((lanes, head_dim), accumulate),
+        )
+        zero = jnp.int32(0)
+        blocks = _blocks(tile_whole_ref[tile, 1], tiling.block_pages)
+        first_ids = page_ids_ref[jnp.maximum(refs(tile_whole_ref, zero)[0], 0)]
+        state, _ = lax.fori_loop(zero, blocks, whole_block, (state, first_ids))
+        blocks = _blocks(tile_masked_ref[tile, 1], tiling.block_pages)
+        first = jnp.maximum(refs(tile_masked_ref, zero)[0], 0)
+        first = page_ids_ref[first], page_sees_ref[first]
+        state, _, _ = lax.fori_loop(zero, blocks, masked_block, (state, *first))
+
+        total, highest, acc = state
+        out = acc / jnp.where(total == 0, 1, total)[:, None]
+        lse = jnp.where(total == 0, -jnp.inf, highest * scale + jnp.log(total))
+        slot = tile_slot_ref[tile]
+        final = in_tile & (slot < 0)
+        plt.store(
+            out_ref.at[q_row[:, None], q_head[:, None], dims[None, :]],
+            out.astype(out_ref.dtype),
+            mask=final[:, None],
+        )
+        plt.store(lse_ref.at[q_row, q_head], lse, mask=final)
+        parted = in_tile & (slot >= 0)
+        part = jnp.maximum(slot, 0) + row
+        plt.store(part_out_ref.at[part[:, None], q_head[:, None], dims[None, :]], out, mask=parted[:, None])
+        plt.store(part_lse_ref.at[part, q_head], lse, mask=parted)
+
+    def one(turn: Array, _: None) -> None:
+        index = worker + turn * workers
+        tile, head = index // tiling.kv_heads, index % tiling.kv_heads
+        lax.cond(
+            tile_rows_ref[tile, 1] <= tiling.narrow_rows,
+            lambda: run(tile, head, tiling.narrow_rows, NARROW),
+            lambda: run(tile, head, tiling.wide_rows, WIDE),
+        )
+
+    worker, workers = pl.program_id(0), pl.num_programs(0)
+    turns = _blocks(num_tiles_ref[0] * tiling.kv_heads - worker, workers)
+    lax.fori_loop(jnp.int32(0), turns, one, None)
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int], accumulate, precision) -> Array:
+    return lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        preferred_element_type=accumulate,
+        precision=precision,
+    )
+
+
+def _blocks(count: Array, block_pages: int) -> Array:
+    return (count + (block_pages - 1)) // block_pages
+
+
+# --- the partial results -----------------------------------------------------------------------------------
+
+
+def _merge_kernel(
+    part_out_ref, part_lse_ref, row_parts_ref, part_slots_ref, _out, _lse, out_ref, lse_ref
+) -> None:
+    row = pl.program_id(0)
+    first, count = row_parts_ref[row, 0], row_parts_ref[row, 1]
+    heads, head_dim = out_ref.shape[1:]
+    accumulate = part_lse_ref.dtype
+    head = pl.program_id(1) * MERGE_HEADS + jnp.arange(MERGE_HEADS, dtype=jnp.int32)
+    read_head = jnp.minimum(head, heads - 1)
+    dims = jnp.arange(head_dim, dtype=jnp.int32)
+    part = jnp.arange(MERGE_PARTS, dtype=jnp.int32)
+
+    def add(block: Array, state):
+        total, highest, acc = state
+        index = block * MERGE_PARTS + part
+        slot = part_slots_ref[first + jnp.minimum(index, count - 1)]
+        lse = part_lse_ref[slot[:, None], read_head[None, :]]
+        lse = jnp.where((index < count)[:, None], lse, -jnp.inf)
+        out = part_out_ref[slot[:, None, None], read_head[None, :, None], dims[None, None, :]]
+        new_highest = jnp.maximum(highest, lse.max(axis=0))
+        weights = jnp.exp(lse - new_highest[None, :])
+        shrink = jnp.exp(highest - new_highest)
+        acc = acc * shrink[:, None] + (weights[:, :, None] * out).sum(axis=0)
+        return total * shrink + weights.sum(axis=0), new_highest, acc
+
+    @pl.when(count >= 0)
+    def _() -> None:
+        state = (
+            jnp.zeros(MERGE_HEADS, accumulate),
+            jnp.full(MERGE_HEADS, -1e30, accumulate),
+            jnp.zeros((MERGE_HEADS, head_dim), accumulate),
+        )
+        total, highest, acc = lax.fori_loop(jnp.int32(0), _blocks(count, MERGE_PARTS), add, state)
+        out = acc / jnp.where(total == 0, 1, total)[:, None]
+        lse = jnp.where(total == 0, -jnp.inf, highest + jnp.log(total))
+        exists = head < heads
+        plt.store(
+            out_ref.at[row, head[:, None], dims[None, :]], out.astype(out_ref.dtype), mask=exists[:, None]
+        )
+        plt.store(lse_ref.at[row, head], lse, mask=exists)
+
+
+# --- the KV write ------------------------------------------------------------------------------------------
+
+
+def _write_kernel(page_ref, offset_ref, k_ref, v_ref, _k_pages, _v_pages, k_pages_ref, v_pages_ref) -> None:
+    row = pl.program_id(0)
+    page, offset = page_ref[row], offset_ref[row]
+    num_pages, kv_heads, _, head_dim = k_pages_ref.shape
+    padded = pl.next_power_of_2(kv_heads)
+    head = jnp.arange(padded, dtype=jnp.int32)[:, None]
+    dims = jnp.arange(head_dim, dtype=jnp.int32)[None, :]
+    exists = jnp.broadcast_to(head < kv_heads, (padded, head_dim))
+
+    @pl.when((page >= 0) & (page < num_pages))
+    def _() -> None:
+        for new_ref, pages_ref in ((k_ref, k_pages_ref), (v_ref, v_pages_ref)):
+            new = new_ref[row, jnp.minimum(head, kv_heads - 1), dims].astype(pages_ref.dtype)
+            plt.store(pages_ref.at[page, head, offset, dims], new, mask=exists)

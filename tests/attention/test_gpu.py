@@ -1,0 +1,168 @@
+"""The GPU kernels, interpreted on CPU: the same code, tile by tile. And that they still lower for CUDA."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from random import Random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import attention
+from attention import Read, TileCapacity, gpu, shared_prefix_attention, write_kv
+from tests.attention.dense import make_case
+from tests.attention.forest import Forest, forests, mixed_reads
+
+BACKEND = "gpu-interpreted"
+case = partial(make_case, backend=BACKEND)
+
+
+def groups_of_branches(groups: int, width: int, prefix: int, tails: list[int], page_size: int) -> list[Read]:
+    """Decode rows of `groups` requests with `width` branches each; a branch reads at least its own row."""
+    forest = Forest(page_size=page_size, stride=1237, num_pages=2**15)
+    for group in range(groups):
+        trunk = [forest.segment(prefix)] if prefix else []
+        for branch in range(width):
+            tail = tails[(group * width + branch) % len(tails)]
+            # A branch that has nothing of its own yet decodes the prefix's last token.
+            context, own = (trunk, forest.segment(tail)) if tail or not prefix else ([], trunk[0])
+            forest.leaves.append((context, own, 1))
+    return forest.reads
+
+
+# groups, width, prefix, tails, GQA, page size, head size: what issue and field know as the hard edges.
+MATRIX = list(
+    product(
+        [1, 2, 3, 8],
+        [1, 2, 5, 16, 33],
+        [0, 1, 15, 16, 17, 511],
+        [[0], [1], [16], [37], [300, 1, 64, 17, 255]],
+        [1, 2, 5, 8],
+        [16, 64],
+        [64, 128],
+    )
+)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_groups_of_branches_agree_with_brute_force(seed: int) -> None:
+    groups, width, prefix, tails, gqa, page_size, head_dim = Random(seed).choice(MATRIX)
+    if not prefix and tails == [0]:
+        tails = [1]
+    reads = groups_of_branches(groups, width, prefix, tails, page_size)
+    dtype = jnp.bfloat16 if seed % 2 else np.float32
+    out, lse = case(
+        reads, page_size=page_size, kv_heads=2, group=gqa, head_dim=head_dim, dtype=dtype, seed=seed
+    ).errors(BACKEND)
+    assert out < (3e-3 if seed % 2 else 2e-6)
+    assert lse < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "page_size", "head_dim", "dtype"),
+    [
+        (3, 1, 16, 64, np.float32),
+        (1, 5, 64, 16, np.float32),
+        (1, 8, 16, 128, jnp.bfloat16),
+        (2, 2, 128, 32, jnp.bfloat16),
+    ],
+)
+def test_trees_and_prompt_chunks_agree_with_brute_force(
+    kv_heads: int, group: int, page_size: int, head_dim: int, dtype: type
+) -> None:
+    reads = mixed_reads(page_size)
+    out, lse = case(
+        reads, page_size=page_size, kv_heads=kv_heads, group=group, head_dim=head_dim, dtype=dtype
+    ).errors(BACKEND)
+    assert out < (2e-6 if dtype is np.float32 else 3e-3)
+    assert lse < 5e-6
+
+
+@given(forests(page_sizes=(4,)))
+@settings(max_examples=20, deadline=None)
+def test_random_trees_agree_with_brute_force(forest: Forest) -> None:
+    tiling = replace(gpu.tiling(heads=4, kv_heads=2, page_size=4), workers=16)
+    capacity = TileCapacity.for_bucket(256, forest.num_pages, tiling, pages_per_read=64)
+    made = case(forest.reads, page_size=4, capacity=capacity, num_pages=forest.num_pages)
+    assert max(made.errors(BACKEND)) < 5e-6
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 60.0])
+def test_equal_and_extreme_scores_are_safe(magnitude: float) -> None:
+    """60: the scores are normal with that deviation, so nearly all weight is on one position."""
+    out, lse = case(mixed_reads(16), page_size=16, magnitude=magnitude).errors(BACKEND)
+    assert out < 2e-5
+    assert lse < 1e-4
+
+
+@pytest.mark.parametrize("workers", [2, 64, 4096])
+def test_splits_change_nothing(workers: int) -> None:
+    reads = groups_of_branches(1, 5, 511, [300, 1, 64, 17, 255], 16)
+    tiling = replace(gpu.tiling(heads=4, kv_heads=2, page_size=16), workers=workers)
+    capacity = TileCapacity.for_bucket(8, 256, tiling)
+    made = case(reads, page_size=16, capacity=capacity, num_pages=256)
+    assert (int(made.work.num_tiles) > 10) == (workers > 32)
+    assert max(made.errors(BACKEND)) < 2e-6
+
+
+def test_no_work_gives_zeros() -> None:
+    assert case([], page_size=16).errors(BACKEND) == (0, 0)
+
+
+def test_what_the_kernels_cannot_do_is_refused() -> None:
+    capacity = attention.capacity(BACKEND, 4, 8, heads=2, kv_heads=2, page_size=16)
+    q, pages = jnp.zeros((4, 2, 48)), jnp.zeros((8, 2, 16, 48))
+    with pytest.raises(ValueError, match="head_dim, not 48"):
+        shared_prefix_attention(q, pages, pages, capacity.empty(), scale=1.0, backend=BACKEND)
+    assert not gpu.supports(48)
+    q, pages = jnp.zeros((4, 2, 32)), jnp.zeros((8, 2, 24, 32))
+    with pytest.raises(ValueError, match="page_size, not 24"):
+        shared_prefix_attention(q, pages, pages, capacity.empty(), scale=1.0, backend=BACKEND)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 3])
+def test_keys_and_values_are_written_to_their_slots_and_nowhere_else(kv_heads: int) -> None:
+    shape = (6, kv_heads, 16, 32)
+    k, v = (jax.random.normal(jax.random.key(seed), (3, kv_heads, 32)) for seed in (1, 2))
+    page, offset = jnp.array([4, 6, 0], jnp.int32), jnp.array([3, 1, 2], jnp.int32)
+    written = write_kv(jnp.ones(shape), jnp.ones(shape), k, v, page, offset, backend=BACKEND)
+    for pages, rows in zip(written, (k, v), strict=True):
+        expected = np.ones(shape, np.float32)
+        expected[4, :, 3], expected[0, :, 2] = rows[0], rows[2]  # page 6 is not in the pool
+        np.testing.assert_array_equal(pages, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_the_kernels_lower_for_cuda_without_a_gpu(page_size: int, dtype: type) -> None:
+    """No PTX is made here; this notices a JAX whose Pallas no longer takes what the kernels are made of."""
+    rows, heads, kv_heads, head_dim, num_pages = 16, 40, 8, 128, 64
+    tiles = attention.capacity(
+        "gpu", rows, num_pages, heads=heads, kv_heads=kv_heads, page_size=page_size
+    ).empty()
+    pool = jax.ShapeDtypeStruct((num_pages, kv_heads, page_size, head_dim), dtype)
+    new = jax.ShapeDtypeStruct((rows, kv_heads, head_dim), dtype)
+    index = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+    def layer(q, k_pages, v_pages, k, v, page, offset, tiles):
+        pools = write_kv(k_pages, v_pages, k, v, page, offset, backend="gpu")
+        return shared_prefix_attention(q, *pools, tiles, scale=0.1, backend="gpu"), pools
+
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    q = jax.ShapeDtypeStruct((rows, heads, head_dim), dtype)
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        # Triton is announced to leave Pallas some day: docs/gpu-attention.md.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        exported = jax.export.export(jax.jit(layer), platforms=["cuda"], disabled_checks=unchecked)(
+            q, pool, pool, new, new, index, index, tiles
+        )
+    text = exported.mlir_module()
+    assert text.count("__gpu$xla.gpu.triton") == 3
