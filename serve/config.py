@@ -57,7 +57,7 @@ class ServerConfig:
     """Most requests waiting to start."""
 
     max_branches: int = 64
-    """Most branches of one request, all stages together."""
+    """Most branches of one request, all stages together; where the model forks, of each fork."""
     max_depth: int = 4
     """Deepest nesting of forks."""
     max_logit_bias: int = 64

@@ -14,9 +14,10 @@ import pytest
 
 from scheduler.events import StageFinished, StageStarted, TokenEmitted
 from scheduler.program import MULTIVERSE, TagProgram
-from scheduler.request import FinishReason, Request, SamplingParams, Stopping
-from tests.scheduler.alphabet import EOS, ID, Alphabet, tokens
-from tests.scheduler.symbolic import Path, SymbolicModel
+from scheduler.request import FinishReason, Request, Stopping
+from tests.scheduler.alphabet import EOS, Alphabet, tokens
+from tests.scheduler.scripted import Scripted, numbers, outlines
+from tests.scheduler.symbolic import Path
 from tests.scheduler.world import Setting, World, assert_says, serve
 
 BRANCH_CLOSED, CONTEXT, ENDED, FORKED, MAX_TOKENS, STOPPED = (
@@ -28,7 +29,6 @@ BRANCH_CLOSED, CONTEXT, ENDED, FORKED, MAX_TOKENS, STOPPED = (
     FinishReason.STOP,
 )
 CODEC = Alphabet()
-NEWLINE = ID["\n"]
 PROGRAM = TagProgram(
     grammar=MULTIVERSE,
     stopping=Stopping(max_tokens=60, eos_ids=frozenset({EOS})),
@@ -38,36 +38,6 @@ PROGRAM = TagProgram(
 )
 PLAN = "<Goal><Outline>1:a<Outline>2:b</Goal>"
 """Two outlines, 1 and 2: the trunk's first text in most cases."""
-
-
-class Scripted(SymbolicModel):
-    """Says given texts: a branch, by its path, has one to begin with and one after each join.
-
-    When a text is over it goes on with "d". No text holds a newline: one that was fed ends the server's own.
-    """
-
-    def __init__(self, texts: Mapping[Path, Iterable[str]]) -> None:
-        super().__init__((ID["d"],))
-        self._texts = {path: [tokens(text) for text in said] for path, said in texts.items()}
-        self._begun: dict[Path, list[int]] = {}
-
-    def choose(
-        self,
-        read: int,
-        fed: int,
-        path: Path,
-        position: int,
-        sampling: SamplingParams,
-        given: Iterable[int],
-        generated: Iterable[int],
-    ) -> int:
-        begun = self._begun.setdefault(path, [position])
-        if fed == NEWLINE and position > begun[-1]:
-            begun.append(position)
-        texts = self._texts.get(path, [])
-        text = texts[len(begun) - 1] if len(begun) <= len(texts) else ()
-        index = position - begun[-1]
-        return text[index] if index < len(text) else ID["d"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +127,25 @@ def test_a_model_that_opens_forks_for_ever_is_stopped_by_max_tokens() -> None:
     assert found.ends[()][-1] is MAX_TOKENS
 
 
+def test_a_plan_that_opens_nothing_does_not_keep_the_next_one_from_opening() -> None:
+    found = answered({(): ["<Goal>a</Goal>" + PLAN, "$"], **GOOD})
+    assert found.ends[()] == [FORKED, ENDED]
+    assert found.ends["1",] == [BRANCH_CLOSED]
+
+
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_a_caller_that_hangs_up_in_the_middle_of_a_fork_leaves_nothing_behind(in_flight: int) -> None:
+    world = World(Setting(policy="eager", in_flight=in_flight), Scripted({(): [PLAN]}))
+    world.add(Request(id="r", prompt=tokens("a"), program=PROGRAM))
+    while not any(entry.branch for plan in world.plans for entry in plan.entries):
+        world.step()
+        assert len(world.plans) < 50
+    assert world.pool.owned > 0
+    world.cancel("r")
+    world.check_drained()
+    world.run([])
+
+
 # --- outlines ------------------------------------------------------------------------------------------
 
 
@@ -183,15 +172,6 @@ def test_outlines_with_the_same_number_are_two_branches() -> None:
     world = serve([request], Setting(), Scripted(texts))
     (born,) = [event.branches for event in world.events["r"] if isinstance(event, StageStarted)][1:2]
     assert [(info.branch, info.label) for info in born] == [(1, "1"), (2, "1")]
-
-
-def outlines(count: int) -> str:
-    return "<Goal>" + "".join(f"<Outline>{number}:" for number in numbers(count)) + "</Goal>"
-
-
-def numbers(count: int) -> list[str]:
-    """So many different labels of the digits that the alphabet has."""
-    return [f"{a}.{b}.{c}.{d}" for a in "123" for b in "123" for c in "123" for d in "123"][:count]
 
 
 def test_exactly_as_many_outlines_as_allowed_all_open() -> None:
