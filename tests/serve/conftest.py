@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import pytest
 
-from serve.runner import Runner
+from model.checkpoint import load_model
+from serve.runner import Runner, RunnerConfig
 from tests.serve.lab import tiny_runner
 
 BUCKETS = (3, 8, 16, 32)
@@ -20,3 +21,14 @@ def exact_runner() -> Runner:
 @pytest.fixture(scope="session")
 def runner() -> Runner:
     return tiny_runner(jnp.float32, BUCKETS)
+
+
+@pytest.fixture(scope="session")
+def default_runner() -> Runner:
+    """The default model, the one that forks by itself."""
+    runner = Runner(
+        load_model("default", jnp.float32),
+        RunnerConfig(num_pages=1024, page_size=16, buckets=(16, 64), num_slots=128, backend="xla"),
+    )
+    runner.compile()
+    return runner

@@ -171,9 +171,9 @@ def run(
     scheduler = Scheduler(
         SchedulerConfig(
             **{
-                "num_pages": NUM_PAGES,
-                "page_size": PAGE_SIZE,
-                "num_slots": NUM_SLOTS,
+                "num_pages": runner.config.num_pages,
+                "page_size": runner.config.page_size,
+                "num_slots": runner.config.num_slots,
                 "max_context": runner.model_config.max_context,
             }
             | settings
@@ -205,4 +205,5 @@ def run(
     assert not failures, failures
     assert finished, f"still running: {left}"
     scheduler.check()
+    assert scheduler.pool.owned == 0, "pages are left over"
     return record

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import pytest
 
-from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.tiny.layout import Rows, Tokens, lay_out, pack
 from model.tiny.lessons import FOLDER, prompt, tokenizer
@@ -21,23 +20,8 @@ from model.tiny.tasks import Fork, Task, transcript
 from scheduler.events import Event, StageFinished, StageStarted, TokenEmitted
 from scheduler.program import MULTIVERSE, TagProgram
 from scheduler.request import FinishReason, Request, Slo, Stopping
-from serve.runner import Runner, RunnerConfig
+from serve.runner import Runner
 from tests.serve.lab import Answer, Run, run
-
-PAGE_SIZE = 16
-NUM_PAGES = 1024
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Runner:
-    runner = Runner(
-        load_model("default", jnp.float32),
-        RunnerConfig(
-            num_pages=NUM_PAGES, page_size=PAGE_SIZE, buckets=(16, 64), num_slots=128, backend="xla"
-        ),
-    )
-    runner.compile()
-    return runner
 
 
 def request(index: int, task: Task) -> Request:
@@ -50,7 +34,6 @@ def request(index: int, task: Task) -> Request:
 
 def serve(runner: Runner, tasks: Sequence[Task], **settings: object) -> Run:
     requests = [request(index, task) for index, task in enumerate(tasks)]
-    settings = {"num_pages": NUM_PAGES, "page_size": PAGE_SIZE, "num_slots": 128} | settings
     return run(runner, requests, codec=tokenizer(), **settings)
 
 
@@ -65,8 +48,8 @@ def tasks(request: pytest.FixtureRequest) -> list[Task]:
 
 
 @pytest.fixture(scope="module")
-def served(tiny: Runner, tasks: list[Task]) -> Run:
-    return serve(tiny, tasks, policy="taper")
+def served(default_runner: Runner, tasks: list[Task]) -> Run:
+    return serve(default_runner, tasks, policy="taper")
 
 
 def test_answers_to_held_out_questions_are_right(served: Run, tasks: list[Task]) -> None:
@@ -84,15 +67,15 @@ def test_branches_close_with_their_tag_and_the_answer_with_the_end_of_the_turn(s
 
 @pytest.mark.parametrize("policy", ["off", "cap:2", "eager"])
 def test_every_policy_gives_the_same_tokens(
-    tiny: Runner, served: Run, tasks: list[Task], policy: str
+    default_runner: Runner, served: Run, tasks: list[Task], policy: str
 ) -> None:
-    assert serve(tiny, tasks, policy=policy).answers() == served.answers()
+    assert serve(default_runner, tasks, policy=policy).answers() == served.answers()
 
 
 def test_preemption_and_a_limit_of_sixteen_rows_change_no_token(
-    tiny: Runner, served: Run, tasks: list[Task]
+    default_runner: Runner, served: Run, tasks: list[Task]
 ) -> None:
-    record = serve(tiny, tasks, policy="eager", num_pages=208, buckets=(16,))
+    record = serve(default_runner, tasks, policy="eager", num_pages=208, buckets=(16,))
     assert record.preemptions() > 0
     assert max(sum(entry.rows for entry in plan.entries) for plan in record.plans) <= 16
     assert record.answers() == served.answers()
