@@ -6,7 +6,7 @@ and every run of pages shared by a run of rows becomes one work item: shared pag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -168,7 +168,7 @@ class PageLists:
         own = np.array([read.own_pages for read in reads])
         ordinal = np.array([read.ordinal for read in reads])
         count = np.array([len(read.pages) for read in reads])
-        if count.tolist() != [len(read.valid) for read in reads]:
+        if count.sum() != sum([len(read.valid) for read in reads]):
             raise ValueError("every page of a Read needs its valid count, and only those")
         if (own < 1).any() or (own > count).any() or (rows < 1).any() or (ordinal < 0).any():
             raise ValueError("a Read needs 1 <= own_pages <= len(pages), rows >= 1 and ordinal >= 0")
@@ -205,11 +205,13 @@ class PageLists:
 
         Page lists are put in lexicographic order, as bytes. Only leading pages that are seen whole count.
         """
-        nodes = (self.pages.astype(np.int64) << 8 | self.valid).astype(">i8").tobytes()
-        starts, stops = (8 * self.offset).tolist(), (8 * (self.offset + self.whole)).tolist()
+        width = 4 if self.pages.max() < 2**23 else 8
+        nodes = self.pages.astype(f"i{width}") << 8 | self.valid
+        nodes = nodes.astype(f">i{width}").tobytes()
+        starts, stops = (width * self.offset).tolist(), (width * (self.offset + self.whole)).tolist()
         keys = [nodes[start:stop] for start, stop in zip(starts, stops, strict=True)]
         order = sorted(range(len(keys)), key=keys.__getitem__)
-        return np.array(order, np.int64), np.fromiter(_overlaps(map(keys.__getitem__, order)), np.int64)
+        return np.array(order), np.array(_overlaps([keys[read] for read in order], width))
 
     def take(self, order: np.ndarray) -> PageLists:
         return replace(
@@ -234,19 +236,20 @@ class PageLists:
         return causal
 
 
-def _overlaps(keys: Iterable[bytes]) -> Iterator[int]:
-    """How many leading words of eight bytes each key has in common with the one before it."""
-    previous = common = b""
+def _overlaps(keys: list[bytes], width: int) -> list[int]:
+    """How many leading words of `width` bytes each key has in common with the one before it."""
+    overlaps, depth, previous, common = [], 0, b"", b""
     for key in keys:
-        depth = len(common)
         # Mostly as many as the last two had.
-        if not key.startswith(common) or key[depth : depth + 8] == previous[depth : depth + 8]:
+        end = depth + width
+        if not key.startswith(common) or key[depth:end] == previous[depth:end]:
             size = min(len(key), len(previous))
             differ = int.from_bytes(key[:size]) ^ int.from_bytes(previous[:size])
-            depth = (8 * size - differ.bit_length()) // 64 * 8
+            depth = (size - (differ.bit_length() + 7) // 8) // width * width
             common = key[:depth]
-        yield depth // 8
+        overlaps.append(depth // width)
         previous = key
+    return overlaps
 
 
 def _tree_nodes(shared: np.ndarray, count: np.ndarray) -> Iterator[tuple[int, int, int, int]]:

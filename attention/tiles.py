@@ -61,9 +61,10 @@ class Tiling:
         """Cost of a row's partial result: of its query heads per KV head, 16 of which fill a narrow tile."""
         return COSTS.partial * (16 // self.narrow_rows)
 
-    def page_seconds(self, rows: np.ndarray) -> np.ndarray:
-        """What a tile of so many rows needs for a page, with one head."""
-        return np.where(rows > self.narrow_rows, COSTS.wide_token, COSTS.narrow_token) * self.page_size
+    def block_seconds(self, rows: np.ndarray) -> np.ndarray:
+        """What a tile of so many rows takes a worker for a block, of one head."""
+        tokens = self.block_pages * self.page_size
+        return tokens * np.where(rows > self.narrow_rows, COSTS.wide_token, COSTS.narrow_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ class TileList(NamedTuple):
                  the other rows' follow
     page_ids     page of each reference; tiles may share references
     page_sees    who sees what of it, packed (`pack_sees`); of masked references only
-    row_parts    first entry in part_slots, count: the row's partial results; -1 where a tile is final
+    row_parts    first entry in part_slots, count: the row's partial results; none where a tile is final
     part_slots   slots to merge, row by row
     """
 
@@ -192,10 +193,11 @@ def plan_tiles(reads: Sequence[Read], capacity: TileCapacity) -> tuple[Int[np.nd
     check_fits("rows", int(pieces.row_end[-1]), capacity.rows)
 
     tiles = _Tiles.of(pieces, _cut(pieces, tiling), tiling)
+    if len(tiles.page_ids) > capacity.page_refs:
+        tiles = _Tiles.of(pieces, _cut_least(pieces, tiling), tiling)
     check_fits("tiles", len(tiles.row), capacity.tiles)
     check_fits("page references", len(tiles.page_ids), capacity.page_refs)
-    parts = _split(tiles, capacity)
-    parts.write(tiles, tiling, out)
+    _split(tiles, capacity).write(tiles, out)
     return order, out
 
 
@@ -241,26 +243,35 @@ class _Pieces:
 def _cut(pieces: _Pieces, tiling: Tiling) -> np.ndarray:
     """The first piece of every tile, by predicted cost.
 
-    A wide tile reads what its rows share once, but takes longer than a narrow one for every page. So rows
-    that share much are put into wide tiles and the others into narrow ones, which cost them nothing.
+    A wide tile reads what its rows share once, but takes longer than narrow ones for every page. So rows go
+    into wide tiles where they share much beside what they have alone, and into narrow ones where they do not.
     """
     rows, shared = pieces.row_end - pieces.row, pieces.shared
-    narrow, wide = COSTS.narrow_token * tiling.page_size, COSTS.wide_token * tiling.page_size
-    saved = wide * shared + COSTS.tile
-    lost = np.where(rows > tiling.narrow_rows, 0, (wide - narrow) * pieces.count)
-    gains = np.maximum(saved, np.append(saved[1:], 0)) > lost
-    first = _pack(pieces, np.append(False, gains[1:] & gains[:-1]), saved, tiling.wide_rows)
+    page = COSTS.narrow_token * tiling.page_size
+    more = COSTS.wide_token * tiling.page_size - page
+    again = np.where(shared > 0, page * shared + COSTS.tile, 0)  # to cut here
+    alone = pieces.count - np.maximum(shared, np.append(shared[1:], 0))
+    small = rows <= tiling.narrow_rows
+    joins = ~small | (np.maximum(again, np.append(again[1:], 0)) > tiling.narrow_rows * more * alone)
+    first = _pack(pieces, np.append(False, joins[1:] & joins[:-1]), again, tiling.wide_rows)
 
-    # What a wide tile loses to narrow ones of a row each.
+    # A tile stays if what narrow ones would read again costs more than what a wide one takes longer.
     start = np.flatnonzero(first)
-    tile_rows = np.add.reduceat(rows, start)
-    balance = np.add.reduceat(np.where(first, 0, saved) - lost, start)
-    loses = (tile_rows > tiling.narrow_rows) & (balance < 0)
-    apart = ~gains | np.repeat(loses, np.diff(np.append(start, len(rows))))
+    size = np.diff(np.append(start, len(rows)))
+    inner, cuts = np.where(first, 0, shared), np.ceil(np.add.reduceat(rows, start) / tiling.narrow_rows) - 1
+    saved = cuts * np.add.reduceat(np.where(first, 0, again), start) / np.maximum(size - 1, 1)
+    stays = saved >= more * np.add.reduceat(pieces.count - inner, start)
+    apart = small & ~(joins & np.repeat(stays, size))
     if apart.any():
-        link = np.append(False, apart[1:] & apart[:-1])
-        first = np.where(apart, _pack(pieces, link, saved, tiling.narrow_rows), first)
+        narrow = _pack(pieces, np.append(False, apart[1:] & apart[:-1]), again, tiling.narrow_rows)
+        first = np.where(apart | np.append(False, apart[:-1]), narrow, first)
     return np.flatnonzero(first)
+
+
+def _cut_least(pieces: _Pieces, tiling: Tiling) -> np.ndarray:
+    """The first piece of every tile so that page references are few: all that share are together."""
+    link = pieces.shared > 0
+    return np.flatnonzero(_pack(pieces, link, tiling.page_size * pieces.shared + 1.0, tiling.wide_rows))
 
 
 def _pack(pieces: _Pieces, link: np.ndarray, cost: np.ndarray, most_rows: int) -> np.ndarray:
@@ -271,7 +282,8 @@ def _pack(pieces: _Pieces, link: np.ndarray, cost: np.ndarray, most_rows: int) -
     first = ~link | (pieces.shared == 0)
     start = np.flatnonzero(first)
     end = np.append(start[1:], len(first))
-    for run in np.flatnonzero(pieces.row_end[end - 1] - pieces.row[start] > most_rows).tolist():
+    long = (pieces.row_end[end - 1] - pieces.row[start] > most_rows) & (end - start > 1)
+    for run in np.flatnonzero(long).tolist():
         inside = slice(start[run], end[run])
         start_row, end_row, costs = (values[inside].tolist() for values in (pieces.row, pieces.row_end, cost))
         cuts = _cheapest_cuts(start_row, end_row, costs, most_rows)
@@ -307,7 +319,8 @@ def _cheapest_cuts(start: list[int], end: list[int], cost: list[float], most_row
 class _Tiles:
     """Tiles before any is split. Ranges of page references are [first, end).
 
-    sees_*  who sees what of the references from masked[0, 0] on; rows are counted from the tile's first
+    sees_*  who sees what of the masked references, all tiles' end to end; rows are counted from the tile's
+            first
     """
 
     row: np.ndarray
@@ -322,76 +335,95 @@ class _Tiles:
 
     @classmethod
     def of(cls, pieces: _Pieces, first: np.ndarray, tiling: Tiling) -> _Tiles:
-        lists, pages = pieces.lists, len(pieces.row)
-        last = np.append(first[1:], pages) - 1
-        tile = np.repeat(np.arange(len(first)), last - first + 1)
-        inside = np.where(np.arange(pages) == first[tile], pieces.whole, pieces.shared)
-        common = np.minimum.reduceat(inside, first)
+        lists = pieces.lists
+        last = np.append(first[1:], len(pieces.row)) - 1
+        inner = pieces.shared.copy()
+        inner[first] = pieces.whole[first]
+        common = np.minimum.reduceat(inner, first)
+        partial = np.flatnonzero(lists.valid < tiling.page_size)
 
-        # Full pages seen by all rows of a tile: a tile whose list continues a neighbour's shares it.
-        overlap = np.minimum(np.minimum(common, np.roll(common, 1)), pieces.shared[first])
-        overlap[0] = 0
-        index = np.arange(len(first))
-        up = np.append(overlap[1:] == common[:-1], False)
-        down = ~up & (overlap == common) & ~np.roll(up, 1) & (index > 0)
-        next_not_up = np.minimum.accumulate(np.where(up, len(up), index)[::-1])[::-1]
-        leader = np.where(up, next_not_up, np.maximum.accumulate(np.where(down, 0, index)))
-        partial = np.flatnonzero(lists.valid != tiling.page_size)
+        # Leading pages of the tiles' lists that all of their rows see whole: in whole if full, else masked.
         offset = pieces.offset[first]
-        partial_first = np.searchsorted(partial, offset)
-        partial_count = np.searchsorted(partial, offset + common) - partial_first
-        full = common - partial_count
-        own = np.flatnonzero(leader == index)
-        list_end = np.cumsum(full[own])
-        whole_start = (list_end - full[own])[np.searchsorted(own, leader)]
-        candidates = ragged_ranges(offset[own], common[own])
-        whole_refs = candidates[lists.valid[candidates] == tiling.page_size]
+        bounds = np.searchsorted(partial, np.stack([offset, offset + common]))
+        part_full = bounds[1] - bounds[0]
+        full = common - part_full
+        leader = _leaders(common, pieces.shared[first])
+        own = np.flatnonzero(leader == np.arange(len(first)))
+        end = np.cumsum(full[own])
+        whole = (end - full[own])[np.searchsorted(own, leader)]
+        listed = ragged_ranges(offset[own], common[own])
+        listed = listed[lists.valid[listed] == tiling.page_size]
 
-        # The other pages, each with the pieces of the tile that read it.
-        start = np.where(np.arange(pages) == first[tile], common[tile], pieces.shared)
-        new = pieces.count - start
-        piece = np.concatenate([np.repeat(first, partial_count), np.repeat(np.arange(pages), new)])
+        # Their other pages, in tree order.
+        depth = pieces.shared.copy()
+        depth[first] = common
+        new = pieces.count - depth
+        piece = np.concatenate([np.repeat(first, part_full), np.repeat(np.arange(len(new)), new)])
         refs = np.concatenate(
-            [partial[ragged_ranges(partial_first, partial_count)], ragged_ranges(pieces.offset + start, new)]
+            [partial[ragged_ranges(bounds[0], part_full)], ragged_ranges(pieces.offset + depth, new)]
         )
-        by_piece = np.argsort(piece, kind="stable")
-        piece, refs = piece[by_piece], refs[by_piece]
-        depth = refs - pieces.offset[piece]
-        end = piece + 1
-        tile_end = last[tile[piece]] + 1
-        while True:
-            more = (end < tile_end) & (pieces.shared[np.minimum(end, pages - 1)] > depth)
-            if not more.any():
-                break
-            end += more
-        tile_row = pieces.row[first]
-        ref_row = tile_row[tile[piece]]
-        causal = np.full(len(refs), NO_LIMIT)
-        cut = np.flatnonzero(depth >= pieces.whole[piece])
-        own_piece = piece[cut]
-        position = lists.positions_before(pieces.read[own_piece], depth[cut])
-        lag = pieces.row[own_piece] - ref_row[cut]
-        causal[cut] = pieces.seen[own_piece] - 1 - position - lag
-        causal = np.minimum(causal, NO_LIMIT)
-        valid = lists.valid[refs]
-        masked_count = np.bincount(tile[piece], minlength=len(first))
-        masked_end = len(whole_refs) + np.cumsum(masked_count)
+        if part_full.any():
+            by_piece = np.argsort(piece, kind="stable")
+            piece, refs = piece[by_piece], refs[by_piece]
+        masked_end = len(listed) + np.cumsum(part_full + np.add.reduceat(new, first))
+        row = pieces.row[first]
         return cls(
-            row=tile_row,
-            row_end=pieces.row_end[last],
-            whole=np.stack([whole_start, whole_start + full], 1),
-            masked=np.stack([masked_end - masked_count, masked_end], 1),
-            page_ids=lists.pages[np.concatenate([whole_refs, refs])],
-            sees_valid=valid,
-            sees_first=np.maximum(pieces.row[piece] - ref_row, -causal),
-            sees_end=pieces.row_end[end - 1] - ref_row,
-            sees_causal=causal,
+            row,
+            pieces.row_end[last],
+            np.stack([whole, whole + full], 1),
+            np.stack([np.append(len(listed), masked_end[:-1]), masked_end], 1),
+            lists.pages[np.concatenate([listed, refs])],
+            lists.valid[refs],
+            *_sees(pieces, piece, refs, row, np.repeat(np.arange(len(first)), last - first + 1), last),
         )
+
+
+def _leaders(common: np.ndarray, shared: np.ndarray) -> np.ndarray:
+    """For each tile, the tile whose list begins with its own list: so both can point at the same references.
+
+    The first common[t] pages of tile t are its list, and it shares shared[t] with the tile before it.
+    """
+    index = np.arange(len(common))
+    overlap = np.minimum(np.minimum(common[1:], common[:-1]), shared[1:])
+    up, down = np.zeros_like(common, bool), np.zeros_like(common, bool)
+    up[:-1] = overlap == common[:-1]
+    down[1:] = (overlap == common[1:]) & ~up[1:] & ~up[:-1]
+    # A run of tiles whose lists grow ends at its leader; one whose lists shrink begins there.
+    grown = np.minimum.accumulate(np.where(up, len(up), index)[::-1])[::-1]
+    return np.where(up, grown, np.maximum.accumulate(np.where(down, 0, index)))
+
+
+def _sees(
+    pieces: _Pieces, piece: np.ndarray, refs: np.ndarray, row: np.ndarray, tile: np.ndarray, last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(first row, end, causal) of masked references, given the first piece that sees each.
+
+    Rows are counted from the first of the tile. row, last: each tile's first row and last piece; tile: of
+    each piece.
+    """
+    depth = refs - pieces.offset[piece]
+    row, last = row[tile[piece]], last[tile[piece]]
+    final = piece.copy()  # the last piece that sees the reference
+    more = np.flatnonzero(final < last)
+    while len(more):
+        more = more[pieces.shared[final[more] + 1] > depth[more]]
+        final[more] += 1
+        more = more[final[more] < last[more]]
+
+    first = pieces.row[piece] - row
+    causal = np.full(len(refs), NO_LIMIT)
+    cut = np.flatnonzero(depth >= pieces.whole[piece])
+    if len(cut):
+        own = piece[cut]
+        before = pieces.lists.positions_before(pieces.read[own], depth[cut])
+        causal[cut] = np.minimum(pieces.seen[own] - 1 - before - first[cut], NO_LIMIT)
+        first[cut] = np.maximum(first[cut], -causal[cut])
+    return first, pieces.row_end[final] - row, causal
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """Tiles after splitting, in the order of the tiles. Ranges are [first, end)."""
+    """Tiles after splitting, in the order of the tiles. Ranges of page references are [first, end)."""
 
     tile: np.ndarray
     row: np.ndarray
@@ -399,110 +431,136 @@ class _Parts:
     whole: np.ndarray  # [parts, 2]
     masked: np.ndarray  # [parts, 2]
     blocks: np.ndarray
-    split: np.ndarray  # is the part one of several?
+    slots: np.ndarray  # partial results: the rows of a tile in several parts, else none
+    seconds: np.ndarray  # of a worker
 
     @classmethod
-    def of(cls, tiles: _Tiles, tile: np.ndarray, block: np.ndarray, tiling: Tiling) -> _Parts:
+    def unsplit(cls, tiles: _Tiles, tiling: Tiling) -> _Parts:
+        every = np.arange(len(tiles.row))
+        nothing = np.zeros_like(every)
+        return cls._of(every, tiles.row, tiles.row_end, tiles.whole, tiles.masked, nothing, tiling)
+
+    @classmethod
+    def split(cls, tiles: _Tiles, tile: np.ndarray, block: np.ndarray, tiling: Tiling) -> _Parts:
         """Parts that begin at block `block` of tile `tile`; every tile has one that begins at 0."""
-        size = tiling.block_pages
-        whole, masked = tiles.whole[tile], tiles.masked[tile]
-        whole_blocks = -(-(whole[:, 1] - whole[:, 0]) // size)
-        stop = np.append(np.where(block[1:] > 0, block[1:], 2**30), 2**30)
-        blocks = np.stack([block, stop], 1)
-        whole = np.minimum(whole[:, :1] + blocks * size, whole[:, 1:])
-        masked = np.clip(
-            masked[:, :1] + (blocks - whole_blocks[:, None]) * size, masked[:, :1], masked[:, 1:]
+        size, last = tiling.block_pages, np.append(block[1:] == 0, True)
+        stop = np.where(last, 2**30, np.append(block[1:], 0))
+        bounds = size * np.stack([block, stop], 1)
+        row, row_end, whole, masked = (
+            tiles.row[tile],
+            tiles.row_end[tile],
+            tiles.whole[tile],
+            tiles.masked[tile],
         )
+        bounds_masked = masked[:, :1] + bounds - size * _blocks(whole, size)[:, None]
+        whole = np.minimum(whole[:, :1] + bounds, whole[:, 1:])
+        masked = np.clip(bounds_masked, masked[:, :1], masked[:, 1:])
 
-        first, end = np.zeros_like(tile), tiles.row_end[tile] - tiles.row[tile]
-        some = masked[:, 0] < masked[:, 1]
+        # All rows see whole pages; of the others, perhaps not all see one.
+        some = np.flatnonzero(masked[:, 0] < masked[:, 1])
         starts = masked[some, 0] - tiles.masked[0, 0]
-        only = whole[some, 0] == whole[some, 1]
-        first[some] = np.where(only, np.minimum.reduceat(tiles.sees_first, starts), 0)
-        end[some] = np.where(only, np.maximum.reduceat(tiles.sees_end, starts), end[some])
-        row = tiles.row[tile]
-        blocks = -((whole[:, 0] - whole[:, 1]) // size + (masked[:, 0] - masked[:, 1]) // size)
-        return cls(tile, row + first, row + end, whole, masked, blocks, (block > 0) | (stop < 2**30))
+        none_whole = whole[some, 0] == whole[some, 1]
+        first = np.minimum.reduceat(tiles.sees_first, starts)[none_whole]
+        end = np.maximum.reduceat(tiles.sees_end, starts)[none_whole]
+        some = some[none_whole]
+        row_end[some] = row[some] + end
+        row[some] += first
+        slots = np.where((block > 0) | ~last, row_end - row, 0)
+        return cls._of(tile, row, row_end, whole, masked, slots, tiling)
 
-    @property
-    def slots(self) -> np.ndarray:
-        """Partial results of each part."""
-        return np.where(self.split, self.row_end - self.row, 0)
+    @classmethod
+    def _of(
+        cls,
+        tile: np.ndarray,
+        row: np.ndarray,
+        row_end: np.ndarray,
+        whole: np.ndarray,
+        masked: np.ndarray,
+        slots: np.ndarray,
+        tiling: Tiling,
+    ) -> _Parts:
+        blocks = _blocks(whole, tiling.block_pages) + _blocks(masked, tiling.block_pages)
+        seconds = COSTS.tile + blocks * tiling.block_seconds(row_end - row)
+        return cls(tile, row, row_end, whole, masked, blocks, slots, seconds)
 
-    def costs(self, tiling: Tiling) -> np.ndarray:
-        """Seconds of a worker for each part."""
-        return COSTS.tile + self.blocks * tiling.block_pages * tiling.page_seconds(self.row_end - self.row)
-
-    def seconds(self, tiling: Tiling) -> tuple[float, float]:
-        """Predicted time of a step's attention, and of that if its load were even.
-
-        Where the load is uneven, those who are left at the end have the device to themselves.
-        """
-        cost = self.costs(tiling)
+    def predict(self, tiling: Tiling) -> tuple[float, float]:
+        """Seconds that the parts take together, and that they would take if the load were even."""
         workers = tiling.head_workers
-        mean = (cost.sum() + tiling.partial_seconds * self.slots.sum()) / workers
-        # Of the n * workers + 1 longest parts, some worker gets n + 1.
-        shortest = -np.sort(-cost)[::workers]
-        longest = max(mean, (shortest * np.arange(1, len(shortest) + 1)).max())
+        mean = (self.seconds.sum() + tiling.partial_seconds * self.slots.sum()) / workers
+        # Longest first, as many at a time as there are workers, and the longest to whoever has least.
+        rounds = -(-len(self.seconds) // workers)
+        ranked = np.zeros(rounds * workers)
+        ranked[len(ranked) - len(self.seconds) :] = np.sort(self.seconds)
+        load = np.zeros(workers)
+        for begin in range(len(ranked) - workers, -1, -workers):
+            load = np.sort(load)[::-1] + ranked[begin : begin + workers]
+        longest = max(mean, load.max())
+        # Who is left at the end has more of the memory's bandwidth.
         return mean + COSTS.alone * (longest - mean), mean
 
-    def write(self, tiles: _Tiles, tiling: Tiling, out: TileList) -> None:
-        order = np.argsort(-self.costs(tiling), kind="stable")
-        rows = self.slots[order]
+    def write(self, tiles: _Tiles, out: TileList) -> None:
+        order = np.argsort(-self.seconds, kind="stable")
         count = len(order)
+        rows, slots = (self.row_end - self.row)[order], self.slots[order]
         out.num_tiles[...] = count
         out.tile_rows[:count, 0] = self.row[order]
-        out.tile_rows[:count, 1] = (self.row_end - self.row)[order]
+        out.tile_rows[:count, 1] = rows
         for ours, theirs in ((self.whole, out.tile_whole), (self.masked, out.tile_masked)):
             theirs[:count, 0] = ours[order, 0]
             theirs[:count, 1] = (ours[:, 1] - ours[:, 0])[order]
-        out.tile_slot[:count] = np.where(self.split[order], np.cumsum(rows) - rows, -1)
 
-        slot_row = ragged_ranges(self.row[order], rows)
-        out.part_slots[: len(slot_row)] = np.argsort(slot_row, kind="stable")
-        parts = np.bincount(slot_row, minlength=len(out.row_parts))
-        out.row_parts[:, 0] = np.cumsum(parts) - parts
-        laid_out = np.arange(len(parts)) < tiles.row_end[-1]
-        out.row_parts[:, 1] = np.where(laid_out & (parts == 0), -1, parts)
+        if slots.any():
+            out.tile_slot[:count] = np.where(slots > 0, np.cumsum(slots) - slots, -1)
+            slot_row = ragged_ranges(self.row[order], slots)
+            out.part_slots[: len(slot_row)] = np.argsort(slot_row, kind="stable")
+            parts = np.bincount(slot_row, minlength=len(out.row_parts))
+            out.row_parts[:, 0] = np.cumsum(parts) - parts
+            out.row_parts[:, 1] = parts
 
         out.page_ids[: len(tiles.page_ids)] = tiles.page_ids
-        first = np.repeat(self.row - tiles.row[self.tile], self.masked[:, 1] - self.masked[:, 0])
-        refs = slice(len(tiles.page_ids) - len(first), len(tiles.page_ids))
-        out.page_sees[refs] = pack_sees(
+        # Who sees a page is told from the first row of the part, which may not be the tile's.
+        skipped = np.repeat(self.row - tiles.row[self.tile], self.masked[:, 1] - self.masked[:, 0])
+        out.page_sees[tiles.masked[0, 0] : len(tiles.page_ids)] = pack_sees(
             tiles.sees_valid,
-            tiles.sees_first - first,
-            tiles.sees_end - first,
-            np.minimum(tiles.sees_causal + first, NO_LIMIT),
+            tiles.sees_first - skipped,
+            tiles.sees_end - skipped,
+            np.minimum(tiles.sees_causal + skipped, NO_LIMIT),
         )
 
 
 def _split(tiles: _Tiles, capacity: TileCapacity) -> _Parts:
     """The tiles as they are, or cut for an even load where that is predicted to be faster.
 
-    To cut, the tiles are laid end to end and the line is divided evenly among some or all workers.
+    To cut, the tiles are laid end to end and the line is divided evenly among all or some of the workers.
     """
     tiling = capacity.tiling
-    every = np.arange(len(tiles.row))
-    best = _Parts.of(tiles, every, np.zeros_like(every), tiling)
-    seconds, mean = best.seconds(tiling)
+    best = _Parts.unsplit(tiles, tiling)
+    seconds, mean = best.predict(tiling)
     if seconds < 1.05 * mean:
         return best
-    per_block = tiling.page_seconds(tiles.row_end - tiles.row) * tiling.block_pages
-    blocks = best.blocks
-    end = np.cumsum(blocks * per_block)
-    for workers in {tiling.head_workers // share for share in (1, 2, 3, 4)} - {0, 1}:
-        length = end[-1] / workers
-        cuts = np.arange(1, workers) * length
+    block_seconds = tiling.block_seconds(tiles.row_end - tiles.row)
+    blocks, end = best.blocks, np.cumsum(best.seconds)
+    for share in (1, 2, 3, 4, 6, 8):
+        workers = tiling.head_workers // share
+        if workers < 2:
+            break
+        cuts = np.arange(1, workers) * end[-1] / workers
         tile = np.searchsorted(end, cuts, side="right")
-        block = np.rint((cuts - end[tile]) / per_block[tile]).astype(np.int64) + blocks[tile]
-        # A short end is not worth a part of its own.
-        least = np.maximum(length / 8 / per_block[tile], 1)
-        fair = (block >= least) & (blocks[tile] - block >= least)
-        keys = np.unique(np.concatenate([every << 32, tile[fair] << 32 | block[fair]]))
-        parts = _Parts.of(tiles, keys >> 32, keys & 0xFFFFFFFF, tiling)
-        if len(keys) > capacity.tiles or parts.slots.sum() > capacity.slots:
+        block = blocks[tile] - np.rint((end[tile] - cuts) / block_seconds[tile]).astype(np.int64)
+        # A short end of a tile is not worth a part of its own.
+        least = np.maximum(cuts[0] / 8 / block_seconds[tile], 1)
+        worth = (least <= block) & (block <= blocks[tile] - least)
+        begin = np.unique(np.append(np.arange(len(blocks)) << 32, tile[worth] << 32 | block[worth]))
+        parts = _Parts.split(tiles, begin >> 32, begin & 0xFFFFFFFF, tiling)
+        if len(begin) > capacity.tiles or parts.slots.sum() > capacity.slots:
             continue
-        predicted, _ = parts.seconds(tiling)
-        if predicted < seconds:
-            best, seconds = parts, predicted
+        predicted, _ = parts.predict(tiling)
+        if predicted > seconds:
+            break
+        best, seconds = parts, predicted
     return best
+
+
+def _blocks(refs: np.ndarray, block_pages: int) -> np.ndarray:
+    """Blocks of references in the ranges [first, end)."""
+    return -((refs[:, 0] - refs[:, 1]) // block_pages)
