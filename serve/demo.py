@@ -36,6 +36,7 @@ from serve.client import AsyncClient, Client, Options, Prompt, branch, model_dri
 from serve.commands import Answer, summary
 
 POLICIES = ("off", "eager", "taper")
+SIX_PART_QUESTIONS = 200
 SPEED_TURNS = 3
 CROWD = 8
 SMOLLM2_FOLDER = Path("checkpoints/smollm2")
@@ -93,6 +94,12 @@ def gain(task: Task) -> float:
     """Tokens of the right answer for each position that it takes: what its branches can win at most."""
     laid_out = lay_out("", task.answer, tokenizer().encode)
     return len(laid_out.tokens) / (1 + max(laid_out.positions))
+
+
+def watched_question(seed: int) -> Task:
+    """Of many questions with six parts, the one whose branches can win most."""
+    six = (task for task in questions(seed) if parts(task) == 6)
+    return max(itertools.islice(six, SIX_PART_QUESTIONS), key=gain)
 
 
 def _server_options(model: str) -> list[str]:
@@ -156,8 +163,7 @@ def watch(address: str, options: Options, question: str, console: Console) -> Co
 
 def show_speed(address: str, demo: Demo, console: Console) -> None:
     """One question with six parts, watched; then with branches and without, in turns."""
-    six = itertools.islice((task for task in questions(demo.seed) if parts(task) == 6), 200)
-    task = max(six, key=gain)
+    task = watched_question(demo.seed)
     seconds: dict[str, list[float]] = {"eager": [], "off": []}
     with Client(address) as client:
         client.set_policy("eager")
@@ -172,8 +178,8 @@ def show_speed(address: str, demo: Demo, console: Console) -> None:
         f" {serial:.2f} s with one at a time: {serial / branched:.1f} times as long."
     )
     console.print(
-        f"(Of 200 questions with six parts, it has most to win: {gain(task):.1f} tokens for each position on"
-        " its longest path.)\n"
+        f"(Of {SIX_PART_QUESTIONS} questions with six parts, it has most to win: {gain(task):.1f} tokens for"
+        " each position on its longest path.)\n"
     )
 
 
