@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from dataclasses import replace
 
@@ -10,10 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.layout import Read
-from attention.tiles import TileCapacity, TileList, Tiling, pack_sees, plan_tiles, unpack_sees
+from attention.tiles import COSTS, TileCapacity, TileList, Tiling, pack_sees, plan_tiles, unpack_sees
 from tests.attention.forest import Forest, forests, mixed_reads, positions_seen
 
 NUM_PAGES = 4096  # of a Forest
+
+# groups, width, prefix, tail, query heads per KV head: the shapes that shared-prefix attention is measured at
+MEASURED = [
+    (1, 8, 4096, 256, 8),
+    (1, 32, 4096, 256, 8),
+    (4, 16, 4096, 256, 8),
+    (16, 16, 4096, 512, 8),
+    (32, 8, 4096, 256, 8),
+    (64, 4, 2048, 128, 8),
+    (32, 16, 4096, 64, 8),
+    (1, 128, 8192, 256, 8),
+    (32, 8, 4096, 256, 2),
+    (1, 128, 8192, 256, 2),
+    (64, 1, 0, 4096, 8),
+    (40, 1, 0, 4096, 8),
+]
 
 
 def tiling(
@@ -33,6 +50,20 @@ def tiling(
 def capacity_for(reads: list[Read], cut: Tiling, num_pages: int = NUM_PAGES) -> TileCapacity:
     longest = max(len(read.pages) for read in reads)
     return TileCapacity.for_bucket(sum(read.rows for read in reads), num_pages, cut, pages_per_read=longest)
+
+
+def groups(count: int, width: int, prefix: int, tail: int, page_size: int = 64) -> list[Read]:
+    """Groups of branches that decode: each at the end of a tail of its own, after its group's prefix."""
+    forest = Forest(page_size=page_size, stride=2053, num_pages=8192 * 64 // page_size)
+    for _ in range(count):
+        shared = [forest.segment(prefix)] if prefix else []
+        forest.leaves += [(shared, forest.segment(tail), 1) for _ in range(width)]
+    return forest.reads
+
+
+def references(tiles: TileList) -> int:
+    """How many page references the list has."""
+    return max(int(ranges.sum(1).max()) for ranges in (tiles.tile_whole, tiles.tile_masked))
 
 
 def pages_seen(tiles: TileList, tile: int, page_size: int) -> list[tuple[int, int, int]]:
@@ -90,29 +121,31 @@ def check(reads: list[Read], order: np.ndarray, tiles: TileList, cut: Tiling) ->
     assert written == list(range(len(written)))
     for row, (first, parts) in enumerate(tiles.row_parts.tolist()):
         assert first >= 0
-        merged = tiles.part_slots[first : first + max(parts, 0)].tolist()
-        assert sorted(writers.get(row, [])) == ([-1] if parts < 0 else sorted(merged))
+        merged = tiles.part_slots[first : first + parts].tolist()
+        assert sorted(merged) == sorted(writers[row]) if parts else writers.get(row, [-1]) == [-1]
 
 
-@st.composite
-def tilings(draw: st.DrawFn, page_sizes: tuple[int, ...] = (1, 2, 4)) -> Tiling:
-    page_size = draw(st.sampled_from(page_sizes))
-    return Tiling(
-        page_size=page_size,
-        kv_heads=draw(st.sampled_from([1, 2, 8])),
-        narrow_rows=draw(st.integers(1, 4)),
-        wide_rows=draw(st.sampled_from([4, 5, 8, 12, 64, 128])),
-        block_pages=draw(st.sampled_from([1, 2, 4, 5])),
-        workers=draw(st.sampled_from([1, 7, 64, 264])),
-    )
-
-
-@given(forests(), tilings(), st.randoms(use_true_random=False))
+@given(forests(page_sizes=(1, 2, 4)), st.data())
 @settings(max_examples=150, deadline=None)
 def test_every_row_sees_every_position_that_it_must_once_and_no_other(
-    forest: Forest, cut: Tiling, random
+    forest: Forest, data: st.DataObject
 ) -> None:
-    cut = replace(cut, page_size=forest.page_size)
+    cut = Tiling(
+        page_size=forest.page_size,
+        kv_heads=data.draw(st.sampled_from([1, 2, 8])),
+        narrow_rows=data.draw(st.integers(1, 4)),
+        wide_rows=data.draw(st.sampled_from([4, 5, 8, 12, 64, 128])),
+        block_pages=data.draw(st.sampled_from([1, 2, 4, 5])),
+        workers=data.draw(st.sampled_from([1, 7, 64, 264])),
+    )
+    order, tiles = plan_tiles(forest.reads, capacity_for(forest.reads, cut))
+    check(forest.reads, order, tiles, cut)
+
+
+@given(forests(page_sizes=(16, 64)), st.sampled_from([1, 2, 5, 8]), st.sampled_from([64, 128]))
+@settings(max_examples=40, deadline=None)
+def test_so_it_does_with_the_tiles_of_a_gpu(forest: Forest, group: int, lanes: int) -> None:
+    cut = tiling(group, forest.page_size, lanes=lanes)
     order, tiles = plan_tiles(forest.reads, capacity_for(forest.reads, cut))
     check(forest.reads, order, tiles, cut)
 
@@ -127,9 +160,195 @@ def test_a_step_of_everything_is_covered(page_size: int, group: int, workers: in
     check(reads, order, tiles, cut)
 
 
+@given(forests(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 2, 64]))
+@settings(max_examples=100, deadline=None)
+def test_the_bucket_capacity_always_suffices(forest: Forest, wide_rows: int, workers: int) -> None:
+    cut = Tiling(forest.page_size, 1, 1, wide_rows, block_pages=2, workers=workers)
+    rows = sum(read.rows for read in forest.reads)
+    pages = len({page for read in forest.reads for page in read.pages})
+    longest = max(len(read.pages) for read in forest.reads)
+    for capacity in (
+        TileCapacity.for_bucket(rows, pages, cut),
+        TileCapacity.for_bucket(rows, pages, cut, pages_per_read=longest),
+    ):
+        order, tiles = plan_tiles(forest.reads, capacity)
+        assert sorted(order) == list(range(len(forest.reads)))
+        assert [array.shape for array in tiles] == [array.shape for array in capacity.empty()]
+        assert {array.dtype for array in tiles} == {np.dtype(np.int32)}
+
+
 def test_packed_fields_come_back() -> None:
     fields = np.array([[1, 0, 1, -256], [128, 127, 128, 255], [64, 3, 8, -1], [5, 0, 128, 0]])
     words = pack_sees(*fields.T)
     assert words.dtype == np.int32
     np.testing.assert_array_equal(np.stack(unpack_sees(words), 1), fields)
     np.testing.assert_array_equal(np.stack(unpack_sees(jnp.asarray(words)), 1), fields)
+
+
+def test_nothing_to_read_is_an_empty_list() -> None:
+    order, tiles = plan_tiles([], TileCapacity.for_bucket(8, 16, tiling()))
+    assert len(order) == 0
+    assert tiles.num_tiles == 0
+    assert not tiles.row_parts.any()
+
+
+def plan(reads: list[Read], cut: Tiling) -> TileList:
+    order, tiles = plan_tiles(reads, capacity_for(reads, cut))
+    check(reads, order, tiles, cut)
+    return tiles
+
+
+def test_a_group_is_one_wide_tile_without_partial_results() -> None:
+    tiles = plan(groups(1, 8, prefix=640, tail=100), tiling(workers=1))
+    assert tiles.num_tiles == 1
+    assert tiles.tile_rows[0].tolist() == [0, 8]
+    assert tiles.tile_whole[0].tolist() == [0, 10]
+    assert tiles.tile_masked[0].tolist() == [10, 16]
+    assert tiles.tile_slot[0] == -1
+
+
+def test_rows_that_share_nothing_are_narrow_tiles_of_their_own() -> None:
+    tiles = plan(groups(5, 1, prefix=0, tail=1000), tiling(workers=1))
+    assert tiles.tile_rows[:5].tolist() == [[row, 1] for row in range(5)]
+    assert tiles.tile_whole[:5, 1].tolist() == [15] * 5
+    assert tiles.tile_masked[:5, 1].tolist() == [1] * 5
+
+
+def test_a_group_wider_than_a_tile_lists_its_prefix_once() -> None:
+    tiles = plan(groups(1, 128, prefix=8192, tail=256), tiling(workers=1))
+    assert tiles.num_tiles == 16
+    assert (tiles.tile_whole[:16] == tiles.tile_whole[0]).all()
+    assert references(tiles) == 128 + 128 * 4
+
+
+def test_a_prompt_chunk_lists_its_context_once() -> None:
+    chunk = Read(list(range(40)), [64] * 39 + [4], own_pages=40, rows=500, ordinal=2000)
+    tiles = plan([chunk], tiling(workers=1))
+    count = int(tiles.num_tiles)
+    assert count == 63
+    assert len(set(tiles.tile_whole[:count, 0])) == 1
+    assert tiles.tile_whole[:count, 1].max() == 39
+    assert tiles.tile_masked[:count, 1].max() == 2  # the diagonal: eight rows cross one page border at most
+    assert references(tiles) == 39 + tiles.tile_masked[:count, 1].sum()
+
+
+def test_rows_with_little_in_common_stay_in_narrow_tiles() -> None:
+    cut = tiling(16, workers=1)
+    assert cut.narrow_rows == 1
+    apart, together = (plan(groups(1, 4, prefix=prefix, tail=4096), cut) for prefix in (128, 2048))
+    assert apart.tile_rows[:4].tolist() == [[row, 1] for row in range(4)]
+    assert together.tile_rows[0].tolist() == [0, 4]
+
+
+def test_a_few_that_share_much_are_found_among_many_that_share_little() -> None:
+    """All start with the same system prompt; four groups share much more, the other rows have long tails."""
+    forest = Forest(page_size=64, stride=2053)
+    system = forest.segment(128)
+    for _ in range(4):
+        prefix = forest.segment(1024)
+        forest.leaves += [([system, prefix], forest.segment(70), 1) for _ in range(8)]
+    forest.leaves += [([system], forest.segment(3000), 1) for _ in range(20)]
+    cut = tiling(workers=1)
+    rows = plan(forest.reads, cut).tile_rows[:, 1].tolist()
+    assert sorted(row for row in rows if row) == [2] * 10 + [8] * 4
+
+
+def test_a_run_longer_than_a_tile_is_cut_where_least_is_shared() -> None:
+    forest = Forest(page_size=64, stride=2053)
+    system = forest.segment(128)
+    for width in (5, 3, 6, 2, 7):
+        prefix = forest.segment(640)
+        forest.leaves += [([system, prefix], forest.segment(10), 1) for _ in range(width)]
+    tiles = plan(forest.reads, tiling(workers=1))
+    count = int(tiles.num_tiles)
+    # Ten pages are cut through nowhere: every tile holds whole groups.
+    assert tiles.tile_whole[:count, 1].sum() + tiles.tile_masked[:count, 1].sum() == count * 2 + 5 * 10 + 23
+
+
+def seconds(tiles: TileList, cut: Tiling) -> np.ndarray:
+    """Predicted for every tile."""
+    count = int(tiles.num_tiles)
+    pages = np.stack([tiles.tile_whole[:count, 1], tiles.tile_masked[:count, 1]])
+    blocks = (-(-pages // cut.block_pages)).sum(0)
+    return COSTS.tile + blocks * cut.block_seconds(tiles.tile_rows[:count, 1])
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("lanes", [64, 128])
+@pytest.mark.parametrize(("count", "width", "prefix", "tail", "group"), MEASURED)
+def test_the_load_is_even(
+    count: int, width: int, prefix: int, tail: int, group: int, lanes: int, page_size: int
+) -> None:
+    """As the device runs them: in the list's order, each head of a tile by whichever worker is free."""
+    cut = tiling(group, page_size, lanes=lanes)
+    reads = groups(count, width, prefix, tail, page_size)
+    _, tiles = plan_tiles(reads, capacity_for(reads, cut, num_pages=32768))
+    costs = seconds(tiles, cut)
+    assert (np.diff(costs) <= 0).all()
+    busy_until = [0.0] * cut.workers
+    for cost in costs.repeat(cut.kv_heads):
+        heapq.heapreplace(busy_until, busy_until[0] + cost)
+    assert max(busy_until) < 1.3 * np.mean(busy_until)
+
+
+def test_tiles_that_fill_the_device_evenly_are_not_split() -> None:
+    reads = groups(32, 8, 4096, 256)
+    _, tiles = plan_tiles(reads, capacity_for(reads, tiling()))
+    assert tiles.num_tiles == 32
+    assert not tiles.row_parts.any()
+
+
+def test_a_part_with_one_rows_tail_is_narrow() -> None:
+    tiles = plan(groups(1, 8, prefix=64, tail=640), tiling(workers=8 * 33))
+    count = int(tiles.num_tiles)
+    assert (tiles.tile_slot[:count] >= 0).all()
+    assert 1 in tiles.tile_rows[:count, 1]
+    assert (tiles.row_parts[:8, 1] >= 2).all()
+
+
+@pytest.mark.parametrize(("tiles_more", "slots"), [(32, 10), (3, 264), (0, 264), (32, 0)])
+def test_splitting_is_coarsened_until_it_fits(tiles_more: int, slots: int) -> None:
+    reads, cut = groups(1, 8, prefix=4096, tail=256), tiling()
+    capacity = TileCapacity(8, 1 + tiles_more, page_refs=200, slots=slots, tiling=cut)
+    order, tiles = plan_tiles(reads, capacity)
+    check(reads, order, tiles, cut)
+
+
+def test_rows_share_even_at_a_loss_where_references_are_short() -> None:
+    reads, cut = groups(1, 4, prefix=128, tail=4096), tiling(16, workers=1)
+    order, tiles = plan_tiles(reads, TileCapacity(4, 4, page_refs=2 + 4 * 64, slots=4, tiling=cut))
+    check(reads, order, tiles, cut)
+    assert tiles.num_tiles == 1
+
+
+@pytest.mark.parametrize(
+    ("capacity", "message"),
+    [
+        (TileCapacity(rows=9, tiles=9, page_refs=99, slots=9, tiling=tiling()), "10 rows"),
+        (TileCapacity(rows=10, tiles=1, page_refs=99, slots=9, tiling=tiling()), "2 tiles"),
+        (TileCapacity(rows=10, tiles=9, page_refs=29, slots=9, tiling=tiling()), "30 page references"),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_what_does_not(capacity: TileCapacity, message: str) -> None:
+    reads = groups(2, 5, 640, 64)
+    with pytest.raises(ValueError, match=message):
+        plan_tiles(reads, capacity)
+
+
+def test_a_malformed_read_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"1\.\.64"):
+        plan_tiles([Read([1], [65], 1, 1, 0)], TileCapacity.for_bucket(1, 16, tiling()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"page_size": 256}, "page_size"),
+        ({"wide_rows": 256}, "wide_rows <= 128"),
+        ({"narrow_rows": 16}, "narrow_rows <= wide_rows"),
+        ({"workers": 0}, "workers"),
+    ],
+)
+def test_a_tiling_must_be_possible(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(tiling(), **change)
