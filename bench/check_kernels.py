@@ -156,8 +156,10 @@ def check(
         return_lse=True,
     )
     reference = tree_reference if setup.kind == "tree" else forest_reference
-    wide = [jnp.where(filled[:, None, :, None], x, 0).astype(jnp.float32) for x in (k_pages, v_pages)]
-    right, right_lse = reference(q.astype(jnp.float32) * scale, *wide, inputs, setup)
+    wide_k, wide_v = (
+        jnp.where(filled[:, None, :, None], x, 0).astype(jnp.float32) for x in (k_pages, v_pages)
+    )
+    right, right_lse = reference(q.astype(jnp.float32) * scale, wide_k, wide_v, inputs, setup)
     right = right.reshape(q.shape).at[row_of].get(mode="clip")
     right_lse = right_lse.reshape(q.shape[:2]).at[row_of].get(mode="clip")
 
@@ -268,12 +270,13 @@ def shapes_of(setup: Setup) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
     return jax.ShapeDtypeStruct(q, jnp.bfloat16), jax.ShapeDtypeStruct(pool, jnp.bfloat16)
 
 
-def run_cases(cases: Sequence[Case], matrix: Matrix, backend: str, processes: int) -> np.ndarray:
-    """[cases, 4] what `check` gives of each."""
+def run_cases(
+    cases: Sequence[Case], matrix: Matrix, backend: str, processes: int
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """What `check` gives, [n, 4], of the cases with these indices; one program's cases after another's."""
     by_setup: dict[Setup, list[int]] = {}
     for index, case in enumerate(cases):
         by_setup.setdefault(setup_of(case, matrix, backend), []).append(index)
-    results = np.full((len(cases), 4), np.nan)
     with ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
         planning: Any = threads
@@ -291,9 +294,7 @@ def run_cases(cases: Sequence[Case], matrix: Matrix, backend: str, processes: in
                 for start in range(0, len(mine), CHUNK)
             ]
         for setup, members in by_setup.items():
-            results[members] = run_setup(setup, programs.pop(setup).result(), planned.pop(setup))
-            print(f"{setup}: {len(members)} cases", flush=True)
-    return results
+            yield members, run_setup(setup, programs.pop(setup).result(), planned.pop(setup))
 
 
 def run_setup(setup: Setup, program: Callable[..., Array], planned: Sequence[Future[Any]]) -> np.ndarray:
@@ -374,17 +375,20 @@ def main(arguments: Sequence[str]) -> int:
     cases = list(all_cases(matrix, options.seed))
     if options.sample is not None:
         cases = random.Random(options.seed).sample(cases, options.sample)
-    results = run_cases(cases, matrix, options.backend, options.processes)
-    result = {
-        **hardware.describe("python -m bench.check_kernels"),
-        "backend": options.backend,
-        "seed": options.seed,
-        "seconds": time.perf_counter() - start,
-        **report(cases, results),
-    }
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    head = hardware.describe("python -m bench.check_kernels")
+    head |= {"backend": options.backend, "seed": options.seed, "planned_cases": len(cases)}
+    done: list[Case] = []
+    results = np.zeros((0, 4))
+    result: dict[str, Any] = {}
+    for members, values in run_cases(cases, matrix, options.backend, options.processes):
+        done += [cases[index] for index in members]
+        results = np.concatenate([results, values])
+        seconds = time.perf_counter() - start
+        print(f"[{seconds:6.1f} s] {len(done)} of {len(cases)} cases", flush=True)
+        result = head | {"seconds": seconds} | report(done, results)
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
     print_report(result)
     return int(result["bad"] > 0)
 

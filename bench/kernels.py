@@ -171,10 +171,9 @@ class KernelBench:
         return self.programs[key]
 
     def compile(self, q: Any, pool: Any, work: Any) -> Program:
-        attend = partial(shared_prefix_attention, backend=self.options.backend, scale=q.shape[-1] ** -0.5)
-
-        def once(q: Array, k_pages: Array, v_pages: Array, work: Any) -> Array:
-            return attend(q, k_pages, v_pages, work)
+        scale = q.shape[-1] ** -0.5
+        # Jitted, so that the calls of the loop are traced and lowered once.
+        attend = jax.jit(partial(shared_prefix_attention, backend=self.options.backend, scale=scale))
 
         def loop(q: Array, k_pages: Array, v_pages: Array, works: Sequence[Any]) -> Array:
             def body(_: Any, q: Array) -> Array:
@@ -184,7 +183,7 @@ class KernelBench:
 
             return lax.fori_loop(0, self.trips, body, q)
 
-        once_program = jax.jit(once).lower(q, pool, pool, work).compile()
+        once_program = attend.lower(q, pool, pool, work).compile()
         loop_program = jax.jit(loop).lower(q, pool, pool, [work] * self.sets).compile()
         return Program(once_program, loop_program)
 

@@ -45,7 +45,7 @@ class FlashInfer:
     def __init__(self) -> None:
         self.torch: Any = importlib.import_module("torch")
         self.flashinfer: Any = importlib.import_module("flashinfer")
-        self.workspace = self.torch.empty(WORKSPACE, dtype=self.torch.uint8, device="cuda")
+        self.workspace = self.torch.zeros(WORKSPACE, dtype=self.torch.uint8, device="cuda")
         self.stream = self.torch.cuda.Stream()
         self._wrappers: dict[str, Any] = {}
 
