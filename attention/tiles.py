@@ -103,14 +103,16 @@ class TileCapacity:
         Splitting makes one tile more per cut, and there are fewer cuts than `tiling.head_workers`. A pool
         page is referred to once, once more by each read that sees only a part of it, and once more where a
         run of rows that shares it is cut: two neighbours of such a run have more than `wide_rows` rows.
-        `pages_per_read` (the longest context in pages) bounds that.
+        `pages_per_read` (the longest context in pages) bounds that. Each tile may mask pages that others have
+        as whole ones, to fill a block.
         """
         longest = num_pages if pages_per_read is None else min(num_pages, pages_per_read)
         cuts = min(rows - 1, 2 * rows // (tiling.wide_rows + 1))
         return cls(
             rows=rows,
             tiles=rows + tiling.head_workers,
-            page_refs=min(num_pages + rows + cuts * longest, rows * longest),
+            page_refs=min(num_pages + rows + cuts * longest, rows * longest)
+            + rows * (tiling.block_pages - 1),
             slots=rows + tiling.head_workers * min(rows, tiling.wide_rows),
             tiling=tiling,
         )
@@ -342,11 +344,11 @@ class _Tiles:
         common = np.minimum.reduceat(inner, first)
         partial = np.flatnonzero(lists.valid < tiling.page_size)
 
-        # Leading pages of the tiles' lists that all of their rows see whole: in whole if full, else masked.
+        # Leading pages of the tiles' lists that all of their rows see whole: the full ones are tile_whole.
         offset = pieces.offset[first]
         bounds = np.searchsorted(partial, np.stack([offset, offset + common]))
-        part_full = bounds[1] - bounds[0]
-        full = common - part_full
+        not_full = bounds[1] - bounds[0]
+        full = common - not_full
         leader = _leaders(common, pieces.shared[first])
         own = np.flatnonzero(leader == np.arange(len(first)))
         end = np.cumsum(full[own])
@@ -354,27 +356,37 @@ class _Tiles:
         listed = ragged_ranges(offset[own], common[own])
         listed = listed[lists.valid[listed] == tiling.page_size]
 
-        # Their other pages, in tree order.
+        # The other pages are masked, and full ones that would leave a block unfilled where these have room.
         depth = pieces.shared.copy()
         depth[first] = common
         new = pieces.count - depth
-        piece = np.concatenate([np.repeat(first, part_full), np.repeat(np.arange(len(new)), new)])
-        refs = np.concatenate(
-            [partial[ragged_ranges(bounds[0], part_full)], ragged_ranges(pieces.offset + depth, new)]
-        )
-        if part_full.any():
+        masked = not_full + np.add.reduceat(new, first)
+        size = tiling.block_pages
+        spare = full % size
+        spare[(masked + spare - 1) // size != (masked - 1) // size] = 0
+        full, masked = full - spare, masked + spare
+        piece = np.repeat(np.arange(len(new)), new)
+        refs = ragged_ranges(pieces.offset + depth, new)
+        depth = refs - pieces.offset[piece]
+        if len(refs) < masked.sum():
+            seen_by_all = ragged_ranges(whole + full, spare), ragged_ranges(bounds[0], not_full)
+            piece = np.concatenate([np.repeat(first, spare), np.repeat(first, not_full), piece])
+            refs = np.concatenate([listed[seen_by_all[0]], partial[seen_by_all[1]], refs])
+            depth = np.append(
+                np.zeros(len(piece) - len(depth), np.int64), depth
+            )  # any that all have in common
             by_piece = np.argsort(piece, kind="stable")
-            piece, refs = piece[by_piece], refs[by_piece]
-        masked_end = len(listed) + np.cumsum(part_full + np.add.reduceat(new, first))
-        row = pieces.row[first]
+            piece, refs, depth = piece[by_piece], refs[by_piece], depth[by_piece]
+        end = len(listed) + np.cumsum(masked)
+        tile = np.repeat(np.arange(len(first)), last - first + 1)
         return cls(
-            row,
+            pieces.row[first],
             pieces.row_end[last],
             np.stack([whole, whole + full], 1),
-            np.stack([np.append(len(listed), masked_end[:-1]), masked_end], 1),
+            np.stack([end - masked, end], 1),
             lists.pages[np.concatenate([listed, refs])],
             lists.valid[refs],
-            *_sees(pieces, piece, refs, row, np.repeat(np.arange(len(first)), last - first + 1), last),
+            *_sees(pieces, piece, depth, first[tile[piece]], last[tile[piece]]),
         )
 
 
@@ -394,31 +406,29 @@ def _leaders(common: np.ndarray, shared: np.ndarray) -> np.ndarray:
 
 
 def _sees(
-    pieces: _Pieces, piece: np.ndarray, refs: np.ndarray, row: np.ndarray, tile: np.ndarray, last: np.ndarray
+    pieces: _Pieces, piece: np.ndarray, depth: np.ndarray, tile_first: np.ndarray, tile_last: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(first row, end, causal) of masked references, given the first piece that sees each.
+    """(first row, end, causal) of masked references; rows are counted from the tile's first.
 
-    Rows are counted from the first of the tile. row, last: each tile's first row and last piece; tile: of
-    each piece.
+    piece: the first that sees the page, as the depth-th of its list; tile_first, tile_last: of the tile.
     """
-    depth = refs - pieces.offset[piece]
-    row, last = row[tile[piece]], last[tile[piece]]
-    final = piece.copy()  # the last piece that sees the reference
-    more = np.flatnonzero(final < last)
+    final = piece.copy()  # the last piece that sees the page
+    more = np.flatnonzero(final < tile_last)
     while len(more):
         more = more[pieces.shared[final[more] + 1] > depth[more]]
         final[more] += 1
-        more = more[final[more] < last[more]]
+        more = more[final[more] < tile_last[more]]
 
-    first = pieces.row[piece] - row
-    causal = np.full(len(refs), NO_LIMIT)
+    tile_row = pieces.row[tile_first]
+    first = pieces.row[piece] - tile_row
+    causal = np.full(len(piece), NO_LIMIT)
     cut = np.flatnonzero(depth >= pieces.whole[piece])
     if len(cut):
         own = piece[cut]
         before = pieces.lists.positions_before(pieces.read[own], depth[cut])
         causal[cut] = np.minimum(pieces.seen[own] - 1 - before - first[cut], NO_LIMIT)
         first[cut] = np.maximum(first[cut], -causal[cut])
-    return first, pieces.row_end[final] - row, causal
+    return first, pieces.row_end[final] - tile_row, causal
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ def check(reads: list[Read], order: np.ndarray, tiles: TileList, cut: Tiling) ->
 
 
 @given(forests(page_sizes=(1, 2, 4)), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_every_row_sees_every_position_that_it_must_once_and_no_other(
     forest: Forest, data: st.DataObject
 ) -> None:
@@ -143,7 +143,7 @@ def test_every_row_sees_every_position_that_it_must_once_and_no_other(
 
 
 @given(forests(page_sizes=(16, 64)), st.sampled_from([1, 2, 5, 8]), st.sampled_from([64, 128]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_so_it_does_with_the_tiles_of_a_gpu(forest: Forest, group: int, lanes: int) -> None:
     cut = tiling(group, forest.page_size, lanes=lanes)
     order, tiles = plan_tiles(forest.reads, capacity_for(forest.reads, cut))
@@ -222,7 +222,7 @@ def test_a_group_wider_than_a_tile_lists_its_prefix_once() -> None:
 
 
 def test_a_prompt_chunk_lists_its_context_once() -> None:
-    chunk = Read(list(range(40)), [64] * 39 + [4], own_pages=40, rows=500, ordinal=2000)
+    chunk = Read(list(range(40)), [64] * 39 + [4], own_pages=40, rows=497, ordinal=2003)
     tiles = plan([chunk], tiling(workers=1))
     count = int(tiles.num_tiles)
     assert count == 63
@@ -251,6 +251,19 @@ def test_a_few_that_share_much_are_found_among_many_that_share_little() -> None:
     cut = tiling(workers=1)
     rows = plan(forest.reads, cut).tile_rows[:, 1].tolist()
     assert sorted(row for row in rows if row) == [2] * 10 + [8] * 4
+
+
+def test_reads_of_the_very_same_pages_share_them() -> None:
+    reads = groups(2, 3, prefix=300, tail=70, page_size=16)
+    tiles = plan([*reads, *reads], tiling(page_size=16, workers=1))
+    assert tiles.num_tiles == 2
+
+
+def test_whole_pages_fill_up_the_masked_blocks() -> None:
+    """Of 16 pages in blocks of four, 15 are full: else five blocks would be read."""
+    tiles = plan(groups(1, 1, prefix=0, tail=250, page_size=16), tiling(page_size=16, workers=1))
+    assert tiles.tile_whole[0, 1] == 12
+    assert tiles.tile_masked[0, 1] == 4
 
 
 def test_a_run_longer_than_a_tile_is_cut_where_least_is_shared() -> None:
