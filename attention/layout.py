@@ -61,6 +61,17 @@ class Capacity:
             refs = min(refs, rows * pages_per_read)
         return cls(rows=rows, items=2 * rows, page_refs=refs)
 
+    def empty(self) -> WorkList:
+        return WorkList(
+            item_pages=np.zeros((self.items, 2), np.int32),
+            item_rows=np.zeros((self.items, 2), np.int32),
+            item_causal=np.zeros(self.items, np.int32),
+            page_ids=np.zeros(self.page_refs, np.int32),
+            page_valid=np.zeros(self.page_refs, np.int32),
+            num_items=np.zeros((), np.int32),
+            num_single=np.zeros((), np.int32),
+        )
+
 
 class WorkList(NamedTuple):
     """Work items of a step: int32 arrays, NumPy or JAX; a pytree. Entries past the counts are padding.
@@ -85,18 +96,6 @@ class WorkList(NamedTuple):
     num_items: Int32[Any, ""]
     num_single: Int32[Any, ""]
 
-    @classmethod
-    def empty(cls, capacity: Capacity) -> WorkList:
-        return cls(
-            item_pages=np.zeros((capacity.items, 2), np.int32),
-            item_rows=np.zeros((capacity.items, 2), np.int32),
-            item_causal=np.zeros(capacity.items, np.int32),
-            page_ids=np.zeros(capacity.page_refs, np.int32),
-            page_valid=np.zeros(capacity.page_refs, np.int32),
-            num_items=np.zeros((), np.int32),
-            num_single=np.zeros((), np.int32),
-        )
-
 
 def plan_rows(
     reads: Sequence[Read], capacity: Capacity, page_size: int
@@ -109,7 +108,7 @@ def plan_rows(
     Raises:
       ValueError: a read is malformed, or rows, items or page references exceed `capacity`.
     """
-    work = WorkList.empty(capacity)
+    work = capacity.empty()
     if not reads:
         return np.zeros(0, np.int64), work
     lists = PageLists.of(reads, page_size)
