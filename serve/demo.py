@@ -310,7 +310,7 @@ async def compare(address: str, demo: Demo, console: Console) -> dict[str, Run]:
     async with AsyncClient(address) as client:
         await client.set_policy("off")
         crowd = await play(client, mixed_load(replace(demo, requests=CROWD, seed=demo.seed + 1), spacing=0.0))
-        tpot = 2 * max(each.tpot for each in crowd)
+        tpot = 2 * statistics.quantiles([each.tpot for each in crowd], n=4)[2]
         ttft = 100 * tpot
         spacing = statistics.mean(each.last for each in crowd) / CROWD
         jobs = mixed_load(demo, spacing=spacing, tpot_slo_ms=1e3 * tpot, ttft_slo_ms=1e3 * ttft)
@@ -318,7 +318,7 @@ async def compare(address: str, demo: Demo, console: Console) -> dict[str, Run]:
             Rule(f"{demo.requests} questions, half of them with independent parts, under three policies")
         )
         console.print(
-            f"Targets by rule: TPOT {1e3 * tpot:.1f} ms, twice that of the slowest of {CROWD} such questions"
+            f"Targets by rule: TPOT {1e3 * tpot:.1f} ms, twice the upper quartile of {CROWD} such questions"
             f" at once, under off; TTFT {1e3 * ttft:.0f} ms, 100 times that. A question comes every"
             f" {1e3 * spacing:.0f} ms on average, the crowd's mean time for an answer by {CROWD}."
         )
