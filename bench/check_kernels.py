@@ -252,14 +252,26 @@ def setup_of(case: Case, matrix: Matrix, backend: str) -> Setup:
     return Setup(case.kind, case.group_size, case.page, case.head_dim, matrix.kv_heads, grid, backend)
 
 
-def compile_check(setup: Setup, example: Mapping[str, Any]) -> Callable[..., Array]:
+def compile_check(
+    setup: Setup, example: Mapping[str, Any]
+) -> tuple[Callable[..., Array], Callable[..., Any]]:
+    """`check` for a setup's arrays, and what makes its (q, k_pages, v_pages)."""
     q, pool = shapes_of(setup)
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), dict(example))
 
     def check_case(q: Array, k_pages: Array, v_pages: Array, inputs: Mapping[str, Any]) -> Array:
         return check(q, k_pages, v_pages, inputs, setup=setup)
 
-    return jax.jit(check_case).lower(q, pool, pool, inputs).compile()
+    def random_data(seed: Array) -> list[Array]:
+        keys = jax.random.split(jax.random.key(seed), 3)
+        return [
+            jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, (q, pool, pool), strict=True)
+        ]
+
+    return (
+        jax.jit(check_case).lower(q, pool, pool, inputs).compile(),
+        jax.jit(random_data).lower(np.uint32(0)).compile(),
+    )
 
 
 def shapes_of(setup: Setup) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -294,19 +306,17 @@ def run_cases(
                 for start in range(0, len(mine), CHUNK)
             ]
         for setup, members in by_setup.items():
-            yield members, run_setup(setup, programs.pop(setup).result(), planned.pop(setup))
+            yield members, run_setup(*programs.pop(setup).result(), planned.pop(setup))
 
 
-def run_setup(setup: Setup, program: Callable[..., Array], planned: Sequence[Future[Any]]) -> np.ndarray:
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k_pages, v_pages = (
-        jax.random.normal(key, shape.shape, shape.dtype)
-        for key, shape in zip(keys, (shapes_of(setup)[0], *2 * shapes_of(setup)[1:]), strict=True)
-    )
+def run_setup(
+    program: Callable[..., Array], random_data: Callable[..., Any], planned: Sequence[Future[Any]]
+) -> np.ndarray:
+    data = random_data(np.uint32(0))
     results: list[Array] = []
     for chunk in planned:
         for inputs in chunk.result():
-            results.append(program(q, k_pages, v_pages, jax.device_put(inputs)))
+            results.append(program(*data, jax.device_put(inputs)))
         jax.block_until_ready(results[-1])  # so that inputs do not pile up
     return np.array(results)
 

@@ -124,7 +124,7 @@ class KernelBench:
 
     def measure_all(self, prepared: Sequence[Prepared], flashinfer: FlashInfer | None) -> None:
         """Ours and the strong peers on every shape first, then the weak peers."""
-        pools = {item.shape.page: self.pool(item.shape) for item in prepared}
+        pools = {page: self.pool(page) for page in {item.shape.page for item in prepared}}
         for item in prepared:
             if self.late():
                 return
@@ -199,8 +199,9 @@ class KernelBench:
         """Different page sets that a shape is measured on."""
         return int(np.clip(np.ceil(ROTATED_BYTES / shape.unique_bytes), 2, self.sets))
 
-    def pool(self, shape: Shape) -> tuple[Array, Array]:
-        """Keys and values, [pages, kv_heads, page, head_dim] each."""
+    def pool(self, page: int) -> tuple[Array, Array]:
+        """Keys and values for a page size, [pages, kv_heads, page, head_dim] each."""
+        shape = next(shape for shape in self.shapes if shape.page == page)
         size = (self.pool_pages(shape), shape.kv_heads, shape.page, shape.head_dim)
         normal = jax.jit(lambda key, scale: jax.random.normal(key, size, jnp.bfloat16) * scale)
         k, v = jax.random.split(jax.random.key(self.options.seed))
