@@ -163,10 +163,10 @@ class PageLists:
 
     @classmethod
     def of(cls, reads: Sequence[Read], page_size: int) -> PageLists:
-        rows = np.array([read.rows for read in reads])
-        own = np.array([read.own_pages for read in reads])
-        ordinal = np.array([read.ordinal for read in reads])
-        count = np.array([len(read.pages) for read in reads])
+        rows = np.fromiter([read.rows for read in reads], np.int64)
+        own = np.fromiter([read.own_pages for read in reads], np.int64)
+        ordinal = np.fromiter([read.ordinal for read in reads], np.int64)
+        count = np.fromiter([len(read.pages) for read in reads], np.int64)
         if count.sum() != sum([len(read.valid) for read in reads]):
             raise ValueError("every page of a Read needs its valid count, and only those")
         if (own < 1).any() or (own > count).any() or (rows < 1).any() or (ordinal < 0).any():
@@ -210,7 +210,8 @@ class PageLists:
         starts, stops = (width * self.offset).tolist(), (width * (self.offset + self.whole)).tolist()
         keys = [nodes[start:stop] for start, stop in zip(starts, stops, strict=True)]
         order = sorted(range(len(keys)), key=keys.__getitem__)
-        return np.array(order), np.array(_overlaps([keys[read] for read in order], width))
+        overlaps = _overlaps([keys[read] for read in order], width)
+        return np.fromiter(order, np.int64), np.fromiter(overlaps, np.int64)
 
     def take(self, order: np.ndarray) -> PageLists:
         return replace(

@@ -283,13 +283,22 @@ def _pack(pieces: _Pieces, link: np.ndarray, cost: np.ndarray, most_rows: int) -
     """
     first = ~link | (pieces.shared == 0)
     start = np.flatnonzero(first)
-    end = np.append(start[1:], len(first))
-    long = (pieces.row_end[end - 1] - pieces.row[start] > most_rows) & (end - start > 1)
-    for run in np.flatnonzero(long).tolist():
-        inside = slice(start[run], end[run])
+    size = np.diff(np.append(start, len(first)))
+    rows = pieces.row_end[start + size - 1] - pieces.row[start]
+    long = (rows > most_rows) & (size > 1)
+    if not long.any():
+        return first
+
+    # Branches of one prefix, a row each, share the same everywhere: any cuts will do, so even ones.
+    least = np.minimum.reduceat(np.where(first, np.inf, cost), start)
+    even = long & (rows == size) & (least == np.maximum.reduceat(np.where(first, 0, cost), start))
+    each = -(-rows // -(-rows // most_rows))
+    position = np.arange(len(first)) - np.repeat(start, size)
+    first |= np.repeat(even, size) & (position % np.repeat(each, size) == 0)
+    for run in np.flatnonzero(long & ~even).tolist():
+        inside = slice(start[run], start[run] + size[run])
         start_row, end_row, costs = (values[inside].tolist() for values in (pieces.row, pieces.row_end, cost))
-        cuts = _cheapest_cuts(start_row, end_row, costs, most_rows)
-        first[start[run] + np.array(cuts)] = True
+        first[start[run] + np.array(_cheapest_cuts(start_row, end_row, costs, most_rows))] = True
     return first
 
 
