@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     # The reference's matrix products need no tuning, and dozens of programs would wait for it.
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    )
 
 import jax
 import jax.numpy as jnp
@@ -306,7 +308,8 @@ def run_cases(
                 for start in range(0, len(mine), CHUNK)
             ]
         for setup, members in by_setup.items():
-            yield members, run_setup(*programs.pop(setup).result(), planned.pop(setup))
+            program, random_data = programs.pop(setup).result()
+            yield members, run_setup(program, random_data, planned.pop(setup))
 
 
 def run_setup(

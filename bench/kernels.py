@@ -125,18 +125,20 @@ class KernelBench:
     def measure_all(self, prepared: Sequence[Prepared], flashinfer: FlashInfer | None) -> None:
         """Ours and the strong peers on every shape first, then the weak peers."""
         pools = {page: self.pool(page) for page in {item.shape.page for item in prepared}}
+        outputs = []
         for item in prepared:
             if self.late():
                 return
-            case = self.measure(item, *pools[item.shape.page], flashinfer)
+            case, out = self.measure(item, *pools[item.shape.page])
+            outputs.append(out)
             self.result["cases"].append(case)
+            self.measure_peers(item, case, out, *pools[item.shape.page], flashinfer, weak=False)
             self.save()
             self.log(f"{item.shape.label}: {case.get('ours_us', float('nan')):.1f} us")
-        for item, case in zip(prepared, self.result["cases"], strict=True):
-            if flashinfer is None or self.late():
+        for item, case, out in zip(prepared, self.result["cases"], outputs, strict=True):
+            if self.late():
                 return
-            q = self.queries(item.shape)
-            self.measure_peers(item, case, q, *pools[item.shape.page], flashinfer, weak=True)
+            self.measure_peers(item, case, out, *pools[item.shape.page], flashinfer, weak=True)
             self.save()
 
     def prepare(self, shape: Shape) -> Prepared:
@@ -214,8 +216,9 @@ class KernelBench:
         return q.astype(jnp.bfloat16)
 
     def measure(
-        self, item: Prepared, k_pages: Array, v_pages: Array, flashinfer: FlashInfer | None
-    ) -> dict[str, Any]:
+        self, item: Prepared, k_pages: Array, v_pages: Array
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Our time on a shape; our output, [rows, heads, head_dim] in the order of the branches, float32."""
         shape = item.shape
         floor = shape.unique_bytes / self.result["copy_tb_s"] / 1e12
         case = shape.as_json() | {
@@ -228,7 +231,7 @@ class KernelBench:
             program = self.program(item).result()
         except Exception as error:
             self.log(f"{shape.label} does not compile: {error}"[:2000])
-            return case | {"error": f"{type(error).__name__}: {error}"[:500]}
+            return case | {"error": f"{type(error).__name__}: {error}"[:500]}, None
         q = self.queries(shape)
         ours = np.zeros((item.bucket, *q.shape[1:]), q.dtype)
         ours[: shape.rows] = q[item.rows]
@@ -237,10 +240,7 @@ class KernelBench:
         works = [jax.device_put(moved(item.work, index % sets * shape.pages)) for index in range(self.sets)]
         out = np.zeros(q.shape, np.float32)
         out[item.rows] = np.asarray(program.once(ours, k_pages, v_pages, works[0]))[: shape.rows]
-        case |= self.time_ours(program, ours, k_pages, v_pages, works, floor)
-        if flashinfer is not None:
-            self.measure_peers(item, case, q, k_pages, v_pages, flashinfer, weak=False, ours=out)
-        return case
+        return case | self.time_ours(program, ours, k_pages, v_pages, works, floor), out
 
     def time_ours(
         self, program: Program, q: Array, k_pages: Array, v_pages: Array, works: Sequence[Any], floor: float
@@ -269,17 +269,19 @@ class KernelBench:
         self,
         item: Prepared,
         case: dict[str, Any],
-        q: np.ndarray,
+        ours: np.ndarray | None,
         k_pages: Array,
         v_pages: Array,
-        flashinfer: FlashInfer,
+        flashinfer: FlashInfer | None,
         *,
         weak: bool,
-        ours: np.ndarray | None = None,
     ) -> None:
         """Adds each variant's time and its distance from our output; a variant that fails, as its error."""
+        if flashinfer is None:
+            return
         shape = item.shape
-        query, k, v = map(flashinfer.tensor, (jax.device_put(q), k_pages, v_pages))
+        q = jax.device_put(self.queries(shape))
+        query, k, v = map(flashinfer.tensor, (q, k_pages, v_pages))
         cuts = [slice(i * shape.pages, (i + 1) * shape.pages) for i in range(self.page_sets(shape))]
         pages = [(k[cut], v[cut]) for cut in cuts]
         for name in peer_names(shape, weak=weak):

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 
 import attention
-from bench import hardware
-from bench.step import CASES, main
+from bench import hardware, step
+from bench.step import main
+
+CASES = ((8, 8, 2048, 192), (32, 4, 2048, 192))
 
 
 @pytest.fixture(autouse=True)
 def own_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BACKENDS", dict(attention.BACKENDS))
+    monkeypatch.setattr(step, "CASES", CASES)
     monkeypatch.setattr(hardware, "copy_tb_s", lambda **_: 0.01)
 
 
