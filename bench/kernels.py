@@ -56,6 +56,7 @@ class Options:
     random: int = 0
     seed: int = 0
     page: Sequence[int] = (16, 64)
+    heads: Sequence[int] = (64, 16)
     backend: str = "xla"
     scale: str = "full"
     json: Path | None = None
@@ -90,7 +91,9 @@ class KernelBench:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.started = time.perf_counter()
-        self.shapes = [shape for suite in options.suite for shape in suite_shapes(suite, options.page)]
+        self.shapes = [
+            shape for suite in options.suite for shape in suite_shapes(suite, options.page, options.heads)
+        ]
         self.shapes += random_shapes(options.random, options.seed, options.page)
         self.tiny = options.scale == "tiny"
         if self.tiny:
@@ -329,6 +332,14 @@ def parse_options(arguments: Sequence[str]) -> Options:
         help="of the shapes, tables and data; default: a new one",
     )
     add("--page", type=int, nargs="+", choices=[16, 64], default=Options.page)
+    add(
+        "--heads",
+        type=int,
+        nargs="+",
+        choices=[64, 16],
+        default=Options.heads,
+        help="query heads of the suites",
+    )
     add("--backend", default=default_backend(128))
     add("--scale", choices=["full", "tiny"], default="full", help="tiny: shapes that a CPU can run")
     add("--json", type=Path)

@@ -157,7 +157,7 @@ class PageTables:
         return reads
 
 
-def suite_shapes(suite: str, page_sizes: Sequence[int]) -> list[Shape]:
+def suite_shapes(suite: str, page_sizes: Sequence[int], q_heads: Sequence[int] = (64, 16)) -> list[Shape]:
     """The table of a suite: "decode", "shared" or "prefill"; raises ValueError for another name."""
     tables = {
         "decode": ((64, 1, 0, 4096),),
@@ -167,8 +167,9 @@ def suite_shapes(suite: str, page_sizes: Sequence[int]) -> list[Shape]:
     if suite not in tables:
         raise ValueError(f"no suite {suite!r}; there are {', '.join(tables)}")
     return [
-        Shape(suite, groups, width, prefix, tail, page, q_heads, kv_heads)
-        for q_heads, kv_heads in (WIDE_HEADS, NARROW_HEADS)
+        Shape(suite, groups, width, prefix, tail, page, heads, kv_heads)
+        for heads, kv_heads in (WIDE_HEADS, NARROW_HEADS)
+        if heads in q_heads
         for page in page_sizes
         for groups, width, prefix, tail in tables[suite]
     ]
