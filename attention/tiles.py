@@ -59,7 +59,7 @@ class Tiling:
     @property
     def partial_seconds(self) -> float:
         """Cost of a row's partial result: of its query heads per KV head, 16 of which fill a narrow tile."""
-        return COSTS.partial * (16 // self.narrow_rows)
+        return COSTS.partial * max(1, 16 // self.narrow_rows)
 
     def block_seconds(self, rows: np.ndarray) -> np.ndarray:
         """What a tile of so many rows takes a worker for a block, of one head."""
@@ -71,7 +71,8 @@ class Tiling:
 class Costs:
     """Seconds that a worker needs while all are busy; with head_dim 128 in bfloat16. Only ratios matter.
 
-    Measured on an H200 with 264 workers, which then stream 4.06 (narrow) and 3.6 (wide) TB/s together.
+    Measured on an H200 with 264 workers, which then stream 4.06 (narrow) and 3.6 (wide) TB/s together; but
+    `alone` is an estimate.
     """
 
     narrow_token: float = 512 * 264 / 4.06e12  # a key and a value, for the rows of a narrow tile
@@ -558,7 +559,7 @@ def _split(tiles: _Tiles, capacity: TileCapacity) -> _Parts:
     if seconds < 1.05 * mean:
         return best
     block_seconds = tiling.block_seconds(tiles.row_end - tiles.row)
-    blocks, end = best.blocks, np.cumsum(best.seconds)
+    blocks, end, previous = best.blocks, np.cumsum(best.seconds), np.inf
     for share in (1, 2, 3, 4, 6, 8):
         workers = tiling.head_workers // share
         if workers < 2:
@@ -574,9 +575,11 @@ def _split(tiles: _Tiles, capacity: TileCapacity) -> _Parts:
         if len(begin) > capacity.tiles or parts.slots.sum() > capacity.slots:
             continue
         predicted, _ = parts.predict(tiling)
-        if predicted > seconds:
+        if predicted < seconds:
+            best, seconds = parts, predicted
+        elif predicted > previous:
             break
-        best, seconds = parts, predicted
+        previous = predicted
     return best
 
 
