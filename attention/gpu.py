@@ -88,7 +88,8 @@ def attend(
     slots = tiles.part_slots.shape[0]
     partial_type = jnp.promote_types(jnp.float32, q.dtype)
     shape = jax.ShapeDtypeStruct
-    kernel = partial(_tiles_kernel, tiling=tiling(heads, kv_heads, page_size), scale=scale)
+    cut = tiling(heads, kv_heads, page_size)
+    kernel = partial(_tiles_kernel, tiling=cut, scale=scale, interpret=interpret)
     out, lse, part_out, part_lse = _call(
         kernel,
         grid=(min(2 * WORKERS, tiles.tile_rows.shape[0] * kv_heads),),
@@ -108,7 +109,8 @@ def attend(
         tiles.tile_rows,
         tiles.tile_whole,
         tiles.tile_masked,
-        tiles.tile_slot,
+        tiles.tile_part,
+        tiles.part_slots,
         tiles.page_ids,
         tiles.page_sees,
         tiles.num_tiles.reshape(1),
@@ -119,8 +121,8 @@ def attend(
         out_shape=(shape(q.shape, q.dtype), shape((rows, heads), partial_type)),
         num_warps=4,
         interpret=interpret,
-        input_output_aliases={4: 0, 5: 1},
-    )(part_out, part_lse, tiles.row_parts, tiles.part_slots, out, lse)
+        input_output_aliases={3: 0, 4: 1},
+    )(part_out, part_lse, tiles.row_parts, out, lse)
     return out, lse
 
 
@@ -166,7 +168,8 @@ def _tiles_kernel(
     tile_rows_ref,
     tile_whole_ref,
     tile_masked_ref,
-    tile_slot_ref,
+    tile_part_ref,
+    part_slots_ref,
     page_ids_ref,
     page_sees_ref,
     num_tiles_ref,
@@ -177,6 +180,7 @@ def _tiles_kernel(
     *,
     tiling: Tiling,
     scale: float,
+    interpret: bool,
 ) -> None:
     group = q_ref.shape[1] // tiling.kv_heads
     head_dim = q_ref.shape[2]
@@ -189,13 +193,17 @@ def _tiles_kernel(
     precision = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
     accumulate = lse_ref.dtype
     to_base_2 = scale * math.log2(math.e)
+    exp2 = partial(_exp2, to_base_2, fast=not interpret and accumulate == jnp.float32)
 
-    def run(tile: Array, head: Array, max_rows: int, lanes: int) -> None:
+    def run(tile: Array, head: Array, lanes: int) -> None:
         first_row, count = tile_rows_ref[tile, 0], tile_rows_ref[tile, 1]
         lane = jnp.arange(lanes, dtype=jnp.int32)
         row = lane // group
         in_tile = row < count
         q_row, q_head = first_row + row, head * group + lane % group
+        part = tile_part_ref[tile]
+        parted, slots = in_tile & (part >= 0), part_slots_ref.shape[0]
+        slot = jnp.where(parted, part_slots_ref[jnp.clip(part + row, 0, slots - 1)], slots)
         query = q_ref[jnp.minimum(q_row, q_ref.shape[0] - 1)[:, None], q_head[:, None], dims[None, :]]
 
         def refs(list_ref, block: Array) -> tuple[Array, Array]:
@@ -218,8 +226,8 @@ def _tiles_kernel(
             if visible is not None:
                 scores = jnp.where(visible, scores, -jnp.inf)
             new_highest = jnp.maximum(highest, scores.max(axis=1))
-            weights = jnp.exp2(scores * to_base_2 - (new_highest * to_base_2)[:, None])
-            shrink = jnp.exp2((highest - new_highest) * to_base_2)
+            weights = exp2(scores, (-to_base_2 * new_highest)[:, None])
+            shrink = exp2(highest, -to_base_2 * new_highest)
             v = load(v_ref, ids, offset)
             acc = acc * shrink[:, None] + _dot(weights.astype(v.dtype), v, (1, 0), accumulate, precision)
             return total * shrink + weights.sum(axis=1), new_highest, acc
@@ -237,8 +245,9 @@ def _tiles_kernel(
             valid, first, end, causal = unpack_sees(sees)
             _, listed = refs(tile_masked_ref, block)
             first = jnp.maximum(first, own_offset - causal)
-            end = jnp.where(listed & (own_offset < valid), end, 0)
-            visible = (row[:, None] >= first[None, :]) & (row[:, None] < end[None, :])
+            rows = jnp.where(listed & (own_offset < valid), jnp.maximum(end - first, 0), 0)
+            # first <= row < first + rows, in one comparison: a negative difference is a large unsigned one.
+            visible = (row[:, None] - first[None, :]).astype(jnp.uint32) < rows[None, :].astype(jnp.uint32)
             state = add(state, ids, jnp.minimum(own_offset, valid - 1), visible)
             return state, ids_ahead, sees_ahead
 
@@ -260,31 +269,47 @@ def _tiles_kernel(
         total, highest, acc = state
         out = acc / jnp.where(total == 0, 1, total)[:, None]
         lse = jnp.where(total == 0, -jnp.inf, highest * scale + jnp.log(total))
-        slot = tile_slot_ref[tile]
-        final = in_tile & (slot < 0)
+        final = in_tile & (part < 0)
         plt.store(
             out_ref.at[q_row[:, None], q_head[:, None], dims[None, :]],
             out.astype(out_ref.dtype),
             mask=final[:, None],
         )
         plt.store(lse_ref.at[q_row, q_head], lse, mask=final)
-        parted = in_tile & (slot >= 0)
-        part = jnp.maximum(slot, 0) + row
-        plt.store(part_out_ref.at[part[:, None], q_head[:, None], dims[None, :]], out, mask=parted[:, None])
-        plt.store(part_lse_ref.at[part, q_head], lse, mask=parted)
+        plt.store(part_out_ref.at[slot[:, None], q_head[:, None], dims[None, :]], out, mask=parted[:, None])
+        plt.store(part_lse_ref.at[slot, q_head], lse, mask=parted)
 
     def one(turn: Array, _: None) -> None:
         index = worker + turn * workers
         tile, head = index // tiling.kv_heads, index % tiling.kv_heads
-        lax.cond(
-            tile_rows_ref[tile, 1] <= tiling.narrow_rows,
-            lambda: run(tile, head, tiling.narrow_rows, NARROW),
-            lambda: run(tile, head, tiling.wide_rows, WIDE),
-        )
+        rows = tile_rows_ref[tile, 1]
+
+        @pl.when(rows > 0)
+        def _() -> None:
+            lax.cond(
+                rows <= tiling.narrow_rows, lambda: run(tile, head, NARROW), lambda: run(tile, head, WIDE)
+            )
 
     worker, workers = pl.program_id(0), pl.num_programs(0)
-    turns = _blocks(num_tiles_ref[0] * tiling.kv_heads - worker, workers)
+    # The first tile need not wait for the number of tiles: one that is padding has no rows.
+    turns = jnp.maximum(1, _blocks(num_tiles_ref[0] * tiling.kv_heads - worker, workers))
     lax.fori_loop(jnp.int32(0), turns, one, None)
+
+
+def _exp2(factor: float, x: Array, shift: Array, *, fast: bool) -> Array:
+    """2 ** (factor * x + shift). `fast`: two instructions; denormal results, which weigh nothing, are 0."""
+    if not fast:
+        return jnp.exp2(factor * x + shift)
+    shift = jnp.broadcast_to(shift, x.shape)
+    asm = "{.reg .f32 t; fma.rn.ftz.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t;}"
+    (result,) = plt.elementwise_inline_asm(
+        asm,
+        args=[x, jnp.full(x.shape, factor, x.dtype), shift],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    )
+    return result
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int], accumulate, precision) -> Array:
@@ -304,9 +329,7 @@ def _blocks(count: Array, block_pages: int) -> Array:
 # --- the partial results -----------------------------------------------------------------------------------
 
 
-def _merge_kernel(
-    part_out_ref, part_lse_ref, row_parts_ref, part_slots_ref, _out, _lse, out_ref, lse_ref
-) -> None:
+def _merge_kernel(part_out_ref, part_lse_ref, row_parts_ref, _out, _lse, out_ref, lse_ref) -> None:
     row = pl.program_id(0)
     first, count = row_parts_ref[row, 0], row_parts_ref[row, 1]
     heads, head_dim = out_ref.shape[1:]
@@ -319,7 +342,7 @@ def _merge_kernel(
     def add(block: Array, state):
         total, highest, acc = state
         index = block * MERGE_PARTS + part
-        slot = part_slots_ref[first + jnp.minimum(index, count - 1)]
+        slot = first + jnp.minimum(index, count - 1)
         lse = part_lse_ref[slot[:, None], read_head[None, :]]
         lse = jnp.where((index < count)[:, None], lse, -jnp.inf)
         out = part_out_ref[slot[:, None, None], read_head[None, :, None], dims[None, None, :]]

@@ -123,7 +123,7 @@ class TileCapacity:
             tile_rows=np.zeros((self.tiles, 2), np.int32),
             tile_whole=np.zeros((self.tiles, 2), np.int32),
             tile_masked=np.zeros((self.tiles, 2), np.int32),
-            tile_slot=np.full(self.tiles, -1, np.int32),
+            tile_part=np.full(self.tiles, -1, np.int32),
             page_ids=np.zeros(self.page_refs, np.int32),
             page_sees=np.zeros(self.page_refs, np.int32),
             row_parts=np.zeros((self.rows, 2), np.int32),
@@ -140,18 +140,18 @@ class TileList(NamedTuple):
     tile_rows    first row, row count
     tile_whole   first page reference, count: full pages that every row of the tile sees whole
     tile_masked  first page reference, count: its other pages
-    tile_slot    -1: what the tile computes is final; else the slot of its first row's partial result, which
-                 the other rows' follow
+    tile_part    -1: what the tile computes is final; else where part_slots has the slot of its first row's
+                 partial result, which the other rows' follow
     page_ids     page of each reference; tiles may share references
     page_sees    who sees what of it, packed (`pack_sees`); of masked references only
-    row_parts    first entry in part_slots, count: the row's partial results; none where a tile is final
-    part_slots   slots to merge, row by row
+    row_parts    first slot, count: the row's partial results; a count of -1 where a tile is final
+    part_slots   slots of the partial results, tile by tile
     """
 
     tile_rows: Int32[Any, "tiles 2"]
     tile_whole: Int32[Any, "tiles 2"]
     tile_masked: Int32[Any, "tiles 2"]
-    tile_slot: Int32[Any, " tiles"]
+    tile_part: Int32[Any, " tiles"]
     page_ids: Int32[Any, " page_refs"]
     page_sees: Int32[Any, " page_refs"]
     row_parts: Int32[Any, "rows 2"]
@@ -530,12 +530,14 @@ class _Parts:
             theirs[:count, 1] = (ours[:, 1] - ours[:, 0])[order]
 
         if slots.any():
-            out.tile_slot[:count] = np.where(slots > 0, np.cumsum(slots) - slots, -1)
+            out.tile_part[:count] = np.where(slots > 0, np.cumsum(slots) - slots, -1)
             slot_row = ragged_ranges(self.row[order], slots)
-            out.part_slots[: len(slot_row)] = np.argsort(slot_row, kind="stable")
+            out.part_slots[np.argsort(slot_row, kind="stable")] = np.arange(len(slot_row))
             parts = np.bincount(slot_row, minlength=len(out.row_parts))
             out.row_parts[:, 0] = np.cumsum(parts) - parts
             out.row_parts[:, 1] = parts
+        final = out.row_parts[: tiles.row_end[-1], 1]
+        final[final == 0] = -1
 
         out.page_ids[: len(tiles.page_ids)] = tiles.page_ids
         # Who sees a page is told from the first row of the part, which may not be the tile's.

@@ -15,7 +15,7 @@ import numpy as np
 from attention import Read
 
 RAGGED = 300  # a matrix's tail of this length stands for lengths from 1 to it
-LARGE_LOGITS = 15.0  # factor on the queries: logits up to about 60
+LARGE_LOGITS = 16.0  # factor on the queries, exact in bfloat16: logits up to about 60
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention import BACKENDS, Capacity, WorkList, default_backend, shared_prefix_attention, write_kv
+from attention import BACKENDS, Capacity, default_backend, shared_prefix_attention, write_kv
 
 POOL = (6, 2, 4, 3)  # pages, kv_heads, page_size, head_dim
 
