@@ -38,6 +38,7 @@ NUM_WARPS = 4
 STAGES = 3
 # Multiprocessors of an H100 or H200, each with room for two workers' shared memory.
 WORKERS = 2 * 132
+LOWEST = -1e30  # where a running maximum starts: finite, as inf - inf is not a number
 # Partial results that the merge reads at once, and heads of one program.
 MERGE_PARTS = 8
 MERGE_HEADS = 4
@@ -227,7 +228,8 @@ def _tiles_kernel(
                 scores = jnp.where(visible, scores, -jnp.inf)
             new_highest = jnp.maximum(highest, scores.max(axis=1))
             weights = exp2(scores, (-to_base_2 * new_highest)[:, None])
-            shrink = exp2(highest, -to_base_2 * new_highest)
+            # Not exp2(highest, shift): of two LOWESTs the fused multiply-add would keep the rounding error.
+            shrink = exp2(highest - new_highest, jnp.zeros_like(highest))
             v = load(v_ref, ids, offset)
             acc = acc * shrink[:, None] + _dot(weights.astype(v.dtype), v, (1, 0), accumulate, precision)
             return total * shrink + weights.sum(axis=1), new_highest, acc
@@ -251,10 +253,9 @@ def _tiles_kernel(
             state = add(state, ids, jnp.minimum(own_offset, valid - 1), visible)
             return state, ids_ahead, sees_ahead
 
-        # A finite start: a lane that has seen nothing yet must not give inf - inf.
         state = (
             jnp.zeros(lanes, accumulate),
-            jnp.full(lanes, -1e30, accumulate),
+            jnp.full(lanes, LOWEST, accumulate),
             jnp.zeros((lanes, head_dim), accumulate),
         )
         zero = jnp.int32(0)
@@ -356,7 +357,7 @@ def _merge_kernel(part_out_ref, part_lse_ref, row_parts_ref, _out, _lse, out_ref
     def _() -> None:
         state = (
             jnp.zeros(MERGE_HEADS, accumulate),
-            jnp.full(MERGE_HEADS, -1e30, accumulate),
+            jnp.full(MERGE_HEADS, LOWEST, accumulate),
             jnp.zeros((MERGE_HEADS, head_dim), accumulate),
         )
         total, highest, acc = lax.fori_loop(jnp.int32(0), _blocks(count, MERGE_PARTS), add, state)
