@@ -259,10 +259,10 @@ def _tiles_kernel(
             jnp.zeros((lanes, head_dim), accumulate),
         )
         zero = jnp.int32(0)
-        blocks = _blocks(tile_whole_ref[tile, 1], tiling.block_pages)
+        blocks = _ceil_div(tile_whole_ref[tile, 1], tiling.block_pages)
         first_ids = page_ids_ref[jnp.maximum(refs(tile_whole_ref, zero)[0], 0)]
         state, _ = lax.fori_loop(zero, blocks, whole_block, (state, first_ids))
-        blocks = _blocks(tile_masked_ref[tile, 1], tiling.block_pages)
+        blocks = _ceil_div(tile_masked_ref[tile, 1], tiling.block_pages)
         first = jnp.maximum(refs(tile_masked_ref, zero)[0], 0)
         first = page_ids_ref[first], page_sees_ref[first]
         state, _, _ = lax.fori_loop(zero, blocks, masked_block, (state, *first))
@@ -293,7 +293,7 @@ def _tiles_kernel(
 
     worker, workers = pl.program_id(0), pl.num_programs(0)
     # The first tile need not wait for the number of tiles: one that is padding has no rows.
-    turns = jnp.maximum(1, _blocks(num_tiles_ref[0] * tiling.kv_heads - worker, workers))
+    turns = jnp.maximum(1, _ceil_div(num_tiles_ref[0] * tiling.kv_heads - worker, workers))
     lax.fori_loop(jnp.int32(0), turns, one, None)
 
 
@@ -323,8 +323,8 @@ def _dot(a: Array, b: Array, contract: tuple[int, int], accumulate, precision) -
     )
 
 
-def _blocks(count: Array, block_pages: int) -> Array:
-    return (count + (block_pages - 1)) // block_pages
+def _ceil_div(n: Array, d: int | Array) -> Array:
+    return (n + (d - 1)) // d
 
 
 # --- the partial results -----------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def _merge_kernel(part_out_ref, part_lse_ref, row_parts_ref, _out, _lse, out_ref
             jnp.full(MERGE_HEADS, LOWEST, accumulate),
             jnp.zeros((MERGE_HEADS, head_dim), accumulate),
         )
-        total, highest, acc = lax.fori_loop(jnp.int32(0), _blocks(count, MERGE_PARTS), add, state)
+        total, highest, acc = lax.fori_loop(jnp.int32(0), _ceil_div(count, MERGE_PARTS), add, state)
         out = acc / jnp.where(total == 0, 1, total)[:, None]
         lse = jnp.where(total == 0, -jnp.inf, highest + jnp.log(total))
         exists = head < heads

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from jax import Array
 
 import attention
 from attention import Read, TileCapacity, gpu, shared_prefix_attention, write_kv
@@ -100,6 +101,31 @@ def test_equal_and_extreme_scores_are_safe(magnitude: float) -> None:
     out, lse = case(mixed_reads(16), page_size=16, magnitude=magnitude).errors(BACKEND)
     assert out < 2e-5
     assert lse < 1e-4
+
+
+def fused_exp2(factor: float, x: Array, shift: Array, *, fast: bool) -> Array:
+    """What a GPU computes: the product of the multiply-add is not rounded."""
+    del fast
+    product = x.astype(jnp.float64) * jnp.float64(np.float32(factor))
+    return jnp.exp2((product + shift).astype(jnp.float32))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+def test_the_fused_exponential_is_safe_where_a_row_has_seen_nothing(
+    head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_exp2", fused_exp2)
+    jax.clear_caches()
+    reads = groups_of_branches(1, 5, 16, [200], 16)
+    tiling = replace(gpu.tiling(heads=16, kv_heads=2, page_size=16), workers=16)
+    capacity = TileCapacity.for_bucket(8, 256, tiling)
+    made = case(
+        reads, page_size=16, group=8, head_dim=head_dim, dtype=np.float32, capacity=capacity, num_pages=256
+    )
+    out, lse = made.errors(BACKEND)
+    assert out < 2e-6
+    assert lse < 5e-6
 
 
 @pytest.mark.parametrize("workers", [2, 64, 4096])
