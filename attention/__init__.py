@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import jax
 
@@ -56,9 +56,9 @@ BACKENDS = {
 }
 
 
-def default_backend(head_dim: int) -> str:
-    """The backend for the devices that JAX runs on and a model's head size."""
-    return "gpu" if jax.default_backend() == "gpu" and gpu.supports(head_dim) else "xla"
+def default_backend(head_dim: int, dtype: Any) -> str:
+    """The backend for the devices that JAX runs on, a model's head size and its type."""
+    return "gpu" if jax.default_backend() == "gpu" and gpu.supports(head_dim, dtype) else "xla"
 
 
 def capacity(

@@ -57,9 +57,9 @@ def tiling(heads: int, kv_heads: int, page_size: int) -> Tiling:
     )
 
 
-def supports(head_dim: int) -> bool:
-    """Whether these kernels take a model's head size."""
-    return head_dim >= 16 and head_dim & (head_dim - 1) == 0
+def supports(head_dim: int, dtype: Any) -> bool:
+    """Whether these kernels take a model's head size and type."""
+    return head_dim >= 16 and head_dim & (head_dim - 1) == 0 and jnp.dtype(dtype).itemsize <= 4
 
 
 def attend(
@@ -74,13 +74,16 @@ def attend(
     """See `attention.shared_prefix_attention`. `interpret`: without a GPU, slowly.
 
     Raises:
-      ValueError: head_dim is not supported, page_size is not a power of two, or the pages have more elements
-        than the kernel's 32-bit offsets reach.
+      ValueError: head_dim or the type is not supported, page_size is not a power of two, or the pages have
+        more elements than the kernel's 32-bit offsets reach.
     """
     rows, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_pages.shape
-    if not supports(head_dim):
-        raise ValueError(f"the GPU kernels need a power of two, 16 or more, as head_dim, not {head_dim}")
+    if not supports(head_dim, q.dtype):
+        raise ValueError(
+            f"the GPU kernels need a head_dim that is a power of two, 16 or more, and up to 32 bits: not "
+            f"{head_dim}, {q.dtype}"
+        )
     if page_size & (page_size - 1):
         raise ValueError(f"the GPU kernels need a power of two as page_size, not {page_size}")
     if k_pages.size > 2**31:

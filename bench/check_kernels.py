@@ -376,7 +376,7 @@ def print_report(result: Mapping[str, Any]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.check_kernels", description="Checks attention.")
-    parser.add_argument("--backend", default=default_backend(128))
+    parser.add_argument("--backend", default=default_backend(128, jnp.bfloat16))
     parser.add_argument("--sample", type=int, help="that many cases, drawn at random, instead of all")
     parser.add_argument("--scale", choices=["full", "small"], default="full")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**24)

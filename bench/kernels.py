@@ -340,7 +340,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         default=Options.heads,
         help="query heads of the suites",
     )
-    add("--backend", default=default_backend(128))
+    add("--backend", default=default_backend(128, jnp.bfloat16))
     add("--scale", choices=["full", "tiny"], default="full", help="tiny: shapes that a CPU can run")
     add("--json", type=Path)
     add("--plot", type=Path, help="an image file (needs matplotlib)")

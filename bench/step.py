@@ -228,7 +228,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     small = options.scale == "tiny"
     if small:
         config, shapes = tiny(config), [shrunk(shape) for shape in shapes]
-    backend = options.backend or attention.default_backend(config.head_dim)
+    backend = options.backend or attention.default_backend(config.head_dim, DTYPE)
     result: dict[str, Any] = {
         **hardware.describe("python -m bench.step"),
         "model": config.name,

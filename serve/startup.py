@@ -48,7 +48,7 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
             page_size=config.page_size,
             buckets=config.buckets,
             num_slots=slots,
-            backend=default_backend(model.config.head_dim)
+            backend=default_backend(model.config.head_dim, model.dtype)
             if config.attention == "auto"
             else config.attention,
             max_logit_bias=config.max_logit_bias,

@@ -147,9 +147,10 @@ def test_no_work_gives_zeros() -> None:
 def test_what_the_kernels_cannot_do_is_refused() -> None:
     capacity = attention.capacity(BACKEND, 4, 8, heads=2, kv_heads=2, page_size=16)
     q, pages = jnp.zeros((4, 2, 48)), jnp.zeros((8, 2, 16, 48))
-    with pytest.raises(ValueError, match="head_dim, not 48"):
+    with pytest.raises(ValueError, match="not 48, float32"):
         shared_prefix_attention(q, pages, pages, capacity.empty(), scale=1.0, backend=BACKEND)
-    assert not gpu.supports(48)
+    assert not gpu.supports(48, jnp.bfloat16)
+    assert not gpu.supports(64, np.float64)
     q, pages = jnp.zeros((4, 2, 32)), jnp.zeros((8, 2, 24, 32))
     with pytest.raises(ValueError, match="page_size, not 24"):
         shared_prefix_attention(q, pages, pages, capacity.empty(), scale=1.0, backend=BACKEND)

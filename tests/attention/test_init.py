@@ -13,7 +13,7 @@ POOL = (6, 2, 4, 3)  # pages, kv_heads, page_size, head_dim
 
 
 def test_the_default_backend_exists() -> None:
-    assert default_backend(head_dim=128) in BACKENDS
+    assert default_backend(128, jnp.bfloat16) in BACKENDS
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones() -> None:
