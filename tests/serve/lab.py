@@ -61,7 +61,7 @@ def tiny_runner(dtype: Any, buckets: Sequence[int]) -> Runner:
     return compiled_runner(model, buckets)
 
 
-def compiled_runner(model: Qwen3, buckets: Sequence[int]) -> Runner:
+def compiled_runner(model: Qwen3, buckets: Sequence[int], backend: str = "xla") -> Runner:
     runner = Runner(
         model,
         RunnerConfig(
@@ -69,7 +69,7 @@ def compiled_runner(model: Qwen3, buckets: Sequence[int]) -> Runner:
             page_size=PAGE_SIZE,
             buckets=tuple(buckets),
             num_slots=NUM_SLOTS,
-            backend="xla",
+            backend=backend,
             max_top_logprobs=4,
         ),
     )

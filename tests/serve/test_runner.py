@@ -14,7 +14,7 @@ import pytest
 from scheduler.program import Plan
 from scheduler.request import Request, SamplingParams, Slo
 from serve.runner import Runner
-from tests.serve.lab import run
+from tests.serve.lab import compiled_runner, run
 from tests.serve.loads import load, serial
 
 COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -74,6 +74,15 @@ def test_nothing_compiles_while_serving(runner: Runner, policy: str) -> None:
         record = run(runner, random_load(len(policy)), policy=policy, num_pages=40)
     assert {plan.bucket for plan in record.plans} > {runner.buckets.largest}, "one bucket proves little"
     assert compiled == []
+
+
+def test_the_gpu_kernels_serve_the_same_tokens(runner: Runner) -> None:
+    """Forks, joins, prompt chunks and preemption through tiles; the kernels are interpreted."""
+    kernels = compiled_runner(runner.model, (16,), backend="gpu-interpreted")
+    requests = load(Slo(tpot=1.0, ttft=60.0))
+    record = run(kernels, requests, policy="eager", num_pages=60)
+    assert record.preemptions() > 0
+    assert record.answers() == run(runner, requests, policy="eager").answers()
 
 
 def test_the_cache_is_donated_and_never_copied(runner: Runner) -> None:
