@@ -74,8 +74,8 @@ def attend(
     """See `attention.shared_prefix_attention`. `interpret`: without a GPU, slowly.
 
     Raises:
-      ValueError: head_dim or the type is not supported, page_size is not a power of two, or the pages have
-        more elements than the kernel's 32-bit offsets reach.
+      ValueError: head_dim or the type is not supported, page_size is not a power of two from 2 on, or the
+        pages have more elements than the kernel's 32-bit offsets reach.
     """
     rows, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_pages.shape
@@ -84,8 +84,8 @@ def attend(
             f"the GPU kernels need a head_dim that is a power of two, 16 or more, and up to 32 bits: not "
             f"{head_dim}, {q.dtype}"
         )
-    if page_size & (page_size - 1):
-        raise ValueError(f"the GPU kernels need a power of two as page_size, not {page_size}")
+    if page_size < 2 or page_size & (page_size - 1):
+        raise ValueError(f"the GPU kernels need a page_size that is a power of two, not {page_size}")
     if k_pages.size > 2**31:
         raise ValueError(f"the GPU kernels reach 2**31 elements of keys, not {k_pages.size} {k_pages.shape}")
 

@@ -180,6 +180,13 @@ def unpack_sees(word: Int32[Any, "*shape"]) -> tuple[Any, Any, Any, Any]:
     return word & 0xFF, word >> 8 & 0x7F, word >> 15 & 0xFF, (word >> 23 & 0x1FF) - 256
 
 
+def refilled(word: Int32[Any, " refs"], valid: Int32[Any, " refs"]) -> Int32[Any, " refs"]:
+    """The words of the same pages with `valid` positions filled; of an empty page nobody sees anything."""
+    end = word & (0xFF << 15)
+    others = word & ~(0xFF | 0xFF << 15)
+    return others | end * (valid > 0) | (valid + (valid == 0))
+
+
 def plan_tiles(reads: Sequence[Read], capacity: TileCapacity) -> tuple[Int[np.ndarray, " reads"], TileList]:
     """Lay rows out in tree order and cut them into tiles: `order` is as of `attention.layout.plan_rows`.
 

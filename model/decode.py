@@ -1,9 +1,9 @@
 """`taper-decode`: a whole generation in one jitted loop on the device. No scheduler, no server.
 
-It is the server's independent oracle: it lays out its own pages and work lists, once, for the final lengths.
+It is the server's independent oracle: it lays out its own pages, and plans once, for the final lengths.
 Each prompt but for its last token is read first, into pages that all of its branches share. Then every
 branch feeds that last token as its own first row, on pages of its own, and what it sampled from there on.
-Inside the loop only the valid counts of the branches' pages change.
+Inside the loop only how far the branches' pages are filled changes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ import numpy as np
 import tyro
 from jax import lax
 
-from attention import BACKENDS
-from attention.layout import WHOLE, WorkList
+import attention
+from attention import BACKENDS, Read, TileList, WorkList, default_backend
+from attention.tiles import refilled
 from model.checkpoint import LoadFormat, load_model, model_folder
+from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.qwen3 import ModelStructure, Qwen3
 from model.sampling import (
@@ -67,7 +69,7 @@ def generate(
     sampling: Sampling | None = None,
     eos_ids: Sequence[int] = (),
     page_size: int = 16,
-    backend: str = "xla",
+    backend: str | None = None,
 ) -> Generation:
     """Continues every prompt (token ids) in `branches` branches, until `eos_ids` or `max_tokens`.
 
@@ -83,7 +85,8 @@ def generate(
     _check(model, prompts, max_tokens, branches)
     if not 0 <= sampling.seed < 2**64:
         raise ValueError(f"a seed has 64 bits: 0..{2**64 - 1}, not {sampling.seed}")
-    plan = _lay_out(prompts, branches, max_tokens, page_size, sampling.flags, eos_ids)
+    backend = backend or default_backend(model.config.head_dim, model.dtype)
+    plan = _lay_out(prompts, branches, max_tokens, page_size, sampling.flags, eos_ids, model.config, backend)
     cache = KVCache.create(model.config, plan.num_pages, page_size, model.dtype)
     slots = _slots(model, prompts, branches, sampling)
     structure, weights = model.split()
@@ -128,7 +131,7 @@ class Rows(NamedTuple):
     positions: Int32[Any, " rows"]
     write_page: Int32[Any, " rows"]
     write_offset: Int32[Any, " rows"]
-    work: WorkList
+    work: WorkList | TileList
 
 
 class Arrays(NamedTuple):
@@ -137,7 +140,9 @@ class Arrays(NamedTuple):
     prompts     all prompt tokens but each prompt's last
     start       rotary position of each branch's first row
     tail_pages  the branches' own pages
-    work        what the branches' rows read at the end; the references of `tail_pages` come last
+    work        what the branches' rows read at the end
+    tail_begin  of each page reference of `work`: the first position of its branch that is on that page, or -1
+                if the page is a prompt's
     branch_key  model.sampling.branch_key of each branch
     flags       model.sampling's USES_ bits
     eos_ids     tokens that end a branch, padded with -1
@@ -147,7 +152,8 @@ class Arrays(NamedTuple):
     prompts: Rows
     start: Int32[Any, " branches"]
     tail_pages: Int32[Any, "branches tail_pages"]
-    work: WorkList
+    work: WorkList | TileList
+    tail_begin: Int32[Any, " page_refs"]
     branch_key: Int32[Any, " branches"]
     flags: Int32[Any, ""]
     eos_ids: Int32[Any, " eos"]
@@ -167,88 +173,83 @@ def _lay_out(
     page_size: int,
     flags: int,
     eos_ids: Sequence[int],
+    config: ModelConfig,
+    backend: str,
 ) -> Plan:
-    """Pages 0, 1, … to the prompts one after the other, then to the branches."""
-    shared = np.array([len(prompt) - 1 for prompt in prompts])
-    shared_pages = -(-shared // page_size)
-    first_page = np.cumsum(shared_pages) - shared_pages
+    """Pages 0, 1, … to a prompt and then its branches, one prompt after the other.
+
+    The rows are then in tree order, whatever the backend's plan. A branch's pages count as almost full, which
+    keeps their references apart from those that all rows of a tile see whole.
+    """
+    shared = [len(prompt) - 1 for prompt in prompts]
     # Padded to a power of two, so that prompts of other lengths can use the same program.
-    rows = 1 << int(max(shared.sum(), 32) - 1).bit_length()
-    refs = rows // page_size + len(prompts)
-    valid = np.zeros(refs, np.int32)
-    for length, page in zip(shared, first_page, strict=True):
-        valid[page : page - -length // page_size] = page_size
-        if length % page_size:
-            valid[page + length // page_size] = length % page_size
-    count = len(prompts) * branches
-    tail = -(-max_tokens // page_size)
-    tail_pages = refs + np.arange(count * tail, dtype=np.int32).reshape(count, tail)
+    rows = 1 << (max(sum(shared), 32) - 1).bit_length()
+    count, tail = len(prompts) * branches, -(-max_tokens // page_size)
+    num_pages = rows // page_size + len(prompts) + count * tail
+    prompt_reads: list[Read] = []
+    branch_reads: list[Read] = []
+    tail_pages = np.zeros((count, tail), np.int32)
+    page = 0
+    for number, length in enumerate(shared):
+        full, rest = divmod(length, page_size)
+        valid = [page_size] * full + [rest] * (rest > 0)
+        pages = list(range(page, page + len(valid)))
+        page += len(valid)
+        if length:
+            prompt_reads.append(Read(pages, valid, own_pages=len(pages), rows=length, ordinal=0))
+        for branch in range(number * branches, (number + 1) * branches):
+            tail_pages[branch] = np.arange(page, page + tail)
+            page += tail
+            own = [max(1, page_size - 1)] * tail
+            branch_reads.append(
+                Read([*pages, *tail_pages[branch].tolist()], [*valid, *own], tail, 1, ordinal=sum(own) - 1)
+            )
+
+    def work(reads: list[Read], rows: int) -> WorkList | TileList:
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        capacity = attention.capacity(
+            backend, rows, num_pages, heads=heads, kv_heads=kv_heads, page_size=page_size
+        )
+        order, listed = attention.plan(reads, capacity, page_size)
+        assert (order == np.arange(len(reads))).all(), "page ids ascend, so reads are in tree order"
+        return listed
+
+    branch_work = work(branch_reads, count)
+    begin = np.full(num_pages, -1, np.int32)
+    begin[tail_pages] = page_size * np.arange(tail)
     keys = [branch_key(((0, branch),) if branches > 1 else ()) for branch in range(branches)]
     arrays = Arrays(
-        prompts=_prompt_rows(prompts, rows, first_page, valid, refs + count * tail, page_size),
-        start=np.repeat(shared, branches).astype(np.int32),
+        prompts=_prompt_rows(prompts, rows, prompt_reads, work(prompt_reads, rows), num_pages, page_size),
+        start=np.repeat(np.array(shared, np.int32), branches),
         tail_pages=tail_pages,
-        work=_branch_work(valid, first_page, shared_pages, tail_pages, branches),
+        work=branch_work,
+        tail_begin=begin[branch_work.page_ids],
         branch_key=np.array(keys * len(prompts), np.int32),
         flags=np.array(flags, np.int32),
         eos_ids=np.pad(np.array(eos_ids, np.int32), (0, 8 - len(eos_ids) % 8), constant_values=-1),
         tokens=np.full((max_tokens, count), -1, np.int32),
     )
-    return Plan(arrays, num_pages=refs + count * tail)
+    return Plan(arrays, num_pages)
 
 
 def _prompt_rows(
     prompts: Sequence[Sequence[int]],
     size: int,
-    first_page: np.ndarray,
-    valid: np.ndarray,
+    reads: Sequence[Read],
+    work: WorkList | TileList,
     nowhere: int,
     page_size: int,
 ) -> Rows:
-    """One causal item for each prompt; the rows past the prompts', of `size`, write to `nowhere`."""
+    """The rows past the prompts', of `size`, write to `nowhere`."""
     tokens, positions, page, offset = (np.zeros(size, np.int32) for _ in range(4))
     page[:] = nowhere
-    lengths = np.array([len(prompt) - 1 for prompt in prompts])
     row = 0
-    for prompt, length, first in zip(prompts, lengths, first_page, strict=True):
-        ordinal, rows = np.arange(length), slice(row, row + length)
+    for prompt, read in zip([prompt for prompt in prompts if len(prompt) > 1], reads, strict=True):
+        ordinal, rows = np.arange(read.rows), slice(row, row + read.rows)
         tokens[rows], positions[rows] = prompt[:-1], ordinal
-        page[rows], offset[rows] = first + ordinal // page_size, ordinal % page_size
-        row += length
-    work = WorkList(
-        item_pages=np.stack([first_page, -(-lengths // page_size)], axis=1).astype(np.int32),
-        item_rows=np.stack([np.cumsum(lengths) - lengths, lengths], axis=1).astype(np.int32),
-        item_causal=np.zeros(len(prompts), np.int32),
-        page_ids=np.arange(len(valid), dtype=np.int32),
-        page_valid=valid,
-        num_items=np.array(len(prompts), np.int32),
-        num_single=np.array(0, np.int32),
-    )
+        page[rows], offset[rows] = np.array(read.pages)[ordinal // page_size], ordinal % page_size
+        row += read.rows
     return Rows(tokens, positions, page, offset, work)
-
-
-def _branch_work(
-    valid: np.ndarray,
-    first_page: np.ndarray,
-    shared_pages: np.ndarray,
-    tail_pages: np.ndarray,
-    branches: int,
-) -> WorkList:
-    """One item for each branch's tail, then one for each prompt that all of its branches read."""
-    refs, (count, tail), prompts = len(valid), tail_pages.shape, len(first_page)
-    tails = np.stack([tail_pages[:, 0], np.full(count, tail)], axis=1)
-    shared = np.stack([first_page, shared_pages], axis=1)
-    single_rows = np.stack([np.arange(count), np.ones(count)], axis=1)
-    group_rows = np.stack([branches * np.arange(prompts), np.full(prompts, branches)], axis=1)
-    return WorkList(
-        item_pages=np.concatenate([tails, shared]).astype(np.int32),
-        item_rows=np.concatenate([single_rows, group_rows]).astype(np.int32),
-        item_causal=np.full(count + prompts, WHOLE, np.int32),
-        page_ids=np.arange(refs + count * tail, dtype=np.int32),
-        page_valid=np.concatenate([valid, np.zeros(count * tail, np.int32)]),
-        num_items=np.array(count + prompts, np.int32),
-        num_single=np.array(count, np.int32),
-    )
 
 
 def _slots(model: Qwen3, prompts: Sequence[Sequence[int]], branches: int, sampling: Sampling) -> SlotState:
@@ -284,7 +285,7 @@ def decode_loop(
         rows.tokens, rows.positions, cache, rows.write_page, rows.write_offset, rows.work, backend
     )
     max_tokens, count = arrays.tokens.shape
-    page_size, num_tail_refs = cache.page_size, arrays.tail_pages.size
+    page_size = cache.page_size
     every = jnp.arange(count, dtype=jnp.int32)
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
@@ -301,7 +302,7 @@ def decode_loop(
             cache,
             arrays.tail_pages[:, page],
             jnp.broadcast_to(offset, (count,)),
-            arrays.work._replace(page_valid=valid_after(step)),
+            work_after(step),
             backend,
         )
         inputs = SampleInputs(
@@ -317,11 +318,15 @@ def decode_loop(
         ended |= (outputs.token[:, None] == arrays.eos_ids).any(1)
         return step + 1, tokens, ended, cache, slots
 
-    def valid_after(step: Array) -> Int32[Array, " page_refs"]:
-        begin = page_size * jnp.arange(arrays.tail_pages.shape[1], dtype=jnp.int32)
-        tail = jnp.clip(step + 1 - begin, 0, page_size)
-        shared = arrays.work.page_valid[:-num_tail_refs]
-        return jnp.concatenate([shared, jnp.broadcast_to(tail, arrays.tail_pages.shape).reshape(-1)])
+    def work_after(step: Array) -> WorkList | TileList:
+        """The branches' work with their pages filled as of this step."""
+        work, begin = arrays.work, arrays.tail_begin
+        filled = jnp.clip(step + 1 - begin, 0, page_size)
+        if isinstance(work, TileList):
+            return work._replace(
+                page_sees=jnp.where(begin < 0, work.page_sees, refilled(work.page_sees, filled))
+            )
+        return work._replace(page_valid=jnp.where(begin < 0, work.page_valid, filled))
 
     arrays = jax.tree.map(jnp.asarray, arrays)
     carry = np.int32(0), arrays.tokens, jnp.zeros(count, bool), cache, slots
@@ -385,8 +390,8 @@ class Decode:
     """`random` makes weights on the device instead of reading them."""
     weights_seed: int = 0
     """Seed of random weights."""
-    attention: str = "xla"
-    """Attention backend: `xla`, or `reference`, the oracle."""
+    attention: str = "auto"
+    """Attention backend; `auto` picks by device, `reference` is the oracle."""
     page_size: int = 16
     """KV positions in a page."""
     json: bool = False
@@ -403,9 +408,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _report(command: Decode) -> str:
-    backends = [name for name, backend in BACKENDS.items() if not backend.tiled]
-    if command.attention not in backends:
-        raise ValueError(f"--attention must be one of {', '.join(backends)}")
+    if command.attention not in ("auto", *BACKENDS):
+        raise ValueError(f"--attention must be auto or one of {', '.join(BACKENDS)}")
     tokenizer = _tokenizer(command.model)
     prompts = _prompts(command, tokenizer)
     model = load_model(
@@ -425,7 +429,7 @@ def _report(command: Decode) -> str:
         ),
         eos_ids=() if command.ignore_eos else (tokenizer and tokenizer.eos_ids) or model.config.eos_ids,
         page_size=command.page_size,
-        backend=command.attention,
+        backend=None if command.attention == "auto" else command.attention,
     )
     answers = [
         [

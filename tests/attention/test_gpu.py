@@ -152,7 +152,7 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
     assert not gpu.supports(48, jnp.bfloat16)
     assert not gpu.supports(64, np.float64)
     q, pages = jnp.zeros((4, 2, 32)), jnp.zeros((8, 2, 24, 32))
-    with pytest.raises(ValueError, match="page_size, not 24"):
+    with pytest.raises(ValueError, match="power of two, not 24"):
         shared_prefix_attention(q, pages, pages, capacity.empty(), scale=1.0, backend=BACKEND)
 
 

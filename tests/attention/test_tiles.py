@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.layout import Read
-from attention.tiles import COSTS, TileCapacity, TileList, Tiling, pack_sees, plan_tiles, unpack_sees
+from attention.tiles import (
+    COSTS,
+    TileCapacity,
+    TileList,
+    Tiling,
+    pack_sees,
+    plan_tiles,
+    refilled,
+    unpack_sees,
+)
 from tests.attention.forest import Forest, forests, mixed_reads, positions_seen
 
 NUM_PAGES = 4096  # of a Forest
@@ -183,6 +192,20 @@ def test_packed_fields_come_back() -> None:
     assert words.dtype == np.int32
     np.testing.assert_array_equal(np.stack(unpack_sees(words), 1), fields)
     np.testing.assert_array_equal(np.stack(unpack_sees(jnp.asarray(words)), 1), fields)
+
+
+def test_a_page_can_be_refilled() -> None:
+    words = pack_sees(
+        *(np.array(field) for field in ([3, 16, 128], [0, 127, 5], [1, 128, 9], [-256, 255, 7]))
+    )
+    for convert in (np.asarray, jnp.asarray):
+        valid, first, end, causal = unpack_sees(
+            refilled(convert(words), convert(np.array([16, 0, 1], np.int32)))
+        )
+        assert valid.tolist() == [16, 1, 1]
+        assert first.tolist() == [0, 127, 5]
+        assert end.tolist() == [1, 0, 9]
+        assert causal.tolist() == [-256, 255, 7]
 
 
 def test_nothing_to_read_is_an_empty_list() -> None:
