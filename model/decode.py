@@ -178,8 +178,8 @@ def _lay_out(
 ) -> Plan:
     """Pages 0, 1, … to a prompt and then its branches, one prompt after the other.
 
-    The rows are then in tree order, whatever the backend's plan. A branch's pages count as almost full, which
-    keeps their references apart from those that all rows of a tile see whole.
+    A branch's pages count as almost full, which keeps their references apart from those that all rows of a
+    tile see whole.
     """
     shared = [len(prompt) - 1 for prompt in prompts]
     # Padded to a power of two, so that prompts of other lengths can use the same program.
@@ -205,21 +205,20 @@ def _lay_out(
                 Read([*pages, *tail_pages[branch].tolist()], [*valid, *own], tail, 1, ordinal=sum(own) - 1)
             )
 
-    def work(reads: list[Read], rows: int) -> WorkList | TileList:
+    def planned(reads: list[Read], rows: int) -> tuple[np.ndarray, WorkList | TileList]:
         heads, kv_heads = config.num_heads, config.num_kv_heads
         capacity = attention.capacity(
             backend, rows, num_pages, heads=heads, kv_heads=kv_heads, page_size=page_size
         )
-        order, listed = attention.plan(reads, capacity, page_size)
-        assert (order == np.arange(len(reads))).all(), "page ids ascend, so reads are in tree order"
-        return listed
+        return attention.plan(reads, capacity, page_size)
 
-    branch_work = work(branch_reads, count)
+    order, branch_work = planned(branch_reads, count)
+    assert (order == np.arange(count)).all(), "page ids ascend, so single rows are in tree order"
     begin = np.full(num_pages, -1, np.int32)
     begin[tail_pages] = page_size * np.arange(tail)
     keys = [branch_key(((0, branch),) if branches > 1 else ()) for branch in range(branches)]
     arrays = Arrays(
-        prompts=_prompt_rows(prompts, rows, prompt_reads, work(prompt_reads, rows), num_pages, page_size),
+        prompts=_prompt_rows(prompts, rows, prompt_reads, *planned(prompt_reads, rows), num_pages, page_size),
         start=np.repeat(np.array(shared, np.int32), branches),
         tail_pages=tail_pages,
         work=branch_work,
@@ -236,6 +235,7 @@ def _prompt_rows(
     prompts: Sequence[Sequence[int]],
     size: int,
     reads: Sequence[Read],
+    order: np.ndarray,
     work: WorkList | TileList,
     nowhere: int,
     page_size: int,
@@ -244,7 +244,9 @@ def _prompt_rows(
     tokens, positions, page, offset = (np.zeros(size, np.int32) for _ in range(4))
     page[:] = nowhere
     row = 0
-    for prompt, read in zip([prompt for prompt in prompts if len(prompt) > 1], reads, strict=True):
+    read_prompts = [prompt for prompt in prompts if len(prompt) > 1]
+    for index in order.tolist():
+        prompt, read = read_prompts[index], reads[index]
         ordinal, rows = np.arange(read.rows), slice(row, row + read.rows)
         tokens[rows], positions[rows] = prompt[:-1], ordinal
         page[rows], offset[rows] = np.array(read.pages)[ordinal // page_size], ordinal % page_size

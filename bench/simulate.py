@@ -1,0 +1,504 @@
+"""Serves a workload with the real scheduler under a virtual clock; steps take what a measured profile says.
+
+    python -m bench.simulate --profile h200-qwen3-32b --workload headline \\
+        --policies off,cap:2,cap:4,cap:6,cap:8,eager,taper --json -
+
+As in the engine, a step is planned while the one before it is in flight, and steps run one after the other.
+Requests that arrive within the window are measured, all of them, and served to their end; those before it
+warm the server up, those after it keep up the load. Targets follow by rule: TTFT 5 s; TPOT twice what one
+request alone gets under the same profile.
+
+Measures, on the client's clock: t1 is the first token, tE the last, N their number; a stage ends with its
+last token at c_s and begins where the one before it ended (the first: at t1), and brings n_s tokens (the
+first: one less). Stages under 16 tokens are merged into the next.
+
+    mean TPOT   (tE - t1) / (N - 1)
+    stage TPOT  max over stages of (c_s - b_s) / n_s
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import multiprocessing
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.workload import Item, Workload, closed_loop, open_loop
+from scheduler.events import Finished, TokenEmitted
+from scheduler.plan import Sample, StepPlan, StepResult
+from scheduler.predictor import StepLatencyModel
+from scheduler.request import Slo
+from scheduler.scheduler import Scheduler, SchedulerConfig
+
+PROFILES = Path(__file__).parent / "profiles"
+SHORT_STAGE = 16
+TTFT_SLO = 5.0
+TPOT_SLO_MULTIPLE = 2.0
+ALONE = Item(0.0, 800, ((400,),))
+MAX_CONTEXT = 16_384
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What steps take on a device with a model, in seconds.
+
+    T = (bucket_seconds[bucket] + kv_token_seconds * unique KV tokens + chunk_context_seconds * sum over
+    entries of several rows of rows x mean context) * (1 + residual * normal) + host_gap_seconds
+    """
+
+    name: str
+    bucket_seconds: dict[int, float]
+    kv_token_seconds: float
+    chunk_context_seconds: float
+    host_gap_seconds: float
+    residual: float
+    num_pages: int
+    page_size: int
+
+    @classmethod
+    def load(cls, name: str) -> Profile:
+        """The profile at the path `name`, or the one shipped under that name."""
+        path = Path(name) if name.endswith(".json") else PROFILES / f"{name}.json"
+        record = json.loads(path.read_text())
+        buckets = {int(rows): seconds for rows, seconds in record["bucket_seconds"].items()}
+        names = ("kv_token_seconds", "chunk_context_seconds", "host_gap_seconds", "residual")
+        sizes = {size: int(record[size]) for size in ("num_pages", "page_size")}
+        return cls(
+            name=record["name"], bucket_seconds=buckets, **{key: record[key] for key in names}, **sizes
+        )
+
+    def seconds(self, plan: StepPlan) -> float:
+        """A step's time on the device, without its residual."""
+        chunks = 0.0
+        if plan.rows > len(plan.entries):
+            for entry in plan.entries:
+                if entry.rows > 1:
+                    before = sum(segment.length for segment in entry.context) + entry.ordinal
+                    chunks += entry.rows * (before + (entry.rows + 1) / 2)
+        weights = self.bucket_seconds[plan.bucket]
+        return weights + self.kv_token_seconds * plan.kv_tokens + self.chunk_context_seconds * chunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is the same for every policy. Times in seconds; requests that arrive in [warmup, end) count."""
+
+    profile: Profile
+    workload: Workload
+    tpot_slo: float
+    ttft_slo: float = TTFT_SLO
+    warmup: float = 0.0
+    end: float = math.inf
+    seed: int = 0
+    rho: float = 0.8
+    max_chunk: int = 512
+    prompt_floor: int = 32
+
+
+# --- what a client sees ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Record:
+    """A request as its client sees it. `stage_ends`: when the last token of each of its stages came."""
+
+    item: Item
+    arrival: float
+    first: float = math.nan
+    last: float = math.nan
+    tokens: int = 0
+    stage_ends: list[float] = field(default_factory=list)
+    finished: bool = False
+    _ends: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._ends = [*accumulate(sum(stage) for stage in self.item.stages)]
+
+    def emit(self, now: float) -> None:
+        """One more token came. Stages follow one another, so that counting tells which one it ends."""
+        if not self.tokens:
+            self.first = now
+        self.last = now
+        self.tokens += 1
+        if self.tokens == self._ends[len(self.stage_ends)]:
+            self.stage_ends.append(now)
+
+    @property
+    def ttft(self) -> float:
+        return self.first - self.arrival
+
+    @property
+    def mean_tpot(self) -> float:
+        return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+    @property
+    def stage_tpot(self) -> float:
+        return max(
+            ((end - begin) / tokens for begin, end, tokens in merged_stages(self) if tokens), default=0.0
+        )
+
+
+def merged_stages(record: Record) -> list[tuple[float, float, int]]:
+    """(begin, end, tokens) of each stage; a short one counts with the next, a short last one with the last.
+
+    The very first token begins the first stage, and is not counted.
+    """
+    stages: list[tuple[float, float, int]] = []
+    begin, held = record.first, 0
+    for stage, end in zip(record.item.stages, record.stage_ends, strict=True):
+        held += sum(stage)
+        if held >= SHORT_STAGE:
+            stages.append((begin, end, held))
+            begin, held = end, 0
+    if held and stages:
+        start, _, tokens = stages.pop()
+        stages.append((start, record.last, tokens + held))
+    elif held:
+        stages.append((begin, record.last, held))
+    if stages:
+        start, end, tokens = stages[0]
+        stages[0] = (start, end, tokens - 1)
+    return stages
+
+
+# --- serving -----------------------------------------------------------------------------------------------
+
+
+class _Bytes:
+    """A codec for requests without text."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return ""
+
+
+class Simulation:
+    """One policy serving one workload: `run`, then read `records`.
+
+    widths  branches that were given a token, summed over steps and requests with any; and these pairs' number
+    tokens  emitted within the window
+    """
+
+    TOKEN = Sample(0)
+
+    def __init__(self, setting: Setting, policy: str) -> None:
+        profile = self.profile = setting.profile
+        self.setting = setting
+        buckets = profile.bucket_seconds
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                num_pages=profile.num_pages,
+                page_size=profile.page_size,
+                num_slots=2 * max(buckets),
+                max_context=MAX_CONTEXT,
+                max_queue=len(setting.workload.items) + 1,
+                max_chunk=setting.max_chunk,
+                prompt_floor=setting.prompt_floor,
+                rho=setting.rho,
+                prefix_cache=False,  # prompts are random
+                policy=policy,
+            ),
+            StepLatencyModel(buckets, profile.kv_token_seconds),
+            _Bytes(),
+        )
+        self.now = 0.0
+        self.records: dict[str, Record] = {}
+        self.steps = 0
+        self.tokens = 0
+        self.widths = [0, 0]
+        self.error_sums = [0.0, 0.0]  # of (measured - predicted) / measured, signed and absolute
+        self.planning = 0.0
+        self._noise = np.random.default_rng([setting.seed, 2])
+        self._waiting = deque(enumerate(setting.workload.items))
+        self._sent = 0
+        self._to_measure: set[str] = set()
+
+    # --- the engine's loop -----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until every request of the window is answered."""
+        flying: tuple[StepPlan, float, float] | None = None  # plan, begin, end
+        for _ in range(self.setting.workload.clients or 0):
+            self._send_next(0.0)
+        while True:
+            self._send_due()
+            if flying is None and self.scheduler.idle:
+                if not self._waiting:
+                    return
+                self.now = max(self.now, self._waiting[0][1].arrival)
+                continue
+            plan = self._plan()
+            if plan is None and flying is None:
+                raise RuntimeError("requests are live, but no step can advance any of them")
+            launched = None
+            if plan is not None:
+                begin = max(self.now, flying[2] if flying else self.now)
+                launched = (plan, begin, begin + self._duration(plan))
+            if flying is not None:
+                self._finish(*flying)
+            flying = launched
+            if self.now >= self.setting.end and not self._to_measure:
+                return
+
+    def _plan(self) -> StepPlan | None:
+        began = time.process_time()
+        plan = self.scheduler.schedule(self.now)
+        self.planning += time.process_time() - began
+        return plan
+
+    def _duration(self, plan: StepPlan) -> float:
+        seconds = self.profile.seconds(plan)
+        if self.profile.residual:
+            seconds *= max(0.5, 1.0 + self.profile.residual * self._noise.standard_normal())
+        return seconds + self.profile.host_gap_seconds
+
+    def _finish(self, plan: StepPlan, begin: float, end: float) -> None:
+        self.now = end
+        sampling = Counter(entry.request_id for entry in plan.entries if entry.samples)
+        samples = (self.TOKEN,) * sampling.total()
+        events = self.scheduler.update(StepResult(plan, samples, end - begin), end)
+        self.steps += 1
+        error = 1.0 - plan.predicted_seconds / (end - begin)
+        self.error_sums[0] += error
+        self.error_sums[1] += abs(error)
+        if self.setting.warmup <= end < self.setting.end:
+            self.widths[0] += sampling.total()
+            self.widths[1] += len(sampling)
+            self.tokens += sampling.total()
+        for event in events:
+            if type(event) is TokenEmitted:
+                self.records[event.request_id].emit(end)
+            elif type(event) is Finished:
+                self._answered(event.request_id)
+
+    # --- the clients -----------------------------------------------------------------------------------
+
+    def _send_due(self) -> None:
+        while self.setting.workload.clients is None and self._waiting:
+            if self._waiting[0][1].arrival > self.now:
+                return
+            self._send_next(self._waiting[0][1].arrival)
+
+    def _send_next(self, now: float) -> None:
+        if not self._waiting:
+            return
+        index, item = self._waiting.popleft()
+        slo = Slo(tpot=self.setting.tpot_slo, ttft=self.setting.ttft_slo)
+        request = item.request(str(index), slo, index)
+        self.records[request.id] = Record(item, now)
+        if self.setting.warmup <= now < self.setting.end:
+            self._to_measure.add(request.id)
+        self.scheduler.add(request, now)
+
+    def _answered(self, request_id: str) -> None:
+        self.records[request_id].finished = True
+        self._to_measure.discard(request_id)
+        if self.setting.workload.clients is not None:
+            self._send_next(self.now)
+
+    @property
+    def measured(self) -> list[Record]:
+        """Everything that arrived in the window."""
+        window = self.setting.warmup, self.setting.end
+        return [record for record in self.records.values() if window[0] <= record.arrival < window[1]]
+
+
+def unloaded_tpot(profile: Profile) -> float:
+    """Seconds per token of one serial request that is served alone."""
+    workload = Workload("alone", "poisson", 0, (ALONE,))
+    alone = Simulation(
+        Setting(profile=replace(profile, residual=0.0), workload=workload, tpot_slo=1.0), "off"
+    )
+    alone.run()
+    return alone.records["0"].mean_tpot
+
+
+# --- the row of a policy -----------------------------------------------------------------------------------
+
+
+def share(flags: Iterable[bool]) -> float | None:
+    """How many of `flags` are true, as a share; None if there are none."""
+    values = [*flags]
+    return sum(values) / len(values) if values else None
+
+
+def row(policy: str, simulation: Simulation) -> dict[str, Any]:
+    setting, records = simulation.setting, simulation.measured
+    end = setting.end if math.isfinite(setting.end) else simulation.now
+    seconds = end - setting.warmup
+
+    def good(tpot: Callable[[Record], float]) -> list[bool]:
+        on_time = [record.finished and record.ttft <= setting.ttft_slo for record in records]
+        return [ok and tpot(each) <= setting.tpot_slo for each, ok in zip(records, on_time, strict=True)]
+
+    mean, stage = good(attrgetter("mean_tpot")), good(attrgetter("stage_tpot"))
+    by_stage = [*zip(records, stage, strict=True)]
+    finished = [record for record in records if record.finished]
+    serial_ms = [1e3 * record.mean_tpot for record in finished if not record.item.parallel]
+
+    def goodput(flags: Sequence[bool]) -> float:
+        return sum(record.tokens for record, ok in zip(records, flags, strict=True) if ok) / seconds
+
+    branches, turns = simulation.widths
+    return {
+        "policy": policy,
+        "goodput_mean": goodput(mean),
+        "attainment_mean": share(mean),
+        "goodput_stage": goodput(stage),
+        "attainment_stage": share(stage),
+        "serial_attainment": share(ok for record, ok in by_stage if not record.item.parallel),
+        "parallel_attainment": share(ok for record, ok in by_stage if record.item.parallel),
+        "ttft_attainment": share(r.finished and r.ttft <= setting.ttft_slo for r in records),
+        "raw_tokens_s": simulation.tokens / seconds,
+        "mean_width": branches / turns if turns else None,
+        "e2e_p50_s": _quantile([record.last - record.arrival for record in finished], 0.5),
+        "serial_tpot_p99_ms": _quantile(serial_ms, 0.99),
+    }
+
+
+def _quantile(values: Sequence[float], q: float) -> float | None:
+    return float(np.quantile(values, q)) if values else None
+
+
+def simulate(setting: Setting, policy: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """The policy's row, and what the simulation itself took: the latter is not deterministic."""
+    gc.disable()  # as in production, where collections are kept out of the loop
+    began = time.process_time()
+    simulation = Simulation(setting, policy)
+    simulation.run()
+    gc.enable()
+    steps = max(1, simulation.steps)
+    cost = {
+        "steps": simulation.steps,
+        "simulated_s": simulation.now,
+        "cpu_s": time.process_time() - began,
+        "plan_ms": 1e3 * simulation.planning / steps,
+        "bias": simulation.error_sums[0] / steps,
+        "mape": simulation.error_sums[1] / steps,
+    }
+    return row(policy, simulation), cost
+
+
+# --- command line ------------------------------------------------------------------------------------------
+
+HEADLINE_RATE, HEADLINE_CLIENTS = 1.6, 40
+WARMUP, WINDOW, COOLDOWN = 45.0, 45.0, 15.0
+
+
+def workload_named(name: str, seed: int, seconds: float) -> Workload:
+    """`headline`, `headline-closed`, or the file of that name."""
+    if name == "headline":
+        return open_loop("fanout", "bursty", HEADLINE_RATE, seconds, seed)
+    if name == "headline-closed":
+        return closed_loop("fanout", HEADLINE_CLIENTS, math.ceil(10 * seconds), seed)
+    return Workload.load(Path(name))
+
+
+COLUMNS = {
+    "goodput_mean": ("goodput mean", "{:.0f}"),
+    "attainment_mean": ("attained", "{:.1%}"),
+    "goodput_stage": ("goodput stage", "{:.0f}"),
+    "attainment_stage": ("attained", "{:.1%}"),
+    "serial_attainment": ("serial", "{:.1%}"),
+    "parallel_attainment": ("parallel", "{:.1%}"),
+    "ttft_attainment": ("TTFT", "{:.1%}"),
+    "raw_tokens_s": ("raw tok/s", "{:.0f}"),
+    "mean_width": ("width", "{:.2f}"),
+    "e2e_p50_s": ("E2E p50 s", "{:.1f}"),
+    "serial_tpot_p99_ms": ("serial p99 ms", "{:.1f}"),
+}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["policy    " + "".join(f"{title:>14}" for title, _ in COLUMNS.values())]
+    for each in rows:
+        cells = ("-" if each[key] is None else form.format(each[key]) for key, (_, form) in COLUMNS.items())
+        lines.append(f"{each['policy']:<10}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="python -m bench.simulate", description="Compares policies.")
+    parser.add_argument("--profile", default="h200-qwen3-32b", help="a shipped profile's name, or a file")
+    parser.add_argument("--workload", default="headline", help="headline, headline-closed, or a file")
+    parser.add_argument("--policies", default="off,cap:2,cap:4,cap:6,cap:8,eager,taper")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--warmup", type=float, default=WARMUP, help="seconds before the window")
+    parser.add_argument("--window", type=float, default=WINDOW, help="seconds in which requests count")
+    parser.add_argument("--cooldown", type=float, default=COOLDOWN, help="seconds of arrivals after it")
+    parser.add_argument("--rho", type=float, default=0.8)
+    parser.add_argument("--max-chunk", type=int, default=512)
+    parser.add_argument("--prompt-floor", type=int, default=32)
+    parser.add_argument("--host-gap", type=float, help="seconds between steps, instead of the profile's")
+    parser.add_argument("--residual", type=float, help="relative noise of a step, instead of the profile's")
+    parser.add_argument("--page", type=int, help="tokens of a KV page, instead of the profile's")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", help="a file, or - for standard output")
+    options = parser.parse_args(arguments)
+
+    profile = Profile.load(options.profile)
+    changes = {"host_gap_seconds": options.host_gap, "residual": options.residual}
+    profile = replace(profile, **{key: value for key, value in changes.items() if value is not None})
+    if options.page is not None:
+        tokens = profile.num_pages * profile.page_size
+        profile = replace(profile, page_size=options.page, num_pages=tokens // options.page)
+    end = options.warmup + options.window
+    setting = Setting(
+        profile=profile,
+        workload=workload_named(options.workload, options.seed, end + options.cooldown),
+        tpot_slo=TPOT_SLO_MULTIPLE * unloaded_tpot(profile),
+        warmup=options.warmup,
+        end=end,
+        seed=options.seed,
+        rho=options.rho,
+        max_chunk=options.max_chunk,
+        prompt_floor=options.prompt_floor,
+    )
+    policies = options.policies.split(",")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(options.processes, len(policies)), mp_context=spawn) as pool:
+        results = [*pool.map(partial(simulate, setting), policies)]
+    result = {
+        "profile": profile.name,
+        "workload": options.workload,
+        "seed": options.seed,
+        "tpot_slo_ms": 1e3 * setting.tpot_slo,
+        "ttft_slo_s": setting.ttft_slo,
+        "page_size": profile.page_size,
+        "warmup_s": options.warmup,
+        "window_s": options.window,
+        "statistics": setting.workload.statistics(),
+        "rows": [each for each, _ in results],
+    }
+    text = json.dumps(result, indent=1, allow_nan=False)
+    if options.json == "-":
+        print(text)
+    elif options.json:
+        Path(options.json).write_text(text + "\n")
+    out = sys.stderr if options.json == "-" else sys.stdout
+    print(table(result["rows"]), file=out)
+    for each, cost in results:
+        print(
+            f"{each['policy']:<10}" + ", ".join(f"{key} {value:.4g}" for key, value in cost.items()), file=out
+        )
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

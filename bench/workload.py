@@ -1,0 +1,294 @@
+"""Workloads: which requests arrive when, and how their answers branch; saved as files that can be replayed.
+
+    python -m bench.workload --family fanout --rate 1.6 --arrivals bursty --seconds 600 --seed 1 --json OUT
+    python -m bench.workload --family fanout --clients 40 --requests 600 --seed 1 --json OUT
+
+Lengths are part of the workload, so that every policy, and a model with random weights too, serves the same
+tokens: a request's plan ends each stage by its limit alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage
+from scheduler.request import Request, SamplingParams, Slo, Stopping
+
+FORMAT = 1
+BURST_PERIOD, BURST_SECONDS, BURST, LULL = 45.0, 15.0, 1.6, 0.7
+BRANCH_SEED = 5  # tokens forced at the head of a branch, as of "\n<Path>\n1:"
+JOIN_SEED = 3  # and of what follows a join, as of "\n<Conclusion>\n"
+
+Lengths = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One request.
+
+    arrival  seconds from the start; 0 in a closed loop, where items are sent in order
+    prompt   tokens
+    stages   sampled tokens of each stage of the trunk, in order: one number is a serial stage, more are the
+             branches of a parallel one
+    join     how a parallel stage is joined; `none` only where it is the last
+    """
+
+    arrival: float
+    prompt: int
+    stages: Lengths
+    join: str = "kv"
+
+    @property
+    def parallel(self) -> bool:
+        return any(len(stage) > 1 for stage in self.stages)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(sum, self.stages))
+
+    @property
+    def critical_path(self) -> int:
+        return sum(map(max, self.stages))
+
+    def request(self, id: str, slo: Slo, seed: int, vocab_size: int = 32_000) -> Request:
+        """The request, with a random prompt and random seeds of branches drawn from `seed`."""
+        rng = np.random.default_rng(seed)
+
+        def ids(count: int) -> tuple[int, ...]:
+            return tuple(rng.integers(vocab_size, size=count).tolist())
+
+        stages: list[Stage] = []
+        joined = False
+        for lengths in self.stages:
+            first, *others = lengths
+            if others:
+                specs = [
+                    BranchSpec(stopping=Stopping(max_tokens=length), prefix=ids(BRANCH_SEED))
+                    for length in lengths
+                ]
+                stages.append(ParallelStage(branches=tuple(specs), join=self.join))
+            else:
+                prefix = ids(JOIN_SEED) if joined else ()
+                stages.append(SerialStage(stopping=Stopping(max_tokens=first), prefix=prefix))
+            joined = bool(others)
+        return Request(
+            id=id,
+            prompt=ids(self.prompt),
+            program=Plan(stages=tuple(stages)),
+            sampling=SamplingParams(seed=seed),
+            slo=slo,
+        )
+
+
+# --- families ----------------------------------------------------------------------------------------------
+
+
+def lognormal(rng: np.random.Generator, mean: float, sigma: float, most: int | None = None) -> int:
+    """A length of at least one token, from the lognormal distribution with that mean; `most` cuts it off."""
+    length = max(1, round(rng.lognormal(math.log(mean) - sigma**2 / 2, sigma)))
+    return length if most is None else min(length, most)
+
+
+Draw = Callable[[np.random.Generator], tuple[int, Lengths]]
+
+
+def _branches(
+    rng: np.random.Generator, counts: Sequence[int], mean: float, sigma: float, **cut: int
+) -> tuple[int, ...]:
+    return tuple(lognormal(rng, mean, sigma, **cut) for _ in range(int(rng.choice(counts))))
+
+
+def fanout(rng: np.random.Generator) -> tuple[int, Lengths]:
+    """80 % parallel, once and widely."""
+    prompt = lognormal(rng, 800, 0.6)
+    if rng.random() >= 0.8:
+        return prompt, ((lognormal(rng, 400, 0.6),),)
+    head = lognormal(rng, 80, 0.4)
+    branches = _branches(rng, (8, 12, 16, 24, 32), 200, 0.5)
+    return prompt, ((head,), branches, (lognormal(rng, 120, 0.4),))
+
+
+def mixed(rng: np.random.Generator) -> tuple[int, Lengths]:
+    """50 % parallel, one to three times; the others as in `fanout`."""
+    prompt = lognormal(rng, 500, 0.6)
+    if rng.random() >= 0.5:
+        return prompt, ((lognormal(rng, 400, 0.6),),)
+    stages: list[tuple[int, ...]] = []
+    for _ in range(int(rng.choice((1, 1, 2, 3)))):
+        stages += [
+            (lognormal(rng, 100, 0.5),),
+            _branches(rng, (2, 3, 4, 5, 6, 8, 10, 12), 200, 0.5),
+        ]
+    return prompt, (*stages, (lognormal(rng, 80, 0.5),))
+
+
+def reasoning(rng: np.random.Generator) -> tuple[int, Lengths]:
+    """70 % parallel, two to four times, with long stages of at most 1500 tokens."""
+    prompt = lognormal(rng, 300, 0.5)
+
+    def serial(mean: float = 250.0) -> tuple[int, ...]:
+        return (lognormal(rng, mean, 0.5, 1500),)
+
+    if rng.random() >= 0.7:
+        return prompt, (serial(1000.0),)
+    stages: list[tuple[int, ...]] = [serial()]
+    for _ in range(int(rng.choice((2, 3, 4)))):
+        stages += [_branches(rng, (3, 4, 6, 8), 300, 0.5, most=1500), serial()]
+    return prompt, tuple(stages)
+
+
+def light(rng: np.random.Generator) -> tuple[int, Lengths]:
+    """The duty of real Multiverse outputs: few short branches between long serial stages."""
+    prompt = lognormal(rng, 300, 0.5)
+    branches = _branches(rng, (2, 3, 4), 100, 0.5)
+    return prompt, ((lognormal(rng, 600, 0.5),), branches, (lognormal(rng, 400, 0.5),))
+
+
+def best_of_n(rng: np.random.Generator) -> tuple[int, Lengths]:
+    """50 % want several answers to one prompt, the others one."""
+    prompt = lognormal(rng, 500, 0.6)
+    count = int(rng.choice((4, 8, 16))) if rng.random() < 0.5 else 1
+    return prompt, (tuple(lognormal(rng, 300, 0.5) for _ in range(count)),)
+
+
+FAMILIES: dict[str, Draw] = {
+    "fanout": fanout,
+    "mixed": mixed,
+    "reasoning": reasoning,
+    "light": light,
+    "best-of-n": best_of_n,
+}
+
+# --- arrivals ----------------------------------------------------------------------------------------------
+
+
+def poisson(rng: np.random.Generator, rate: float) -> Iterator[float]:
+    """Arrival times in seconds, `rate` a second."""
+    now = 0.0
+    while True:
+        now += rng.exponential(1.0 / rate)
+        yield now
+
+
+def bursty(rng: np.random.Generator, rate: float) -> Iterator[float]:
+    """Poisson arrivals at 1.6 times the rate in the first 15 of each 45 seconds, at 0.7 times after them."""
+    in_burst = BURST * BURST_SECONDS
+    in_period = in_burst + LULL * (BURST_PERIOD - BURST_SECONDS)
+    for expected in poisson(rng, 1.0):  # arrivals expected until then
+        periods, rest = divmod(expected / rate, in_period)
+        within = rest / BURST if rest <= in_burst else BURST_SECONDS + (rest - in_burst) / LULL
+        yield periods * BURST_PERIOD + within
+
+
+ARRIVALS = {"poisson": poisson, "bursty": bursty}
+
+# --- workloads ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Items in order of arrival. `clients`: a closed loop of so many, each with one request at a time."""
+
+    family: str
+    arrivals: str
+    seed: int
+    items: tuple[Item, ...]
+    rate: float | None = None
+    seconds: float | None = None
+    clients: int | None = None
+
+    def statistics(self) -> dict[str, float | None]:
+        """Means over requests; `branches` is the mean over parallel stages (None where there are none)."""
+        parallel = [len(stage) for item in self.items for stage in item.stages if len(stage) > 1]
+        count = len(self.items)
+        means = {
+            "prompt_tokens": sum(item.prompt for item in self.items),
+            "output_tokens": sum(item.tokens for item in self.items),
+            "critical_path": sum(item.critical_path for item in self.items),
+            "share_parallel": sum(item.parallel for item in self.items),
+        }
+        offered = sum(item.tokens for item in self.items) / self.seconds if self.seconds else None
+        return {
+            "requests": count,
+            **{name: total / count if count else None for name, total in means.items()},
+            "branches": sum(parallel) / len(parallel) if parallel else None,
+            "output_tokens_s": offered,
+        }
+
+    def save(self, path: Path) -> None:
+        text = json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False)
+        path.write_text(text.replace('{"arrival"', '\n{"arrival"') + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Workload:
+        """Raises ValueError for a file that is no workload."""
+        record: dict[str, Any] = json.loads(path.read_text())
+        if record.pop("format", None) != FORMAT:
+            raise ValueError(f"{path} is not a workload file of format {FORMAT}")
+        items = [
+            Item(item["arrival"], item["prompt"], tuple(map(tuple, item["stages"])), item["join"])
+            for item in record.pop("items")
+        ]
+        return cls(**record, items=tuple(items))
+
+
+def open_loop(family: str, arrivals: str, rate: float, seconds: float, seed: int) -> Workload:
+    """Requests that arrive within `seconds`, `rate` a second on average."""
+    at, lengths = (np.random.default_rng([seed, stream]) for stream in range(2))
+    times = itertools.takewhile(lambda now: now < seconds, ARRIVALS[arrivals](at, rate))
+    items = tuple(_item(family, lengths, round(now, 6)) for now in times)
+    return Workload(family, arrivals, seed, items, rate=rate, seconds=seconds)
+
+
+def closed_loop(family: str, clients: int, requests: int, seed: int) -> Workload:
+    """Clients that send their next request when they have read the answer to the one before."""
+    lengths = np.random.default_rng([seed, 1])
+    items = tuple(_item(family, lengths, 0.0) for _ in range(requests))
+    return Workload(family, "closed", seed, items, clients=clients)
+
+
+def _item(family: str, rng: np.random.Generator, arrival: float) -> Item:
+    prompt, stages = FAMILIES[family](rng)
+    return Item(arrival, prompt, stages, "none" if len(stages[-1]) > 1 else "kv")
+
+
+def table(workload: Workload) -> str:
+    lines = [f"{workload.family}, {workload.arrivals} arrivals, seed {workload.seed}"]
+    for name, value in workload.statistics().items():
+        lines.append(f"{name.replace('_', ' '):<16}{'-' if value is None else f'{value:.6g}':>10}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> Workload:
+    parser = argparse.ArgumentParser(prog="python -m bench.workload", description="Makes a workload file.")
+    parser.add_argument("--family", choices=FAMILIES, default="fanout")
+    parser.add_argument("--arrivals", choices=ARRIVALS, default="bursty")
+    parser.add_argument("--rate", type=float, default=1.6, help="requests per second")
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--clients", type=int, help="a closed loop of so many clients instead of arrivals")
+    parser.add_argument("--requests", type=int, default=600, help="of the closed loop")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    if options.clients is not None:
+        workload = closed_loop(options.family, options.clients, options.requests, options.seed)
+    else:
+        workload = open_loop(options.family, options.arrivals, options.rate, options.seconds, options.seed)
+    if options.json is not None:
+        workload.save(options.json)
+    print(table(workload))
+    return workload
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

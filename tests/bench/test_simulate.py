@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import simulate as module
+from bench.simulate import (
+    Profile,
+    Record,
+    Setting,
+    Simulation,
+    merged_stages,
+    row,
+    share,
+    simulate,
+    unloaded_tpot,
+)
+from bench.workload import Item, Workload, closed_loop, open_loop
+
+PROFILE = Profile.load("h200-qwen3-32b")
+POLICIES = ("off", "cap:2", "eager", "taper")
+KEYS = {
+    "policy", "goodput_mean", "attainment_mean", "goodput_stage", "attainment_stage", "serial_attainment",
+    "parallel_attainment", "ttft_attainment", "raw_tokens_s", "mean_width", "e2e_p50_s", "serial_tpot_p99_ms",
+}  # fmt: skip
+
+
+def seen(item: Item, first: float, *gaps: float, arrival: float = 0.0) -> Record:
+    """A request whose first token comes at `first` and each later one so many seconds after the last."""
+    record = Record(item, arrival)
+    record.emit(first)
+    for gap in gaps:
+        record.emit(record.last + gap)
+    record.finished = record.tokens == item.tokens
+    return record
+
+
+def setting(**changes: Any) -> Setting:
+    workload = Workload("hand-made", "poisson", 0, (Item(0.0, 100, ((40,),)),))
+    return replace(Setting(profile=PROFILE, workload=workload, tpot_slo=0.031), **changes)
+
+
+# --- measures, by hand -------------------------------------------------------------------------------------
+
+
+def test_stages_end_with_their_last_token() -> None:
+    item = Item(0.0, 1, ((20,), (16, 14), (20,)))
+    record = seen(item, 5.0, *[1.0] * 19, *[0.5] * 30, *[3.0] * 20, arrival=4.0)
+    assert record.finished
+    assert record.ttft == 1.0
+    assert record.stage_ends == [24.0, 39.0, 99.0]
+    assert merged_stages(record) == [(5.0, 24.0, 19), (24.0, 39.0, 30), (39.0, 99.0, 20)]
+    assert record.mean_tpot == pytest.approx((19 + 15 + 60) / 69)
+    assert record.stage_tpot == 3.0
+
+
+def test_a_short_stage_counts_with_the_next_and_a_short_last_one_with_the_one_before() -> None:
+    item = Item(0.0, 1, ((4,), (8, 8), (15,)))
+    record = seen(item, 0.0, *[2.0] * 3, *[1.0] * 16, *[4.0] * 15)
+    assert merged_stages(record) == [(0.0, 82.0, 34)]
+    assert record.stage_tpot == pytest.approx(82 / 34)
+    short = seen(Item(0.0, 1, ((3,),)), 1.0, 0.5, 0.5)
+    assert merged_stages(short) == [(1.0, 2.0, 2)]
+    single = seen(Item(0.0, 1, ((1,),)), 1.0)
+    assert (single.mean_tpot, single.stage_tpot) == (0.0, 0.0)
+
+
+def test_the_mean_hides_a_slow_stage_that_the_stage_measure_shows() -> None:
+    item = Item(0.0, 1, ((20,), (100, 100), (20,)))
+    record = seen(item, 1.0, *[0.03] * 19, *[0.01] * 200, *[0.04] * 20)
+    simulation = Simulation(setting(end=10.0), "off")
+    simulation.records["0"] = record
+    result = row("off", simulation)
+    assert (result["attainment_mean"], result["attainment_stage"]) == (1.0, 0.0)
+    assert (result["goodput_mean"], result["goodput_stage"]) == (24.0, 0.0)
+
+
+def test_everything_that_arrived_in_the_window_is_in_the_denominator() -> None:
+    serial, parallel = Item(0.0, 1, ((20,),)), Item(0.0, 1, ((20, 20),))
+    simulation = Simulation(setting(warmup=10.0, end=20.0), "off")
+    simulation.records = {
+        "before": seen(serial, 9.5, *[0.01] * 19, arrival=9.0),
+        "good": seen(serial, 11.0, *[0.01] * 19, arrival=10.0),
+        "unfinished": seen(serial, 11.0, 0.01, arrival=12.0),
+        "not started": Record(serial, 13.0),
+        "first token late": seen(serial, 19.0, *[0.01] * 19, arrival=13.5),
+        "good and parallel": seen(parallel, 20.5, *[0.02] * 39, arrival=19.9),
+        "after": seen(serial, 21.0, *[0.01] * 19, arrival=20.0),
+    }
+    result = row("off", simulation)
+    assert result["attainment_stage"] == 2 / 5
+    assert result["serial_attainment"] == 1 / 4
+    assert result["parallel_attainment"] == 1.0
+    assert result["ttft_attainment"] == 2 / 5
+    assert result["goodput_stage"] == (20 + 40) / 10
+
+
+def test_a_ratio_with_nothing_below_is_null() -> None:
+    assert share([]) is None
+    empty = row("off", Simulation(setting(warmup=1.0, end=2.0), "off"))
+    assert {key for key, value in empty.items() if value is None} == {
+        "attainment_mean", "attainment_stage", "serial_attainment", "parallel_attainment", "ttft_attainment",
+        "mean_width", "e2e_p50_s", "serial_tpot_p99_ms",
+    }  # fmt: skip
+
+
+# --- the clock ---------------------------------------------------------------------------------------------
+
+
+def test_one_request_alone_takes_a_step_for_each_token() -> None:
+    """1000 positions are read on average: the prompt and half of the answer."""
+    one_row = PROFILE.bucket_seconds[1]
+    assert unloaded_tpot(PROFILE) == pytest.approx(one_row + 1000 * PROFILE.kv_token_seconds, rel=1e-3)
+    gap = replace(PROFILE, host_gap_seconds=0.001)
+    assert unloaded_tpot(gap) == pytest.approx(unloaded_tpot(PROFILE) + 0.001)
+
+
+def test_a_prompt_chunk_pays_for_its_context() -> None:
+    simulation = Simulation(setting(), "off")
+    simulation._send_next(0.0)
+    plan = simulation.scheduler.schedule(0.0)
+    assert plan is not None
+    assert (plan.rows, len(plan.entries), plan.kv_tokens) == (100, 1, 100)
+    expected = PROFILE.bucket_seconds[128] + 100 * PROFILE.kv_token_seconds
+    attention = PROFILE.chunk_context_seconds * sum(range(1, 101))
+    assert PROFILE.seconds(plan) == pytest.approx(expected + attention)
+
+
+def test_a_closed_loop_never_has_more_requests_than_clients() -> None:
+    simulation = Simulation(setting(workload=closed_loop("light", 3, 7, seed=1)), "eager")
+    simulation.run()
+    assert len(simulation.measured) == 7
+    events = [(r.arrival, 1) for r in simulation.measured] + [(r.last, -1) for r in simulation.measured]
+    open_requests = 0
+    for _, change in sorted(events):
+        open_requests += change
+        assert open_requests <= 3
+
+
+# --- a short headline --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Simulation]:
+    workload = open_loop("fanout", "bursty", 1.0, 4.0, seed=2)
+    shared = setting(workload=workload, tpot_slo=2 * unloaded_tpot(PROFILE))
+    simulations = {policy: Simulation(shared, policy) for policy in POLICIES}
+    for simulation in simulations.values():
+        simulation.run()
+    return simulations
+
+
+def test_every_policy_answers_everything_in_full(runs: dict[str, Simulation]) -> None:
+    for simulation in runs.values():
+        items = simulation.setting.workload.items
+        assert len(simulation.measured) == len(items) > 5
+        for record in simulation.measured:
+            assert record.finished
+            assert record.tokens == record.item.tokens
+            assert len(record.stage_ends) == len(record.item.stages)
+            assert record.arrival < record.first < record.last
+        assert simulation.scheduler.idle
+        assert simulation.scheduler.pool.owned == 0
+
+
+def test_policies_differ_as_their_names_say(runs: dict[str, Simulation]) -> None:
+    rows = {policy: row(policy, simulation) for policy, simulation in runs.items()}
+    assert rows["off"]["mean_width"] == 1.0
+    assert 1.0 < rows["cap:2"]["mean_width"] <= 2.0
+    assert rows["cap:2"]["mean_width"] < rows["taper"]["mean_width"] <= rows["eager"]["mean_width"] + 0.1
+    assert rows["eager"]["e2e_p50_s"] < rows["cap:2"]["e2e_p50_s"] < rows["off"]["e2e_p50_s"]
+    assert rows["taper"]["goodput_stage"] > 1.77 * rows["off"]["goodput_stage"]
+
+
+def test_a_simulation_is_deterministic_also_with_noise() -> None:
+    noisy = replace(PROFILE, residual=0.05)
+    workload = open_loop("mixed", "poisson", 2.0, 4.0, seed=1)
+    (first, cost), (again, _) = (simulate(setting(profile=noisy, workload=workload), "taper") for _ in "12")
+    assert first == again
+    assert first != simulate(setting(profile=noisy, workload=workload, seed=1), "taper")[0]
+    assert 0.02 < cost["mape"] < 0.08
+
+
+def test_the_command_prints_strict_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    open_loop("light", "poisson", 1.0, 3.0, seed=1).save(tmp_path / "w.json")
+    monkeypatch.setattr(module, "ProcessPoolExecutor", InOneProcess)
+    options = ["--workload", str(tmp_path / "w.json"), "--policies", "off,taper", "--warmup", "0"]
+    module.main([*options, "--window", "3", "--json", "-"])
+    result = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert [each["policy"] for each in result["rows"]] == ["off", "taper"]
+    assert all(set(each) == KEYS for each in result["rows"])
+    assert result["rows"][0]["serial_attainment"] is None
+    assert math.isclose(result["tpot_slo_ms"], 2e3 * unloaded_tpot(PROFILE))
+
+
+class InOneProcess:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __enter__(self) -> InOneProcess:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    map = staticmethod(map)
