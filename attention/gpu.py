@@ -256,11 +256,7 @@ def _tiles_kernel(
             state = add(state, ids, jnp.minimum(own_offset, valid - 1), visible)
             return state, ids_ahead, sees_ahead
 
-        state = (
-            jnp.zeros(lanes, accumulate),
-            jnp.full(lanes, LOWEST, accumulate),
-            jnp.zeros((lanes, head_dim), accumulate),
-        )
+        state = _nothing_seen(lanes, head_dim, accumulate)
         zero = jnp.int32(0)
         blocks = _ceil_div(tile_whole_ref[tile, 1], tiling.block_pages)
         first_ids = page_ids_ref[jnp.maximum(refs(tile_whole_ref, zero)[0], 0)]
@@ -271,8 +267,7 @@ def _tiles_kernel(
         state, _, _ = lax.fori_loop(zero, blocks, masked_block, (state, *first))
 
         total, highest, acc = state
-        out = acc / jnp.where(total == 0, 1, total)[:, None]
-        lse = jnp.where(total == 0, -jnp.inf, highest * scale + jnp.log(total))
+        out, lse = _finished(total, highest * scale, acc)
         final = in_tile & (part < 0)
         plt.store(
             out_ref.at[q_row[:, None], q_head[:, None], dims[None, :]],
@@ -314,6 +309,17 @@ def _exp2(factor: float, x: Array, shift: Array, *, fast: bool) -> Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
     )
     return result
+
+
+def _nothing_seen(lanes: int, head_dim: int, dtype: Any) -> tuple[Array, Array, Array]:
+    """The running sum of weights, the highest score, and the values' weighted sum, of each lane."""
+    return jnp.zeros(lanes, dtype), jnp.full(lanes, LOWEST, dtype), jnp.zeros((lanes, head_dim), dtype)
+
+
+def _finished(total: Array, highest: Array, acc: Array) -> tuple[Array, Array]:
+    """The weighted mean of the values and the natural log-sum-exp of the scores: zero and -inf of nothing."""
+    out = acc / jnp.where(total == 0, 1, total)[:, None]
+    return out, jnp.where(total == 0, -jnp.inf, highest + jnp.log(total))
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int], accumulate, precision) -> Array:
@@ -358,14 +364,9 @@ def _merge_kernel(part_out_ref, part_lse_ref, row_parts_ref, _out, _lse, out_ref
 
     @pl.when(count >= 0)
     def _() -> None:
-        state = (
-            jnp.zeros(MERGE_HEADS, accumulate),
-            jnp.full(MERGE_HEADS, LOWEST, accumulate),
-            jnp.zeros((MERGE_HEADS, head_dim), accumulate),
-        )
-        total, highest, acc = lax.fori_loop(jnp.int32(0), _ceil_div(count, MERGE_PARTS), add, state)
-        out = acc / jnp.where(total == 0, 1, total)[:, None]
-        lse = jnp.where(total == 0, -jnp.inf, highest + jnp.log(total))
+        state = _nothing_seen(MERGE_HEADS, head_dim, accumulate)
+        state = lax.fori_loop(jnp.int32(0), _ceil_div(count, MERGE_PARTS), add, state)
+        out, lse = _finished(*state)
         exists = head < heads
         plt.store(
             out_ref.at[row, head[:, None], dims[None, :]], out.astype(out_ref.dtype), mask=exists[:, None]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -399,9 +398,7 @@ def main(arguments: Sequence[str]) -> int:
         seconds = time.perf_counter() - start
         print(f"[{seconds:6.1f} s] {len(done)} of {len(cases)} cases", flush=True)
         result = head | {"seconds": seconds} | report(done, results)
-        if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        hardware.save(result, options.json)
     print_report(result)
     return int(result["bad"] > 0)
 

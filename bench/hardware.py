@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,6 +37,13 @@ def describe(command: str) -> dict[str, Any]:
         "hardware": hardware,
         "versions": versions,
     }
+
+
+def save(result: Mapping[str, Any], path: Path | None) -> None:
+    """Write a result file, if one is wanted; what is there already is replaced."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _driver() -> str:

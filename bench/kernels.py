@@ -11,7 +11,6 @@ Peers: CUDA graphs over the same memory, between events. Results are written aft
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -312,9 +311,7 @@ class KernelBench:
         print(f"[{time.perf_counter() - self.started:6.1f} s] {text}", flush=True)
 
     def save(self) -> None:
-        if self.options.json is not None:
-            self.options.json.parent.mkdir(parents=True, exist_ok=True)
-            self.options.json.write_text(json.dumps(self.result, indent=1) + "\n")
+        hardware.save(self.result, self.options.json)
 
 
 def parse_options(arguments: Sequence[str]) -> Options:

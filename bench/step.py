@@ -10,7 +10,6 @@ values are still written), and with the byte floor: every weight and every diffe
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -93,16 +92,15 @@ class StepBench:
         self.weight_bytes = sum(leaf.nbytes for leaf in self.weights) - embedding
 
     def layout(self, rows: int) -> StepLayout:
-        capacity = attention.capacity(
+        return StepLayout.for_bucket(
+            self.config,
             self.backend,
             rows,
-            self.num_pages,
-            heads=self.config.num_heads,
-            kv_heads=self.config.num_kv_heads,
+            num_pages=self.num_pages,
             page_size=self.page,
+            samples=rows,
             pages_per_read=max(shape.longest for shape in self.shapes),
         )
-        return StepLayout(capacity, rows)
 
     def compile(self, rows: int, backend: str) -> StepProgram:
         structure, weights = place_model(Qwen3(self.config, DTYPE), ON_ONE_DEVICE).split()
@@ -243,9 +241,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     for shape in shapes:
         calls, repeats = (2, 1) if small else (10, 3)
         result["cases"].append(bench.measure(shape, result["copy_tb_s"], calls, repeats))
-        if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        hardware.save(result, options.json)
     print_cases(result["cases"])
     return result
 

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import attention
 from attention import Capacity, TileCapacity, TileList, WorkList
+from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.qwen3 import ModelStructure, Qwen3
 from model.sampling import SampleInputs, SampleOutputs, SlotState, sample
@@ -54,6 +56,30 @@ class StepLayout:
 
     capacity: Capacity | TileCapacity
     samples: int
+
+    @classmethod
+    def for_bucket(
+        cls,
+        config: ModelConfig,
+        backend: str,
+        rows: int,
+        *,
+        num_pages: int,
+        page_size: int,
+        samples: int,
+        pages_per_read: int | None = None,
+    ) -> StepLayout:
+        """Room for every step of a model with at most `rows` rows, of which `samples` sample."""
+        capacity = attention.capacity(
+            backend,
+            rows,
+            num_pages,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            page_size=page_size,
+            pages_per_read=pages_per_read,
+        )
+        return cls(capacity, samples)
 
     @property
     def size(self) -> int:

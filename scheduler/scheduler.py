@@ -14,6 +14,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Literal
 
@@ -127,7 +128,6 @@ class Scheduler:
         self._running: list[LiveRequest] = []  # oldest first
         self._preempted: list[LiveRequest] = []  # oldest first
         self._free_slots = list(range(config.num_slots - 1, -1, -1))
-        self._slot_holders: Iterator[tuple[LiveRequest, Branch]] = iter(())  # for one step
         self._flights: deque[_Flight] = deque()
         self._steps = 0
         self._starts = 0
@@ -209,15 +209,15 @@ class Scheduler:
         """The next step, as of the predicted end of the step in flight; None if nothing can advance."""
         start = max([now, *(flight.end for flight in self._flights)])
         self._start_queued(start)
+        holders = ((live, branch) for live in self._running[::-1] for branch in live.branches.values())
         draft = StepDraft(
             self._steps,
             start,
             self.pool,
             self.latency,
             make_room=self._make_room,
-            take_slot=self._take_slot,
+            take_slot=partial(self._take_slot, holders),
         )
-        self._slot_holders = ((live, b) for live in self._running[::-1] for b in live.branches.values())
         decoding, reading = self._turns()
         self._add_baseline(draft, decoding, reserved=bool(reading))
         self._add_floor(draft, reading)
@@ -456,13 +456,13 @@ class Scheduler:
                 insort(self._preempted, victim, key=_age)
         return self.pool.available >= pages
 
-    def _take_slot(self) -> int:
-        """A free slot, or that of a branch which sits this step out and whose last token is known.
+    def _take_slot(self, holders: Iterator[tuple[LiveRequest, Branch]]) -> int:
+        """A free slot, or that of the next holder which sits this step out and whose last token is known.
 
         There is one: at most two buckets of branches are in the draft or in flight.
         """
         while not self._free_slots:
-            live, branch = next(self._slot_holders)
+            live, branch = next(holders)
             if not branch.in_flight:
                 live.free_slot(branch)
         return self._free_slots.pop()

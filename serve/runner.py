@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import attention
 from model.kv_cache import KVCache
 from model.qwen3 import Qwen3
 from model.sampling import SampleOutputs, Sampling, SlotState, assign, count_history, pack_assignments
@@ -104,15 +103,14 @@ class Runner:
 
     def _compile_bucket(self, bucket: int) -> float:
         config, started = self.config, time.perf_counter()
-        capacity = attention.capacity(
+        layout = StepLayout.for_bucket(
+            self.model_config,
             config.backend,
             bucket,
-            config.num_pages,
-            heads=self.model_config.num_heads,
-            kv_heads=self.model_config.num_kv_heads,
+            num_pages=config.num_pages,
             page_size=config.page_size,
+            samples=min(bucket, config.num_slots),
         )
-        layout = StepLayout(capacity, min(bucket, config.num_slots))
         with self._precision():
             program = compile_step(
                 self._structure,

@@ -136,6 +136,20 @@ def readers_of_shared_pages(reads: list[Read]) -> Counter[frozenset[int]]:
     return Counter(frozenset(group) for group in readers.values())
 
 
+def groups_of_branches(groups: int, width: int, prefix: int, tails: list[int], page_size: int) -> list[Read]:
+    """Decode rows of `groups` requests with `width` branches each; a branch reads at least its own row."""
+    pages = groups * (prefix // page_size + 1 + width * (max(tails) // page_size + 1)) + SYSTEM_PAGES
+    forest = Forest(page_size=page_size, stride=1237, num_pages=1 << pages.bit_length())
+    for group in range(groups):
+        trunk = [forest.segment(prefix)] if prefix else []
+        for branch in range(width):
+            tail = tails[(group * width + branch) % len(tails)]
+            # A branch that has nothing of its own yet decodes the prefix's last token.
+            context, own = (trunk, forest.segment(tail)) if tail or not prefix else ([], trunk[0])
+            forest.leaves.append((context, own, 1))
+    return forest.reads
+
+
 def mixed_reads(page_size: int) -> list[Read]:
     """One step of everything: a three-level tree, a wide fork, prompt chunks, a kv join, a lone long tail.
 

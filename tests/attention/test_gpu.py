@@ -16,26 +16,12 @@ from hypothesis import given, settings
 from jax import Array
 
 import attention
-from attention import Read, TileCapacity, gpu, shared_prefix_attention, write_kv
+from attention import TileCapacity, gpu, shared_prefix_attention, write_kv
 from tests.attention.dense import make_case
-from tests.attention.forest import SYSTEM_PAGES, Forest, forests, mixed_reads
+from tests.attention.forest import Forest, forests, groups_of_branches, mixed_reads
 
 BACKEND = "gpu-interpreted"
 case = partial(make_case, backend=BACKEND)
-
-
-def groups_of_branches(groups: int, width: int, prefix: int, tails: list[int], page_size: int) -> list[Read]:
-    """Decode rows of `groups` requests with `width` branches each; a branch reads at least its own row."""
-    pages = groups * (prefix // page_size + 1 + width * (max(tails) // page_size + 1)) + SYSTEM_PAGES
-    forest = Forest(page_size=page_size, stride=1237, num_pages=1 << pages.bit_length())
-    for group in range(groups):
-        trunk = [forest.segment(prefix)] if prefix else []
-        for branch in range(width):
-            tail = tails[(group * width + branch) % len(tails)]
-            # A branch that has nothing of its own yet decodes the prefix's last token.
-            context, own = (trunk, forest.segment(tail)) if tail or not prefix else ([], trunk[0])
-            forest.leaves.append((context, own, 1))
-    return forest.reads
 
 
 # Groups, width, prefix, tails, GQA, page size, head size. `bench.check_kernels` runs all of them on a GPU.

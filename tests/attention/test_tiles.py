@@ -21,7 +21,7 @@ from attention.tiles import (
     refilled,
     unpack_sees,
 )
-from tests.attention.forest import Forest, forests, mixed_reads, positions_seen
+from tests.attention.forest import Forest, forests, groups_of_branches, mixed_reads, positions_seen
 
 NUM_PAGES = 4096  # of a Forest
 
@@ -63,11 +63,7 @@ def capacity_for(reads: list[Read], cut: Tiling, num_pages: int = NUM_PAGES) -> 
 
 def groups(count: int, width: int, prefix: int, tail: int, page_size: int = 64) -> list[Read]:
     """Groups of branches that decode: each at the end of a tail of its own, after its group's prefix."""
-    forest = Forest(page_size=page_size, stride=2053, num_pages=8192 * 64 // page_size)
-    for _ in range(count):
-        shared = [forest.segment(prefix)] if prefix else []
-        forest.leaves += [(shared, forest.segment(tail), 1) for _ in range(width)]
-    return forest.reads
+    return groups_of_branches(count, width, prefix, [tail], page_size)
 
 
 def references(tiles: TileList) -> int:
