@@ -15,11 +15,8 @@ from scheduler.plan import Entry, SegmentRead, StepPlan
 _branch_key = lru_cache(maxsize=65536)(branch_key)
 
 
-def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: int, flags: int) -> StepInputs:
-    """The arrays of a step, not yet padded. Samples are in the plan's order; rows are in tree order.
-
-    `flags` are the sampling options that the step's slots use (model.sampling.USES_*).
-    """
+def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: int) -> StepInputs:
+    """The arrays of a step, not yet padded. Samples are in the plan's order; rows are in tree order."""
     entries = plan.entries
     order, work = attention.plan([_read(entry, page_size) for entry in entries], capacity, page_size)
     tokens: list[int] = []
@@ -49,7 +46,6 @@ def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: in
         branch_key=np.array([_branch_key(entry.path) for _, entry in sampled], np.int32),
         position=np.array([entry.start + entry.rows for _, entry in sampled], np.int32),
         count_fed=np.array([entry.slot not in new_slots for _, entry in sampled], np.int32),
-        flags=np.array(flags, np.int32),
     )
     return StepInputs(
         tokens=np.array(tokens, np.int32),

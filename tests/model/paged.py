@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from attention.layout import Capacity, Read, WorkList, plan_rows
-from model.sampling import USES_LOGPROBS, SampleInputs
+from model.sampling import SampleInputs
 from model.step import StepInputs
 
 
@@ -78,6 +78,5 @@ def step_inputs(feeds: List[Feed], capacity: Capacity, page_size: int, *, sample
             branch_key=zeros,
             position=np.array([feed.positions[-1] + 1 for feed in chosen], np.int32),
             count_fed=zeros,
-            flags=np.int32(USES_LOGPROBS),
         ),
     )
