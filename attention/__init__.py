@@ -149,7 +149,7 @@ def shared_prefix_attention(
 
 
 def enter(
-    qkv: Float[Array, "rows heads+2*kv_heads head_dim"],
+    qkv: Float[Array, "rows all_heads head_dim"],
     norms: HeadNorms | None,
     angles: tuple[Float[Array, "rows pairs"], Float[Array, "rows pairs"]],
     k_pages: Float[Array, "pages kv_heads page_size head_dim"],

@@ -47,7 +47,7 @@ def rotate(
 
 
 def enter(
-    qkv: Float[Array, "rows heads+2*kv_heads head_dim"],
+    qkv: Float[Array, "rows all_heads head_dim"],
     norms: HeadNorms | None,
     angles: tuple[Float[Array, "rows pairs"], Float[Array, "rows pairs"]],
     k_pages: Float[Array, "pages kv_heads page_size head_dim"],
@@ -55,8 +55,8 @@ def enter(
     places: Places,
 ) -> tuple[Array, Array, Array]:
     """See `attention.enter`."""
-    kv_heads = k_pages.shape[1]
-    q, k, v = jnp.split(qkv, (-2 * kv_heads, -kv_heads), axis=1)
+    heads, kv_heads = qkv.shape[1] - 2 * k_pages.shape[1], k_pages.shape[1]
+    q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
     if norms is not None:
         q, k = rms_norm(q, norms.q_scale, norms.eps), rms_norm(k, norms.k_scale, norms.eps)
     q, k = rotate(q, *angles), rotate(k, *angles)

@@ -114,9 +114,9 @@ class Attention(nnx.Module):
         qkv = jnp.concatenate(
             [product("re,ehd->rhd", x, heads) for heads in (self.q, self.k, self.v)], axis=1
         )
-        q, *kv = enter(qkv, self.norms, angles, *kv, places, backend=backend)
-        out = shared_prefix_attention(q, *kv, work, scale=self.scale, backend=backend)
-        return product("rhd,hde->re", out, self.o), tuple(kv)
+        q, k_pages, v_pages = enter(qkv, self.norms, angles, *kv, places, backend=backend)
+        out = shared_prefix_attention(q, k_pages, v_pages, work, scale=self.scale, backend=backend)
+        return product("rhd,hde->re", out, self.o), (k_pages, v_pages)
 
     @property
     def norms(self) -> HeadNorms | None:

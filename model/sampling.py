@@ -33,7 +33,7 @@ USES_BIAS = 8
 USES_LOGPROBS = 16
 USES_ALL = USES_RANDOM | USES_TOP | USES_PENALTIES | USES_BIAS | USES_LOGPROBS
 # The sets of options that a server compiles a sampler for, the cheapest first.
-SAMPLERS = (0, USES_RANDOM, USES_RANDOM | USES_TOP, USES_ALL)
+SAMPLERS = (0, USES_RANDOM | USES_TOP, USES_ALL)
 
 # Words of an assignment: slot, top-k, the two halves of the seed, six floats; then bias ids and bias values.
 _FIXED_WORDS = 10

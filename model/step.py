@@ -172,6 +172,13 @@ class StepProgram:
     forward: jax.stages.Compiled
     samplers: Mapping[int, jax.stages.Compiled]
 
+    @property
+    def working_bytes(self) -> int:
+        """Device memory of a step beyond its arguments, the donated cache and the donated slots."""
+        parts: list[Any] = [part.memory_analysis() for part in (self.forward, *self.samplers.values())]
+        sizes = [p.temp_size_in_bytes + p.output_size_in_bytes - p.alias_size_in_bytes for p in parts]
+        return sizes[0] + max(sizes[1:])
+
     def __call__(
         self, weights: tuple[Any, ...], cache: KVCache, slots: SlotState, packed: Any, uses: int = 0
     ) -> tuple[KVCache, SlotState, SampleOutputs]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -22,6 +23,7 @@ from serve.errors import ServiceError
 def serve(args: list[str] | None = None) -> None:
     """Serve a model over gRPC until SIGTERM."""
     config = tyro.cli(ServerConfig, prog="taper-serve", description=serve.__doc__, args=args)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU: the server owns it
     from serve.server import run
     from serve.startup import load  # JAX takes seconds to import: not for --help
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from scheduler.policy import policy
+
+CPU_BUCKETS = (8, 16, 32, 64)
+ACCELERATOR_BUCKETS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +19,9 @@ class ServerConfig:
     """`default` (the embedded tiny model), the name of a preset, or a model folder."""
     load_format: Literal["auto", "random"] = "auto"
     """`random` makes weights on the device instead of reading them."""
-    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
-    """Type of weights, activations and KV pages; float64 is for exact tests on CPU."""
+    dtype: Literal["bfloat16", "float32", "float64"] | None = None
+    """Type of weights, activations and KV pages: bfloat16 on an accelerator, float32 on a CPU, unless set.
+    float64 is for exact tests on CPU."""
     attention: str = "auto"
     """Attention backend; `auto` picks by device."""
 
@@ -41,18 +45,19 @@ class ServerConfig:
     fill: bool = True
     """Let extra branches fill the padding of the baseline's own bucket."""
 
-    page_size: int = 16
-    """KV positions in a page."""
-    num_pages: int = 2048
-    """KV pages in the pool."""
+    page_size: int | None = None
+    """KV positions in a page: 64 on an accelerator, 16 on a CPU, unless set."""
+    num_pages: int | None = None
+    """KV pages in the pool: as many as fit an accelerator's memory, 2048 on a CPU, unless set."""
     prefix_cache: bool = True
     """Share the KV pages of equal prompt beginnings between requests."""
     max_context: int | None = None
     """Longest context of a request in tokens; the model's own unless set."""
-    buckets: tuple[int, ...] = (8, 16, 32, 64)
-    """Row counts that steps are padded to; one program is compiled for each."""
-    max_chunk: int = 64
-    """Most prompt tokens of one request in one step."""
+    buckets: tuple[int, ...] | None = None
+    """Row counts that steps are padded to; one program is compiled for each. From 8 on, to 512 on an
+    accelerator and to 64 on a CPU, unless set."""
+    max_chunk: int | None = None
+    """Most prompt tokens of one request in one step: as many as the largest bucket has rows unless set."""
     max_queue: int = 256
     """Most requests waiting to start."""
 
@@ -71,16 +76,30 @@ class ServerConfig:
     """Folder that keeps compiled programs between starts; None compiles them anew."""
     seed: int = 0
     """Seed of random weights."""
+    explain: bool = False
+    """Get ready to serve, say what that took and how the memory is divided, and leave."""
+
+    def for_platform(self, platform: str) -> ServerConfig:
+        """With dtype, page size and buckets filled in for a JAX platform, "cpu" or another."""
+        accelerated = platform != "cpu"
+        buckets = ACCELERATOR_BUCKETS if accelerated else CPU_BUCKETS
+        return replace(
+            self,
+            dtype=self.dtype or ("bfloat16" if accelerated else "float32"),
+            page_size=self.page_size or (64 if accelerated else 16),
+            buckets=self.buckets or buckets,
+        )
 
     def __post_init__(self) -> None:
         """Raises ValueError for what would only be found after minutes of loading."""
         policy(self.policy)
-        counts = ("page_size", "num_pages", "max_chunk", "max_queue", "max_branches", "max_depth")
-        for name in (*counts, "max_context", "default_max_tokens", "tpot_slo_ms", "ttft_slo_ms"):
+        optional = ("page_size", "num_pages", "max_chunk", "max_context")
+        counts = ("max_queue", "max_branches", "max_depth", "default_max_tokens")
+        for name in (*optional, *counts, "tpot_slo_ms", "ttft_slo_ms"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be more than 0, not {value}")
-        if not self.buckets or any(bucket < 1 for bucket in self.buckets):
+        if self.buckets is not None and (not self.buckets or any(bucket < 1 for bucket in self.buckets)):
             raise ValueError(f"buckets must be row counts of at least 1, not {self.buckets}")
         if not 0 <= self.rho <= 1:
             raise ValueError(f"rho must be a share between 0 and 1, not {self.rho}")

@@ -94,7 +94,7 @@ class Engine:
     ) -> None:
         self.scheduler = scheduler
         self.state: State = "STARTING"
-        self._runner = runner
+        self.runner = runner
         self._on_step = on_step
         self._clock = clock
         self._sinks: dict[str, Sink] = {}
@@ -199,7 +199,7 @@ class Engine:
                 if flying is None and (self.state == "STOPPED" or self.scheduler.idle):
                     return
                 plan = self.scheduler.schedule(self._clock()) if self.state != "STOPPED" else None
-            launched = _Launched(plan, self._runner.launch(plan), self._clock()) if plan else None
+            launched = _Launched(plan, self.runner.launch(plan), self._clock()) if plan else None
             if flying is not None:
                 ended = self._finish(flying, ended)
             elif launched is None:

@@ -7,19 +7,21 @@ and what a step sampled stays on the device for the next one.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, bytes_per_page
 from model.qwen3 import Qwen3
 from model.sampling import SampleOutputs, Sampling, SlotState, assign, count_history, pack_assignments
 from model.step import StepLayout, StepProgram, compile_step
@@ -27,6 +29,7 @@ from scheduler.buckets import Buckets
 from scheduler.plan import Entry, Sample, SegmentRead, SlotSetup, StepPlan
 from scheduler.predictor import StepLatencyModel
 from scheduler.request import SamplingParams
+from serve.memory import MemoryPlan
 from serve.packing import step_inputs
 
 
@@ -77,29 +80,60 @@ class Runner:
     HISTORY = 512  # known tokens that one call of the history program counts
 
     def __init__(self, model: Qwen3, config: RunnerConfig) -> None:
+        """`model` needs no weights yet: programs are compiled from shapes."""
         self.config = config
-        self.model = model
         self.model_config = model.config
         self.buckets = Buckets(config.buckets)
-        self._structure, self._weights = model.split()
-        self._x64 = model.dtype == jnp.float64
+        self._structure, weights = model.split()
+        self._weight_shapes = tuple(
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in weights
+        )
+        self.dtype = model.dtype
         self._programs: dict[int, StepProgram] = {}
         self._sampling = [Sampling()] * config.num_slots  # what each slot was last set to
         self._params = [SamplingParams()] * config.num_slots
-        with self._precision():
-            self.cache = KVCache.create(model.config, config.num_pages, config.page_size, model.dtype)
-            self._slots = SlotState.create(config.num_slots, model.config.vocab_size, config.max_logit_bias)
 
     # --- start-up --------------------------------------------------------------------------------------
 
     def compile(self) -> dict[int, float]:
         """Compile every program; returns the seconds that each bucket took. Nothing compiles after this."""
         with self._precision():
-            slots = _shapes(self._slots)
+            slots = self._slot_shapes
             self._assign = _compiled(assign, slots, self._assignments([]))
             self._count = _compiled(count_history, slots, *_history_call(0, (), self.HISTORY, False))
+        largest_first = [*self.buckets][::-1]
         with ThreadPoolExecutor(max_workers=4) as pool:
-            return dict(zip(self.buckets, pool.map(self._compile_bucket, self.buckets), strict=True))
+            return dict(zip(largest_first, pool.map(self._compile_bucket, largest_first), strict=True))
+
+    def hold(self, model: Qwen3) -> None:
+        """Take the weights, and make room for KV and slots."""
+        _, self.weights = model.split()
+        config, vocab = self.config, self.model_config.vocab_size
+        with self._precision():
+            self.cache = KVCache.create(self.model_config, config.num_pages, config.page_size, self.dtype)
+            self.slots = SlotState.create(config.num_slots, vocab, config.max_logit_bias)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step reads whole: the embedding only where it is the head too."""
+        embedding = self.model_config.vocab_size * self.model_config.hidden_size * self.dtype.itemsize
+        return _bytes(self._weight_shapes) - (0 if self.model_config.tie_embeddings else embedding)
+
+    @property
+    def _slot_shapes(self) -> SlotState:
+        config = self.config
+        return SlotState.abstract(config.num_slots, self.model_config.vocab_size, config.max_logit_bias)
+
+    def memory(self, limit: int) -> MemoryPlan:
+        """How `limit` bytes divide; compiles the largest step to learn what it needs."""
+        self._compile_bucket(self.buckets.largest)
+        return MemoryPlan(
+            limit=limit,
+            weights=_bytes(self._weight_shapes),
+            slots=_bytes(self._slot_shapes),
+            step=self._programs[self.buckets.largest].working_bytes,
+            page=bytes_per_page(self.model_config, self.config.page_size, self.dtype),
+        )
 
     def _compile_bucket(self, bucket: int) -> float:
         config, started = self.config, time.perf_counter()
@@ -114,9 +148,9 @@ class Runner:
         with self._precision():
             self._programs[bucket] = compile_step(
                 self._structure,
-                _shapes(self._weights),
-                _shapes(self.cache),
-                _shapes(self._slots),
+                self._weight_shapes,
+                KVCache.abstract(self.model_config, config.num_pages, config.page_size, self.dtype),
+                self._slot_shapes,
                 layout=layout,
                 backend=config.backend,
                 max_top_logprobs=config.max_top_logprobs,
@@ -136,44 +170,85 @@ class Runner:
         return StepLatencyModel(seconds, more / kv_tokens if kv_tokens else 0.0)
 
     def _time(self, bucket: int, pages_each: int, repeats: int) -> float:
-        """Median seconds of a step in which every row reads `pages_each` pages of its own."""
-        plan = _probe(bucket, pages_each, self.config)
-        seconds: list[float] = []
+        """Median seconds of a step in which every row reads `pages_each` pages of its own.
+
+        Each is launched while the one before it runs, as in the engine.
+        """
+        plan = self.probe(bucket, pages_each)
+        self.launch(plan).samples()
+        flying, ends = self.launch(plan), []
         for _ in range(repeats + 1):
-            started = time.perf_counter()
-            self.launch(plan).samples()
-            seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds[1:])
+            launched = self.launch(plan)
+            flying.samples()
+            ends.append(time.perf_counter())
+            flying = launched
+        flying.samples()
+        return statistics.median(end - start for start, end in pairwise(ends))
+
+    def probe(self, bucket: int, pages_each: int) -> StepPlan:
+        """A step of `bucket` decode rows with `pages_each` full pages each."""
+        config = self.config
+        length = pages_each * config.page_size
+
+        def entry(row: int) -> Entry:
+            pages = tuple((row * pages_each + page) % config.num_pages for page in range(pages_each))
+            return Entry(
+                request_id="",
+                branch=row,
+                segment=row,
+                slot=row,
+                start=length - 1,
+                ordinal=length - 1,
+                rows=1,
+                tokens=(0,),
+                context=(),
+                own=SegmentRead(pages, length),
+                samples=True,
+                path=(),
+            )
+
+        return StepPlan(
+            step_id=-1,
+            entries=tuple(entry(row) for row in range(bucket)),
+            slots=(),
+            deferred=(),
+            bucket=bucket,
+            rows=bucket,
+            kv_tokens=bucket * length,
+            predicted_seconds=0.0,
+            baseline_seconds=0.0,
+            budget_seconds=0.0,
+        )
 
     # --- steps -----------------------------------------------------------------------------------------
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Start a step, after giving slots that change hands to their new branches."""
-        program = self._programs[plan.bucket]
         sampled = [entry.slot for entry in plan.entries if entry.slot is not None]
         with self._precision():
             self._set_slots(plan.slots)
             uses = 0
             for slot in sampled:
                 uses |= self._sampling[slot].uses
-            inputs = step_inputs(plan, program.layout.capacity, self.config.page_size)
-            self.cache, self._slots, outputs = program(
-                self._weights, self.cache, self._slots, program.layout.pack(inputs), uses
-            )
+            program, packed = self.packed(plan)
+            self.cache, self.slots, outputs = program(self.weights, self.cache, self.slots, packed, uses)
         return StepHandle(outputs, [self._params[slot] for slot in sampled])
+
+    def packed(self, plan: StepPlan) -> tuple[StepProgram, np.ndarray]:
+        """The program of a plan's bucket, and what it is told."""
+        program = self._programs[plan.bucket]
+        return program, program.layout.pack(step_inputs(plan, program.layout.capacity, self.config.page_size))
 
     def _set_slots(self, setups: Sequence[SlotSetup]) -> None:
         for start in range(0, len(setups), self.ASSIGNMENTS):
-            self._slots = self._assign(
-                self._slots, self._assignments(setups[start : start + self.ASSIGNMENTS])
-            )
+            self.slots = self._assign(self.slots, self._assignments(setups[start : start + self.ASSIGNMENTS]))
         for setup in setups:
             for ids, generated in ((setup.given, False), (setup.generated, True)):
                 for start in range(0, len(ids), self.HISTORY):
                     call = _history_call(
                         setup.slot, ids[start : start + self.HISTORY], self.HISTORY, generated
                     )
-                    self._slots = self._count(self._slots, *call)
+                    self.slots = self._count(self.slots, *call)
 
     def _assignments(self, setups: Sequence[SlotSetup]) -> np.ndarray:
         for setup in setups:
@@ -189,7 +264,7 @@ class Runner:
 
     def _precision(self) -> AbstractContextManager[Any]:
         """64-bit types are a per-thread setting of JAX: on exactly where the model is float64."""
-        return jax.enable_x64(self._x64)
+        return jax.enable_x64(self.dtype == jnp.float64)
 
 
 def _sampling(params: SamplingParams) -> Sampling:
@@ -197,10 +272,8 @@ def _sampling(params: SamplingParams) -> Sampling:
     return Sampling(**{f.name: getattr(params, f.name) for f in fields(params) if f.name in shared})
 
 
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
-    )
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _compiled(
@@ -214,38 +287,3 @@ def _history_call(slot: int, ids: Sequence[int], room: int, generated: bool) -> 
     padded = np.zeros(room, np.int32)
     padded[: len(ids)] = ids
     return np.int32(slot), padded, np.int32(len(ids)), np.bool_(generated)  # type: ignore[return-value]
-
-
-def _probe(bucket: int, pages_each: int, config: RunnerConfig) -> StepPlan:
-    """A step of `bucket` decode rows with `pages_each` full pages each."""
-    length = pages_each * config.page_size
-
-    def entry(row: int) -> Entry:
-        pages = tuple((row * pages_each + page) % config.num_pages for page in range(pages_each))
-        return Entry(
-            request_id="",
-            branch=row,
-            segment=row,
-            slot=row,
-            start=length - 1,
-            ordinal=length - 1,
-            rows=1,
-            tokens=(0,),
-            context=(),
-            own=SegmentRead(pages, length),
-            samples=True,
-            path=(),
-        )
-
-    return StepPlan(
-        step_id=-1,
-        entries=tuple(entry(row) for row in range(bucket)),
-        slots=(),
-        deferred=(),
-        bucket=bucket,
-        rows=bucket,
-        kv_tokens=bucket * length,
-        predicted_seconds=0.0,
-        baseline_seconds=0.0,
-        budget_seconds=0.0,
-    )

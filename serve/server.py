@@ -72,11 +72,17 @@ _FLUSH_SECONDS = 5.0  # for last messages, once the engine has stopped
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """What is served: a started engine, its model as clients see it, and the device's name."""
+    """What is served: a started engine, and its model as clients see it.
+
+    largest_bucket  rows that one step can have
+    summary         what getting ready came to, for the operator
+    """
 
     engine: Engine
     model: ServedModel
     device: str = "cpu"
+    largest_bucket: int = 64
+    summary: str = ""
 
 
 Load = Callable[[ServerConfig, Callable[[StepResult], None]], Backend]
@@ -300,13 +306,13 @@ class ControlServicer(control_grpc.ControlServiceServicer):
             instance_id=service.instance_id,
             policy=config.policy,
             state=_STATES[service.state],
-            max_step_branches=max(config.buckets),
             max_queued_requests=config.max_queue,
             uptime=duration(time.monotonic() - service.started),
         )
         if service.state != "STARTING":
             backend = service.backend()
             info.device, info.policy = backend.device, backend.engine.policy
+            info.max_step_branches = backend.largest_bucket
             info.kv_capacity_tokens = backend.engine.load().kv_capacity_tokens
         return info
 
@@ -399,7 +405,11 @@ async def serve(config: ServerConfig, load: Load, announce: Callable[[str], None
         signalled = asyncio.ensure_future(stop.wait())
         await asyncio.wait({loading, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
-            service.serve(loading.result())
+            backend = loading.result()
+            service.serve(backend)
+            print(backend.summary, file=sys.stderr, flush=True)
+            if config.explain:
+                return
             announce(f"taper-serve ready on {address}")
         await signalled
         log.info("draining", seconds=config.drain_timeout)

@@ -1,19 +1,21 @@
-"""From a config to a started engine: weights, programs, the measured staircase, the scheduler."""
+"""From a config to a started engine: weights, programs, the size of the KV pool, the measured staircase."""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
-import structlog
 
 from attention import default_backend
-from model.checkpoint import load_model, model_folder
+from model.checkpoint import abstract_model, load_model, model_folder
+from model.qwen3 import Qwen3
 from model.tokenizer import Tokenizer
 from scheduler.plan import StepResult
 from scheduler.program import GRAMMARS
@@ -21,58 +23,53 @@ from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from serve.config import ServerConfig
 from serve.engine import Engine
+from serve.memory import MemoryPlan, device_limit, remembered
+from serve.ready import Ready
 from serve.requests import ServedModel
 from serve.runner import Runner, RunnerConfig
 from serve.server import Backend
 
-log = structlog.get_logger("taper")
+NOMINAL_PAGES = 2048  # on a device that does not say how much memory it has; and to size a step with
 
 
 def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend:
-    """Load the model, compile every program, measure their times and start the engine.
+    """Load the model while every program compiles, measure their times and start the engine.
 
     Raises what is wrong with the config or the model folder, before anything is served.
     """
+    config = config.for_platform(jax.default_backend())
     _keep_compiled_programs(config.compilation_cache)
     # A preset has no tokenizer of its own: the embedded one will do for random weights.
     tokenizer = Tokenizer.from_folder(model_folder(config.model) or cast(Path, model_folder("default")))
-    with jax.enable_x64(config.dtype == "float64"):
-        started = time.perf_counter()
-        model = load_model(config.model, jnp.dtype(config.dtype), config.load_format, seed=config.seed)
-        log.info("loaded", model=model.config.name, dtype=config.dtype, seconds=_since(started))
-    slots = 2 * max(config.buckets)
-    runner = Runner(
-        model,
-        RunnerConfig(
-            num_pages=config.num_pages,
-            page_size=config.page_size,
-            buckets=config.buckets,
-            num_slots=slots,
-            backend=default_backend(model.config.head_dim, model.dtype)
-            if config.attention == "auto"
-            else config.attention,
-            max_logit_bias=config.max_logit_bias,
-            max_top_logprobs=config.max_top_logprobs,
-        ),
-    )
-    started = time.perf_counter()
-    seconds = runner.compile()
-    log.info(
-        "compiled", buckets={bucket: round(s, 1) for bucket, s in seconds.items()}, seconds=_since(started)
-    )
+    started, dtype = time.perf_counter(), jnp.dtype(config.dtype)
+    with jax.enable_x64(config.dtype == "float64"), ThreadPoolExecutor(max_workers=1) as compiler:
+        compiling = compiler.submit(_compiled_runner, config, abstract_model(config.model, dtype))
+        model = load_model(config.model, dtype, config.load_format, seed=config.seed)
+        jax.block_until_ready(model.split()[1])
+        loaded = time.perf_counter() - started
+        runner, compiled, memory = compiling.result()
+        runner.hold(model)
     latency = runner.measure()
-    milliseconds = {bucket: round(1e3 * latency.predict(bucket, 0), 2) for bucket in runner.buckets}
-    log.info("measured", step_ms=milliseconds, kv_token_ns=round(1e9 * latency.kv_token_seconds, 2))
-
+    ready = Ready(
+        model=model.config,
+        dtype=dtype.name,
+        device=jax.devices()[0].device_kind,
+        runner=runner.config,
+        memory=memory,
+        latency=latency,
+        load_seconds=loaded,
+        compile_seconds=compiled,
+        seconds=time.perf_counter() - started,
+    )
     max_context = min(model.config.max_context, config.max_context or model.config.max_context)
     scheduler = Scheduler(
         SchedulerConfig(
-            num_pages=config.num_pages,
-            page_size=config.page_size,
-            num_slots=slots,
+            num_pages=runner.config.num_pages,
+            page_size=runner.config.page_size,
+            num_slots=runner.config.num_slots,
             max_context=max_context,
             max_queue=config.max_queue,
-            max_chunk=config.max_chunk,
+            max_chunk=config.max_chunk or runner.buckets.largest,
             rho=config.rho,
             fill=config.fill,
             prefix_cache=config.prefix_cache,
@@ -102,7 +99,40 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
     gc.freeze()  # weights and programs live as long as the process: no collection need visit them
     engine = Engine(scheduler, runner, on_step=on_step)
     engine.start()
-    return Backend(engine=engine, model=served, device=jax.devices()[0].device_kind)
+    return Backend(
+        engine=engine,
+        model=served,
+        device=ready.device,
+        largest_bucket=runner.buckets.largest,
+        summary=str(ready),
+    )
+
+
+def _compiled_runner(
+    config: ServerConfig, model: Qwen3
+) -> tuple[Runner, dict[int, float], MemoryPlan | None]:
+    """The runner with its programs, the seconds that each took, and how memory was divided to size it."""
+    assert config.page_size is not None
+    assert config.buckets is not None
+    with jax.enable_x64(config.dtype == "float64"):
+        sizes = RunnerConfig(
+            num_pages=config.num_pages or NOMINAL_PAGES,
+            page_size=config.page_size,
+            buckets=config.buckets,
+            num_slots=2 * max(config.buckets),
+            backend=default_backend(model.config.head_dim, model.dtype)
+            if config.attention == "auto"
+            else config.attention,
+            max_logit_bias=config.max_logit_bias,
+            max_top_logprobs=config.max_top_logprobs,
+        )
+        memory, limit = None, device_limit()
+        if config.num_pages is None and limit is not None:
+            key = {"model": repr(model.config), "sizes": repr(sizes), "limit": limit, "jax": jax.__version__}
+            memory = remembered(config.compilation_cache, key, lambda: Runner(model, sizes).memory(limit))
+            sizes = replace(sizes, num_pages=memory.num_pages)
+        runner = Runner(model, sizes)
+        return runner, runner.compile(), memory
 
 
 def _keep_compiled_programs(folder: str | None) -> None:
@@ -111,7 +141,3 @@ def _keep_compiled_programs(folder: str | None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _since(started: float) -> float:
-    return round(time.perf_counter() - started, 1)

@@ -432,7 +432,7 @@ def test_what_a_slot_uses():
 
 def test_the_cheapest_sampler_that_suffices_is_taken():
     assert sampler_for(0) == 0
-    assert sampler_for(USES_RANDOM) == USES_RANDOM
+    assert sampler_for(USES_RANDOM) == USES_RANDOM | USES_TOP
     assert sampler_for(USES_RANDOM | USES_TOP) == USES_RANDOM | USES_TOP
     assert {sampler_for(USES_LOGPROBS), sampler_for(USES_BIAS), sampler_for(USES_PENALTIES)} == {USES_ALL}
 

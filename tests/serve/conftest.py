@@ -26,9 +26,11 @@ def runner() -> Runner:
 @pytest.fixture(scope="session")
 def default_runner() -> Runner:
     """The default model, the one that forks by itself."""
+    model = load_model("default", jnp.float32)
     runner = Runner(
-        load_model("default", jnp.float32),
+        model,
         RunnerConfig(num_pages=1024, page_size=16, buckets=(16, 64), num_slots=128, backend="xla"),
     )
     runner.compile()
+    runner.hold(model)
     return runner

@@ -74,6 +74,7 @@ def compiled_runner(model: Qwen3, buckets: Sequence[int], backend: str = "xla") 
         ),
     )
     runner.compile()
+    runner.hold(model)
     return runner
 
 

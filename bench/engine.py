@@ -1,0 +1,216 @@
+"""Starts the server's engine in this process and times it: getting ready, and its steps against the device's.
+
+    python -m bench.engine --json OUT -- --model qwen3-32b --load-format random      # options of taper-serve
+
+Requests of equal length are decoded together. A *steady* step is one in which all of them advance and nothing
+else happens. Its wall time, from the end of one step to the end of the next, is compared with the time of the
+same executable on the same arrays launched back to back, and with the byte floor: every weight and every
+different KV position read once, at the copy rate of this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
+import jax
+import numpy as np
+import tyro
+
+from bench import hardware
+from bench.workload import Item
+from model.kv_cache import bytes_per_page
+from scheduler.events import Event, Finished
+from scheduler.plan import StepPlan, StepResult
+from scheduler.request import Slo
+from serve import startup
+from serve.config import ServerConfig
+from serve.engine import Engine
+from serve.runner import Runner, StepHandle
+
+PATIENT = Slo(tpot=10.0, ttft=3600.0)
+
+
+class Compilations:
+    """Counts the programs that JAX compiles, or fetches from its cache, from now on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
+        self.count += event.endswith("backend_compile_duration")
+
+
+class HostTimes:
+    """Seconds that the engine's thread spends in each of its parts, call by call."""
+
+    def __init__(self, engine: Engine, runner: Runner) -> None:
+        self.calls: defaultdict[str, list[float]] = defaultdict(list)
+        self.plans: list[StepPlan] = []
+        self._time(engine.scheduler, "schedule")
+        self._time(engine.scheduler, "update")
+        self._time(runner, "launch")
+        self._time(StepHandle, "samples")
+
+    def _time(self, owner: Any, name: str) -> None:
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments)
+            self.calls[name].append(time.perf_counter() - started)
+            if name == "launch":
+                self.plans.append(arguments[0])
+            return result
+
+        setattr(owner, name, timed)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        return {name: _spread(seconds) for name, seconds in self.calls.items()}
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float]:
+    return {
+        "median_ms": 1e3 * statistics.median(seconds),
+        "p99_ms": 1e3 * float(np.quantile(seconds, 0.99)),
+    }
+
+
+def serve_all(engine: Engine, items: Sequence[Item]) -> float:
+    """Seconds from handing all of them in to the end of the last one."""
+    done = threading.Semaphore(0)
+
+    def sink(events: Sequence[Event | Any]) -> None:
+        if isinstance(events[-1], Finished):
+            done.release()
+
+    started = time.perf_counter()
+    for number, item in enumerate(items):
+        engine.submit(item.request(f"{time.monotonic_ns()}-{number}", PATIENT, number), sink)
+    for _ in items:
+        done.acquire()
+    return time.perf_counter() - started
+
+
+def device_seconds(runner: Runner, plan: StepPlan, calls: int, repeats: int) -> float:
+    """Median time of a step in a queue of `calls` launches of the same program on the same arrays."""
+    program, packed = runner.packed(plan)
+    packed = jax.device_put(packed)
+
+    def call(state: tuple[Any, Any]) -> tuple[Any, Any]:
+        return program(runner.weights, *state, packed)[:2]
+
+    state = call((runner.cache, runner.slots))
+    seconds, (runner.cache, runner.slots) = hardware.seconds_per_call(call, state, calls, repeats)
+    return seconds
+
+
+def steady(results: Sequence[StepResult], count: int) -> list[StepResult]:
+    """Steps in which `count` requests advance by one token each, after another such step."""
+    full = [len(result.plan.entries) == result.plan.rows == count for result in results]
+    return [results[i] for i in range(1, len(results)) if full[i] and full[i - 1]]
+
+
+def print_result(result: dict[str, Any]) -> None:
+    wall = result["wall"]
+    print(
+        f"{result['output_tokens_s']:.0f} tokens/s; {result['steady_steps']} steady steps: wall "
+        f"{wall['median_ms']:.2f} ms (p99 {wall['p99_ms']:.2f}), device {result['device_ms']:.2f}, "
+        f"floor {result['floor_ms']:.2f}"
+    )
+    for name, spread in result["host"].items():
+        print(f"  {name:<10} {spread['median_ms']:>8.2f} ms  p99 {spread['p99_ms']:.2f}")
+    for row in result["buckets"]:
+        print(
+            f"  bucket {row['bucket']:>4}, {row['kv_tokens']:>8} KV tokens: {row['step_ms']:>7.2f} ms, "
+            f"{row['floor_share']:.0%} of the floor's rate"
+        )
+    print(f"  programs compiled while serving: {result['compilations']}")
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(prog="python -m bench.engine", description="Times the server's engine.")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=768)
+    parser.add_argument(
+        "--kv-levels", type=int, nargs="*", default=[64, 1024, 4096], help="tokens of each row"
+    )
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments[:split])
+    config = tyro.cli(ServerConfig, prog="taper-serve", args=[*arguments[split + 1 :]])
+
+    started = time.perf_counter()
+    results: list[StepResult] = []
+    backend = startup.load(config, results.append)
+    ready = time.perf_counter() - started
+    print(backend.summary, flush=True)
+    engine, runner = backend.engine, cast(Runner, backend.engine.runner)
+    copy = hardware.copy_tb_s(2**28 if runner.config.backend == "xla" else 2**31)
+    compilations = Compilations()
+    times = HostTimes(engine, runner)
+    items = [Item(0.0, options.prompt_tokens, ((options.new_tokens,),))] * options.requests
+    wall = serve_all(engine, items)
+    engine.stop(drain=True, timeout=10.0)
+
+    full = steady(results, options.requests)
+    if not full:
+        raise SystemExit("no steady steps: give more new tokens")
+    plan = next(plan for plan in reversed(times.plans) if plan is full[len(full) // 2].plan)
+    device = device_seconds(runner, plan, calls=20, repeats=5)
+    weights = runner.weight_bytes
+    kv_token = bytes_per_page(runner.model_config, 1, runner.dtype)
+
+    def floor_ms(kv_tokens: int) -> float:
+        return (weights + kv_token * kv_tokens) / copy / 1e9
+
+    buckets = []
+    for bucket in runner.buckets:
+        for tokens in options.kv_levels:
+            pages = -(-tokens // runner.config.page_size)
+            if bucket * pages <= runner.config.num_pages:
+                probe = runner.probe(bucket, pages)
+                step = 1e3 * device_seconds(runner, probe, calls=10, repeats=3)
+                floor = floor_ms(probe.kv_tokens)
+                row = {"bucket": bucket, "kv_tokens": probe.kv_tokens, "step_ms": step, "floor_ms": floor}
+                buckets.append(row | {"floor_share": floor / step})
+    result = {
+        **hardware.describe("python -m bench.engine " + " ".join(arguments)),
+        "model": runner.model_config.name,
+        "copy_tb_s": copy,
+        "ready_s": ready,
+        "summary": backend.summary,
+        "requests": options.requests,
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "output_tokens_s": options.requests * options.new_tokens / wall,
+        "steady_steps": len(full),
+        "wall": _spread([step.seconds for step in full]),
+        "device_ms": 1e3 * device,
+        "wall_over_device": statistics.median(step.seconds for step in full) / device,
+        "floor_ms": floor_ms(plan.kv_tokens),
+        "host": times.summary(),
+        "compilations": compilations.count,
+        "buckets": buckets,
+    }
+    hardware.save(result, options.json)
+    print_result(result)
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
