@@ -154,13 +154,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = parser.parse_args(arguments[:split])
     config = tyro.cli(ServerConfig, prog="taper-serve", args=[*arguments[split + 1 :]])
 
+    copy = hardware.copy_tb_s(2**28 if jax.default_backend() == "cpu" else 2**31)
     started = time.perf_counter()
     results: list[StepResult] = []
     backend = startup.load(config, results.append)
     ready = time.perf_counter() - started
     print(backend.summary, flush=True)
     engine, runner = backend.engine, cast(Runner, backend.engine.runner)
-    copy = hardware.copy_tb_s(2**28 if runner.config.backend == "xla" else 2**31)
     compilations = Compilations()
     times = HostTimes(engine, runner)
     items = [Item(0.0, options.prompt_tokens, ((options.new_tokens,),))] * options.requests
