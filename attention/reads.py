@@ -109,9 +109,9 @@ class ReadTree:
         Raises ValueError if a read is malformed.
         """
         rows, ordinal = (np.fromiter(column, np.int64, len(column)) for column in (reads.rows, reads.ordinal))
+        end = ordinal + rows
         if rows.min() < 1 or ordinal.min() < 0:
             raise ValueError("a read needs rows >= 1 and ordinal >= 0")
-        end = ordinal + rows
         own_count = -(-end // page_size)
         own_pages = _page_ids([own.pages for own in reads.own], own_count, "ordinal + rows")
         contexts, context_of = _distinct(reads.context)
@@ -208,31 +208,28 @@ class _Runs(NamedTuple):
         """
         # A trunk is a context, or of a read without one, its own run.
         depth = size[context_of]
-        is_root, is_trunk = depth == 0, size > 0
-        roots = is_root.nonzero()[0]
-        trunk_first, trunk_size = first[is_trunk], size[is_trunk]
-        trunk_of = (is_trunk.cumsum() - 1)[context_of]
-        trunk_of[roots] = np.arange(len(trunk_first), len(trunk_first) + len(roots))
-        trunk_first = np.concatenate([trunk_first, own[roots]])
-        trunk_size = np.concatenate([trunk_size, whole[roots]])
-        trunks, overlap = self.sorted(self.pages[trunk_first], trunk_first, trunk_size)
+        roots = (depth == 0).nonzero()[0]
+        trunk, own_whole = context_of, whole - depth
+        if len(roots):
+            trunk, own_whole[roots] = trunk.copy(), 0
+            trunk[roots] = len(size) + np.arange(len(roots))
+            first, size = np.concatenate([first, own[roots]]), np.concatenate([size, whole[roots]])
+        trunks, overlap = self.sorted(self.pages[np.minimum(first, len(self.pages) - 1)], first, size)
 
         # Trunks of the very same pages count as one.
-        trunk_size = trunk_size[trunks]
-        new = overlap < trunk_size
-        new[1:] |= overlap[1:] < trunk_size[:-1]
+        size = size[trunks]
+        new = overlap < size
+        new[1:] |= overlap[1:] < size[:-1]
         new[0] = True
         rank = np.empty_like(trunks)
-        rank[trunks] = new.cumsum() - 1
-        overlap, trunk_size = overlap[new], trunk_size[new]
-
-        rank = rank[trunk_of]
-        own_whole = np.where(is_root, 0, whole - depth)
+        rank[trunks] = new.cumsum()
+        rank = rank[trunk]
         order, shared = self.sorted(rank << 32 | self.pages[own], own, own_whole)
         rank = rank[order]
-        same = np.zeros(len(rank), bool)
-        np.equal(rank[1:], rank[:-1], out=same[1:])
-        return order, np.where(same, trunk_size[rank] + shared, overlap[rank])
+        same = np.equal(rank[1:], rank[:-1])
+        overlap, size = overlap[new], size[new]
+        shared[1:] += np.where(same, size[rank[1:] - 1], overlap[rank[1:] - 1])
+        return order, shared
 
     def sorted(self, key: np.ndarray, first: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Runs by key and then by pages, and how many pages each has in common with the one before it.
@@ -291,14 +288,16 @@ def _joined(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The contexts' pages end to end, their valid counts, and how many pages each context has."""
     segments = list(chain.from_iterable(contexts))
-    length = np.fromiter([segment.length for segment in segments], np.int64, len(segments))
+    length = np.array([segment.length for segment in segments], np.int64)
     count = -(-length // page_size)
     pages = _page_ids([segment.pages for segment in segments], count, "length")
-    valid = np.full(len(pages), page_size, np.int32)
-    end = np.append(0, count.cumsum())
-    filled = count > 0
-    valid[end[1:][filled] - 1] = (length - (count - 1) * page_size)[filled]
-    return pages, valid, np.diff(end[np.cumsum([0, *map(len, contexts)])])
+    end = count.cumsum()
+    valid = np.full(len(pages) + 1, page_size, np.int32)  # one more, for segments without pages
+    valid[np.where(count > 0, end, 0) - 1] = length - (count - 1) * page_size
+    sizes = np.array([len(context) for context in contexts])
+    if len(segments) > len(contexts) or not sizes.all():
+        count = np.add.reduceat(np.append(count, 0), sizes.cumsum() - sizes) * (sizes > 0)
+    return pages, valid[:-1], count
 
 
 def _page_ids(runs: list[Any], counts: np.ndarray, positions: str) -> np.ndarray:

@@ -127,8 +127,9 @@ def _pack(reads: ReadTree, link: np.ndarray, cost: np.ndarray, most_rows: int) -
         return first
 
     # Branches of one prefix, a row each, share the same everywhere: any cuts will do, so even ones.
-    least = np.minimum.reduceat(np.where(first, np.inf, cost), start)
-    even = long & (rows == size) & (least == np.maximum.reduceat(cost * ~first, start))
+    changes = ~first
+    changes[1:] &= ~first[:-1] & (cost[1:] != cost[:-1])
+    even = long & (rows == size) & ~np.logical_or.reduceat(changes, start)
     each = -(-rows // -(-rows // most_rows))
     position = np.arange(len(first)) - start.repeat(size)
     first |= even.repeat(size) & (position % each.repeat(size) == 0)
@@ -367,12 +368,11 @@ class _Parts:
         some = np.flatnonzero(masked[:, 0] < masked[:, 1])
         starts = masked[some, 0] - tiles.masked[0, 0]
         none_whole = whole[some, 0] == whole[some, 1]
-        _, first, end, _ = unpack_sees(tiles.sees)
-        first = np.minimum.reduceat(first, starts)[none_whole]
-        end = np.maximum.reduceat(end, starts)[none_whole]
-        some = some[none_whole]
-        row_end[some] = row[some] + end
-        row[some] += first
+        if none_whole.any():
+            _, first, end, _ = unpack_sees(tiles.sees)
+            some = some[none_whole]
+            row_end[some] = row[some] + np.maximum.reduceat(end, starts)[none_whole]
+            row[some] += np.minimum.reduceat(first, starts)[none_whole]
         slots = np.where((block > 0) | ~last, row_end - row, 0)
         return cls._of(tile, row, row_end, whole, masked, slots, tiling)
 
@@ -395,6 +395,8 @@ class _Parts:
         """Seconds that the parts take together, and that they would take if the load were even."""
         workers = tiling.head_workers
         mean = (self.seconds.sum() + COSTS.partial_row(tiling) * self.slots.sum()) / workers
+        if len(self.seconds) <= workers:
+            return mean + COSTS.alone * max(0.0, self.seconds.max() - mean), mean
         # Longest first, as many at a time as there are workers, and the longest to whoever has least.
         rounds = -(-len(self.seconds) // workers)
         ranked = np.zeros(rounds * workers)
@@ -451,9 +453,9 @@ def _split(tiles: _Tiles, capacity: TileCapacity) -> _Parts:
         return best
     block_seconds = COSTS.block(tiling, tiles.row_end - tiles.row)
     blocks, end, previous = best.blocks, np.cumsum(best.seconds), np.inf
-    for share in (1, 2, 3, 4, 6, 8):
+    for share in (1, 2, 4, 8):
         workers = tiling.head_workers // share
-        if workers < 2:
+        if workers < 2 or seconds < 1.1 * mean:
             break
         cuts = np.arange(1, workers) * end[-1] / workers
         tile = np.searchsorted(end, cuts, side="right")
@@ -461,7 +463,9 @@ def _split(tiles: _Tiles, capacity: TileCapacity) -> _Parts:
         # A short end of a tile is not worth a part of its own.
         least = np.maximum(cuts[0] / 8 / block_seconds[tile], 1)
         worth = (least <= block) & (block <= blocks[tile] - least)
-        begin = np.unique(np.append(np.arange(len(blocks)) << 32, tile[worth] << 32 | block[worth]))
+        begin = np.concatenate([np.arange(len(blocks)) << 32, tile[worth] << 32 | block[worth]])
+        begin.sort()
+        begin = begin[np.append(True, begin[1:] > begin[:-1])]
         parts = _Parts.split(tiles, begin >> 32, begin & 0xFFFFFFFF, tiling)
         if len(begin) > capacity.tiles or parts.slots.sum() > capacity.slots:
             continue
