@@ -88,7 +88,7 @@ def plan_rows(reads: Reads, capacity: Capacity, page_size: int) -> tuple[Int[np.
       ValueError: a read is malformed, or rows, items or page references exceed `capacity`.
     """
     work = capacity.empty()
-    if not reads.rows:
+    if not reads.own:
         return np.zeros(0, np.int64), work
     order, tree = ReadTree.of(reads, page_size)
     read, last, start, stop = _tree_nodes(tree.shared, tree.count)

@@ -62,8 +62,8 @@ class Reads(NamedTuple):
 
     context: Sequence[Sequence[SegmentRead]]
     own: Sequence[SegmentRead]
-    rows: Sequence[int]
-    ordinal: Sequence[int]
+    rows: Sequence[int] | np.ndarray
+    ordinal: Sequence[int] | np.ndarray
 
     @classmethod
     def of(cls, reads: Iterable[Read]) -> Reads:
@@ -108,7 +108,7 @@ class ReadTree:
 
         Raises ValueError if a read is malformed.
         """
-        rows, ordinal = (np.fromiter(column, np.int64, len(column)) for column in (reads.rows, reads.ordinal))
+        rows, ordinal = np.asarray(reads.rows), np.asarray(reads.ordinal)
         end = ordinal + rows
         if rows.min() < 1 or ordinal.min() < 0:
             raise ValueError("a read needs rows >= 1 and ordinal >= 0")

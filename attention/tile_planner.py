@@ -45,6 +45,7 @@ class Costs:
 
 
 COSTS = Costs()
+CLOSE = 1.2  # a split this near to an even load is rarely bettered by a coarser one: not worth planning it
 
 
 def plan_tiles(reads: Reads, capacity: TileCapacity) -> tuple[Int[np.ndarray, " reads"], TileList]:
@@ -55,7 +56,7 @@ def plan_tiles(reads: Reads, capacity: TileCapacity) -> tuple[Int[np.ndarray, " 
         the tiles are split.
     """
     tiling, out = capacity.tiling, capacity.empty()
-    if not reads.rows:
+    if not reads.own:
         return np.zeros(0, np.int64), out
     order, tree = ReadTree.of(reads, tiling.page_size)
     tree = tree.split(tiling.wide_rows)
@@ -362,7 +363,7 @@ class _Parts:
         )
         bounds_masked = masked[:, :1] + bounds - size * _blocks(whole, size)[:, None]
         whole = np.minimum(whole[:, :1] + bounds, whole[:, 1:])
-        masked = np.clip(bounds_masked, masked[:, :1], masked[:, 1:])
+        masked = np.minimum(np.maximum(bounds_masked, masked[:, :1]), masked[:, 1:])
 
         # All rows see whole pages; of the others, perhaps not all see one.
         some = np.flatnonzero(masked[:, 0] < masked[:, 1])
@@ -455,7 +456,7 @@ def _split(tiles: _Tiles, capacity: TileCapacity) -> _Parts:
     blocks, end, previous = best.blocks, np.cumsum(best.seconds), np.inf
     for share in (1, 2, 4, 8):
         workers = tiling.head_workers // share
-        if workers < 2 or seconds < 1.1 * mean:
+        if workers < 2 or seconds < CLOSE * mean:
             break
         cuts = np.arange(1, workers) * end[-1] / workers
         tile = np.searchsorted(end, cuts, side="right")

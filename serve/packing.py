@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -39,6 +40,7 @@ def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: in
     last_row[order] = end - 1
     sampled = columns.samples.nonzero()[0]
     slot = columns.slot[sampled]
+    new_slots = [setup.slot for setup in plan.slots]
     return StepInputs(
         tokens=_int32(tokens),
         positions=_int32(columns.start[entry] + index),
@@ -50,7 +52,7 @@ def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: in
             slot=_int32(slot),
             branch_key=_int32(columns.branch_key[sampled]),
             position=_int32((columns.start + columns.rows)[sampled]),
-            count_fed=_int32(~np.isin(slot, [setup.slot for setup in plan.slots])),
+            count_fed=_int32(~np.isin(slot, new_slots)),
             flags=np.array(flags, np.int32),
         ),
     )
@@ -66,16 +68,20 @@ class _Columns:
 
     def __init__(self, entries: tuple[Entry, ...]) -> None:
         columns: Any = Entry(*zip(*entries, strict=True))
-        self.reads = Reads(columns.context, columns.own, columns.rows, columns.ordinal)
-        self.start, self.ordinal, self.rows = np.array([columns.start, columns.ordinal, columns.rows])
-        self.slot = np.array([-1 if slot is None else slot for slot in columns.slot])
-        self.first_token = np.array([-1 if tokens is None else tokens[0] for tokens in columns.tokens])
+        self.start, self.ordinal, self.rows = map(_integers, (columns.start, columns.ordinal, columns.rows))
+        self.reads = Reads(columns.context, columns.own, self.rows, self.ordinal)
+        self.slot = _integers([-1 if slot is None else slot for slot in columns.slot])
+        self.first_token = _integers([-1 if tokens is None else tokens[0] for tokens in columns.tokens])
         of_slot = self.first_token < 0
         assert (self.slot[of_slot] >= 0).all(), "only an entry with a slot can feed the slot's last token"
         self.first_token[of_slot] = -1 - self.slot[of_slot]
-        self.last_page = np.array([own.pages[-1] for own in columns.own])
-        self.samples = np.array(columns.samples)
-        self.branch_key = np.array([_branch_key(path) for path in columns.path])
+        self.last_page = _integers([own.pages[-1] for own in columns.own])
+        self.samples = np.fromiter(columns.samples, bool, len(entries))
+        self.branch_key = _integers([_branch_key(path) for path in columns.path])
+
+
+def _integers(values: Sequence[int]) -> np.ndarray:
+    return np.fromiter(values, np.int64, len(values))
 
 
 def _int32(values: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from attention.layout import WHOLE, Capacity, WorkList, plan_rows
 from attention.reads import Read, Reads, Segment
@@ -42,8 +43,8 @@ def items(work: WorkList) -> list[tuple[list[int], tuple[int, int], int]]:
     ]
 
 
-@given(forests())
-@settings(max_examples=150, deadline=None)
+@given(st.one_of(forests(), forests(aliased=True)))
+@settings(max_examples=200, deadline=None)
 def test_every_row_reads_every_position_that_it_must_once_and_no_other(forest: Forest) -> None:
     order, work = plan_rows(Reads.of(forest.reads), ROOM, forest.page_size)
     needed = Counter()

@@ -122,7 +122,7 @@ def check(reads: list[Read], order: np.ndarray, tiles: TileList, cut: Tiling) ->
         assert sorted(writers.get(row, [])) == merged
 
 
-@given(forests(page_sizes=(1, 2, 4)), st.data())
+@given(st.one_of(forests(), forests(aliased=True)), st.data())
 @settings(max_examples=200, deadline=None)
 def test_every_row_sees_every_position_that_it_must_once_and_no_other(
     forest: Forest, data: st.DataObject
