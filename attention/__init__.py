@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import jax
 
-from attention import gpu, reference, xla
+from attention import gpu, heads, reference, xla
+from attention.heads import HeadNorms, Places
 from attention.layout import Capacity, WorkList, plan_rows
 from attention.reads import Read, Reads, Segment
 from attention.tile_planner import plan_tiles
@@ -22,11 +23,13 @@ from attention.tiles import TileCapacity, TileList
 if TYPE_CHECKING:
     import numpy as np
     from jax import Array
-    from jaxtyping import Float, Int, Int32
+    from jaxtyping import Float, Int
 
 __all__ = [
     "BACKENDS",
     "Capacity",
+    "HeadNorms",
+    "Places",
     "Read",
     "Reads",
     "Segment",
@@ -35,27 +38,27 @@ __all__ = [
     "WorkList",
     "capacity",
     "default_backend",
+    "enter",
     "plan",
     "plan_rows",
     "shared_prefix_attention",
-    "write_kv",
 ]
 
 
 class Backend(NamedTuple):
     """tiled: takes a TileList instead of a WorkList."""
 
+    enter: Callable[..., tuple[Array, Array, Array]]
     attend: Callable[..., tuple[Array, Array]]
-    write: Callable[..., tuple[Array, Array]]
     tiled: bool
 
 
 BACKENDS = {
-    "reference": Backend(reference.attend, xla.write_kv, tiled=False),
-    "xla": Backend(xla.attend, xla.write_kv, tiled=False),
-    "gpu": Backend(gpu.attend, gpu.write_kv, tiled=True),
+    "reference": Backend(heads.enter, reference.attend, tiled=False),
+    "xla": Backend(heads.enter, xla.attend, tiled=False),
+    "gpu": Backend(gpu.enter, gpu.attend, tiled=True),
     "gpu-interpreted": Backend(
-        partial(gpu.attend, interpret=True), partial(gpu.write_kv, interpret=True), tiled=True
+        partial(gpu.enter, interpret=True), partial(gpu.attend, interpret=True), tiled=True
     ),
 }
 
@@ -149,18 +152,20 @@ def shared_prefix_attention(
     return (out, lse) if return_lse else out
 
 
-def write_kv(
+def enter(
+    qkv: Float[Array, "rows heads+2*kv_heads head_dim"],
+    norms: HeadNorms | None,
+    angles: tuple[Float[Array, "rows pairs"], Float[Array, "rows pairs"]],
     k_pages: Float[Array, "pages kv_heads page_size head_dim"],
     v_pages: Float[Array, "pages kv_heads page_size head_dim"],
-    k: Float[Array, "rows kv_heads head_dim"],
-    v: Float[Array, "rows kv_heads head_dim"],
-    page: Int32[Array, " rows"],
-    offset: Int32[Array, " rows"],
+    places: Places,
     *,
     backend: str,
-) -> tuple[Array, Array]:
-    """Write each row's key and value to its page and offset; in place where the pages are donated.
+) -> tuple[Array, Array, Array]:
+    """What comes before attention: queries and keys normalised and rotated, keys and values written.
 
-    A page id that is not in the pool (the pool's size, by convention) writes nowhere.
+    `qkv` are the heads of each row: queries, then keys, then values. `angles` are (cos, sin) of each row's
+    position. Returns the queries [rows, heads, head_dim] and the pages, which are updated in place where they
+    are donated.
     """
-    return _backend(backend).write(k_pages, v_pages, k, v, page, offset)
+    return _backend(backend).enter(qkv, norms, angles, k_pages, v_pages, places)

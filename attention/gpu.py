@@ -24,11 +24,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from attention.heads import HeadNorms, Places
 from attention.tiles import TileList, Tiling, unpack_sees
 
 if TYPE_CHECKING:
     from jax import Array
-    from jaxtyping import Float, Int32
+    from jaxtyping import Float
 
 # Query rows times heads of a tile: the M of its matrix products. Triton's smallest is 16.
 NARROW = 16
@@ -42,6 +43,7 @@ LOWEST = -1e30  # where a running maximum starts: finite, as inf - inf is not a 
 # Partial results that the merge reads at once, and heads of one program.
 MERGE_PARTS = 8
 MERGE_HEADS = 4
+ENTER_HEADS = 8  # heads of one row that a program normalises, rotates and writes
 
 
 def tiling(heads: int, kv_heads: int, page_size: int) -> Tiling:
@@ -130,28 +132,35 @@ def attend(
     return out, lse
 
 
-def write_kv(
+def enter(
+    qkv: Float[Array, "rows heads+2*kv_heads head_dim"],
+    norms: HeadNorms | None,
+    angles: tuple[Float[Array, "rows pairs"], Float[Array, "rows pairs"]],
     k_pages: Float[Array, "pages kv_heads page_size head_dim"],
     v_pages: Float[Array, "pages kv_heads page_size head_dim"],
-    k: Float[Array, "rows kv_heads head_dim"],
-    v: Float[Array, "rows kv_heads head_dim"],
-    page: Int32[Array, " rows"],
-    offset: Int32[Array, " rows"],
+    places: Places,
     *,
     interpret: bool = False,
-) -> tuple[Array, Array]:
-    """See `attention.write_kv`: one launch for keys and values."""
+) -> tuple[Array, Array, Array]:
+    """See `attention.enter`: one launch, in which a program takes a few heads of one row."""
+    rows, _, head_dim = qkv.shape
+    kv_heads = k_pages.shape[1]
+    heads = qkv.shape[1] - 2 * kv_heads
+    scales = () if norms is None else (norms.q_scale, norms.k_scale)
+    arguments = (qkv, *angles, *places, *scales, k_pages, v_pages)
+    shape = jax.ShapeDtypeStruct
     return _call(
-        _write_kernel,
-        grid=(k.shape[0],),
+        partial(_enter_kernel, eps=None if norms is None else norms.eps),
+        grid=(rows, pl.cdiv(heads, ENTER_HEADS) + pl.cdiv(kv_heads, ENTER_HEADS)),
         out_shape=(
-            jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype),
-            jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype),
+            shape((rows, heads, head_dim), qkv.dtype),
+            shape(k_pages.shape, k_pages.dtype),
+            shape(v_pages.shape, v_pages.dtype),
         ),
         num_warps=4,
         interpret=interpret,
-        input_output_aliases={4: 0, 5: 1},
-    )(page, offset, k, v, k_pages, v_pages)
+        input_output_aliases={len(arguments) - 2: 1, len(arguments) - 1: 2},
+    )(*arguments)
 
 
 def _call(
@@ -374,20 +383,51 @@ def _merge_kernel(part_out_ref, part_lse_ref, row_parts_ref, _out, _lse, out_ref
         plt.store(lse_ref.at[row, head], lse, mask=exists)
 
 
-# --- the KV write ------------------------------------------------------------------------------------------
+# --- before attention --------------------------------------------------------------------------------------
 
 
-def _write_kernel(page_ref, offset_ref, k_ref, v_ref, _k_pages, _v_pages, k_pages_ref, v_pages_ref) -> None:
-    row = pl.program_id(0)
-    page, offset = page_ref[row], offset_ref[row]
-    num_pages, kv_heads, _, head_dim = k_pages_ref.shape
-    padded = pl.next_power_of_2(kv_heads)
-    head = jnp.arange(padded, dtype=jnp.int32)[:, None]
-    dims = jnp.arange(head_dim, dtype=jnp.int32)[None, :]
-    exists = jnp.broadcast_to(head < kv_heads, (padded, head_dim))
+def _enter_kernel(qkv_ref, cos_ref, sin_ref, page_ref, offset_ref, *refs, eps: float | None) -> None:
+    *scale_refs, _k_pages, _v_pages, q_out_ref, k_pages_ref, v_pages_ref = refs
+    q_scale_ref, k_scale_ref = scale_refs or (None, None)
+    row, block = pl.program_id(0), pl.program_id(1)
+    _, heads, head_dim = q_out_ref.shape
+    kv_heads, half = k_pages_ref.shape[1], head_dim // 2
+    pair = jnp.arange(half, dtype=jnp.int32)
+    halves = pair[None, :], pair[None, :] + half
+    cos, sin = cos_ref[row, pair], sin_ref[row, pair]
+    query_blocks = pl.cdiv(heads, ENTER_HEADS)
 
-    @pl.when((page >= 0) & (page < num_pages))
+    def rotated(head: Array, scale_ref) -> tuple[Array, Array]:
+        """The two halves of the heads, normalised and rotated."""
+        dtype, wide = qkv_ref.dtype, cos.dtype
+        a, b = (qkv_ref[row, head[:, None], dims].astype(wide) for dims in halves)
+        if scale_ref is not None:
+            mean = ((a * a).sum(axis=1) + (b * b).sum(axis=1)) / head_dim
+            shrink = lax.rsqrt(mean + eps)[:, None]
+            a = (a * shrink * scale_ref[pair].astype(wide)).astype(dtype).astype(wide)
+            b = (b * shrink * scale_ref[pair + half].astype(wide)).astype(dtype).astype(wide)
+        return (a * cos - b * sin).astype(dtype), (b * cos + a * sin).astype(dtype)
+
+    def some_heads(count: int, block: Array) -> tuple[Array, Array, Array]:
+        """Heads of the block, clamped to those there are; the same; and where they are not clamped."""
+        head = block * ENTER_HEADS + jnp.arange(ENTER_HEADS, dtype=jnp.int32)
+        exists = jnp.broadcast_to((head < count)[:, None], (ENTER_HEADS, half))
+        return jnp.minimum(head, count - 1), head, exists
+
+    @pl.when(block < query_blocks)
     def _() -> None:
-        for new_ref, pages_ref in ((k_ref, k_pages_ref), (v_ref, v_pages_ref)):
-            new = new_ref[row, jnp.minimum(head, kv_heads - 1), dims].astype(pages_ref.dtype)
-            plt.store(pages_ref.at[page, head, offset, dims], new, mask=exists)
+        read, head, exists = some_heads(heads, block)
+        for dims, new in zip(halves, rotated(read, q_scale_ref), strict=True):
+            plt.store(q_out_ref.at[row, head[:, None], dims], new, mask=exists)
+
+    page, offset = page_ref[row], offset_ref[row]
+
+    @pl.when((block >= query_blocks) & (page >= 0) & (page < k_pages_ref.shape[0]))
+    def _() -> None:
+        read, head, exists = some_heads(kv_heads, block - query_blocks)
+        keys = rotated(heads + read, k_scale_ref)
+        values = (qkv_ref[row, (heads + kv_heads + read)[:, None], dims] for dims in halves)
+        for pages_ref, parts in ((k_pages_ref, keys), (v_pages_ref, values)):
+            for dims, new in zip(halves, parts, strict=True):
+                new = new.astype(pages_ref.dtype)
+                plt.store(pages_ref.at[page, head[:, None], offset, dims], new, mask=exists)

@@ -77,20 +77,6 @@ def attend(
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(rows, heads)
 
 
-def write_kv(
-    k_pages: Float[Array, "pages kv_heads page_size head_dim"],
-    v_pages: Float[Array, "pages kv_heads page_size head_dim"],
-    k: Float[Array, "rows kv_heads head_dim"],
-    v: Float[Array, "rows kv_heads head_dim"],
-    page: Int32[Array, " rows"],
-    offset: Int32[Array, " rows"],
-) -> tuple[Array, Array]:
-    """Scatter rows to their pages; see `attention`."""
-    k_pages = k_pages.at[page, :, offset].set(k.astype(k_pages.dtype), mode="drop")
-    v_pages = v_pages.at[page, :, offset].set(v.astype(v_pages.dtype), mode="drop")
-    return k_pages, v_pages
-
-
 class _Reader(NamedTuple):
     k_pages: Float[Array, "pages kv_heads page_size head_dim"]
     v_pages: Float[Array, "pages kv_heads page_size head_dim"]

@@ -85,7 +85,7 @@ def measure(shape: Shape, backend: str, repeats: int) -> dict[str, Any]:
         **{name: getattr(shape, name) for name in ("groups", "width", "prefix", "tail", "page", "rows")},
         "backend": backend,
         "plan_us": microseconds(lambda: attention.plan(reads, capacity, shape.page), repeats),
-        "step_inputs_us": microseconds(lambda: step_inputs(plan, capacity, shape.page, 0), repeats),
+        "step_inputs_us": microseconds(lambda: step_inputs(plan, capacity, shape.page), repeats),
     }
 
 

@@ -113,6 +113,7 @@ class StepBench:
             layout=self.layout(rows),
             backend=backend,
             max_top_logprobs=1,
+            samplers=(0,),
         )
 
     def random_cache(self) -> KVCache:
@@ -142,7 +143,6 @@ class StepBench:
                     branch_key=slot,
                     position=position + 1,
                     count_fed=np.ones(shape.rows, np.int32),
-                    flags=np.array(0, np.int32),
                 ),
             )
         )
@@ -181,7 +181,7 @@ class StepBench:
         cache = self.num_pages * bytes_per_page(self.config, self.page, DTYPE)
         rows = []
         for (count, backend), program in self.programs.items():
-            analysis: Any = getattr(program, "memory_analysis", lambda: None)()
+            analysis = program.forward.memory_analysis()
             rows.append(
                 {
                     "rows": count,

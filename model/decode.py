@@ -38,11 +38,15 @@ from model.sampling import (
     branch_key,
     pack_assignments,
     sample,
+    sampler_for,
 )
 from model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32
+
+# Tokens between two looks at whether all branches have ended: at each, a GPU waits for its host.
+STRIDE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +90,17 @@ def generate(
     if not 0 <= sampling.seed < 2**64:
         raise ValueError(f"a seed has 64 bits: 0..{2**64 - 1}, not {sampling.seed}")
     backend = backend or default_backend(model.config.head_dim, model.dtype)
-    plan = _lay_out(prompts, branches, max_tokens, page_size, sampling.flags, eos_ids, model.config, backend)
+    plan = _lay_out(prompts, branches, max_tokens, page_size, eos_ids, model.config, backend)
     cache = KVCache.create(model.config, plan.num_pages, page_size, model.dtype)
     slots = _slots(model, prompts, branches, sampling)
     structure, weights = model.split()
     arguments = weights, cache, slots, plan.arrays
-    program = compile_generation(structure, _Shapes.of(arguments), backend)
+    program = compile_generation(structure, _Shapes.of(arguments), backend, sampler_for(sampling.uses))
     started = time.perf_counter()
     tokens, *_ = program(*arguments)
     tokens = np.asarray(tokens)
     seconds = time.perf_counter() - started
-    rows = [_until(row, eos_ids) for row in tokens.T.tolist()]
+    rows = [_until(row, eos_ids) for row in tokens[:max_tokens].T.tolist()]
     return Generation([rows[i : i + branches] for i in range(0, len(rows), branches)], seconds)
 
 
@@ -144,9 +148,8 @@ class Arrays(NamedTuple):
     tail_begin  of each page reference of `work`: the first position of its branch that is on that page, or -1
                 if the page is a prompt's
     branch_key  model.sampling.branch_key of each branch
-    flags       model.sampling's USES_ bits
     eos_ids     tokens that end a branch, padded with -1
-    tokens      all -1: where the tokens go
+    tokens      all -1: where the tokens go; their number is rounded up to a multiple of STRIDE
     """
 
     prompts: Rows
@@ -155,7 +158,6 @@ class Arrays(NamedTuple):
     work: WorkList | TileList
     tail_begin: Int32[Any, " page_refs"]
     branch_key: Int32[Any, " branches"]
-    flags: Int32[Any, ""]
     eos_ids: Int32[Any, " eos"]
     tokens: Int32[Any, "max_tokens branches"]
 
@@ -171,7 +173,6 @@ def _lay_out(
     branches: int,
     max_tokens: int,
     page_size: int,
-    flags: int,
     eos_ids: Sequence[int],
     config: ModelConfig,
     backend: str,
@@ -184,6 +185,7 @@ def _lay_out(
     shared = [len(prompt) - 1 for prompt in prompts]
     # Padded to a power of two, so that prompts of other lengths can use the same program.
     rows = 1 << (max(sum(shared), 32) - 1).bit_length()
+    max_tokens += -max_tokens % STRIDE
     count, tail = len(prompts) * branches, -(-max_tokens // page_size)
     num_pages = rows // page_size + len(prompts) + count * tail
     prompt_reads: list[Read] = []
@@ -222,7 +224,6 @@ def _lay_out(
         work=branch_work,
         tail_begin=begin[branch_work.page_ids],
         branch_key=np.array(keys * len(prompts), np.int32),
-        flags=np.array(flags, np.int32),
         eos_ids=np.pad(np.array(eos_ids, np.int32), (0, 8 - len(eos_ids) % 8), constant_values=-1),
         tokens=np.full((max_tokens, count), -1, np.int32),
     )
@@ -277,8 +278,12 @@ def decode_loop(
     *,
     structure: ModelStructure,
     backend: str,
+    uses: int,
 ) -> tuple[Int32[Array, "max_tokens branches"], KVCache, SlotState]:
-    """Reads the prompts, then samples until every branch has ended. The cache and slots may be donated."""
+    """Reads the prompts, then samples until every branch has ended. The cache and slots may be donated.
+
+    `uses`: model.sampling's bits of what the branches' sampling needs.
+    """
     model = structure.merge(weights)
     rows = arrays.prompts
     _, cache = model.forward(
@@ -291,6 +296,9 @@ def decode_loop(
     def unfinished(carry: tuple[Any, ...]) -> Array:
         step, _, ended, *_ = carry
         return (step < max_tokens) & ~ended.all()
+
+    def stride(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        return lax.fori_loop(0, STRIDE, lambda _, carry: feed(carry), carry)
 
     def feed(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, tokens, ended, cache, slots = carry
@@ -311,9 +319,8 @@ def decode_loop(
             branch_key=arrays.branch_key,
             position=positions + 1,
             count_fed=jnp.broadcast_to((step > 0).astype(jnp.int32), (count,)),
-            flags=arrays.flags,
         )
-        slots, outputs = sample(model.logits(hidden), fed, slots, inputs, max_top_logprobs=1)
+        slots, outputs = sample(model.logits(hidden), fed, slots, inputs, uses=uses, max_top_logprobs=1)
         tokens = lax.dynamic_update_slice_in_dim(tokens, outputs.token[None], step, 0)
         ended |= (outputs.token[:, None] == arrays.eos_ids).any(1)
         return step + 1, tokens, ended, cache, slots
@@ -330,7 +337,7 @@ def decode_loop(
 
     arrays = jax.tree.map(jnp.asarray, arrays)
     carry = np.int32(0), arrays.tokens, jnp.zeros(count, bool), cache, slots
-    _, tokens, _, cache, slots = lax.while_loop(unfinished, feed, carry)
+    _, tokens, _, cache, slots = lax.while_loop(unfinished, stride, carry)
     return tokens, cache, slots
 
 
@@ -348,9 +355,11 @@ class _Shapes:
 
 
 @lru_cache(maxsize=16)
-def compile_generation(structure: ModelStructure, shapes: _Shapes, backend: str) -> jax.stages.Compiled:
+def compile_generation(
+    structure: ModelStructure, shapes: _Shapes, backend: str, uses: int
+) -> jax.stages.Compiled:
     """`decode_loop` compiled for (weights, cache, slots, arrays); cache and slots are donated."""
-    loop = partial(decode_loop, structure=structure, backend=backend)
+    loop = partial(decode_loop, structure=structure, backend=backend, uses=uses)
     arguments = jax.tree.unflatten(shapes.treedef, shapes.leaves)
     return jax.jit(loop, donate_argnums=(1, 2)).lower(*arguments).compile()
 

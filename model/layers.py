@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention import shared_prefix_attention, write_kv
+from attention import HeadNorms, Places, enter, shared_prefix_attention
+from attention.heads import rms_norm
 from model.config import Llama3Scaling, ModelConfig
 
 if TYPE_CHECKING:
@@ -56,9 +57,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
-        y = x.astype(wide(x.dtype))
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(y.dtype)).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
@@ -87,15 +86,6 @@ def rotary_angles(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(
-    x: Float[Array, "rows heads head_dim"], cos: Float[Array, "rows pairs"], sin: Float[Array, "rows pairs"]
-) -> Float[Array, "rows heads head_dim"]:
-    """Rotary positions in the Hugging Face layout: pair i is elements i and i + head_dim / 2."""
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: Any):
         embed, heads, kv_heads, size = (
@@ -117,20 +107,22 @@ class Attention(nnx.Module):
         x: Float[Array, "rows embed"],
         angles: tuple[Array, Array],
         kv: tuple[Array, Array],
-        write_page: Int[Array, " rows"],
-        write_offset: Int[Array, " rows"],
+        places: Places,
         work: WorkList | TileList,
         backend: str,
     ) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
-        q = product("re,ehd->rhd", x, self.q)
-        k = product("re,ehd->rhd", x, self.k)
-        v = product("re,ehd->rhd", x, self.v)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *angles), rotate(k, *angles)
-        kv = write_kv(*kv, k, v, write_page, write_offset, backend=backend)
+        qkv = jnp.concatenate(
+            [product("re,ehd->rhd", x, heads) for heads in (self.q, self.k, self.v)], axis=1
+        )
+        q, *kv = enter(qkv, self.norms, angles, *kv, places, backend=backend)
         out = shared_prefix_attention(q, *kv, work, scale=self.scale, backend=backend)
-        return product("rhd,hde->re", out, self.o), kv
+        return product("rhd,hde->re", out, self.o), tuple(kv)
+
+    @property
+    def norms(self) -> HeadNorms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.scale[...], self.k_norm.scale[...], self.q_norm.eps)
 
 
 class MLP(nnx.Module):
@@ -157,14 +149,11 @@ class DecoderLayer(nnx.Module):
         hidden: Float[Array, "rows embed"],
         angles: tuple[Array, Array],
         kv: tuple[Array, Array],
-        write_page: Int[Array, " rows"],
-        write_offset: Int[Array, " rows"],
+        places: Places,
         work: WorkList | TileList,
         backend: str,
     ) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
-        out, kv = self.attention(
-            self.attention_norm(hidden), angles, kv, write_page, write_offset, work, backend
-        )
+        out, kv = self.attention(self.attention_norm(hidden), angles, kv, places, work, backend)
         hidden = hidden + out
         return hidden + self.mlp(self.mlp_norm(hidden)), kv
 
@@ -175,11 +164,10 @@ def decoder_layer(
     hidden: Float[Array, "rows embed"],
     angles: tuple[Array, Array],
     kv: tuple[Array, Array],
-    write_page: Int[Array, " rows"],
-    write_offset: Int[Array, " rows"],
+    places: Places,
     work: WorkList | TileList,
     *,
     backend: str,
 ) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
     """One layer as one jitted function, so that a program of many layers traces it once."""
-    return layer(hidden, angles, kv, write_page, write_offset, work, backend)
+    return layer(hidden, angles, kv, places, work, backend)

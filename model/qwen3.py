@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import nnx
 
+from attention import Places
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.layers import DecoderLayer, RMSNorm, decoder_layer, parameter, product, rotary_angles, wide
@@ -58,11 +59,10 @@ class Qwen3(nnx.Module):
         """
         hidden = self.embedding[...][tokens]
         angles = rotary_angles(self.config, positions, hidden.dtype)
+        places = Places(write_page, write_offset)
         layers = []
         for layer, kv in zip(self.layers, cache.layers, strict=True):
-            hidden, kv = decoder_layer(
-                layer, hidden, angles, kv, write_page, write_offset, work, backend=backend
-            )
+            hidden, kv = decoder_layer(layer, hidden, angles, kv, places, work, backend=backend)
             layers.append(kv)
         return hidden, KVCache(tuple(layers))
 

@@ -2,7 +2,8 @@
 
 A row's choice depends on its own logits, its slot's options and counts, and a key folded from the request's
 seed, the branch's path and the token's position; never on the other rows, the slot's number or the padding.
-The options of a batch that nobody uses are skipped at run time (`lax.cond` on `SampleInputs.flags`).
+What nobody in a step uses is left out of the program that samples for it: the host knows, and picks one of
+`SAMPLERS`. (A branch inside one program would make an accelerator's host wait for the device at every step.)
 
 Order: logit bias, penalties, temperature, top-k, top-p, min-p, then a draw by Gumbel noise. Top-k, top-p and
 min-p keep the tokens at or above a threshold, so that equally likely tokens are kept or dropped together.
@@ -24,12 +25,15 @@ from jax import lax
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, UInt
 
-# Bits of SampleInputs.flags: what at least one of the step's samples uses.
+# Options beyond the greedy choice, as bits: what at least one of a step's samples uses.
 USES_RANDOM = 1
 USES_TOP = 2
 USES_PENALTIES = 4
 USES_BIAS = 8
 USES_LOGPROBS = 16
+USES_ALL = USES_RANDOM | USES_TOP | USES_PENALTIES | USES_BIAS | USES_LOGPROBS
+# The sets of options that a server compiles a sampler for, the cheapest first.
+SAMPLERS = (0, USES_RANDOM, USES_RANDOM | USES_TOP, USES_ALL)
 
 # Words of an assignment: slot, top-k, the two halves of the seed, six floats; then bias ids and bias values.
 _FIXED_WORDS = 10
@@ -51,8 +55,8 @@ class Sampling:
     logprobs: bool = False
 
     @property
-    def flags(self) -> int:
-        """The USES_ bits of this slot; a step's flags are the union over its samples."""
+    def uses(self) -> int:
+        """The USES_ bits of this slot; a step's are the union over its samples."""
         random = self.temperature > 0
         cuts = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
@@ -119,7 +123,6 @@ class SampleInputs(NamedTuple):
     branch_key  `branch_key` of the branch's path
     position    position of the token to be chosen
     count_fed   1 where the token fed in this row counts as generated, before the choice
-    flags       union of the USES_ bits of all samples
     """
 
     row: Int[Any, " samples"]
@@ -127,7 +130,6 @@ class SampleInputs(NamedTuple):
     branch_key: Int[Any, " samples"]
     position: Int[Any, " samples"]
     count_fed: Int[Any, " samples"]
-    flags: Int[Any, ""]
 
 
 class SampleOutputs(NamedTuple):
@@ -150,47 +152,40 @@ def sample(
     fed_token: Int[Array, " samples"],
     slots: SlotState,
     inputs: SampleInputs,
+    *,
+    uses: int,
     max_top_logprobs: int,
 ) -> tuple[SlotState, SampleOutputs]:
     """Counts the fed tokens, chooses the next ones and remembers them as their slots' last tokens.
 
-    Computes in the dtype of the logits, float32 at least. `max_top_logprobs` is the width of the top
-    log-probabilities and at most the vocabulary.
+    Computes in the dtype of the logits, float32 at least. `uses` holds the USES_ bits of every sample, and
+    may hold more: the choice is the same, at the price of computing what is not used. `max_top_logprobs` is
+    the width of the top log-probabilities and at most the vocabulary.
     """
     slots = slots._replace(
         generated_count=slots.generated_count.at[inputs.slot, fed_token].add(inputs.count_fed, mode="drop")
     )
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    token = lax.cond(
-        _uses(inputs, USES_RANDOM | USES_PENALTIES | USES_BIAS),
-        lambda: _choose(logits, slots, inputs),
-        lambda: _best(logits),
-    )
-    logprob, top_id, top_logprob = lax.cond(
-        _uses(inputs, USES_LOGPROBS),
-        lambda: _logprobs(logits, token, max_top_logprobs),
-        lambda: _no_logprobs(token.size, max_top_logprobs),
-    )
+    raw = logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if uses & USES_BIAS:
+        logits = _add_bias(logits, slots, inputs.slot)
+    if uses & USES_PENALTIES:
+        logits = _penalize(logits, slots, inputs.slot)
+    token = _draw(logits, slots, inputs, cut=bool(uses & USES_TOP)) if uses & USES_RANDOM else _best(logits)
+    if uses & USES_LOGPROBS:
+        logprobs = _logprobs(raw, token, max_top_logprobs)
+    else:
+        logprobs = _no_logprobs(token.size, max_top_logprobs)
     slots = slots._replace(last_token=slots.last_token.at[inputs.slot].set(token, mode="drop"))
-    return slots, SampleOutputs(token, logprob, top_id, top_logprob)
+    return slots, SampleOutputs(token, *logprobs)
 
 
-def _uses(inputs: SampleInputs, bits: int) -> Bool[Array, ""]:
-    return inputs.flags & bits != 0
+def sampler_for(uses: int) -> int:
+    """The first of SAMPLERS that has all of `uses`."""
+    return next(options for options in SAMPLERS if uses & ~options == 0)
 
 
 def _best(logits: Float[Array, "samples vocab"]) -> Int[Array, " samples"]:
     return lax.argmax(logits, 1, jnp.int32)
-
-
-def _choose(
-    logits: Float[Array, "samples vocab"], slots: SlotState, inputs: SampleInputs
-) -> Int[Array, " samples"]:
-    logits = lax.cond(_uses(inputs, USES_BIAS), lambda: _add_bias(logits, slots, inputs.slot), lambda: logits)
-    logits = lax.cond(
-        _uses(inputs, USES_PENALTIES), lambda: _penalize(logits, slots, inputs.slot), lambda: logits
-    )
-    return lax.cond(_uses(inputs, USES_RANDOM), lambda: _draw(logits, slots, inputs), lambda: _best(logits))
 
 
 def _of_slot(values: Array, slot: Int[Array, " samples"], padding: int | float) -> Array:
@@ -223,11 +218,12 @@ def _penalize(
 
 
 def _draw(
-    logits: Float[Array, "samples vocab"], slots: SlotState, inputs: SampleInputs
+    logits: Float[Array, "samples vocab"], slots: SlotState, inputs: SampleInputs, *, cut: bool
 ) -> Int[Array, " samples"]:
     temperature = _of_slot(slots.temperature, inputs.slot, 0)
     scaled = _scale(logits, temperature)
-    scaled = lax.cond(_uses(inputs, USES_TOP), lambda: _cut(scaled, slots, inputs.slot), lambda: scaled)
+    if cut:
+        scaled = _cut(scaled, slots, inputs.slot)
     drawn = _best(scaled + _noise(slots, inputs, logits.shape[1]).astype(logits.dtype))
     return jnp.where(temperature > 0, drawn, _best(logits))
 
@@ -262,19 +258,11 @@ def _cut(
     top_p = _of_slot(slots.top_p, slot, 1).astype(scaled.dtype)
     min_p = _of_slot(slots.min_p, slot, 0).astype(scaled.dtype)
     keys = _ordered_bits(scaled)
-    everything = jnp.zeros(slot.shape, keys.dtype)
-
-    def threshold_k() -> Array:
-        found = _threshold(keys, jnp.ones_like(scaled), top_k.astype(scaled.dtype))
-        return jnp.where(top_k > 0, found, everything)
-
-    def threshold_p() -> Array:
-        mass = jnp.where(keys >= at_least[:, None], jnp.exp(scaled), 0)
-        found = _threshold(keys, mass, top_p * jnp.sum(mass, axis=1))
-        return jnp.where(top_p < 1, found, everything)
-
-    at_least = lax.cond(jnp.any(top_k > 0), threshold_k, lambda: everything)
-    at_least = jnp.maximum(at_least, lax.cond(jnp.any(top_p < 1), threshold_p, lambda: everything))
+    found = _threshold(keys, jnp.ones_like(scaled), top_k.astype(scaled.dtype))
+    at_least = jnp.where(top_k > 0, found, 0)
+    mass = jnp.where(keys >= at_least[:, None], jnp.exp(scaled), 0)
+    found = _threshold(keys, mass, top_p * jnp.sum(mass, axis=1))
+    at_least = jnp.maximum(at_least, jnp.where(top_p < 1, found, 0))
     kept = (keys >= at_least[:, None]) & (scaled >= jnp.log(min_p)[:, None])
     return jnp.where(kept, scaled, -jnp.inf)
 

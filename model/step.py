@@ -7,7 +7,7 @@ a buffer that is written again would corrupt the step in flight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,10 +21,10 @@ from attention import Capacity, TileCapacity, TileList, WorkList
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.qwen3 import ModelStructure, Qwen3
-from model.sampling import SampleInputs, SampleOutputs, SlotState, sample
+from model.sampling import SAMPLERS, SampleInputs, SampleOutputs, SlotState, sample, sampler_for
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Int32
+    from jaxtyping import Array, Float, Int32
 
 # The page, or the slot, of padding: out of range, so writes to it are dropped.
 NOWHERE = 2**30
@@ -120,7 +120,7 @@ def _padding(layout: StepLayout) -> StepInputs:
     rows, samples = layout.capacity.rows, layout.samples
     zero_rows = np.zeros(rows, np.int32)
     sample_fields: dict[str, Any] = {name: np.zeros(samples, np.int32) for name in SampleInputs._fields}
-    sample_fields |= {"slot": np.full(samples, NOWHERE, np.int32), "flags": np.zeros((), np.int32)}
+    sample_fields["slot"] = np.full(samples, NOWHERE, np.int32)
     return StepInputs(
         tokens=zero_rows,
         positions=zero_rows,
@@ -136,32 +136,49 @@ def _blank(layout: StepLayout) -> np.ndarray:
     return np.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(_padding(layout))])
 
 
-def step(
+def forward(
     model: Qwen3,
     cache: KVCache,
-    slots: SlotState,
+    last_token: Int32[Array, " slots"],
     packed: Int32[Array, " size"],
     *,
     layout: StepLayout,
     backend: str,
-    max_top_logprobs: int,
-) -> tuple[KVCache, SlotState, SampleOutputs]:
-    """Feeds every row, then chooses a token for every sampled row; the head runs for those rows only."""
+) -> tuple[KVCache, Float[Array, "samples vocab"], Int32[Array, " samples"]]:
+    """Feeds every row; the logits of those that sample, and what was fed in them.
+
+    The head runs for the sampled rows only.
+    """
     inputs = layout.unpack(packed)
     tokens = inputs.tokens
-    fed = jnp.where(tokens < 0, slots.last_token[jnp.maximum(-1 - tokens, 0)], tokens)
+    fed = jnp.where(tokens < 0, last_token[jnp.maximum(-1 - tokens, 0)], tokens)
     hidden, cache = model.forward(
         fed, inputs.positions, cache, inputs.write_page, inputs.write_offset, inputs.work, backend
     )
     rows = inputs.sample.row
-    logits = model.logits(hidden[rows])
-    slots, outputs = sample(logits, fed[rows], slots, inputs.sample, max_top_logprobs)
-    return cache, slots, outputs
+    return cache, model.logits(hidden[rows]), fed[rows]
 
 
-StepProgram = Callable[
-    [tuple[Any, ...], KVCache, SlotState, np.ndarray], tuple[KVCache, SlotState, SampleOutputs]
-]
+@dataclass(frozen=True, slots=True)
+class StepProgram:
+    """A bucket's compiled step: the model's part, and a sampler for each of some sets of options.
+
+    `program(weights, cache, slots, packed, uses)`, with weights from `Qwen3.split` and `packed` from
+    `layout.pack`, gives `cache, slots, outputs` without waiting for the device. The cache and the slots are
+    donated and updated in place: use what is returned. `uses` are model.sampling's bits of the step.
+    """
+
+    layout: StepLayout
+    forward: jax.stages.Compiled
+    samplers: Mapping[int, jax.stages.Compiled]
+
+    def __call__(
+        self, weights: tuple[Any, ...], cache: KVCache, slots: SlotState, packed: Any, uses: int = 0
+    ) -> tuple[KVCache, SlotState, SampleOutputs]:
+        packed = jax.device_put(packed)
+        cache, logits, fed = self.forward(weights, cache, slots.last_token, packed)
+        slots, outputs = self.samplers[sampler_for(uses)](slots, logits, fed, packed)
+        return cache, slots, outputs
 
 
 def compile_step(
@@ -173,27 +190,23 @@ def compile_step(
     layout: StepLayout,
     backend: str,
     max_top_logprobs: int,
+    samplers: Sequence[int] = SAMPLERS,
 ) -> StepProgram:
-    """Compiles a bucket's step ahead of time, from arrays or from their shapes (jax.ShapeDtypeStruct).
+    """Compiles a bucket's step ahead of time, from arrays or from their shapes (jax.ShapeDtypeStruct)."""
 
-    Calling convention of the program: `cache, slots, outputs = program(weights, cache, slots, packed)`,
-    with (structure, weights) from `Qwen3.split` and `packed` from `layout.pack`. The cache and the slots
-    are donated and updated in place: use what is returned. The weights are not.
-    """
+    def taper_step(weights: tuple[Any, ...], cache: KVCache, last_token: Array, packed: Array) -> Any:
+        return forward(structure.merge(weights), cache, last_token, packed, layout=layout, backend=backend)
 
-    def taper_step(
-        weights: tuple[Any, ...], cache: KVCache, slots: SlotState, packed: Any
-    ) -> tuple[KVCache, SlotState, SampleOutputs]:
-        return step(
-            structure.merge(weights),
-            cache,
-            slots,
-            packed,
-            layout=layout,
-            backend=backend,
-            max_top_logprobs=max_top_logprobs,
-        )
+    def taper_sample(slots: SlotState, logits: Array, fed: Array, packed: Array, *, uses: int) -> Any:
+        inputs = layout.unpack(packed).sample
+        return sample(logits, fed, slots, inputs, uses=uses, max_top_logprobs=max_top_logprobs)
 
     packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-    jitted = jax.jit(taper_step, donate_argnums=(1, 2))
-    return jitted.lower(weights, cache, slots, packed).compile()
+    model = jax.jit(taper_step, donate_argnums=1).lower(weights, cache, slots.last_token, packed)
+    _, logits, fed = model.out_info
+    sampler = jax.jit(taper_sample, static_argnames="uses", donate_argnums=0)
+    return StepProgram(
+        layout,
+        model.compile(),
+        {uses: sampler.lower(slots, logits, fed, packed, uses=uses).compile() for uses in samplers},
+    )

@@ -17,11 +17,8 @@ from scheduler.plan import Entry, StepPlan
 _branch_key = lru_cache(maxsize=65536)(branch_key)
 
 
-def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: int, flags: int) -> StepInputs:
-    """The arrays of a step, not yet padded. Samples are in the plan's order; rows are in tree order.
-
-    `flags` are the sampling options that the step's slots use (model.sampling.USES_*).
-    """
+def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: int) -> StepInputs:
+    """The arrays of a step, not yet padded. Samples are in the plan's order; rows are in tree order."""
     columns = _Columns(plan.entries)
     order, work = attention.plan(columns.reads, capacity, page_size)
     count = columns.rows[order]
@@ -53,7 +50,6 @@ def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: in
             branch_key=_int32(columns.branch_key[sampled]),
             position=_int32((columns.start + columns.rows)[sampled]),
             count_fed=_int32(~np.isin(slot, new_slots)),
-            flags=np.array(flags, np.int32),
         ),
     )
 

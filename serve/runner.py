@@ -83,7 +83,7 @@ class Runner:
         self.buckets = Buckets(config.buckets)
         self._structure, self._weights = model.split()
         self._x64 = model.dtype == jnp.float64
-        self._programs: dict[int, tuple[StepLayout, StepProgram]] = {}
+        self._programs: dict[int, StepProgram] = {}
         self._sampling = [Sampling()] * config.num_slots  # what each slot was last set to
         self._params = [SamplingParams()] * config.num_slots
         with self._precision():
@@ -112,7 +112,7 @@ class Runner:
             samples=min(bucket, config.num_slots),
         )
         with self._precision():
-            program = compile_step(
+            self._programs[bucket] = compile_step(
                 self._structure,
                 _shapes(self._weights),
                 _shapes(self.cache),
@@ -121,7 +121,6 @@ class Runner:
                 backend=config.backend,
                 max_top_logprobs=config.max_top_logprobs,
             )
-        self._programs[bucket] = layout, program
         return time.perf_counter() - started
 
     def measure(self, repeats: int = 5) -> StepLatencyModel:
@@ -150,16 +149,16 @@ class Runner:
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Start a step, after giving slots that change hands to their new branches."""
-        layout, program = self._programs[plan.bucket]
+        program = self._programs[plan.bucket]
         sampled = [entry.slot for entry in plan.entries if entry.slot is not None]
         with self._precision():
             self._set_slots(plan.slots)
-            flags = 0
+            uses = 0
             for slot in sampled:
-                flags |= self._sampling[slot].flags
-            inputs = step_inputs(plan, layout.capacity, self.config.page_size, flags)
+                uses |= self._sampling[slot].uses
+            inputs = step_inputs(plan, program.layout.capacity, self.config.page_size)
             self.cache, self._slots, outputs = program(
-                self._weights, self.cache, self._slots, layout.pack(inputs)
+                self._weights, self.cache, self._slots, program.layout.pack(inputs), uses
             )
         return StepHandle(outputs, [self._params[slot] for slot in sampled])
 

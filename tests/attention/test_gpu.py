@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from jax import Array
 
 import attention
-from attention import TileCapacity, gpu, shared_prefix_attention, write_kv
+from attention import HeadNorms, Places, TileCapacity, enter, gpu, shared_prefix_attention
 from tests.attention.dense import make_case
 from tests.attention.forest import Forest, forests, groups_of_branches, mixed_reads
 
@@ -142,18 +142,6 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
         shared_prefix_attention(q, pages, pages, capacity.empty(), scale=1.0, backend=BACKEND)
 
 
-@pytest.mark.parametrize("kv_heads", [2, 3])
-def test_keys_and_values_are_written_to_their_slots_and_nowhere_else(kv_heads: int) -> None:
-    shape = (6, kv_heads, 16, 32)
-    k, v = (jax.random.normal(jax.random.key(seed), (3, kv_heads, 32)) for seed in (1, 2))
-    page, offset = jnp.array([4, 6, 0], jnp.int32), jnp.array([3, 1, 2], jnp.int32)
-    written = write_kv(jnp.ones(shape), jnp.ones(shape), k, v, page, offset, backend=BACKEND)
-    for pages, rows in zip(written, (k, v), strict=True):
-        expected = np.ones(shape, np.float32)
-        expected[4, :, 3], expected[0, :, 2] = rows[0], rows[2]  # page 6 is not in the pool
-        np.testing.assert_array_equal(pages, expected)
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_the_kernels_lower_for_cuda_without_a_gpu(page_size: int, dtype: type) -> None:
@@ -163,22 +151,24 @@ def test_the_kernels_lower_for_cuda_without_a_gpu(page_size: int, dtype: type) -
         "gpu", rows, num_pages, heads=heads, kv_heads=kv_heads, page_size=page_size
     ).empty()
     pool = jax.ShapeDtypeStruct((num_pages, kv_heads, page_size, head_dim), dtype)
-    new = jax.ShapeDtypeStruct((rows, kv_heads, head_dim), dtype)
+    new = jax.ShapeDtypeStruct((rows, heads + 2 * kv_heads, head_dim), dtype)
+    scale = jax.ShapeDtypeStruct((head_dim,), dtype)
+    angle = jax.ShapeDtypeStruct((rows, head_dim // 2), jnp.float32)
     index = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
-    def layer(q, k_pages, v_pages, k, v, page, offset, tiles):
-        pools = write_kv(k_pages, v_pages, k, v, page, offset, backend="gpu")
+    def layer(k_pages, v_pages, qkv, scale, angle, places, tiles):
+        norms, angles = HeadNorms(scale, scale, 1e-6), (angle, angle)
+        q, *pools = enter(qkv, norms, angles, k_pages, v_pages, places, backend="gpu")
         return shared_prefix_attention(q, *pools, tiles, scale=0.1, backend="gpu"), pools
 
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    q = jax.ShapeDtypeStruct((rows, heads, head_dim), dtype)
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         # Triton is announced to leave Pallas some day: docs/gpu-attention.md.
         warnings.simplefilter("ignore", DeprecationWarning)
         exported = jax.export.export(jax.jit(layer), platforms=["cuda"], disabled_checks=unchecked)(
-            q, pool, pool, new, new, index, index, tiles
+            pool, pool, new, scale, angle, Places(index, index), tiles
         )
     text = exported.mlir_module()
     assert text.count("__gpu$xla.gpu.triton") == 3

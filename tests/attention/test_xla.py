@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from attention import Capacity, Read, Reads, Segment, WorkList, plan_rows, shared_prefix_attention, write_kv
+from attention import (
+    Capacity,
+    Places,
+    Read,
+    Reads,
+    Segment,
+    WorkList,
+    enter,
+    plan_rows,
+    shared_prefix_attention,
+)
 from attention.xla import ROW_TILE
 from tests.attention.dense import Case, make_case
 from tests.attention.forest import Forest, forests, mixed_reads
@@ -135,15 +145,16 @@ def test_one_program_serves_every_list_and_its_time_follows_the_list() -> None:
 
 def test_writing_and_reading_a_donated_pool_copies_none_of_it() -> None:
     pool = jax.ShapeDtypeStruct((4096, 2, 16, 32), jnp.float32)
-    rows = jax.ShapeDtypeStruct((8, 2, 32), jnp.float32)
-    index = jax.ShapeDtypeStruct((8,), jnp.int32)
+    rows = jax.ShapeDtypeStruct((8, 6, 32), jnp.float32)
+    angle = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    places = Places(*[jax.ShapeDtypeStruct((8,), jnp.int32)] * 2)
     work = Capacity(rows=8, items=16, page_refs=64).empty()
 
-    def step(k_pages, v_pages, k, v, page, offset, work):
-        k_pages, v_pages = write_kv(k_pages, v_pages, k, v, page, offset, backend="xla")
-        return attend(k, k_pages, v_pages, work), k_pages, v_pages
+    def step(k_pages, v_pages, qkv, angle, places, work):
+        q, *pools = enter(qkv, None, (angle, angle), k_pages, v_pages, places, backend="xla")
+        return attend(q, *pools, work), pools
 
-    program = jax.jit(step, donate_argnums=(0, 1)).lower(pool, pool, rows, rows, index, index, work)
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(pool, pool, rows, angle, places, work)
     memory = program.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * pool.size * 4
     assert memory.temp_size_in_bytes < pool.size * 4 / 4

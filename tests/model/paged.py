@@ -9,7 +9,7 @@ import numpy as np
 
 from attention.layout import Capacity, WorkList, plan_rows
 from attention.reads import Read, Reads, Segment
-from model.sampling import USES_LOGPROBS, SampleInputs
+from model.sampling import SampleInputs
 from model.step import StepInputs
 
 
@@ -76,6 +76,5 @@ def step_inputs(feeds: List[Feed], capacity: Capacity, page_size: int, *, sample
             branch_key=zeros,
             position=np.array([feed.positions[-1] + 1 for feed in chosen], np.int32),
             count_fed=zeros,
-            flags=np.int32(USES_LOGPROBS),
         ),
     )

@@ -115,7 +115,7 @@ def test_a_branch_ends_before_the_end_of_sequence_token(model: Qwen3, greedy: li
 
 
 def test_prompts_of_other_lengths_and_other_options_use_the_same_program(model: Qwen3) -> None:
-    generate(model, PROMPTS, max_tokens=TOKENS, eos_ids=(1,))
+    generate(model, PROMPTS, max_tokens=TOKENS, eos_ids=(1,), sampling=Sampling(temperature=0.5, top_p=0.9))
     compiled = decode.compile_generation.cache_info().misses
     others, sampling = [[4], [5, 6], [7, 8, 9]], Sampling(temperature=1.0, top_k=3)
     generate(model, others, max_tokens=TOKENS, eos_ids=(2, 3), sampling=sampling)

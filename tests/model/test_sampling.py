@@ -6,12 +6,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
+from operator import or_
 
 import jax
 import numpy as np
 import pytest
 
 from model.sampling import (
+    SAMPLERS,
+    USES_ALL,
     USES_BIAS,
     USES_LOGPROBS,
     USES_PENALTIES,
@@ -26,6 +30,7 @@ from model.sampling import (
     count_history,
     pack_assignments,
     sample,
+    sampler_for,
 )
 
 VOCAB = 101
@@ -35,7 +40,7 @@ TOP = 5
 SAMPLES = 16  # every batch is padded to one of two sizes, so that little is compiled
 MANY = 1024
 
-run_sample = jax.jit(sample, static_argnums=4)
+run_sample = jax.jit(sample, static_argnames=("uses", "max_top_logprobs"))
 run_assign = jax.jit(assign)
 run_count = jax.jit(count_history)
 
@@ -92,29 +97,30 @@ def prepare(rows: Sequence[Row], slots: Sequence[int]) -> SlotState:
 
 
 def choose(
-    rows: Sequence[Row], slots: Sequence[int] | None = None, samples: int = SAMPLES
+    rows: Sequence[Row],
+    slots: Sequence[int] | None = None,
+    samples: int = SAMPLES,
+    sampler: int | None = None,
 ) -> tuple[SlotState, SampleOutputs]:
-    """Samples the rows in one batch, padded to `samples`."""
+    """Samples the rows in one batch, padded to `samples`; with the cheapest sampler unless told otherwise."""
     slots = range(len(rows)) if slots is None else slots
     padding = samples - len(rows)
 
     def padded(values: Sequence[int], fill: int) -> np.ndarray:
         return np.array([*values, *[fill] * padding], np.int32)
 
-    flags = 0
-    for row in rows:
-        flags |= row.sampling.flags
     inputs = SampleInputs(
         row=padded(range(len(rows)), 0),
         slot=padded(slots, SLOTS),
         branch_key=padded([branch_key(row.path) for row in rows], 0),
         position=padded([row.position for row in rows], 0),
         count_fed=padded([row.fed is not None for row in rows], 1),
-        flags=np.int32(flags),
     )
     logits = np.stack([row.logits for row in rows] + [rows[0].logits] * padding)
     fed = padded([row.fed or 0 for row in rows], 5)
-    state, outputs = run_sample(logits, fed, prepare(rows, slots), inputs, TOP)
+    uses = reduce(or_, (row.sampling.uses for row in rows))
+    sampler = sampler_for(uses) if sampler is None else sampler
+    state, outputs = run_sample(logits, fed, prepare(rows, slots), inputs, uses=sampler, max_top_logprobs=TOP)
     return state, jax.tree.map(lambda array: np.asarray(array)[: len(rows)], outputs)
 
 
@@ -278,10 +284,10 @@ def tokens_of_one_slot(rows: Sequence[Row]) -> list[int]:
         branch_key=np.full(MANY, branch_key(first.path), np.int32),
         position=np.resize(np.array([row.position for row in rows], np.int32), MANY),
         count_fed=zeros,
-        flags=np.int32(first.sampling.flags),
     )
     logits = np.broadcast_to(first.logits, (MANY, VOCAB))
-    outputs = run_sample(logits, zeros, prepare([first], [0]), inputs, TOP)[1]
+    uses, state = sampler_for(first.sampling.uses), prepare([first], [0])
+    outputs = run_sample(logits, zeros, state, inputs, uses=uses, max_top_logprobs=TOP)[1]
     return np.asarray(outputs.token)[: len(rows)].tolist()
 
 
@@ -415,37 +421,56 @@ def test_an_assignment_beyond_its_capacity_is_refused():
         pack(Sampling(logit_bias=((1, 1.0), (2, 1.0))), 1)
 
 
-def test_flags_name_what_a_slot_uses():
-    assert GREEDY.flags == 0
-    assert Sampling(top_k=3, top_p=0.5).flags == 0
-    assert WARM.flags == USES_RANDOM
-    assert replace(WARM, min_p=0.1).flags == USES_RANDOM | USES_TOP
-    assert Sampling(presence_penalty=-1.0).flags == USES_PENALTIES
-    assert Sampling(logit_bias=((0, 0.0),), logprobs=True).flags == USES_BIAS | USES_LOGPROBS
+def test_what_a_slot_uses():
+    assert GREEDY.uses == 0
+    assert Sampling(top_k=3, top_p=0.5).uses == 0
+    assert WARM.uses == USES_RANDOM
+    assert replace(WARM, min_p=0.1).uses == USES_RANDOM | USES_TOP
+    assert Sampling(presence_penalty=-1.0).uses == USES_PENALTIES
+    assert Sampling(logit_bias=((0, 0.0),), logprobs=True).uses == USES_BIAS | USES_LOGPROBS
 
 
-def test_all_work_on_the_vocabulary_is_in_branches_that_a_greedy_batch_does_not_take():
+def test_the_cheapest_sampler_that_suffices_is_taken():
+    assert sampler_for(0) == 0
+    assert sampler_for(USES_RANDOM) == USES_RANDOM
+    assert sampler_for(USES_RANDOM | USES_TOP) == USES_RANDOM | USES_TOP
+    assert {sampler_for(USES_LOGPROBS), sampler_for(USES_BIAS), sampler_for(USES_PENALTIES)} == {USES_ALL}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM, replace(WARM, top_p=0.7), replace(WARM, top_k=9)])
+def test_a_sampler_with_more_options_chooses_the_same(sampling, dtype):
+    rows = [
+        Row(logits=logits, sampling=sampling, position=i)
+        for i, logits in enumerate(random_logits(dtype, rows=8))
+    ]
+    chosen = tokens(rows)
+    for sampler in SAMPLERS:
+        if sampling.uses & ~sampler == 0:
+            assert tokens(rows, sampler=sampler) == chosen
+
+
+def test_a_greedy_batch_only_looks_for_the_best_and_counts_what_was_fed():
     state = SlotState.abstract(SLOTS, VOCAB, MAX_BIAS)
     ids = jax.ShapeDtypeStruct((3,), np.int32)
-    inputs = SampleInputs(ids, ids, ids, ids, ids, jax.ShapeDtypeStruct((), np.int32))
+    inputs = SampleInputs(ids, ids, ids, ids, ids)
     logits = jax.ShapeDtypeStruct((3, VOCAB), np.float32)
-    program = jax.make_jaxpr(sample, static_argnums=4)(logits, ids, state, inputs, TOP)
+    program = jax.make_jaxpr(partial(sample, uses=0, max_top_logprobs=TOP))(logits, ids, state, inputs)
     heavy = [
         equation.primitive.name
         for equation in program.eqns
         if any(VOCAB in getattr(value.aval, "shape", ()) for value in equation.invars)
     ]
-    assert sorted(heavy) == ["cond", "cond", "scatter-add"]
+    assert sorted(heavy) == ["argmax", "scatter-add"]
 
 
 def test_a_donated_state_is_updated_in_place():
     state = SlotState.create(SLOTS, VOCAB, MAX_BIAS)
     ids = np.zeros(2, np.int32)
-    inputs = SampleInputs(ids, ids, ids, ids, ids, np.int32(0))
+    inputs = SampleInputs(ids, ids, ids, ids, ids)
     before = [state.last_token, state.generated_count]
     addresses = [array.unsafe_buffer_pointer() for array in before]
-    donating = jax.jit(sample, static_argnums=4, donate_argnums=2)
-    after, _ = donating(np.zeros((2, VOCAB), np.float32), ids, state, inputs, TOP)
+    donating = jax.jit(partial(sample, uses=0, max_top_logprobs=TOP), donate_argnums=2)
+    after, _ = donating(np.zeros((2, VOCAB), np.float32), ids, state, inputs)
     assert [
         after.last_token.unsafe_buffer_pointer(),
         after.generated_count.unsafe_buffer_pointer(),

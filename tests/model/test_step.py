@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,10 @@ from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.qwen3 import Qwen3
-from model.sampling import SampleOutputs, SlotState
+from model.sampling import USES_LOGPROBS, SampleOutputs, SlotState
 from model.sharding import ON_ONE_DEVICE
-from model.step import NOWHERE, StepInputs, StepLayout, compile_step, step
-from model.weights import hf_tensors, random_weights
+from model.step import NOWHERE, StepInputs, StepLayout, compile_step, forward
+from model.weights import hf_tensors, place_model, random_weights
 from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
 from tests.model.dense import dense_logits
 from tests.model.paged import Feed, Sequence, step_inputs
@@ -33,7 +35,7 @@ class Device:
     """A model with its cache and slots, stepped through one compiled program."""
 
     def __init__(self, model: Qwen3):
-        config = model.config
+        config = self.config = model.config
         self.cache = KVCache.create(config, NUM_PAGES, PAGE_SIZE, model.dtype)
         self.slots = SlotState.create(SLOTS, config.vocab_size, 2)
         structure, self.weights = model.split()
@@ -50,7 +52,7 @@ class Device:
     def step(self, *feeds: Feed, sampled: bool = True) -> SampleOutputs:
         inputs = step_inputs(feeds, LAYOUT.capacity, PAGE_SIZE, sampled=sampled)
         self.cache, self.slots, outputs = self.program(
-            self.weights, self.cache, self.slots, LAYOUT.pack(inputs)
+            self.weights, self.cache, self.slots, LAYOUT.pack(inputs), USES_LOGPROBS
         )
         return jax.tree.map(np.asarray, outputs)
 
@@ -166,23 +168,59 @@ def test_the_cache_and_the_slots_are_updated_in_place(device: Device) -> None:
     device.step(Sequence(pages=[17], page_size=PAGE_SIZE).feed([1]))
     assert all(array.is_deleted() for array in jax.tree.leaves((cache, slots)))
     assert not any(array.is_deleted() for array in device.weights)
-    memory = device.program.memory_analysis()
-    donated = sum(array.nbytes for array in jax.tree.leaves((device.cache, device.slots)))
-    assert memory.alias_size_in_bytes >= donated
-    assert memory.temp_size_in_bytes < device.cache.layers[0][0].nbytes / 2
+    parts = {device.program.forward: device.cache, device.program.samplers[0]: device.slots}
+    for compiled, donated in parts.items():
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= sum(array.nbytes for array in jax.tree.leaves(donated))
+        assert memory.temp_size_in_bytes < device.cache.layers[0][0].nbytes / 2
+
+
+def test_no_step_on_a_gpu_makes_the_host_wait_for_the_device(device: Device) -> None:
+    """As a conditional or a loop of unknown length would: the host fetches what decides."""
+    config = replace(device.config, head_dim=16)
+    structure, weights = place_model(Qwen3(config, jnp.bfloat16), ON_ONE_DEVICE).split()
+    layout = StepLayout.for_bucket(config, "gpu", 16, num_pages=9, page_size=16, samples=4)
+
+    def run(weights: tuple, cache: KVCache, last_token: jax.Array, packed: jax.Array) -> object:
+        return forward(structure.merge(weights), cache, last_token, packed, layout=layout, backend="gpu")
+
+    program = jax.make_jaxpr(run)(
+        weights,
+        KVCache.abstract(config, 9, 16, jnp.bfloat16),
+        jax.ShapeDtypeStruct((SLOTS,), jnp.int32),
+        jax.ShapeDtypeStruct((layout.size,), jnp.int32),
+    )
+    assert {"pallas_call", "dot_general"} <= primitives(program.jaxpr)
+    assert not {"cond", "while"} & primitives(program.jaxpr)
+    for sampler in device.program.samplers.values():
+        text = sampler.as_text()
+        assert " conditional(" not in text
+        assert text.count(" while(") == text.count('"known_trip_count"')
+
+
+def primitives(jaxpr: Any) -> set[str]:
+    """The names of all that a program computes, inside its calls and loops too, but not inside kernels."""
+    names = set()
+    for equation in jaxpr.eqns:
+        names.add(equation.primitive.name)
+        if equation.primitive.name != "pallas_call":
+            for inner in jax.tree.leaves([*equation.params.values()], is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    names |= primitives(inner)
+    return names
 
 
 def test_the_head_runs_for_sampled_rows_only(model: Qwen3, config: ModelConfig) -> None:
     structure, weights = model.split()
 
-    def run(weights: tuple, cache: KVCache, slots: SlotState, packed: jax.Array) -> object:
-        merged = structure.merge(weights)
-        return step(merged, cache, slots, packed, layout=LAYOUT, backend="xla", max_top_logprobs=3)
+    def run(weights: tuple, cache: KVCache, last_token: jax.Array, packed: jax.Array) -> object:
+        return forward(structure.merge(weights), cache, last_token, packed, layout=LAYOUT, backend="xla")
 
     jaxpr = jax.make_jaxpr(run)(
         weights,
         KVCache.abstract(config, NUM_PAGES, PAGE_SIZE, jnp.float32),
-        SlotState.abstract(SLOTS, config.vocab_size, 2),
+        jax.ShapeDtypeStruct((SLOTS,), jnp.int32),
         jax.ShapeDtypeStruct((LAYOUT.size,), jnp.int32),
     )
     products = [eqn.outvars[0].aval.shape for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
@@ -195,7 +233,7 @@ def inputs_of(rows: int, samples: int) -> StepInputs:
     inputs = step_inputs(feeds, LAYOUT.capacity, PAGE_SIZE)
     sample = inputs.sample
     return inputs._replace(
-        sample=sample._replace(**{n: getattr(sample, n)[:samples] for n in sample._fields[:5]})
+        sample=sample._replace(**{n: getattr(sample, n)[:samples] for n in sample._fields})
     )
 
 
@@ -205,7 +243,6 @@ def test_unpacking_gives_what_was_packed_and_padding_that_does_nothing() -> None
     np.testing.assert_array_equal(unpacked.tokens[:10], inputs.tokens)
     np.testing.assert_array_equal(unpacked.write_page[10:], NOWHERE)
     np.testing.assert_array_equal(unpacked.sample.slot, [*inputs.sample.slot, NOWHERE])
-    np.testing.assert_array_equal(unpacked.sample.flags, inputs.sample.flags)
     for name, value in inputs.work._asdict().items():
         np.testing.assert_array_equal(getattr(unpacked.work, name), value)
 

@@ -46,7 +46,7 @@ def test_two_branches_read_their_prefix_once_and_write_to_pages_of_their_own() -
         entry(1, SegmentRead((5, 1), 5), 3, (41, 42)),
         slots=(SlotSetup(1, SamplingParams()),),
     )
-    inputs = step_inputs(plan, Capacity.for_bucket(8, 16), page_size=4, flags=5)
+    inputs = step_inputs(plan, Capacity.for_bucket(8, 16), page_size=4)
     assert inputs.tokens.tolist() == [41, 42, -3], "page 5 comes before page 9"
     assert inputs.positions.tolist() == [9, 10, 7]
     assert inputs.write_page.tolist() == [5, 1, 9]
@@ -64,12 +64,11 @@ def test_two_branches_read_their_prefix_once_and_write_to_pages_of_their_own() -
     assert inputs.sample.position.tolist() == [8, 11]
     assert inputs.sample.count_fed.tolist() == [1, 0], "a slot's history already holds what is fed first"
     assert inputs.sample.branch_key.tolist() == [branch_key(((0, 2),)), branch_key(((0, 1),))]
-    assert int(inputs.sample.flags) == 5
 
 
 def test_an_entry_that_does_not_sample_has_no_sample() -> None:
     plan = step(entry(1, SegmentRead((5,), 2), 0, (41, 42), samples=False, slot=None))
-    inputs = step_inputs(plan, Capacity.for_bucket(8, 16), page_size=4, flags=0)
+    inputs = step_inputs(plan, Capacity.for_bucket(8, 16), page_size=4)
     assert inputs.sample.row.size == 0
     assert inputs.tokens.dtype == np.int32
 
@@ -81,7 +80,7 @@ def test_a_chunk_beside_decode_rows_is_written_in_order() -> None:
         entry(2, SegmentRead((4,), 3), 2, (77,)),
         slots=(SlotSetup(2, SamplingParams()),),
     )
-    inputs = step_inputs(plan, Capacity.for_bucket(16, 16), page_size=4, flags=0)
+    inputs = step_inputs(plan, Capacity.for_bucket(16, 16), page_size=4)
     assert inputs.tokens.tolist() == [*range(40, 47), 77, -5]
     assert inputs.positions.tolist() == [*range(8, 15), 8, 6]
     assert inputs.write_page.tolist() == [5, 5, 1, 1, 1, 1, 8, 4, 9]
@@ -94,4 +93,4 @@ def test_a_chunk_beside_decode_rows_is_written_in_order() -> None:
 def test_more_rows_than_the_bucket_are_refused() -> None:
     plan = step(entry(1, SegmentRead((5, 6, 8), 9), 0, tuple(range(9))))
     with pytest.raises(ValueError, match="rows"):
-        step_inputs(plan, Capacity.for_bucket(8, 16), page_size=4, flags=0)
+        step_inputs(plan, Capacity.for_bucket(8, 16), page_size=4)

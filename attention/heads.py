@@ -1,0 +1,66 @@
+"""Queries, keys and values on their way into attention: norm of each head, rotary position, KV write.
+
+The plain form, which is the oracle of what a backend does in one launch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float, Int32
+
+
+class HeadNorms(NamedTuple):
+    """RMS norms of query and key heads: their scales, and what is added to the mean square."""
+
+    q_scale: Float[Any, " head_dim"]
+    k_scale: Float[Any, " head_dim"]
+    eps: float
+
+
+class Places(NamedTuple):
+    """Where each row's key and value go. A page that is not in the pool writes nowhere."""
+
+    page: Int32[Any, " rows"]
+    offset: Int32[Any, " rows"]
+
+
+def rms_norm(x: Float[Array, "*batch size"], scale: Float[Array, " size"], eps: float) -> Array:
+    """Root mean square norm (arXiv 1910.07467), computed in float32 or wider."""
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(y.dtype)).astype(x.dtype)
+
+
+def rotate(
+    x: Float[Array, "rows heads head_dim"], cos: Float[Array, "rows pairs"], sin: Float[Array, "rows pairs"]
+) -> Float[Array, "rows heads head_dim"]:
+    """Rotary positions in the Hugging Face layout: pair i is elements i and i + head_dim / 2."""
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def enter(
+    qkv: Float[Array, "rows heads+2*kv_heads head_dim"],
+    norms: HeadNorms | None,
+    angles: tuple[Float[Array, "rows pairs"], Float[Array, "rows pairs"]],
+    k_pages: Float[Array, "pages kv_heads page_size head_dim"],
+    v_pages: Float[Array, "pages kv_heads page_size head_dim"],
+    places: Places,
+) -> tuple[Array, Array, Array]:
+    """See `attention.enter`."""
+    kv_heads = k_pages.shape[1]
+    q, k, v = jnp.split(qkv, (-2 * kv_heads, -kv_heads), axis=1)
+    if norms is not None:
+        q, k = rms_norm(q, norms.q_scale, norms.eps), rms_norm(k, norms.k_scale, norms.eps)
+    q, k = rotate(q, *angles), rotate(k, *angles)
+    page, offset = places
+    k_pages = k_pages.at[page, :, offset].set(k.astype(k_pages.dtype), mode="drop")
+    v_pages = v_pages.at[page, :, offset].set(v.astype(v_pages.dtype), mode="drop")
+    return q, k_pages, v_pages
