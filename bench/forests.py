@@ -198,9 +198,9 @@ class Tree:
             before, own = (
                 [
                     number * page + offset
-                    for pages, length in segments
-                    for position, number in enumerate(pages)
-                    for offset in range(min(page, length - position * page))
+                    for segment in segments
+                    for position, number in enumerate(segment.pages)
+                    for offset in range(min(page, segment.length - position * page))
                 ]
                 for segments in (read.context, [read.own])
             )

@@ -194,8 +194,8 @@ def _lay_out(
     almost_full = max(1, page_size - 1)
     page = 0
     for number, length in enumerate(shared):
-        prompt = Segment(range(page, page - (-length // page_size)), length)
-        page = prompt.pages.stop
+        end = page - (-length // page_size)
+        prompt, page = Segment(range(page, end), length), end
         if length:
             prompt_reads.append(Read((), prompt, rows=length, ordinal=0))
         for branch in range(number * branches, (number + 1) * branches):

@@ -63,7 +63,7 @@ class _Columns:
     """
 
     def __init__(self, entries: tuple[Entry, ...]) -> None:
-        columns: Any = Entry(*zip(*entries, strict=True))
+        columns: Any = Entry._make(zip(*entries, strict=True))
         self.start, self.ordinal, self.rows = map(_integers, (columns.start, columns.ordinal, columns.rows))
         self.reads = Reads(columns.context, columns.own, self.rows, self.ordinal)
         self.slot = _integers([-1 if slot is None else slot for slot in columns.slot])

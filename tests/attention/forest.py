@@ -10,16 +10,16 @@ from functools import cached_property
 from hypothesis import strategies as st
 
 from attention.layout import WorkList
-from attention.reads import Read, Segment
+from attention.reads import Read, Segment, SegmentRead
 
 SYSTEM_PAGES = 3  # full pages of a prompt that requests share through a prefix cache
 
 
-def filled(segments: Iterable[Segment], page_size: int) -> Iterator[tuple[int, int]]:
+def filled(segments: Iterable[SegmentRead], page_size: int) -> Iterator[tuple[int, int]]:
     """(page, filled positions) of the segments' pages, end to end."""
-    for pages, length in segments:
-        for index, page in enumerate(pages):
-            yield page, min(page_size, length - index * page_size)
+    for segment in segments:
+        for index, page in enumerate(segment.pages):
+            yield page, min(page_size, segment.length - index * page_size)
 
 
 def pages_of(read: Read) -> list[int]:
