@@ -11,6 +11,7 @@ import argparse
 import statistics
 import sys
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def plan_of(shape: Shape, seed: int = 0) -> StepPlan:
     free = np.random.default_rng(seed).permutation(shape.pages).tolist()
 
     def segment(length: int) -> SegmentRead:
-        return SegmentRead(tuple(free.pop() for _ in range(-(-length // shape.page))), length)
+        return SegmentRead(array("i", [free.pop() for _ in range(-(-length // shape.page))]), length)
 
     def entry(branch: int, context: tuple[SegmentRead, ...]) -> Entry:
         return Entry(
