@@ -7,7 +7,7 @@ of requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -15,8 +15,10 @@ import jax
 
 from attention import gpu, heads, reference, xla
 from attention.heads import HeadNorms, Places
-from attention.layout import Capacity, Read, WorkList, plan_rows
-from attention.tiles import TileCapacity, TileList, plan_tiles
+from attention.layout import Capacity, WorkList, plan_rows
+from attention.reads import Read, Reads, Segment
+from attention.tile_planner import plan_tiles
+from attention.tiles import TileCapacity, TileList
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +31,8 @@ __all__ = [
     "HeadNorms",
     "Places",
     "Read",
+    "Reads",
+    "Segment",
     "TileCapacity",
     "TileList",
     "WorkList",
@@ -85,7 +89,7 @@ def capacity(
 
 
 def plan(
-    reads: Sequence[Read], capacity: Capacity | TileCapacity, page_size: int
+    reads: Reads, capacity: Capacity | TileCapacity, page_size: int
 ) -> tuple[Int[np.ndarray, " reads"], WorkList | TileList]:
     """Lay rows out in tree order and list their work: see `plan_rows` and `plan_tiles`."""
     if isinstance(capacity, TileCapacity):

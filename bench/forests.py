@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attention import Read
+from attention import Read, Segment
 
 RAGGED = 300  # a matrix's tail of this length stands for lengths from 1 to it
 LARGE_LOGITS = 16.0  # factor on the queries, exact in bfloat16: logits up to about 60
@@ -141,24 +141,17 @@ class Forest:
         return forest
 
     def _reads(self, grid: Grid) -> Iterator[Read]:
-        """One for each row that reads anything; without a tail, the prefix's last page is its own."""
-        prefix_valid = page_valid(self.prefix_length, grid.page)
+        """One for each row that reads anything; without a tail, the prefix is its own."""
+        prefix_pages = -(-self.prefix_length // grid.page)
+        prefixes = [Segment(ids[:prefix_pages], self.prefix_length) for ids in self.prefix_ids]
+        contexts = [(prefix,) if prefix_pages else () for prefix in prefixes]
         for row in self.rows.tolist():
-            tail_valid = page_valid(int(self.tail_length[row]), grid.page)
-            own = tail_valid or prefix_valid[-1:]
-            pages = np.concatenate(
-                [
-                    self.prefix_ids[row // grid.width, : len(prefix_valid)],
-                    self.tail_ids[row, : len(tail_valid)],
-                ]
-            )
-            valid = np.array(prefix_valid + tail_valid, np.int32)
-            yield Read(pages, valid, own_pages=len(own), rows=1, ordinal=sum(own) - 1)
-
-
-def page_valid(length: int, page: int) -> list[int]:
-    """Filled positions of each page of a segment."""
-    return [min(page, length - start) for start in range(0, length, page)]
+            group, length = row // grid.width, int(self.tail_length[row])
+            own = Segment(self.tail_ids[row, : -(-length // grid.page)], length)
+            context = contexts[group]
+            if not length:
+                context, own = (), prefixes[group]
+            yield Read(context, own, rows=1, ordinal=own.length - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,23 +173,19 @@ class Tree:
         free = list(rng.permutation(cls.POSITIONS // page))
         reads: list[Read] = []
 
-        def segment(length: int) -> tuple[list[int], list[int]]:
-            valid = page_valid(length, page)
-            return [int(free.pop()) for _ in valid], valid
-
-        def grow(pages: list[int], valid: list[int], depth: int) -> None:
+        def grow(context: tuple[Segment, ...], depth: int) -> None:
             rows = int(rng.integers(2, 50)) if rng.random() < 0.15 else 1
             length = rows + int(rng.integers(0, 3 * page))
-            own_pages, own_valid = segment(length)
-            leaf = Read(pages + own_pages, valid + own_valid, len(own_pages), rows, length - rows)
+            own = Segment([int(free.pop()) for _ in range(-(-length // page))], length)
+            leaf = Read(context, own, rows, length - rows)
             if depth == 0 or rng.random() < 0.2:
                 reads.append(leaf)
                 return
             for _ in range(int(rng.integers(1, 5))):
-                grow(pages + own_pages, valid + own_valid, depth - 1)
+                grow((*context, own), depth - 1)
 
         while len(free) > 40 * (2 + 48 // page) and len(reads) < 24:
-            grow([], [], int(rng.integers(0, 3)))
+            grow((), int(rng.integers(0, 3)))
         while sum(read.rows for read in reads) > cls.ROWS:
             reads.pop()
         return cls(reads, cls._counts(reads, page))
@@ -206,13 +195,16 @@ class Tree:
         counts = np.zeros((cls.ROWS, cls.POSITIONS), np.int8)
         row = 0
         for read in reads:
-            positions = [
-                number * page + offset
-                for number, filled in zip(read.pages, read.valid, strict=True)
-                for offset in range(filled)
-            ]
-            before = len(positions) - sum(read.valid[-read.own_pages :])
+            before, own = (
+                [
+                    number * page + offset
+                    for segment in segments
+                    for position, number in enumerate(segment.pages)
+                    for offset in range(min(page, segment.length - position * page))
+                ]
+                for segments in (read.context, [read.own])
+            )
             for index in range(read.rows):
-                np.add.at(counts[row], positions[: before + read.ordinal + index + 1], 1)
+                np.add.at(counts[row], before + own[: read.ordinal + index + 1], 1)
                 row += 1
         return counts

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from attention import Read
+from attention import Read, Segment
 
 BYTES = 2  # of a bfloat16 element
 WIDE_HEADS = (64, 8)  # query and KV heads of Qwen3-32B
@@ -147,14 +147,12 @@ class PageTables:
 
     def reads(self) -> list[Read]:
         """One per branch, in order."""
-        rows = self.shape.rows_per_branch
-        lengths, last_valid = self.shape.tails.tolist(), self.last_valid.tolist()
-        reads = []
-        for pages, tail, length, last in zip(self.branch_pages, self.tails, lengths, last_valid, strict=True):
-            valid = np.full(len(pages), self.shape.page, np.int32)
-            valid[-1] = last
-            reads.append(Read(pages, valid, own_pages=len(tail), rows=rows, ordinal=length - rows))
-        return reads
+        shape, rows = self.shape, self.shape.rows_per_branch
+        contexts = [(Segment(pages, shape.prefix),) if shape.prefix else () for pages in self.prefix]
+        return [
+            Read(contexts[self.group_of(branch)], Segment(pages, length), rows, length - rows)
+            for branch, (pages, length) in enumerate(zip(self.tails, shape.tails.tolist(), strict=True))
+        ]
 
 
 def suite_shapes(suite: str, page_sizes: Sequence[int], q_heads: Sequence[int] = (64, 16)) -> list[Shape]:

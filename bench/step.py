@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import attention
+from attention import Reads
 from bench import hardware
 from bench.shapes import PageTables, Shape, shrunk
 from model.config import PRESETS, ModelConfig
@@ -126,7 +127,7 @@ class StepBench:
         """The packed step: every branch feeds its slot's last token, writes it and chooses the next."""
         tables, rows = PageTables.of(shape, self.seed), np.arange(shape.rows, dtype=np.int32)
         layout = self.layout(shape.rows)
-        order, work = attention.plan(tables.reads(), layout.capacity, self.page)
+        order, work = attention.plan(Reads.of(tables.reads()), layout.capacity, self.page)
         slot = order.astype(np.int32)
         position = (shape.prefix + shape.tails[order] - 1).astype(np.int32)
         return layout.pack(

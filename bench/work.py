@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from attention import Read, capacity, plan
+from attention import Read, Reads, capacity, plan
 
 Planner = Callable[[Sequence[Read]], tuple[np.ndarray, Any]]
 
@@ -38,7 +38,11 @@ def planner(
         page_size=page_size,
         pages_per_read=pages_per_read,
     )
-    return partial(plan, capacity=room, page_size=page_size)
+    return partial(_plan, capacity=room, page_size=page_size)
+
+
+def _plan(reads: Sequence[Read], **room: Any) -> tuple[np.ndarray, Any]:
+    return plan(Reads.of(reads), **room)
 
 
 def moved(work: Any, pages: int) -> Any:

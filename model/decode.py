@@ -24,7 +24,7 @@ import tyro
 from jax import lax
 
 import attention
-from attention import BACKENDS, Read, TileList, WorkList, default_backend
+from attention import BACKENDS, Read, Reads, Segment, TileList, WorkList, default_backend
 from attention.tiles import refilled
 from model.checkpoint import LoadFormat, load_model, model_folder
 from model.config import ModelConfig
@@ -179,8 +179,8 @@ def _lay_out(
 ) -> Plan:
     """Pages 0, 1, … to a prompt and then its branches, one prompt after the other.
 
-    A branch's pages count as almost full, which keeps their references apart from those that all rows of a
-    tile see whole.
+    Each page of a branch is a segment of its own that counts as almost full, which keeps its references apart
+    from those that all rows of a tile see whole.
     """
     shared = [len(prompt) - 1 for prompt in prompts]
     # Padded to a power of two, so that prompts of other lengths can use the same program.
@@ -191,28 +191,26 @@ def _lay_out(
     prompt_reads: list[Read] = []
     branch_reads: list[Read] = []
     tail_pages = np.zeros((count, tail), np.int32)
+    almost_full = max(1, page_size - 1)
     page = 0
     for number, length in enumerate(shared):
-        full, rest = divmod(length, page_size)
-        valid = [page_size] * full + [rest] * (rest > 0)
-        pages = list(range(page, page + len(valid)))
-        page += len(valid)
+        end = page - (-length // page_size)
+        prompt, page = Segment(range(page, end), length), end
         if length:
-            prompt_reads.append(Read(pages, valid, own_pages=len(pages), rows=length, ordinal=0))
+            prompt_reads.append(Read((), prompt, rows=length, ordinal=0))
         for branch in range(number * branches, (number + 1) * branches):
             tail_pages[branch] = np.arange(page, page + tail)
             page += tail
-            own = [max(1, page_size - 1)] * tail
-            branch_reads.append(
-                Read([*pages, *tail_pages[branch].tolist()], [*valid, *own], tail, 1, ordinal=sum(own) - 1)
-            )
+            *before, own = (Segment((own,), almost_full) for own in tail_pages[branch].tolist())
+            context = (prompt, *before) if length else tuple(before)
+            branch_reads.append(Read(context, own, rows=1, ordinal=almost_full - 1))
 
     def planned(reads: list[Read], rows: int) -> tuple[np.ndarray, WorkList | TileList]:
         heads, kv_heads = config.num_heads, config.num_kv_heads
         capacity = attention.capacity(
             backend, rows, num_pages, heads=heads, kv_heads=kv_heads, page_size=page_size
         )
-        return attention.plan(reads, capacity, page_size)
+        return attention.plan(Reads.of(reads), capacity, page_size)
 
     order, branch_work = planned(branch_reads, count)
     assert (order == np.arange(count)).all(), "page ids ascend, so single rows are in tree order"
@@ -250,7 +248,7 @@ def _prompt_rows(
         prompt, read = read_prompts[index], reads[index]
         ordinal, rows = np.arange(read.rows), slice(row, row + read.rows)
         tokens[rows], positions[rows] = prompt[:-1], ordinal
-        page[rows], offset[rows] = np.array(read.pages)[ordinal // page_size], ordinal % page_size
+        page[rows], offset[rows] = np.array(read.own.pages)[ordinal // page_size], ordinal % page_size
         row += read.rows
     return Rows(tokens, positions, page, offset, work)
 

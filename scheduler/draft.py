@@ -147,7 +147,7 @@ class StepDraft:
             missing = pool.available
             rows = min(rows, (len(segment.pages) + missing) * self._page_size - segment.computed)
         if missing:
-            segment.pages += pool.allocate(missing)
+            segment.pages.extend(pool.allocate(missing))
         return rows
 
     def _append(self, live: LiveRequest, branch: Branch, segment: Segment, rows: int, samples: bool) -> None:

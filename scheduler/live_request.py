@@ -8,6 +8,7 @@ runs in which step is decided in `scheduler.scheduler`.
 from __future__ import annotations
 
 import itertools
+from array import array
 from operator import attrgetter
 
 from scheduler.branch import Branch
@@ -445,7 +446,7 @@ class LiveRequest:
         keys = list(pool.cache.keys(root.tokens[: None if sealed else -1], self.request.cache_salt))
         pages = pool.cache.lookup(keys)
         pool.share(pages)
-        root.pages = pages
+        root.pages = array("i", pages)
         root.shared = len(pages)
         root.computed = len(pages) * pool.page_size
         self._published = keys[len(pages) - 1] if pages else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,10 +12,11 @@ from scheduler.request import SamplingParams
 class SegmentRead(NamedTuple):
     """A KV segment as a step reads it: its pages, and how many positions are filled after the step's writes.
 
-    All pages but the last are full.
+    All pages but the last are full. The scheduler gives page ids as an array of 32-bit integers, which NumPy
+    takes over at once; nobody writes to it.
     """
 
-    pages: tuple[int, ...]
+    pages: Sequence[int]
     length: int
 
 

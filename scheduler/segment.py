@@ -9,6 +9,7 @@ Its ancestors are fixed at birth: a replay after a preemption reads exactly what
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 
 from scheduler.pages import PagePool
@@ -46,7 +47,7 @@ class Segment:
         self.lead = lead
         self.tokens: list[int] = []
         self.sampled = bytearray()
-        self.pages: list[int] = []
+        self.pages = array("i")
         self.computed = 0
         self.shared = 0
 
@@ -82,12 +83,12 @@ class Segment:
     def drop(self, pool: PagePool) -> None:
         """Give up the pages; the tokens can be replayed."""
         pool.release(self.pages)
-        self.pages = []
+        self.pages = array("i")
         self.computed = self.shared = 0
 
     def read(self, pool: PagePool) -> SegmentRead:
         """How a step reads what is computed so far."""
-        return SegmentRead(tuple(self.pages[: pool.pages_for(self.computed)]), self.computed)
+        return SegmentRead(self.pages[: pool.pages_for(self.computed)], self.computed)
 
 
 def text(segments: Iterable[Segment]) -> tuple[list[int], bytearray]:

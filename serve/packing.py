@@ -2,77 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 import attention
-from attention import Capacity, Read, TileCapacity
+from attention import Capacity, Reads, TileCapacity
 from model.sampling import SampleInputs, branch_key
 from model.step import StepInputs
-from scheduler.plan import Entry, SegmentRead, StepPlan
+from scheduler.plan import Entry, StepPlan
 
 _branch_key = lru_cache(maxsize=65536)(branch_key)
 
 
 def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: int) -> StepInputs:
     """The arrays of a step, not yet padded. Samples are in the plan's order; rows are in tree order."""
-    entries = plan.entries
-    order, work = attention.plan([_read(entry, page_size) for entry in entries], capacity, page_size)
-    tokens: list[int] = []
-    positions: list[int] = []
-    pages: list[int] = []
-    offsets: list[int] = []
-    last_row: dict[int, int] = {}
-    for index in order.tolist():
-        entry = entries[index]
-        if entry.tokens is None:
-            assert entry.slot is not None, "only an entry with a slot can feed the slot's last token"
-            tokens.append(-1 - entry.slot)
-        else:
-            tokens.extend(entry.tokens)
-        for row in range(entry.rows):
-            page, offset = divmod(entry.ordinal + row, page_size)
-            positions.append(entry.start + row)
-            pages.append(entry.own.pages[page])
-            offsets.append(offset)
-        last_row[index] = len(tokens) - 1
+    columns = _Columns(plan.entries)
+    order, work = attention.plan(columns.reads, capacity, page_size)
+    count = columns.rows[order]
+    end = count.cumsum()
+    entry = order.repeat(count)  # of each row
+    index = np.arange(len(entry)) - (end - count).repeat(count)  # of each row in its entry
+    ordinal = columns.ordinal[entry] + index
+    tokens, write_page = columns.first_token[entry], columns.last_page[entry]
+    for place in (count > 1).nonzero()[0].tolist():
+        chunk, rows = plan.entries[order[place]], slice(end[place] - count[place], end[place])
+        assert chunk.tokens is not None, "only one row can feed the slot's last token"
+        tokens[rows] = chunk.tokens
+        write_page[rows] = np.array(chunk.own.pages)[ordinal[rows] // page_size]
 
-    sampled = [(index, entry) for index, entry in enumerate(entries) if entry.samples]
-    new_slots = {setup.slot for setup in plan.slots}
-    sample = SampleInputs(
-        row=np.array([last_row[index] for index, _ in sampled], np.int32),
-        slot=np.array([entry.slot for _, entry in sampled], np.int32),
-        branch_key=np.array([_branch_key(entry.path) for _, entry in sampled], np.int32),
-        position=np.array([entry.start + entry.rows for _, entry in sampled], np.int32),
-        count_fed=np.array([entry.slot not in new_slots for _, entry in sampled], np.int32),
-    )
+    last_row = np.empty_like(end)
+    last_row[order] = end - 1
+    sampled = columns.samples.nonzero()[0]
+    slot = columns.slot[sampled]
+    new_slots = [setup.slot for setup in plan.slots]
     return StepInputs(
-        tokens=np.array(tokens, np.int32),
-        positions=np.array(positions, np.int32),
-        write_page=np.array(pages, np.int32),
-        write_offset=np.array(offsets, np.int32),
+        tokens=_int32(tokens),
+        positions=_int32(columns.start[entry] + index),
+        write_page=_int32(write_page),
+        write_offset=_int32(ordinal % page_size),
         work=work,
-        sample=sample,
+        sample=SampleInputs(
+            row=_int32(last_row[sampled]),
+            slot=_int32(slot),
+            branch_key=_int32(columns.branch_key[sampled]),
+            position=_int32((columns.start + columns.rows)[sampled]),
+            count_fed=_int32(~np.isin(slot, new_slots)),
+        ),
     )
 
 
-def _read(entry: Entry, page_size: int) -> Read:
-    pages: list[int] = []
-    valid: list[int] = []
-    for segment in (*entry.context, entry.own):
-        pages += segment.pages
-        valid += _valid(segment, page_size)
-    return Read(
-        pages=pages,
-        valid=valid,
-        own_pages=len(entry.own.pages),
-        rows=entry.rows,
-        ordinal=entry.ordinal,
-    )
+class _Columns:
+    """A step's entries by column: hundreds of rows are quicker to handle as arrays.
+
+    slot         -1 where there is none
+    first_token  -1 - slot where the slot's last token is fed
+    last_page    the page that the last row writes to
+    """
+
+    def __init__(self, entries: tuple[Entry, ...]) -> None:
+        columns: Any = Entry._make(zip(*entries, strict=True))
+        self.start, self.ordinal, self.rows = map(_integers, (columns.start, columns.ordinal, columns.rows))
+        self.reads = Reads(columns.context, columns.own, self.rows, self.ordinal)
+        self.slot = _integers([-1 if slot is None else slot for slot in columns.slot])
+        self.first_token = _integers([-1 if tokens is None else tokens[0] for tokens in columns.tokens])
+        of_slot = self.first_token < 0
+        assert (self.slot[of_slot] >= 0).all(), "only an entry with a slot can feed the slot's last token"
+        self.first_token[of_slot] = -1 - self.slot[of_slot]
+        self.last_page = _integers([own.pages[-1] for own in columns.own])
+        self.samples = np.fromiter(columns.samples, bool, len(entries))
+        self.branch_key = _integers([_branch_key(path) for path in columns.path])
 
 
-def _valid(segment: SegmentRead, page_size: int) -> list[int]:
-    """Filled positions of each of the segment's pages: all are full but the last."""
-    full = len(segment.pages) - 1
-    return [page_size] * full + [segment.length - full * page_size] if segment.pages else []
+def _integers(values: Sequence[int]) -> np.ndarray:
+    return np.fromiter(values, np.int64, len(values))
+
+
+def _int32(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.int32)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import attention
-from attention import Capacity, Read, TileCapacity, TileList, WorkList, shared_prefix_attention
+from attention import Capacity, Read, Reads, TileCapacity, TileList, WorkList, shared_prefix_attention
+from tests.attention.forest import filled, pages_of
 
 _attend = jax.jit(partial(shared_prefix_attention, return_lse=True), static_argnames=("scale", "backend"))
 
@@ -60,7 +61,7 @@ def make_case(
     seed: int = 0,
 ) -> Case:
     rng = np.random.default_rng(seed)
-    num_pages = num_pages or max((page for read in reads for page in read.pages), default=0) + 2
+    num_pages = num_pages or max((page for read in reads for page in pages_of(read)), default=0) + 2
     heads = kv_heads * group
     capacity = capacity or attention.capacity(
         backend,
@@ -70,7 +71,7 @@ def make_case(
         kv_heads=kv_heads,
         page_size=page_size,
     )
-    order, work = attention.plan(reads, capacity, page_size)
+    order, work = attention.plan(Reads.of(reads), capacity, page_size)
     pool = (num_pages, kv_heads, page_size, head_dim)
     # Cast first, so that the answer is that of the same inputs.
     q = (magnitude * rng.normal(size=(capacity.rows, heads, head_dim))).astype(dtype)
@@ -85,7 +86,8 @@ def used_slots(reads: Sequence[Read], num_pages: int, page_size: int) -> np.ndar
     """[pages, page_size]: slots that hold a position that some read was given."""
     valid = np.zeros(num_pages, np.int64)
     for read in reads:
-        np.maximum.at(valid, np.asarray(read.pages), np.asarray(read.valid))
+        for page, count in filled((*read.context, read.own), page_size):
+            valid[page] = max(valid[page], count)
     return np.arange(page_size) < valid[:, None]
 
 
@@ -94,19 +96,20 @@ def dense_attention(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rows of `reads`, in that order, packed from row 0."""
     q = q.astype(np.float64)
-    group = q.shape[1] // k_pages.shape[1]
+    group, page_size = q.shape[1] // k_pages.shape[1], k_pages.shape[2]
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     first_row = 0
     for read in reads:
         k, v = (
             np.concatenate(
-                [pages[page, :, :valid] for page, valid in zip(read.pages, read.valid, strict=True)], axis=1
+                [pages[page, :, :valid] for page, valid in filled((*read.context, read.own), page_size)],
+                axis=1,
             )
             .astype(np.float64)
             .repeat(group, axis=0)
             for pages in (k_pages, v_pages)
         )
-        before = sum(read.valid) - sum(read.valid[-read.own_pages :])
+        before = sum(segment.length for segment in read.context)
         for index in range(read.rows):
             row, seen = first_row + index, before + read.ordinal + index + 1
             scores = np.einsum("hd,hpd->hp", q[row], k[:, :seen]) * scale

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from attention import Capacity, Places, Read, WorkList, enter, plan_rows, shared_prefix_attention
+from attention import (
+    Capacity,
+    Places,
+    Read,
+    Reads,
+    Segment,
+    WorkList,
+    enter,
+    plan_rows,
+    shared_prefix_attention,
+)
 from attention.xla import ROW_TILE
 from tests.attention.dense import Case, make_case
 from tests.attention.forest import Forest, forests, mixed_reads
@@ -66,14 +76,16 @@ def test_a_work_list_without_items_gives_zeros() -> None:
 
 
 def test_fewer_rows_than_a_tile() -> None:
-    reads = [Read([0, 1], [4, 2], 1, 1, 1), Read([0, 2], [4, 3], 1, 2, 1)]
+    reads = [
+        Read((Segment([0], 4),), Segment([own], length), length - 1, 1) for own, length in ((1, 2), (2, 3))
+    ]
     capacity = Capacity(rows=3, items=6, page_refs=4)
     assert capacity.rows < ROW_TILE
     assert max(make_case(reads, page_size=4, capacity=capacity).errors("xla")) < 5e-6
 
 
 def test_an_item_may_end_at_the_last_row() -> None:
-    reads = [Read([0], [1], 1, 1, 0), Read([1, 2, 3, 4, 5], [4, 4, 4, 4, 4], 5, 20, 0)]
+    reads = [Read((), Segment([0], 1), 1, 0), Read((), Segment([1, 2, 3, 4, 5], 20), 20, 0)]
     capacity = Capacity(rows=21, items=42, page_refs=6)
     assert max(make_case(reads, page_size=4, capacity=capacity).errors("xla")) < 5e-6
 
@@ -116,11 +128,11 @@ def test_one_program_serves_every_list_and_its_time_follows_the_list() -> None:
     capacity = Capacity(rows=512, items=1024, page_refs=8192)
     pages = jnp.zeros((8192, 2, 16, 32))
     q = jnp.zeros((512, 4, 32))
-    everything = [Read(range(16 * i, 16 * i + 16), [16] * 16, 16, 1, 255) for i in range(512)]
+    everything = [Read((), Segment(range(16 * i, 16 * i + 16), 256), 1, 255) for i in range(512)]
     compiled = jax.jit(attend).lower(q, pages, pages, capacity.empty()).compile()
 
     def seconds(reads: list[Read]) -> float:
-        work = jax.tree.map(jnp.asarray, plan_rows(reads, capacity, 16)[1])
+        work = jax.tree.map(jnp.asarray, plan_rows(Reads.of(reads), capacity, 16)[1])
         times = []
         for _ in range(5):
             start = time.perf_counter()

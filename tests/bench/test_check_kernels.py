@@ -9,6 +9,7 @@ import pytest
 import attention
 from bench.check_kernels import all_cases, main
 from bench.forests import SMALL, Forest, Grid, Matrix, Tree
+from tests.attention.forest import pages_of
 
 
 def test_a_sample_of_the_small_matrix_passes(tmp_path: Path) -> None:
@@ -50,10 +51,10 @@ def test_a_forest_gives_each_row_its_prefix_and_its_tail(seed: int) -> None:
     assert len(forest.reads) == 15
     for read, row in zip(forest.reads, forest.rows, strict=True):
         length = forest.tail_length[row]
-        assert sum(read.valid) == 37 + length
-        assert list(read.pages[:3]) == list(forest.prefix_ids[row // grid.width, :3])
+        assert [segment.length for segment in (*read.context, read.own)] == [37, length]
+        assert list(pages_of(read)[:3]) == list(forest.prefix_ids[row // grid.width, :3])
         assert read.ordinal == length - 1
-        assert grid.pool_pages - 1 not in read.pages
+        assert grid.pool_pages - 1 not in pages_of(read)
 
 
 def test_rows_without_anything_to_read_have_no_read() -> None:
@@ -68,7 +69,7 @@ def test_a_tree_counts_what_its_reads_see(seed: int) -> None:
     assert any(read.rows > 1 for read in tree.reads) or seed
     sums = tree.counts.sum(1)
     seen = [
-        sum(read.valid) - sum(read.valid[-read.own_pages :]) + read.ordinal + index + 1
+        sum(segment.length for segment in read.context) + read.ordinal + index + 1
         for read in tree.reads
         for index in range(read.rows)
     ]

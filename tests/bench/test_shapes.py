@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from bench.shapes import PageTables, Shape, random_shapes, shrunk, suite_shapes
+from tests.attention.forest import pages_of
 
 
 @pytest.fixture
@@ -26,15 +27,15 @@ def test_every_page_is_given_out_once(shape: Shape) -> None:
 def test_a_read_sees_its_prefix_and_its_tail(shape: Shape) -> None:
     tables = PageTables.of(shape, seed=1)
     for read, tail in zip(tables.reads(), shape.tails, strict=True):
-        assert sum(read.valid) == shape.prefix + tail
-        assert read.ordinal == tail - 1
-    assert max(len(read.pages) for read in tables.reads()) == shape.longest
+        assert [segment.length for segment in read.context] == [shape.prefix] * (shape.prefix > 0)
+        assert (read.own.length, read.ordinal) == (tail, tail - 1)
+    assert max(len(pages_of(read)) for read in tables.reads()) == shape.longest
 
 
 def test_a_prompt_chunk_is_one_read_of_many_rows() -> None:
     shape = suite_shapes("prefill", [64])[0]
     (read,) = PageTables.of(shape, seed=1).reads()
-    assert (read.rows, read.ordinal, sum(read.valid)) == (512, 0, 8704)
+    assert (read.rows, read.ordinal, read.own.length, read.context[0].length) == (512, 0, 512, 8192)
     assert shape.flops == 4 * 64 * 128 * sum(8192 + row + 1 for row in range(512))
 
 

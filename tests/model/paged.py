@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from attention.layout import Capacity, Read, WorkList, plan_rows
+from attention.layout import Capacity, WorkList, plan_rows
+from attention.reads import Read, Reads, Segment
 from model.sampling import SampleInputs
 from model.step import StepInputs
 
@@ -27,21 +28,18 @@ class Sequence:
     def length(self) -> int:
         return len(self.tokens)
 
-    def filled(self) -> list[tuple[int, int]]:
-        """(page, valid) of every page in use."""
-        full, rest = divmod(self.length, self.page_size)
-        return list(zip(self.pages, [self.page_size] * full + [rest] * (rest > 0), strict=False))
+    def segment(self) -> Segment:
+        """The pages in use."""
+        return Segment(self.pages[: -(-self.length // self.page_size)], self.length)
 
     def feed(self, tokens: List[int]) -> Feed:
         """Appends tokens (ids, or -1 - slot) and says how they are written and read."""
         first = self.length
         self.tokens += tokens
         ordinals = np.arange(first, self.length)
-        own = self.filled()
-        context = [page for ancestor in self.ancestors for page in ancestor.filled()] + own
-        pages, valid = zip(*context, strict=True)
+        context = tuple(ancestor.segment() for ancestor in self.ancestors)
         return Feed(
-            read=Read(pages=pages, valid=valid, own_pages=len(own), rows=len(tokens), ordinal=first),
+            read=Read(context, self.segment(), rows=len(tokens), ordinal=first),
             tokens=np.array(tokens),
             positions=self.start + ordinals,
             write_page=np.array(self.pages)[ordinals // self.page_size],
@@ -64,7 +62,7 @@ class Feed:
 
 def step_inputs(feeds: List[Feed], capacity: Capacity, page_size: int, *, sampled: bool = True) -> StepInputs:
     """A step that feeds all of `feeds` and samples after each one's last row, greedily, with logprobs."""
-    order, work = plan_rows([feed.read for feed in feeds], capacity, page_size)
+    order, work = plan_rows(Reads.of([feed.read for feed in feeds]), capacity, page_size)
     feeds = [feeds[i] for i in order]
     last_row = np.cumsum([feed.read.rows for feed in feeds]) - 1
     chosen = feeds if sampled else []

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from array import array
+
 from scheduler.pages import PagePool
 from scheduler.plan import SegmentRead
 from scheduler.segment import Segment, text
@@ -45,7 +47,7 @@ def test_a_cut_gives_back_the_pages_beyond() -> None:
 def test_a_cut_forgets_what_was_computed_of_tokens_that_never_came() -> None:
     pool = PagePool(4, 2)
     segment = computed(pool, [1, 2])
-    segment.computed, segment.pages = 3, [*segment.pages, *pool.allocate(1)]
+    segment.computed, segment.pages = 3, array("i", [*segment.pages, *pool.allocate(1)])
     segment.cut(2, pool)
     assert (segment.computed, segment.missing, pool.owned) == (2, 0, 1)
 
@@ -68,9 +70,9 @@ def test_a_dropped_segment_keeps_its_tokens() -> None:
 def test_a_read_names_the_filled_pages() -> None:
     pool = PagePool(4, 2)
     segment = computed(pool, [1, 2, 3])
-    assert segment.read(pool) == SegmentRead(tuple(segment.pages), 3)
+    assert segment.read(pool) == SegmentRead(segment.pages, 3)
     segment.computed = 2
-    assert segment.read(pool) == SegmentRead(tuple(segment.pages[:1]), 2)
+    assert segment.read(pool) == SegmentRead(segment.pages[:1], 2)
 
 
 def test_the_chain_ends_with_the_segment() -> None:
