@@ -44,13 +44,13 @@ class Record:
     def __post_init__(self) -> None:
         self._ends = [*accumulate(sum(stage) for stage in self.item.stages)]
 
-    def emit(self, now: float) -> None:
-        """One more token came. Stages follow one another, so that counting tells which one it ends."""
+    def emit(self, now: float, tokens: int = 1) -> None:
+        """More tokens came. Stages follow one another, so that counting tells which ones they end."""
         if not self.tokens:
             self.first = now
         self.last = now
-        self.tokens += 1
-        if self.tokens == self._ends[len(self.stage_ends)]:
+        self.tokens += tokens
+        while len(self.stage_ends) < len(self._ends) and self.tokens >= self._ends[len(self.stage_ends)]:
             self.stage_ends.append(now)
 
     @property
