@@ -80,11 +80,14 @@ class Reply:
 
 
 class Emission(NamedTuple):
-    """Tokens that came in one message, over all branches; `steps` is the most that came of one branch."""
+    """Tokens that came in one message, over all branches, and how many steps brought them.
+
+    A reader may find several steps in a message; each brought as many tokens as branches advanced.
+    """
 
     at: float
     tokens: int
-    steps: int
+    steps: float
 
 
 @dataclass(slots=True)
@@ -98,42 +101,16 @@ class Answer:
 
     @classmethod
     def of(cls, reply: Reply) -> Answer:
-        emissions: list[Emission] = []
-        stages: list[dict[int, int]] = []
-        counts: dict[int, int] = {}  # by branch, over all of its stages
-        answer = cls(emissions, (), 0, finished=False)
+        reader = _Reader()
         for at, raw in reply.messages:
-            new: dict[int, int] = {}
-            for event in pb.GenerateResponse.FromString(raw).events:
-                kind = event.WhichOneof("kind")
-                if kind == "delta":
-                    number, total = event.delta.branch_id, event.delta.completion_tokens
-                    tokens, counts[number] = total - counts[number], total
-                    new[number] = new.get(number, 0) + tokens
-                    stages[-1][number] = stages[-1].get(number, 0) + tokens
-                elif kind == "stage_started":
-                    if _of_the_trunk(event.stage_started, counts):
-                        stages.append({})
-                    for branch in event.stage_started.branches:
-                        counts.setdefault(branch.branch_id, 0)
-                elif kind == "started":
-                    answer.prompt_tokens = event.started.prompt_tokens
-                elif kind == "finished":
-                    answer.finished = True
-            if any(new.values()):
-                emissions.append(Emission(at, sum(new.values()), max(new.values())))
-        answer.stages = tuple(tuple(stage[branch] for branch in sorted(stage)) for stage in stages)
-        return answer
-
-    @property
-    def tokens(self) -> int:
-        return sum(emission.tokens for emission in self.emissions)
+            reader.read(at, pb.GenerateResponse.FromString(raw))
+        stages = tuple(tuple(stage[branch] for branch in sorted(stage)) for stage in reader.stages)
+        return cls(reader.emissions, stages, reader.prompt_tokens, reader.finished)
 
     @property
     def gaps(self) -> list[float]:
         """Seconds between messages with tokens."""
-        times = [emission.at for emission in self.emissions]
-        return [after - before for before, after in itertools.pairwise(times)]
+        return [after.at - before.at for before, after in itertools.pairwise(self.emissions)]
 
     def record(self, item: Item, arrival: float) -> Record:
         """What the measures are of. It is finished if it has the lengths that `item` asked for."""
@@ -144,12 +121,53 @@ class Answer:
         return record
 
 
-def _of_the_trunk(started: pb.StageStarted, known: dict[int, int]) -> bool:
-    """Whether the trunk goes on, or forks; if not, it is a stage within one of its branches."""
-    return any(
-        branch.branch_id == 0 or (branch.parent_branch_id == 0 and branch.branch_id not in known)
-        for branch in started.branches
-    )
+@dataclass(slots=True)
+class _Reader:
+    emissions: list[Emission] = field(default_factory=list)
+    stages: list[dict[int, int]] = field(default_factory=list)  # of each branch, its tokens
+    prompt_tokens: int = 0
+    finished: bool = False
+    _counts: dict[int, int] = field(default_factory=dict)  # by branch, over all of its stages
+    _width: int | None = None  # not told before the second step
+
+    def read(self, at: float, response: pb.GenerateResponse) -> None:
+        new: dict[int, int] = {}
+        steps = 0.0
+        for event in response.events:
+            kind = event.WhichOneof("kind")
+            if kind == "delta":
+                branch = event.delta.branch_id
+                tokens = self._delta(event.delta)
+                new[branch] = new.get(branch, 0) + tokens
+                steps += tokens / self._width if self._width else 0.0
+            elif kind == "width_changed":
+                self._width = event.width_changed.width
+            elif kind == "stage_started":
+                self._stage(event.stage_started)
+            elif kind == "started":
+                self.prompt_tokens = event.started.prompt_tokens
+            elif kind == "finished":
+                self.finished = True
+        if any(new.values()):
+            self.emissions.append(Emission(at, sum(new.values()), steps or max(new.values())))
+
+    def _delta(self, delta: pb.BranchDelta) -> int:
+        """How many tokens are new."""
+        branch, stage = delta.branch_id, self.stages[-1]
+        tokens = delta.completion_tokens - self._counts[branch]
+        self._counts[branch] = delta.completion_tokens
+        stage[branch] = stage.get(branch, 0) + tokens
+        return tokens
+
+    def _stage(self, started: pb.StageStarted) -> None:
+        """A stage of the trunk: it goes on, or forks. Others are parts of one of its branches."""
+        if any(
+            branch.branch_id == 0 or (branch.parent_branch_id == 0 and branch.branch_id not in self._counts)
+            for branch in started.branches
+        ):
+            self.stages.append({})
+        for branch in started.branches:
+            self._counts.setdefault(branch.branch_id, 0)
 
 
 # --- sending -----------------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ class Run:
     cpu_share: float = math.nan
     server: dict[str, float | None] = field(default_factory=dict)
     _calls: list[asyncio.Task[None]] = field(default_factory=list)
+    _window_sent: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def play(self, driver: Driver, metrics_url: str | None) -> None:
         """Serve until every request of the window is answered, then give up the others."""
@@ -102,11 +103,15 @@ class Run:
                 await sleep_until(self.start + setting.end)
                 after = await asyncio.to_thread(scrape, metrics_url)
                 self.server = server_row(before, after)
+                await self._window_sent.wait()
+                ran_dry = setting.workload.clients is not None and len(self.replies) == len(requests)
                 pending = [self._calls[index] for index in self.measured]
                 if pending:
                     await asyncio.wait(pending, timeout=setting.drain)
                 for task in (*senders, *self._calls):
                     task.cancel()
+            if ran_dry:
+                raise ValueError(f"{len(requests)} requests do not last for a window of {setting.window:g} s")
             self.cpu_share = (time.process_time() - cpu) / (clock() - self.start)
 
     @property
@@ -132,11 +137,15 @@ class Run:
 
         async def open_loop() -> None:
             for item, request in zip(items, left, strict=True):
+                if item.arrival >= self.setting.end:
+                    self._window_sent.set()
                 due = self.start + item.arrival
                 await sleep_until(due)
                 send(request, due)
+            self._window_sent.set()
 
         async def client() -> None:
+            self._window_sent.set()  # what is sent now is due now
             for request in left:
                 await asyncio.wait([send(request, clock())])
 
@@ -352,6 +361,7 @@ def served(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     command = [sys.executable, "-c", SERVER, "--port", "0", "--metrics-port", str(port), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
+        echo = threading.Thread(target=sys.stderr.writelines, args=(server.stdout,))
         try:
             for said in server.stdout:
                 print(said, end="", file=sys.stderr)
@@ -359,10 +369,12 @@ def served(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
                     break
             else:
                 sys.exit("bench.goodput: the server did not start; it says why above")
-            threading.Thread(target=sys.stderr.writelines, args=(server.stdout,), daemon=True).start()
+            echo.start()
             yield said.split()[-1], f"http://127.0.0.1:{port}/metrics"
         finally:
             server.terminate()
+            if echo.ident is not None:
+                echo.join()
 
 
 def parser() -> argparse.ArgumentParser:

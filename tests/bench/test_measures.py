@@ -28,6 +28,15 @@ def test_stages_end_with_their_last_token() -> None:
     assert record.critical_tpot == 3.0
 
 
+def test_tokens_that_come_together_end_their_stages_together() -> None:
+    item = Item(0.0, 1, ((2,), (3, 2), (1,)))
+    record = Record(item, 0.0)
+    for now, tokens in ((1.0, 1), (2.0, 3), (3.0, 4)):
+        record.emit(now, tokens)
+    assert (record.first, record.last, record.tokens) == (1.0, 3.0, 8)
+    assert record.stage_ends == [2.0, 3.0, 3.0]
+
+
 def test_a_short_stage_counts_with_the_next_and_a_short_last_one_with_the_one_before() -> None:
     item = Item(0.0, 1, ((4,), (8, 8), (15,)))
     record = seen(item, 0.0, *[2.0] * 3, *[1.0] * 16, *[4.0] * 15)
