@@ -199,7 +199,7 @@ def scrape(url: str | None) -> dict[str, float]:
     """The values of a Prometheus page by name and labels; none without a page."""
     if url is None:
         return {}
-    with urllib.request.urlopen(url, timeout=5) as page:
+    with urllib.request.urlopen(url, timeout=30) as page:
         lines = page.read().decode().splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
     return {name.removeprefix("taper_"): float(value) for name, value in pairs}
@@ -231,13 +231,13 @@ class Comparison:
     """Runs every policy at every point, and holds what there is so far."""
 
     options: argparse.Namespace
-    result: dict[str, Any]
+    found: dict[str, Any]
     deadline: float
 
     async def run(self, address: str, metrics_url: str | None) -> None:
         options = self.options
         async with AsyncClient(address) as client, connected(address) as driver:
-            server = self.result["server"] = await result.describe_server(client)
+            server = self.found["server"] = await result.describe_server(client)
             vocab_size = server["vocab_size"]
             slo = await self._targets(client, driver, vocab_size)
             self.say(f"Targets: TPOT {1e3 * slo.tpot:.1f} ms, TTFT {slo.ttft:g} s\n{TITLES}")
@@ -251,7 +251,7 @@ class Comparison:
                     vocab_size=vocab_size,
                 )
                 point = {"load": load, "seed": seed}
-                self.result["points"].append(
+                self.found["points"].append(
                     {**point, "sha256": workload.digest, "statistics": workload.statistics()}
                 )
                 for policy in options.policies:
@@ -265,9 +265,9 @@ class Comparison:
         if tpot is None:
             await client.set_policy("off")
             alone = await unloaded_tpot(driver, vocab_size)
-            self.result["unloaded_tpot_ms"] = 1e3 * alone
+            self.found["unloaded_tpot_ms"] = 1e3 * alone
             tpot = TPOT_SLO_MULTIPLE * alone
-        self.result |= {"tpot_slo_ms": 1e3 * tpot, "ttft_slo_s": self.options.ttft_slo}
+        self.found |= {"tpot_slo_ms": 1e3 * tpot, "ttft_slo_s": self.options.ttft_slo}
         return Slo(tpot=tpot, ttft=self.options.ttft_slo)
 
     async def _policy(
@@ -282,14 +282,14 @@ class Comparison:
                     whole = True
             await drained(client)
         if not whole:
-            self.result["left_out"].append(point)
+            self.found["left_out"].append(point)
             self.say(f"left out for want of time: {run.policy} at {point['load']}, seed {point['seed']}")
             return
         row = {**point, **run.row(), "run_s": clock() - began}
-        self.result["rows"].append(row)
+        self.found["rows"].append(row)
         self.say(line(row))
         if self.options.json != "-":
-            result.write(self.result, self.options.json)
+            result.write(self.found, self.options.json)
 
 
 def points(options: argparse.Namespace) -> Iterator[tuple[float | None, int, Workload]]:
@@ -426,8 +426,11 @@ def compare(options: argparse.Namespace, command: str, address: str, url: str | 
     found: dict[str, Any] = {**result.head(command), **asked, "points": [], "rows": [], "left_out": []}
     try:
         asyncio.run(Comparison(options, found, clock() + options.budget_seconds).run(address, url))
-    except KeyboardInterrupt:
-        print("Interrupted: this is what there is.", file=sys.stderr)
+    except (KeyboardInterrupt, ServiceError) as stopped:
+        if not found["rows"]:
+            raise
+        found["stopped"] = repr(stopped)
+        print(f"bench.goodput: stopped by {stopped!r}; what was measured before is kept", file=sys.stderr)
     return found
 
 

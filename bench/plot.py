@@ -9,6 +9,7 @@ of policies: goodput and attainment against load, by the stage measure and by th
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -76,14 +77,16 @@ def against_load(rows: Sequence[Mapping[str, Any]], figure: str) -> dict[str, li
 def plot_policies(result: Mapping[str, Any], path: Path) -> None:
     """Draws goodput and attainment of every policy against load; bars span the seeds."""
     pyplot = _pyplot()
+    line = {"capsize": 3, "markerfacecolor": "none", "markersize": 8}  # lines may lie on one another
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True)
     for column, measure in zip(grid.T, ("stage", "mean"), strict=True):
         for axes, (name, unit) in zip(column, (("goodput", "tokens/s"), ("attainment", "")), strict=True):
-            for policy, points in against_load(result["rows"], f"{name}_{measure}").items():
+            figures = against_load(result["rows"], f"{name}_{measure}")
+            for marker, (policy, points) in zip(itertools.cycle("osv^Dx*"), figures.items(), strict=False):
                 loads, means, least, greatest = zip(*points, strict=True)
                 below = [mean - low for mean, low in zip(means, least, strict=True)]
                 above = [high - mean for mean, high in zip(means, greatest, strict=True)]
-                axes.errorbar(loads, means, yerr=(below, above), marker="o", capsize=3, label=policy)
+                axes.errorbar(loads, means, yerr=(below, above), fmt=f"{marker}-", label=policy, **line)
             axes.set_title(f"{name}, {measure} TPOT", fontsize=10)
             axes.set_ylabel(unit)
             axes.set_ylim(bottom=0)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -50,6 +52,14 @@ def width(now: int) -> pb.Event:
 
 
 END = pb.Event(finished=pb.Finished())
+
+
+def test_clients_run_where_there_is_no_jax() -> None:
+    program = (
+        "import sys, bench.serve, bench.goodput; print({'jax', 'flax', 'matplotlib'} & sys.modules.keys())"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"
 
 
 # --- what is sent ------------------------------------------------------------------------------------------
