@@ -250,7 +250,8 @@ async def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
             "itls": [request.itls for request in complete],
         }
     asked = {key: value for key, value in vars(options).items() if key not in ("json", "save_detailed")}
-    asked["request_rate"] = None if options.request_rate == math.inf else options.request_rate
+    if options.request_rate == math.inf:
+        asked["request_rate"] = "inf"  # as vLLM writes it: JSON has no infinity
     return {
         **result.head(command),
         "server": server,
