@@ -54,7 +54,6 @@ from serve.errors import ServiceError
 POLICIES = "off,cap:2,cap:4,cap:6,cap:8,eager,taper"
 TPOT_SLO_MULTIPLE = 2.0
 ALONE = Item(0.0, 800, ((400,),))
-WEEK = 7 * 24 * 3600.0
 SERVER = "from serve.commands import serve; serve()"
 
 
@@ -256,6 +255,7 @@ class Comparison:
                 )
                 for policy in options.policies:
                     await self._policy(client, driver, setting, {**point, "policy": policy}, metrics_url)
+            await client.set_policy(server["policy"])
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr if self.options.json == "-" else sys.stdout, flush=True)
@@ -274,9 +274,10 @@ class Comparison:
         self, client: AsyncClient, driver: Driver, setting: Setting, point: dict[str, Any], url: str | None
     ) -> None:
         began, run, whole = clock(), Run(setting, point["policy"]), False
-        if began + setting.end < self.deadline:
+        left = self.deadline - began
+        if left > setting.end:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(self.deadline - began, WEEK)):
+                async with asyncio.timeout(left if math.isfinite(left) else None):
                     await client.set_policy(run.policy)
                     await run.play(driver, url)
                     whole = True
@@ -310,15 +311,17 @@ def points(options: argparse.Namespace) -> Iterator[tuple[float | None, int, Wor
 async def unloaded_tpot(driver: Driver, vocab_size: int) -> float:
     """Seconds per token of one serial request that is served alone. Raises ServiceError if it fails."""
     salt = uuid.uuid4().hex
-    tpot = math.nan
-    for seed in range(2):  # the first warms the server up
+
+    async def one(seed: int) -> float:
         reply = Reply(clock())
         await driver.ask(message(ALONE, f"{salt}-{seed}", seed, vocab_size, salt=salt), reply)
         record = Answer.of(reply).record(ALONE, reply.due)
         if not record.finished:
             raise ServiceError(f"a request of {ALONE.prompt} + {ALONE.tokens} tokens failed: {reply.error}")
-        tpot = record.mean_tpot
-    return tpot
+        return record.mean_tpot
+
+    await one(0)  # warms the server up
+    return await one(1)
 
 
 async def drained(client: AsyncClient) -> None:

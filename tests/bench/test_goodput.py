@@ -125,6 +125,7 @@ def test_every_policy_serves_the_same_requests(server: Served, tmp_path: Path) -
     assert rows[1]["server"]["width_branches"] > 2
     assert found["tpot_slo_ms"] == pytest.approx(2 * found["unloaded_tpot_ms"])
     assert server.engine.load().running_requests == 0, "it is drained in the end"
+    assert server.engine.policy == found["server"]["policy"], "it has the policy that it had"
 
 
 def test_a_closed_loop_keeps_its_clients_busy(server: Served, tmp_path: Path) -> None:
