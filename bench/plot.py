@@ -1,16 +1,20 @@
-"""The plot of a kernel benchmark: how many times the byte floor each case takes, ours and FlashInfer's.
+"""Plots of results. Needs matplotlib (`pip install taper[bench]`).
 
-python -m bench.plot RESULT.json PLOT.png
+    python -m bench.plot RESULT.json PLOT.png
+
+Of a kernel benchmark: how many times the byte floor each case takes, ours and FlashInfer's. Of a comparison
+of policies: goodput and attainment against load, by the stage measure and by the mean.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.report import label
 
@@ -23,10 +27,8 @@ SERIES = {
 
 
 def plot_cases(result: Mapping[str, Any], path: Path) -> None:
-    """Draws all cases but prefill's, smallest first. Needs matplotlib (`pip install taper[bench]`)."""
-    matplotlib: Any = importlib.import_module("matplotlib")
-    matplotlib.use("Agg")
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    """Draws all cases but prefill's, smallest first."""
+    pyplot = _pyplot()
     cases = [case for case in result["cases"] if case["suite"] != "prefill" and "ours_us" in case]
     cases.sort(key=lambda case: case["unique_bytes"])
     figure, axes = pyplot.subplots(figsize=(0.22 * len(cases) + 3, 6))
@@ -47,12 +49,75 @@ def plot_cases(result: Mapping[str, Any], path: Path) -> None:
         fontsize=9,
     )
     axes.legend()
+    _save(figure, path)
+
+
+class Point(NamedTuple):
+    """A policy at a load: the mean over seeds of a figure, and its least and greatest value."""
+
+    load: float
+    mean: float
+    least: float
+    greatest: float
+
+
+def against_load(rows: Sequence[Mapping[str, Any]], figure: str) -> dict[str, list[Point]]:
+    """By policy, in order of load. Rows without the figure are left out."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        if row[figure] is not None:
+            by_load = found.setdefault(row["policy"], {})
+            by_load.setdefault(row["load"] or 0.0, []).append(row[figure])
+    return {
+        policy: [Point(load, sum(v) / len(v), min(v), max(v)) for load, v in sorted(by_load.items())]
+        for policy, by_load in found.items()
+    }
+
+
+def plot_policies(result: Mapping[str, Any], path: Path) -> None:
+    """Draws goodput and attainment of every policy against load; bars span the seeds."""
+    pyplot = _pyplot()
+    line = {"capsize": 3, "markerfacecolor": "none", "markersize": 8}  # lines may lie on one another
+    figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True)
+    for column, measure in zip(grid.T, ("stage", "mean"), strict=True):
+        for axes, (name, unit) in zip(column, (("goodput", "tokens/s"), ("attainment", "")), strict=True):
+            figures = against_load(result["rows"], f"{name}_{measure}")
+            for marker, (policy, points) in zip(itertools.cycle("osv^Dx*"), figures.items(), strict=False):
+                loads, means, least, greatest = zip(*points, strict=True)
+                below = [mean - low for mean, low in zip(means, least, strict=True)]
+                above = [high - mean for mean, high in zip(means, greatest, strict=True)]
+                axes.errorbar(loads, means, yerr=(below, above), fmt=f"{marker}-", label=policy, **line)
+            axes.set_title(f"{name}, {measure} TPOT", fontsize=10)
+            axes.set_ylabel(unit)
+            axes.set_ylim(bottom=0)
+        column[-1].set_xlabel("load (requests/s, or clients of a closed loop)")
+    grid[0][0].legend()
+    figure.suptitle(
+        f"{result['workload']} on {result['server']['device']}, {result['server']['model']}: "
+        f"TPOT {result['tpot_slo_ms']:.1f} ms, TTFT {result['ttft_slo_s']:g} s",
+        fontsize=10,
+    )
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    matplotlib: Any = importlib.import_module("matplotlib")
+    matplotlib.use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
+
+
+def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    _pyplot().close(figure)
+
+
+def main(arguments: Sequence[str]) -> None:
+    source, target = map(Path, arguments)
+    result = json.loads(source.read_text())
+    (plot_policies if "rows" in result else plot_cases)(result, target)
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    plot_cases(json.loads(source.read_text()), target)
+    main(sys.argv[1:])

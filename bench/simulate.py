@@ -6,14 +6,7 @@
 As in the engine, a step is planned while the one before it is in flight, and steps run one after the other.
 Requests that arrive within the window are measured, all of them, and served to their end; those before it
 warm the server up, those after it keep up the load. Targets follow by rule: TTFT 5 s; TPOT twice what one
-request alone gets under the same profile.
-
-Measures, on the client's clock: t1 is the first token, tE the last, N their number; a stage ends with its
-last token at c_s and begins where the one before it ended (the first: at t1), and brings n_s tokens (the
-first: one less). Stages under 16 tokens are merged into the next.
-
-    mean TPOT   (tE - t1) / (N - 1)
-    stage TPOT  max over stages of (c_s - b_s) / n_s
+request alone gets under the same profile. Measures are those of bench.measures.
 """
 
 from __future__ import annotations
@@ -26,17 +19,16 @@ import multiprocessing
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.measures import Record, client_row
 from bench.workload import Item, Workload, closed_loop, open_loop
 from scheduler.events import Finished, TokenEmitted
 from scheduler.plan import Sample, StepPlan, StepResult
@@ -45,7 +37,6 @@ from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 
 PROFILES = Path(__file__).parent / "profiles"
-SHORT_STAGE = 16
 TTFT_SLO = 5.0
 TPOT_SLO_MULTIPLE = 2.0
 ALONE = Item(0.0, 800, ((400,),))
@@ -107,72 +98,6 @@ class Setting:
     rho: float = 0.8
     max_chunk: int = 512
     prompt_floor: int = 32
-
-
-# --- what a client sees ------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Record:
-    """A request as its client sees it. `stage_ends`: when the last token of each of its stages came."""
-
-    item: Item
-    arrival: float
-    first: float = math.nan
-    last: float = math.nan
-    tokens: int = 0
-    stage_ends: list[float] = field(default_factory=list)
-    finished: bool = False
-    _ends: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._ends = [*accumulate(sum(stage) for stage in self.item.stages)]
-
-    def emit(self, now: float) -> None:
-        """One more token came. Stages follow one another, so that counting tells which one it ends."""
-        if not self.tokens:
-            self.first = now
-        self.last = now
-        self.tokens += 1
-        if self.tokens == self._ends[len(self.stage_ends)]:
-            self.stage_ends.append(now)
-
-    @property
-    def ttft(self) -> float:
-        return self.first - self.arrival
-
-    @property
-    def mean_tpot(self) -> float:
-        return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else 0.0
-
-    @property
-    def stage_tpot(self) -> float:
-        return max(
-            ((end - begin) / tokens for begin, end, tokens in merged_stages(self) if tokens), default=0.0
-        )
-
-
-def merged_stages(record: Record) -> list[tuple[float, float, int]]:
-    """(begin, end, tokens) of each stage; a short one counts with the next, a short last one with the last.
-
-    The very first token begins the first stage, and is not counted.
-    """
-    stages: list[tuple[float, float, int]] = []
-    begin, held = record.first, 0
-    for stage, end in zip(record.item.stages, record.stage_ends, strict=True):
-        held += sum(stage)
-        if held >= SHORT_STAGE:
-            stages.append((begin, end, held))
-            begin, held = end, 0
-    if held and stages:
-        start, _, tokens = stages.pop()
-        stages.append((start, record.last, tokens + held))
-    elif held:
-        stages.append((begin, record.last, held))
-    if stages:
-        start, end, tokens = stages[0]
-        stages[0] = (start, end, tokens - 1)
-    return stages
 
 
 # --- serving -----------------------------------------------------------------------------------------------
@@ -332,48 +257,18 @@ def unloaded_tpot(profile: Profile) -> float:
 # --- the row of a policy -----------------------------------------------------------------------------------
 
 
-def share(flags: Iterable[bool]) -> float | None:
-    """How many of `flags` are true, as a share; None if there are none."""
-    values = [*flags]
-    return sum(values) / len(values) if values else None
-
-
 def row(policy: str, simulation: Simulation) -> dict[str, Any]:
-    setting, records = simulation.setting, simulation.measured
+    """What clients saw of the requests that arrived in the window, and what was served in it."""
+    setting = simulation.setting
     end = setting.end if math.isfinite(setting.end) else simulation.now
     seconds = end - setting.warmup
-
-    def good(tpot: Callable[[Record], float]) -> list[bool]:
-        on_time = [record.finished and record.ttft <= setting.ttft_slo for record in records]
-        return [ok and tpot(each) <= setting.tpot_slo for each, ok in zip(records, on_time, strict=True)]
-
-    mean, stage = good(attrgetter("mean_tpot")), good(attrgetter("stage_tpot"))
-    by_stage = [*zip(records, stage, strict=True)]
-    finished = [record for record in records if record.finished]
-    serial_ms = [1e3 * record.mean_tpot for record in finished if not record.item.parallel]
-
-    def goodput(flags: Sequence[bool]) -> float:
-        return sum(record.tokens for record, ok in zip(records, flags, strict=True) if ok) / seconds
-
     branches, turns = simulation.widths
     return {
         "policy": policy,
-        "goodput_mean": goodput(mean),
-        "attainment_mean": share(mean),
-        "goodput_stage": goodput(stage),
-        "attainment_stage": share(stage),
-        "serial_attainment": share(ok for record, ok in by_stage if not record.item.parallel),
-        "parallel_attainment": share(ok for record, ok in by_stage if record.item.parallel),
-        "ttft_attainment": share(r.finished and r.ttft <= setting.ttft_slo for r in records),
+        **client_row(simulation.measured, seconds, tpot_slo=setting.tpot_slo, ttft_slo=setting.ttft_slo),
         "raw_tokens_s": simulation.tokens / seconds,
         "mean_width": branches / turns if turns else None,
-        "e2e_p50_s": _quantile([record.last - record.arrival for record in finished], 0.5),
-        "serial_tpot_p99_ms": _quantile(serial_ms, 0.99),
     }
-
-
-def _quantile(values: Sequence[float], q: float) -> float | None:
-    return float(np.quantile(values, q)) if values else None
 
 
 def simulate(setting: Setting, policy: str) -> tuple[dict[str, Any], dict[str, float]]:
@@ -415,6 +310,8 @@ COLUMNS = {
     "attainment_mean": ("attained", "{:.1%}"),
     "goodput_stage": ("goodput stage", "{:.0f}"),
     "attainment_stage": ("attained", "{:.1%}"),
+    "goodput_critical": ("goodput crit.", "{:.0f}"),
+    "attainment_critical": ("attained", "{:.1%}"),
     "serial_attainment": ("serial", "{:.1%}"),
     "parallel_attainment": ("parallel", "{:.1%}"),
     "ttft_attainment": ("TTFT", "{:.1%}"),

@@ -2,6 +2,7 @@
 
     python -m bench.workload --family fanout --rate 1.6 --arrivals bursty --seconds 600 --seed 1 --json OUT
     python -m bench.workload --family fanout --clients 40 --requests 600 --seed 1 --json OUT
+    python -m bench.workload --family headline --seconds 105 --seed 1          # as the benchmarks name them
 
 Lengths are part of the workload, so that every policy, and a model with random weights too, serves the same
 tokens: a request's plan ends each stage by its limit alone.
@@ -10,12 +11,13 @@ tokens: a request's plan ends each stage by its limit alone.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ FORMAT = 1
 BURST_PERIOD, BURST_SECONDS, BURST, LULL = 45.0, 15.0, 1.6, 0.7
 BRANCH_SEED = 5  # tokens forced at the head of a branch, as of "\n<Path>\n1:"
 JOIN_SEED = 3  # and of what follows a join, as of "\n<Conclusion>\n"
+HEADLINE_RATE, HEADLINE_CLIENTS = 1.6, 40
+REQUESTS_PER_SECOND = 10  # of a closed loop, at most: so many are prepared
 
 Lengths = tuple[tuple[int, ...], ...]
 
@@ -59,6 +63,15 @@ class Item:
     @property
     def critical_path(self) -> int:
         return sum(map(max, self.stages))
+
+    def scaled(self, factor: float) -> Item:
+        """With every length times `factor`, at least 1."""
+
+        def length(tokens: int) -> int:
+            return max(1, round(factor * tokens))
+
+        stages = tuple(tuple(map(length, stage)) for stage in self.stages)
+        return replace(self, prompt=length(self.prompt), stages=stages)
 
     def request(self, id: str, slo: Slo, seed: int, vocab_size: int = 32_000) -> Request:
         """The request, with a random prompt and random seeds of branches drawn from `seed`."""
@@ -161,12 +174,24 @@ def best_of_n(rng: np.random.Generator) -> tuple[int, Lengths]:
     return prompt, (tuple(lognormal(rng, 300, 0.5) for _ in range(count)),)
 
 
+def azure_conv(rng: np.random.Generator) -> tuple[int, Lengths]:
+    """Serial requests like those of the Azure LLM inference trace 2023, conversation (19,366 in 3,502 s).
+
+    Published: medians of 1020 prompt and 129 output tokens (Patel et al., Splitwise, ISCA 2024, section III);
+    5.47 prompt tokens for each output token over the whole trace (github.com/Azure/AzurePublicDataset).
+    Assumed: lognormal and independent lengths, sigma 1 for outputs (mean 213); then the ratio asks for 0.513
+    for prompts (mean 1163). The trace's own modes, and how its lengths hang together, are lost.
+    """
+    return lognormal(rng, 1163, 0.513), ((lognormal(rng, 213, 1.0),),)
+
+
 FAMILIES: dict[str, Draw] = {
     "fanout": fanout,
     "mixed": mixed,
     "reasoning": reasoning,
     "light": light,
     "best-of-n": best_of_n,
+    "azure-conv": azure_conv,
 }
 
 # --- arrivals ----------------------------------------------------------------------------------------------
@@ -190,7 +215,23 @@ def bursty(rng: np.random.Generator, rate: float) -> Iterator[float]:
         yield periods * BURST_PERIOD + within
 
 
-ARRIVALS = {"poisson": poisson, "bursty": bursty}
+def gamma(rng: np.random.Generator, rate: float, burstiness: float) -> Iterator[float]:
+    """Gamma-distributed gaps: the variance of a gap is its squared mean over `burstiness`; 1 is Poisson."""
+    now = 0.0
+    while True:
+        now += rng.gamma(burstiness, 1.0 / (rate * burstiness))
+        yield now
+
+
+def azure_arrivals(rng: np.random.Generator, rate: float) -> Iterator[float]:
+    """Gaps as uneven as those of the trace's time stamps: their squared coefficient of variation is 1.20.
+
+    The trace's own rate is 5.53 a second; its slow drift is left out.
+    """
+    return gamma(rng, rate, burstiness=1 / 1.20)
+
+
+ARRIVALS = {"poisson": poisson, "bursty": bursty, "azure-conv": azure_arrivals}
 
 # --- workloads ---------------------------------------------------------------------------------------------
 
@@ -225,9 +266,23 @@ class Workload:
             "output_tokens_s": offered,
         }
 
-    def save(self, path: Path) -> None:
+    def scaled(self, factor: float) -> Workload:
+        """The same shape for a smaller model."""
+        return replace(self, items=tuple(item.scaled(factor) for item in self.items))
+
+    @property
+    def text(self) -> str:
+        """What is in its file."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False)
-        path.write_text(text.replace('{"arrival"', '\n{"arrival"') + "\n")
+        return text.replace('{"arrival"', '\n{"arrival"') + "\n"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its file: results of equal digests are of the same requests at the same times."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.text)
 
     @classmethod
     def load(cls, path: Path) -> Workload:
@@ -257,6 +312,38 @@ def closed_loop(family: str, clients: int, requests: int, seed: int) -> Workload
     return Workload(family, "closed", seed, items, clients=clients)
 
 
+def named(
+    name: str,
+    seed: int,
+    seconds: float,
+    *,
+    arrivals: str | None = None,
+    rate: float | None = None,
+    clients: int | None = None,
+) -> Workload:
+    """The workload that lasts for `seconds`, by the name that the benchmarks know it by.
+
+    headline         fanout, bursty arrivals, 1.6 a second
+    headline-closed  fanout, a closed loop of 40 clients
+    a family         with these arrivals (bursty, or its own), or clients in a closed loop
+    a path           of a file, which has a seed, arrivals and clients of its own
+
+    Raises ValueError for a file that is asked to be different, OSError for one that is not there.
+    """
+    if name == "headline-closed":
+        name, clients = "fanout", clients or HEADLINE_CLIENTS
+    elif name == "headline":
+        name = "fanout"
+    if name not in FAMILIES:
+        if rate or clients or arrivals:
+            raise ValueError(f"{name} has arrivals of its own")
+        return Workload.load(Path(name))
+    if clients is not None:
+        return closed_loop(name, clients, math.ceil(REQUESTS_PER_SECOND * seconds), seed)
+    own = name if name in ARRIVALS else "bursty"
+    return open_loop(name, arrivals or own, rate or HEADLINE_RATE, seconds, seed)
+
+
 def _item(family: str, rng: np.random.Generator, arrival: float) -> Item:
     prompt, stages = FAMILIES[family](rng)
     return Item(arrival, prompt, stages, "none" if len(stages[-1]) > 1 else "kv")
@@ -266,24 +353,25 @@ def table(workload: Workload) -> str:
     lines = [f"{workload.family}, {workload.arrivals} arrivals, seed {workload.seed}"]
     for name, value in workload.statistics().items():
         lines.append(f"{name.replace('_', ' '):<16}{'-' if value is None else f'{value:.6g}':>10}")
+    lines.append(f"SHA-256 {workload.digest}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> Workload:
     parser = argparse.ArgumentParser(prog="python -m bench.workload", description="Makes a workload file.")
-    parser.add_argument("--family", choices=FAMILIES, default="fanout")
-    parser.add_argument("--arrivals", choices=ARRIVALS, default="bursty")
-    parser.add_argument("--rate", type=float, default=1.6, help="requests per second")
+    parser.add_argument("--family", choices=("headline", "headline-closed", *FAMILIES), default="fanout")
+    parser.add_argument("--arrivals", choices=ARRIVALS, help="bursty, or the family's own")
+    parser.add_argument("--rate", type=float, help="requests per second, 1.6 unless set")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--clients", type=int, help="a closed loop of so many clients instead of arrivals")
-    parser.add_argument("--requests", type=int, default=600, help="of the closed loop")
+    parser.add_argument("--requests", type=int, help="of a closed loop, instead of 10 a second")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of all lengths, for a smaller model")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    if options.clients is not None:
-        workload = closed_loop(options.family, options.clients, options.requests, options.seed)
-    else:
-        workload = open_loop(options.family, options.arrivals, options.rate, options.seconds, options.seed)
+    seconds = options.requests / REQUESTS_PER_SECOND if options.requests else options.seconds
+    asked = {"arrivals": options.arrivals, "rate": options.rate, "clients": options.clients}
+    workload = named(options.family, options.seed, seconds, **asked).scaled(options.scale)
     if options.json is not None:
         workload.save(options.json)
     print(table(workload))

@@ -9,35 +9,18 @@ from typing import Any
 import pytest
 
 from bench import simulate as module
-from bench.simulate import (
-    Profile,
-    Record,
-    Setting,
-    Simulation,
-    merged_stages,
-    row,
-    share,
-    simulate,
-    unloaded_tpot,
-)
+from bench.measures import Record
+from bench.simulate import Profile, Setting, Simulation, row, simulate, unloaded_tpot
 from bench.workload import Item, Workload, closed_loop, open_loop
+from tests.bench.test_measures import seen
 
 PROFILE = Profile.load("h200-qwen3-32b")
 POLICIES = ("off", "cap:2", "eager", "taper")
 KEYS = {
-    "policy", "goodput_mean", "attainment_mean", "goodput_stage", "attainment_stage", "serial_attainment",
-    "parallel_attainment", "ttft_attainment", "raw_tokens_s", "mean_width", "e2e_p50_s", "serial_tpot_p99_ms",
+    "policy", "goodput_mean", "attainment_mean", "goodput_stage", "attainment_stage", "goodput_critical",
+    "attainment_critical", "serial_attainment", "parallel_attainment", "ttft_attainment", "raw_tokens_s",
+    "mean_width", "e2e_p50_s", "e2e_p99_s", "serial_tpot_p99_ms",
 }  # fmt: skip
-
-
-def seen(item: Item, first: float, *gaps: float, arrival: float = 0.0) -> Record:
-    """A request whose first token comes at `first` and each later one so many seconds after the last."""
-    record = Record(item, arrival)
-    record.emit(first)
-    for gap in gaps:
-        record.emit(record.last + gap)
-    record.finished = record.tokens == item.tokens
-    return record
 
 
 def setting(**changes: Any) -> Setting:
@@ -45,68 +28,23 @@ def setting(**changes: Any) -> Setting:
     return replace(Setting(profile=PROFILE, workload=workload, tpot_slo=0.031), **changes)
 
 
-# --- measures, by hand -------------------------------------------------------------------------------------
+# --- the row of a policy -----------------------------------------------------------------------------------
 
 
-def test_stages_end_with_their_last_token() -> None:
-    item = Item(0.0, 1, ((20,), (16, 14), (20,)))
-    record = seen(item, 5.0, *[1.0] * 19, *[0.5] * 30, *[3.0] * 20, arrival=4.0)
-    assert record.finished
-    assert record.ttft == 1.0
-    assert record.stage_ends == [24.0, 39.0, 99.0]
-    assert merged_stages(record) == [(5.0, 24.0, 19), (24.0, 39.0, 30), (39.0, 99.0, 20)]
-    assert record.mean_tpot == pytest.approx((19 + 15 + 60) / 69)
-    assert record.stage_tpot == 3.0
-
-
-def test_a_short_stage_counts_with_the_next_and_a_short_last_one_with_the_one_before() -> None:
-    item = Item(0.0, 1, ((4,), (8, 8), (15,)))
-    record = seen(item, 0.0, *[2.0] * 3, *[1.0] * 16, *[4.0] * 15)
-    assert merged_stages(record) == [(0.0, 82.0, 34)]
-    assert record.stage_tpot == pytest.approx(82 / 34)
-    short = seen(Item(0.0, 1, ((3,),)), 1.0, 0.5, 0.5)
-    assert merged_stages(short) == [(1.0, 2.0, 2)]
-    single = seen(Item(0.0, 1, ((1,),)), 1.0)
-    assert (single.mean_tpot, single.stage_tpot) == (0.0, 0.0)
-
-
-def test_the_mean_hides_a_slow_stage_that_the_stage_measure_shows() -> None:
-    item = Item(0.0, 1, ((20,), (100, 100), (20,)))
-    record = seen(item, 1.0, *[0.03] * 19, *[0.01] * 200, *[0.04] * 20)
-    simulation = Simulation(setting(end=10.0), "off")
-    simulation.records["0"] = record
-    result = row("off", simulation)
-    assert (result["attainment_mean"], result["attainment_stage"]) == (1.0, 0.0)
-    assert (result["goodput_mean"], result["goodput_stage"]) == (24.0, 0.0)
-
-
-def test_everything_that_arrived_in_the_window_is_in_the_denominator() -> None:
-    serial, parallel = Item(0.0, 1, ((20,),)), Item(0.0, 1, ((20, 20),))
+def test_what_arrived_in_the_window_is_measured() -> None:
+    serial = Item(0.0, 1, ((20,),))
     simulation = Simulation(setting(warmup=10.0, end=20.0), "off")
     simulation.records = {
-        "before": seen(serial, 9.5, *[0.01] * 19, arrival=9.0),
+        "before": seen(serial, 10.5, *[0.01] * 19, arrival=9.0),
         "good": seen(serial, 11.0, *[0.01] * 19, arrival=10.0),
-        "unfinished": seen(serial, 11.0, 0.01, arrival=12.0),
         "not started": Record(serial, 13.0),
-        "first token late": seen(serial, 19.0, *[0.01] * 19, arrival=13.5),
-        "good and parallel": seen(parallel, 20.5, *[0.02] * 39, arrival=19.9),
+        "answered after": seen(serial, 20.5, *[0.01] * 19, arrival=19.9),
         "after": seen(serial, 21.0, *[0.01] * 19, arrival=20.0),
     }
     result = row("off", simulation)
-    assert result["attainment_stage"] == 2 / 5
-    assert result["serial_attainment"] == 1 / 4
-    assert result["parallel_attainment"] == 1.0
-    assert result["ttft_attainment"] == 2 / 5
-    assert result["goodput_stage"] == (20 + 40) / 10
-
-
-def test_a_ratio_with_nothing_below_is_null() -> None:
-    assert share([]) is None
-    empty = row("off", Simulation(setting(warmup=1.0, end=2.0), "off"))
-    assert {key for key, value in empty.items() if value is None} == {
-        "attainment_mean", "attainment_stage", "serial_attainment", "parallel_attainment", "ttft_attainment",
-        "mean_width", "e2e_p50_s", "serial_tpot_p99_ms",
-    }  # fmt: skip
+    assert result["attainment_stage"] == 2 / 3
+    assert result["goodput_stage"] == (20 + 20) / 10
+    assert result["mean_width"] is None
 
 
 # --- the clock ---------------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ from bench.workload import (
     Item,
     Workload,
     closed_loop,
+    gamma,
     lognormal,
     main,
+    named,
     open_loop,
     table,
 )
@@ -73,6 +75,74 @@ def test_a_seed_decides_everything() -> None:
     first, again, other = (open_loop("mixed", "bursty", 2.0, 60.0, seed) for seed in (1, 1, 2))
     assert first == again
     assert first.items != other.items
+
+
+DIGESTS = {  # by name, seed and seconds: the first 16 hexadecimal digits
+    ("headline", 1, 105.0): "e1fe39cbc7298526",
+    ("headline", 2, 105.0): "f8cff117ed27f63a",
+    ("headline", 3, 105.0): "b658aab43a4e82fa",
+    ("headline-closed", 1, 105.0): "ed479498a04a53a5",
+    ("headline-closed", 2, 105.0): "97a678f47d1276a7",
+    ("headline-closed", 3, 105.0): "dcea628aaf52cc5e",
+    ("mixed", 1, 60.0): "64a2842e0b74ff95",
+    ("reasoning", 1, 60.0): "d71301d2b1d3aa47",
+    ("light", 1, 60.0): "33e7bd2d8ffc57b2",
+    ("best-of-n", 1, 60.0): "cf4c6a7145a6b3a5",
+    ("azure-conv", 1, 60.0): "5fa4b62d03806dba",
+}
+
+
+@pytest.mark.parametrize("named_as", DIGESTS)
+def test_workloads_do_not_drift(named_as: tuple[str, int, float]) -> None:
+    """Results are compared across months: a name and a seed are the same requests, to the last bit."""
+    assert named(*named_as).digest[:16] == DIGESTS[named_as]
+
+
+def test_the_headline_points_are_what_the_issue_says() -> None:
+    assert named("headline", 3, 90.0) == open_loop("fanout", "bursty", 1.6, 90.0, 3)
+    assert named("headline", 3, 90.0, rate=0.8).rate == 0.8
+    assert named("headline-closed", 3, 9.0) == closed_loop("fanout", 40, 90, 3)
+    assert named("headline-closed", 3, 9.0, clients=20).clients == 20
+
+
+def test_a_name_is_a_family_or_a_file(tmp_path: Path) -> None:
+    assert named("mixed", 2, 30.0, arrivals="poisson") == open_loop("mixed", "poisson", 1.6, 30.0, 2)
+    assert named("azure-conv", 2, 30.0, rate=5.53).arrivals == "azure-conv"
+    workload = closed_loop("light", 2, 3, seed=1)
+    workload.save(tmp_path / "w.json")
+    assert named(str(tmp_path / "w.json"), 9, 30.0) == workload
+    with pytest.raises(ValueError, match="arrivals of its own"):
+        named(str(tmp_path / "w.json"), 9, 30.0, rate=1.0)
+    with pytest.raises(FileNotFoundError):
+        named("fan-out", 1, 30.0)
+
+
+def test_azure_conv_has_the_published_medians_and_ratio() -> None:
+    items = closed_loop("azure-conv", 1, 40_000, seed=1).items
+    assert not any(item.parallel for item in items)
+    assert np.median([item.prompt for item in items]) == pytest.approx(1020, rel=0.01)
+    assert np.median([item.tokens for item in items]) == pytest.approx(129, rel=0.02)
+    totals = sum(item.prompt for item in items) / sum(item.tokens for item in items)
+    assert totals == pytest.approx(5.47, rel=0.02)
+
+
+@pytest.mark.parametrize("burstiness", [0.5, 1 / 1.2, 3.0])
+def test_gamma_gaps_have_the_rate_and_the_burstiness(burstiness: float) -> None:
+    times = [*itertools.islice(gamma(np.random.default_rng(1), 4.0, burstiness), 20_000)]
+    gaps = np.diff(times)
+    assert np.mean(gaps) == pytest.approx(0.25, rel=0.03)
+    assert np.var(gaps) / np.mean(gaps) ** 2 == pytest.approx(1 / burstiness, rel=0.06)
+
+
+def test_a_smaller_workload_has_the_same_shape() -> None:
+    workload = open_loop("fanout", "bursty", 2.0, 60.0, seed=1)
+    small = workload.scaled(0.1)
+    for item, less in zip(workload.items, small.items, strict=True):
+        assert (less.arrival, less.join) == (item.arrival, item.join)
+        assert [*map(len, less.stages)] == [*map(len, item.stages)]
+        assert less.prompt == max(1, round(0.1 * item.prompt))
+    assert workload.scaled(1e-9).items[0].critical_path == len(workload.items[0].stages)
+    assert workload.scaled(1.0) == workload
 
 
 @pytest.mark.parametrize("family", FAMILIES)

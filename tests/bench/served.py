@@ -1,0 +1,76 @@
+"""A server without a model: the real gRPC service, engine and scheduler over steps that take no time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from scheduler.plan import Sample, StepPlan
+from scheduler.predictor import StepLatencyModel
+from scheduler.scheduler import Scheduler, SchedulerConfig
+from serve.config import ServerConfig
+from serve.engine import Engine
+from serve.server import Backend, Service, listen, shut_down
+from tests.serve.fakes import ByteTokenizer, served_model
+
+BUCKETS = (4, 16, 64)
+MAX_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Handle:
+    count: int
+
+    def samples(self) -> tuple[Sample, ...]:
+        return (Sample(65),) * self.count
+
+
+class Runner:
+    """Samples the letter A."""
+
+    def launch(self, plan: StepPlan) -> Handle:
+        return Handle(sum(entry.samples for entry in plan.entries))
+
+
+@dataclass(frozen=True)
+class Served:
+    address: str
+    metrics_url: str
+    engine: Engine
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[Served]:
+    """Runs in a thread of its own."""
+    found: list[Served] = []
+    up, stop = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        service = Service(ServerConfig(port=0))
+        config = SchedulerConfig(
+            num_pages=4096, page_size=16, num_slots=128, max_context=MAX_CONTEXT, max_queue=64, max_chunk=512
+        )
+        scheduler = Scheduler(config, StepLatencyModel(dict.fromkeys(BUCKETS, 1e-6)), ByteTokenizer())
+        engine = Engine(scheduler, Runner(), on_step=service.metrics.observe_step)
+        engine.start()
+        service.serve(Backend(engine=engine, model=served_model(max_context=MAX_CONTEXT)))
+        server, address = listen(service)
+        await server.start()
+        port, stop_metrics = service.metrics.listen(0)
+        found.append(Served(address, f"http://127.0.0.1:{port}/metrics", engine))
+        up.set()
+        await asyncio.to_thread(stop.wait)
+        await shut_down(server, service, timeout=0.0)
+        stop_metrics()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    up.wait()
+    try:
+        yield found[0]
+    finally:
+        stop.set()
+        thread.join()
