@@ -18,7 +18,7 @@ from attention.heads import HeadNorms, Places
 from attention.layout import Capacity, WorkList, plan_rows
 from attention.reads import Read, Reads, Segment
 from attention.tile_planner import plan_tiles
-from attention.tiles import TileCapacity, TileList
+from attention.tiles import TileCapacity, TileList, Tiling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,19 +46,21 @@ __all__ = [
 
 
 class Backend(NamedTuple):
-    """tiled: takes a TileList instead of a WorkList."""
+    """tiling: from (heads, kv_heads, page_size), of a backend that takes a TileList instead of a WorkList."""
 
     enter: Callable[..., tuple[Array, Array, Array]]
     attend: Callable[..., tuple[Array, Array]]
-    tiled: bool
+    tiling: Callable[..., Tiling] | None = None
 
 
 BACKENDS = {
-    "reference": Backend(heads.enter, reference.attend, tiled=False),
-    "xla": Backend(heads.enter, xla.attend, tiled=False),
-    "gpu": Backend(gpu.enter, gpu.attend, tiled=True),
+    "reference": Backend(heads.enter, reference.attend),
+    "xla": Backend(heads.enter, xla.attend),
+    "gpu": Backend(gpu.enter, gpu.attend, gpu.tiling),
+    # What a row computes does not depend on the other rows: docs/schedule-invariance.md.
+    "gpu-alone": Backend(gpu.enter, partial(gpu.attend, alone=True), partial(gpu.tiling, alone=True)),
     "gpu-interpreted": Backend(
-        partial(gpu.enter, interpret=True), partial(gpu.attend, interpret=True), tiled=True
+        partial(gpu.enter, interpret=True), partial(gpu.attend, interpret=True), gpu.tiling
     ),
 }
 
@@ -82,9 +84,10 @@ def capacity(
 
     `pages_per_read` (the longest context in pages) may bound them further.
     """
-    if _backend(backend).tiled:
-        tiling = gpu.tiling(heads, kv_heads, page_size)
-        return TileCapacity.for_bucket(rows, num_pages, tiling, pages_per_read)
+    tiling = _backend(backend).tiling
+    if tiling is not None:
+        cut = tiling(heads, kv_heads, page_size)
+        return TileCapacity.for_bucket(rows, num_pages, cut, pages_per_read)
     return Capacity.for_bucket(rows, num_pages, pages_per_read)
 
 

@@ -46,8 +46,8 @@ MERGE_HEADS = 4
 ENTER_HEADS = 8  # heads of one row that a program normalises, rotates and writes
 
 
-def tiling(heads: int, kv_heads: int, page_size: int) -> Tiling:
-    """How these kernels cut a step into tiles."""
+def tiling(heads: int, kv_heads: int, page_size: int, *, alone: bool = False) -> Tiling:
+    """How these kernels cut a step into tiles; `alone`: a row's result does not depend on the other rows."""
     group = heads // kv_heads
     return Tiling(
         page_size=page_size,
@@ -56,6 +56,7 @@ def tiling(heads: int, kv_heads: int, page_size: int) -> Tiling:
         wide_rows=max(1, WIDE // group),
         block_pages=max(1, BLOCK_TOKENS // page_size),
         workers=WORKERS,
+        alone=alone,
     )
 
 
@@ -71,9 +72,10 @@ def attend(
     tiles: TileList,
     *,
     scale: float,
+    alone: bool = False,
     interpret: bool = False,
 ) -> tuple[Float[Array, "rows heads head_dim"], Float[Array, "rows heads"]]:
-    """See `attention.shared_prefix_attention`. `interpret`: without a GPU, slowly.
+    """See `attention.shared_prefix_attention`. `alone`: as in the tiling. `interpret`: without a GPU, slowly.
 
     Raises:
       ValueError: head_dim or the type is not supported, page_size is not a power of two from 2 on, or the
@@ -94,7 +96,7 @@ def attend(
     slots = tiles.part_slots.shape[0]
     partial_type = jnp.promote_types(jnp.float32, q.dtype)
     shape = jax.ShapeDtypeStruct
-    cut = tiling(heads, kv_heads, page_size)
+    cut = tiling(heads, kv_heads, page_size, alone=alone)
     kernel = partial(_tiles_kernel, tiling=cut, scale=scale, interpret=interpret)
     out, lse, part_out, part_lse = _call(
         kernel,
@@ -294,9 +296,11 @@ def _tiles_kernel(
 
         @pl.when(rows > 0)
         def _() -> None:
-            lax.cond(
-                rows <= tiling.narrow_rows, lambda: run(tile, head, NARROW), lambda: run(tile, head, WIDE)
-            )
+            if tiling.alone:  # matrix products of other shapes may round differently
+                run(tile, head, WIDE)
+            else:
+                narrow = rows <= tiling.narrow_rows
+                lax.cond(narrow, lambda: run(tile, head, NARROW), lambda: run(tile, head, WIDE))
 
     worker, workers = pl.program_id(0), pl.num_programs(0)
     # The first tile need not wait for the number of tiles: one that is padding has no rows.

@@ -144,6 +144,16 @@ class ReadTree:
             partial=(valid < page_size).nonzero()[0],
         )
 
+    @property
+    def leading_full(self) -> Int[np.ndarray, " reads"]:
+        """How many pages of each read come before its first partial one."""
+        full = self.count - (self.end % self.page_size > 0)
+        if not len(self.partial):
+            return full
+        ahead = np.minimum(np.searchsorted(self.partial, self.context), len(self.partial) - 1)
+        first = self.partial[ahead] - self.context
+        return np.where((first >= 0) & (first < self.depth), first, full)
+
     def split(self, most_rows: int) -> ReadTree:
         """The same rows as reads of at most `most_rows` rows each."""
         if self.rows.max() <= most_rows:

@@ -62,13 +62,22 @@ def plan_tiles(reads: Reads, capacity: TileCapacity) -> tuple[Int[np.ndarray, " 
     tree = tree.split(tiling.wide_rows)
     check_fits("rows", int(tree.rows.sum()), capacity.rows)
 
+    if tiling.alone:
+        tiles = _Tiles.of(tree, np.arange(len(tree.rows)), tiling)
+        _check_fits(tiles, capacity)
+        _Parts.unsplit(tiles, tiling).write(tiles, out)
+        return order, out
     tiles = _Tiles.of(tree, _cut(tree, tiling), tiling)
     if len(tiles.page_ids) > capacity.page_refs:
         tiles = _Tiles.of(tree, _cut_least(tree, tiling), tiling)
-    check_fits("tiles", len(tiles.row), capacity.tiles)
-    check_fits("page references", len(tiles.page_ids), capacity.page_refs)
+    _check_fits(tiles, capacity)
     _split(tiles, capacity).write(tiles, out)
     return order, out
+
+
+def _check_fits(tiles: _Tiles, capacity: TileCapacity) -> None:
+    check_fits("tiles", len(tiles.row), capacity.tiles)
+    check_fits("page references", len(tiles.page_ids), capacity.page_refs)
 
 
 # --- where the rows are cut --------------------------------------------------------------------------------
@@ -210,7 +219,9 @@ class _Tiles:
 
         # Leading pages of the tiles' reads that all of their rows see whole: the full ones are tile_whole.
         depth = reads.shared.copy()
-        depth[first] = reads.whole[first]
+        depth[first] = (
+            np.minimum(reads.whole, reads.leading_full)[first] if tiling.alone else reads.whole[first]
+        )
         common = np.minimum.reduceat(depth, first)
         run, run_size = reads.runs(first, 0, common)
         partial = np.searchsorted(reads.partial, run)

@@ -30,6 +30,8 @@ class Tiling:
     wide_rows    most rows of a wide tile
     block_pages  page references that the kernel reads at once
     workers      (tile, KV head) pairs that the device computes at the same time
+    alone        each read has a tile of its own, whose pages come in order and unsplit: what a row computes
+                 does not depend on the other rows
     """
 
     page_size: int
@@ -38,6 +40,7 @@ class Tiling:
     wide_rows: int
     block_pages: int
     workers: int
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.page_size <= MAX_PAGE_SIZE:
@@ -46,6 +49,8 @@ class Tiling:
             raise ValueError(f"a Tiling needs 1 <= narrow_rows <= wide_rows <= {MAX_ROWS}")
         if min(self.kv_heads, self.block_pages, self.workers) < 1:
             raise ValueError("a Tiling needs kv_heads, block_pages and workers >= 1")
+        if self.alone and self.block_pages > 1:
+            raise ValueError("tiles of reads alone need blocks of one page: a larger page_size")
 
     @property
     def head_workers(self) -> int:
@@ -76,7 +81,7 @@ class TileCapacity:
         as whole ones, to fill a block.
         """
         longest = num_pages if pages_per_read is None else min(num_pages, pages_per_read)
-        cuts = min(rows - 1, 2 * rows // (tiling.wide_rows + 1))
+        cuts = min(rows - 1, rows if tiling.alone else 2 * rows // (tiling.wide_rows + 1))
         return cls(
             rows=rows,
             tiles=rows + tiling.head_workers,

@@ -24,6 +24,9 @@ class ServerConfig:
     float64 is for exact tests on CPU."""
     attention: str = "auto"
     """Attention backend; `auto` picks by device."""
+    deterministic: bool = False
+    """On a GPU: what a row computes does not depend on the rows beside it. Slower where branches share a
+    prefix; with a single bucket, tokens are the same under every schedule."""
 
     host: str = "127.0.0.1"
     """Address to listen on. Loopback unless told otherwise: there is no authentication yet."""

@@ -13,7 +13,7 @@ from typing import Literal, cast
 import jax
 import jax.numpy as jnp
 
-from attention import default_backend
+from attention import BACKENDS, default_backend
 from model.checkpoint import abstract_model, load_model, model_folder
 from model.qwen3 import Qwen3
 from model.tokenizer import Tokenizer
@@ -120,9 +120,7 @@ def _compiled_runner(
             page_size=config.page_size,
             buckets=config.buckets,
             num_slots=2 * max(config.buckets),
-            backend=default_backend(model.config.head_dim, model.dtype)
-            if config.attention == "auto"
-            else config.attention,
+            backend=_attention(config, model),
             max_logit_bias=config.max_logit_bias,
             max_top_logprobs=config.max_top_logprobs,
         )
@@ -133,6 +131,17 @@ def _compiled_runner(
             sizes = replace(sizes, num_pages=memory.num_pages)
         runner = Runner(model, sizes)
         return runner, runner.compile(), memory
+
+
+def _attention(config: ServerConfig, model: Qwen3) -> str:
+    if config.attention != "auto":
+        return config.attention
+    backend = default_backend(model.config.head_dim, model.dtype)
+    if not config.deterministic:
+        return backend
+    if f"{backend}-alone" not in BACKENDS:
+        raise ValueError(f"attention by {backend} has no deterministic form: leave --deterministic out")
+    return f"{backend}-alone"
 
 
 def _keep_compiled_programs(folder: str | None) -> None:

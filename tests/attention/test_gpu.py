@@ -16,7 +16,17 @@ from hypothesis import given, settings
 from jax import Array
 
 import attention
-from attention import HeadNorms, Places, TileCapacity, enter, gpu, shared_prefix_attention
+from attention import (
+    HeadNorms,
+    Places,
+    Read,
+    Reads,
+    Segment,
+    TileCapacity,
+    enter,
+    gpu,
+    shared_prefix_attention,
+)
 from tests.attention.dense import make_case
 from tests.attention.forest import Forest, forests, groups_of_branches, mixed_reads
 
@@ -124,6 +134,55 @@ def test_splits_change_nothing(workers: int) -> None:
     out, lse = made.errors(BACKEND)
     assert out < 2e-6
     assert lse < 5e-6
+
+
+def test_a_row_alone_computes_the_same_bits_whatever_the_other_rows_are() -> None:
+    """Decode rows beside siblings, requests and prompt chunks; and parts of each chunk as a step of their own."""
+    page_size, heads, kv_heads, head_dim, num_pages = 64, 4, 2, 16, 64
+    context = (Segment((5, 9, 30), 150), Segment((7,), 64))
+    reads = [
+        Read(context, Segment((11, 3), 70), rows=1, ordinal=69),
+        Read(context, Segment((12,), 9), rows=1, ordinal=8),
+        Read(context[:1], Segment((20, 21, 22), 140), rows=20, ordinal=120),
+        Read((), Segment((40, 41), 128), rows=1, ordinal=127),
+        Read((), Segment((50, 51, 52), 131), rows=30, ordinal=101),
+    ]
+    capacity = TileCapacity.for_bucket(64, num_pages, gpu.tiling(heads, kv_heads, page_size, alone=True))
+    keys = jax.random.split(jax.random.key(3), 3)
+    k, v = (jax.random.normal(key, (num_pages, kv_heads, page_size, head_dim)) for key in keys[:2])
+    queries = jax.random.normal(keys[2], (len(reads), 64, heads, head_dim))
+    attend = jax.jit(partial(gpu.attend, scale=0.25, alone=True, interpret=True))
+
+    def rows_of(parts: list[tuple[int, int, int]]) -> dict[tuple[int, int], np.ndarray]:
+        """What the rows first..end of each read compute, in one step: by (read, row)."""
+        step = [
+            reads[n]._replace(
+                own=reads[n].own._replace(
+                    pages=reads[n].own.pages[: -(-(reads[n].ordinal + end) // page_size)],
+                    length=reads[n].ordinal + end,
+                ),
+                rows=end - first,
+                ordinal=reads[n].ordinal + first,
+            )
+            for n, first, end in parts
+        ]
+        order, tiles = attention.plan(Reads.of(step), capacity, page_size)
+        names = [(parts[i][0], row) for i in order for row in range(*parts[i][1:])]
+        q = (
+            jnp.zeros((64, heads, head_dim))
+            .at[: len(names)]
+            .set(jnp.stack([queries[name] for name in names]))
+        )
+        out, lse = attend(q, k, v, tiles)
+        both = np.concatenate([out, lse[..., None]], axis=-1)
+        return dict(zip(names, both, strict=False))
+
+    together = rows_of([(n, 0, read.rows) for n, read in enumerate(reads)])
+    assert len(together) == 53
+    for n, read in enumerate(reads):
+        for first, end in {(0, read.rows), (read.rows // 2, read.rows), (read.rows - 1, read.rows)}:
+            for name, bits in rows_of([(n, first, end)]).items():
+                np.testing.assert_array_equal(bits, together[name])
 
 
 def test_no_work_gives_zeros() -> None:
