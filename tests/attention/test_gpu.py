@@ -137,7 +137,7 @@ def test_splits_change_nothing(workers: int) -> None:
 
 
 def test_a_row_alone_computes_the_same_bits_whatever_the_other_rows_are() -> None:
-    """Decode rows beside siblings, requests and prompt chunks; and parts of each chunk as a step of their own."""
+    """Decode rows beside siblings, requests and prompt chunks; and parts of each as steps of their own."""
     page_size, heads, kv_heads, head_dim, num_pages = 64, 4, 2, 16, 64
     context = (Segment((5, 9, 30), 150), Segment((7,), 64))
     reads = [
