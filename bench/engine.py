@@ -37,7 +37,7 @@ from scheduler.request import Slo
 from serve import startup
 from serve.config import ServerConfig
 from serve.engine import Engine
-from serve.runner import Runner, StepHandle
+from serve.runner import Runner
 
 PATIENT = Slo(tpot=10.0, ttft=3600.0)
 
@@ -63,7 +63,6 @@ class HostTimes:
         self._time(engine.scheduler, "schedule")
         self._time(engine.scheduler, "update")
         self._time(runner, "launch")
-        self._time(StepHandle, "samples")
 
     def _time(self, owner: Any, name: str) -> None:
         function: Callable[..., Any] = getattr(owner, name)
@@ -74,6 +73,7 @@ class HostTimes:
             self.calls[name].append(time.perf_counter() - started)
             if name == "launch":
                 self.plans.append(arguments[0])
+                self._time(result, "samples")
             return result
 
         setattr(owner, name, timed)

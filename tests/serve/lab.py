@@ -56,9 +56,12 @@ TINY = ModelConfig(
 
 def tiny_runner(dtype: Any, buckets: Sequence[int]) -> Runner:
     """A compiled runner of a random model."""
+    return compiled_runner(tiny_model(dtype), buckets)
+
+
+def tiny_model(dtype: Any) -> Qwen3:
     with jax.enable_x64(jnp.dtype(dtype) == jnp.float64):
-        model = random_weights(Qwen3(TINY, dtype), 7, Placement())
-    return compiled_runner(model, buckets)
+        return random_weights(Qwen3(TINY, dtype), 7, Placement())
 
 
 def compiled_runner(model: Qwen3, buckets: Sequence[int], backend: str = "xla") -> Runner:

@@ -14,7 +14,7 @@ import pytest
 from scheduler.program import Plan
 from scheduler.request import Request, SamplingParams, Slo
 from serve.runner import Runner
-from tests.serve.lab import compiled_runner, run
+from tests.serve.lab import compiled_runner, run, tiny_model
 from tests.serve.loads import load, serial
 
 COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -78,7 +78,7 @@ def test_nothing_compiles_while_serving(runner: Runner, policy: str) -> None:
 
 def test_the_gpu_kernels_serve_the_same_tokens(runner: Runner) -> None:
     """Forks, joins, prompt chunks and preemption through tiles; the kernels are interpreted."""
-    kernels = compiled_runner(runner.model, (16,), backend="gpu-interpreted")
+    kernels = compiled_runner(tiny_model(jnp.float32), (16,), backend="gpu-interpreted")
     requests = load(Slo(tpot=1.0, ttft=60.0))
     record = run(kernels, requests, policy="eager", num_pages=60)
     assert record.preemptions() > 0
