@@ -97,8 +97,11 @@ def save_orbax(model: Qwen3, folder: Path) -> None:
     """Writes the model's arrays, in the dtype they have, to `folder`/orbax, replacing what was there."""
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / _ORBAX).absolute(), nnx.to_pure_dict(nnx.state(model)), force=True)
+    # A plain file for each array: OCDBT copies what it wrote, and weights hardly compress.
+    plain = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    with ocp.Checkpointer(plain) as checkpointer:
+        arrays = ocp.args.PyTreeSave(nnx.to_pure_dict(nnx.state(model)))
+        checkpointer.save((folder / _ORBAX).absolute(), arrays, force=True)
 
 
 def restore_orbax(model: Qwen3, folder: Path, placement: Placement) -> Qwen3:
