@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -325,7 +326,7 @@ def random_steps(served: Served, segments: Sequence[Segment], rng: np.random.Gen
 
 
 def dense_logits(
-    tensors: Mapping[str, Array], config: ModelConfig, tokens: np.ndarray
+    tensors: Mapping[str, Array], tokens: np.ndarray | Array, config: ModelConfig
 ) -> Float[Array, "tokens vocab"]:
     """Logits of a whole sequence at once, all in float32, from tensors under Hugging Face's names."""
     heads, kv_heads, size, count = config.num_heads, config.num_kv_heads, config.head_dim, len(tokens)
@@ -372,14 +373,16 @@ def check_logits(served: Served, seed: int) -> dict[str, Any]:
     requests = [random_request(scale, rng, pages) for _ in range(scale.requests)]
     random_steps(served, list(chain(*requests)), rng)
     tensors = {name: jnp.asarray(tensor) for name, tensor in hf_tensors(served.model).items()}
-    oracle = jax.jit(lambda tokens: dense_logits(tensors, served.config, tokens))
+    oracle = jax.jit(partial(dense_logits, config=served.config))
     difference = size = 0.0
     clear = same = positions = 0
     for trunk, *branches in requests:
         for branch in branches:
             first = 0 if branch is branches[0] else len(trunk.tokens)  # the trunk counts once
             logits = np.concatenate([*trunk.logits, *branch.logits])[first:]
-            reference = np.asarray(oracle(np.concatenate([trunk.tokens, branch.tokens])))[first:]
+            reference = np.asarray(oracle(tensors, tokens=np.concatenate([trunk.tokens, branch.tokens])))[
+                first:
+            ]
             difference += float(np.square(logits - reference, dtype=np.float64).sum())
             size += float(np.square(reference, dtype=np.float64).sum())
             second, best = np.partition(reference, -2, axis=-1)[:, -2:].T

@@ -4,9 +4,10 @@
     python -m bench.generate --model qwen3-8b -- --attention xla      # more options of taper-serve
 
 All prompts are sent at once, as random token ids; answers are greedy and all have the same length. Every
-contender runs in a process of its own, one after the other, with random weights of the same shapes, and runs
-twice with different prompts: the first run warms up, the second counts. What is timed ends with the last
-token, and begins with the first request sent (taper), or with the batch on the device (transformers).
+contender runs in a process of its own (this one leaves the device alone), one after the other, with random
+weights of the same shapes, and runs twice with different prompts: the first run warms up, the second counts.
+What is timed ends with the last token, and begins with the first request sent (taper), or with the batch on
+its way to the device (transformers).
 
 The byte floor of decoding: every weight and every position of KV read once for a step, at the copy rate of
 this device. It is compared with the time in which all requests were decoding and none was finished.
@@ -18,7 +19,6 @@ import argparse
 import asyncio
 import importlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -29,9 +29,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -215,7 +212,8 @@ def run_transformers(load: Load, setting: str) -> dict[str, Any]:
         ).eval()
     run = {"static": _static, "continuous": _continuous}[mode](torch, transformers, model, load, options)
     _, seconds = run(load.ids(0)), run(load.ids(1))
-    return {"seconds": seconds, "tokens_per_second": load.output_tokens / seconds, "torch": torch.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"seconds": seconds, "tokens_per_second": load.output_tokens / seconds, "versions": versions}
 
 
 def _static(

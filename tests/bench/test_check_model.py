@@ -71,7 +71,7 @@ def test_one_missed_bar_fails() -> None:
 def test_the_dense_reference_agrees_with_another_one() -> None:
     model = random_weights(Qwen3(TINY.logits, jnp.float32), 3, ON_ONE_DEVICE)
     tokens = np.random.default_rng(3).integers(0, TINY.logits.vocab_size, 20)
-    mine = dense_logits({k: jnp.asarray(v) for k, v in hf_tensors(model).items()}, TINY.logits, tokens)
+    mine = dense_logits({k: jnp.asarray(v) for k, v in hf_tensors(model).items()}, tokens, TINY.logits)
     np.testing.assert_allclose(mine, dense.dense_logits(hf_tensors(model), TINY.logits, tokens), atol=1e-4)
 
 
