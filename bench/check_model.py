@@ -37,6 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import attention
+from attention.reads import Read, Reads
+from attention.reads import Segment as Filled
 from bench import hardware
 from model.checkpoint import load_model
 from model.config import ModelConfig
@@ -221,14 +223,9 @@ class Segment:
     def left(self) -> int:
         return len(self.tokens) - self.fed
 
-    def filled(self) -> tuple[list[int], list[int]]:
-        """(pages, valid) of what has been fed."""
-        full, rest = divmod(self.fed, PAGE)
-        valid = [PAGE] * full + [rest] * (rest > 0)
-        return self.pages[: len(valid)], valid
-
-
-Step = Sequence[tuple[Segment, int]]
+    def filled(self) -> Filled:
+        """What has been fed."""
+        return Filled(self.pages[: -(-self.fed // PAGE)], self.fed)
 
 
 class Pages:
@@ -282,12 +279,11 @@ class Served:
             first = segment.fed
             segment.fed += count
             ordinals = np.arange(first, segment.fed)
-            own, valid = segment.filled()
-            before, before_valid = segment.parent.filled() if segment.parent else ([], [])
-            reads.append(attention.Read(before + own, before_valid + valid, len(own), count, first))
+            context = (segment.parent.filled(),) if segment.parent else ()
+            reads.append(Read(context, segment.filled(), count, first))
             page, offset = np.array(segment.pages)[ordinals // PAGE], ordinals % PAGE
             rows.append((segment.tokens[ordinals], segment.start + ordinals, page, offset))
-        order, work = attention.plan(reads, self.layout.capacity, PAGE)
+        order, work = attention.plan(Reads.of(reads), self.layout.capacity, PAGE)
         arrays = [np.concatenate([rows[i][part] for i in order]).astype(np.int32) for part in range(4)]
         every = np.arange(len(arrays[0]), dtype=np.int32)
         sample = SampleInputs(**dict.fromkeys(SampleInputs._fields, every))
