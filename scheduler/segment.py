@@ -46,7 +46,7 @@ class Segment:
         self.lead = lead
         self.tokens: list[int] = []
         self.sampled = bytearray()
-        self.pages: list[int] = []
+        self.pages: tuple[int, ...] = ()
         self.computed = 0
         self.shared = 0
 
@@ -77,17 +77,18 @@ class Segment:
         self.shared = min(self.shared, length // pool.page_size)
         keep = pool.pages_for(length)
         pool.release(self.pages[keep:])
-        del self.pages[keep:]
+        self.pages = self.pages[:keep]
 
     def drop(self, pool: PagePool) -> None:
         """Give up the pages; the tokens can be replayed."""
         pool.release(self.pages)
-        self.pages = []
+        self.pages = ()
         self.computed = self.shared = 0
 
     def read(self, pool: PagePool) -> SegmentRead:
         """How a step reads what is computed so far."""
-        return SegmentRead(tuple(self.pages[: pool.pages_for(self.computed)]), self.computed)
+        count = pool.pages_for(self.computed)
+        return SegmentRead(self.pages if count == len(self.pages) else self.pages[:count], self.computed)
 
 
 def text(segments: Iterable[Segment]) -> tuple[list[int], bytearray]:

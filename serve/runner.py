@@ -25,7 +25,7 @@ from model.sampling import SampleOutputs, Sampling, SlotState, assign, count_his
 from model.step import StepLayout, StepProgram, compile_step
 from scheduler.buckets import Buckets
 from scheduler.plan import Entry, Sample, SegmentRead, SlotSetup, StepPlan
-from scheduler.predictor import StepLatencyModel
+from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.request import SamplingParams
 from serve.packing import step_inputs
 
@@ -244,8 +244,7 @@ def _probe(bucket: int, pages_each: int, config: RunnerConfig) -> StepPlan:
         slots=(),
         deferred=(),
         bucket=bucket,
-        rows=bucket,
-        kv_tokens=bucket * length,
+        load=StepLoad(bucket, private_kv=bucket * length, items=bucket, raw_kv=bucket * length),
         predicted_seconds=0.0,
         baseline_seconds=0.0,
         budget_seconds=0.0,

@@ -16,9 +16,11 @@ from attention import default_backend
 from model.checkpoint import load_model, model_folder
 from model.tokenizer import Tokenizer
 from scheduler.plan import StepResult
+from scheduler.predictor import StepLoad
 from scheduler.program import GRAMMARS
 from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.slack import ControllerConfig
 from serve.config import ServerConfig
 from serve.engine import Engine
 from serve.requests import ServedModel
@@ -61,8 +63,9 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
         "compiled", buckets={bucket: round(s, 1) for bucket, s in seconds.items()}, seconds=_since(started)
     )
     latency = runner.measure()
-    milliseconds = {bucket: round(1e3 * latency.predict(bucket, 0), 2) for bucket in runner.buckets}
-    log.info("measured", step_ms=milliseconds, kv_token_ns=round(1e9 * latency.kv_token_seconds, 2))
+    milliseconds = {bucket: round(1e3 * latency.rows_seconds(bucket), 2) for bucket in runner.buckets}
+    kv_token_ns = round(1e9 * latency.reading_seconds(StepLoad(1, private_kv=1)), 2)
+    log.info("measured", step_ms=milliseconds, kv_token_ns=kv_token_ns)
 
     max_context = min(model.config.max_context, config.max_context or model.config.max_context)
     scheduler = Scheduler(
@@ -73,8 +76,7 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
             max_context=max_context,
             max_queue=config.max_queue,
             max_chunk=config.max_chunk,
-            rho=config.rho,
-            fill=config.fill,
+            controller=ControllerConfig(rho=config.rho, fill=config.fill),
             prefix_cache=config.prefix_cache,
             policy=config.policy,
         ),

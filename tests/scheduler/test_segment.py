@@ -8,7 +8,7 @@ from scheduler.segment import Segment, text
 def computed(pool: PagePool, tokens: list[int], start: int = 0) -> Segment:
     segment = Segment(0, start, ())
     segment.extend(tokens)
-    segment.pages = pool.allocate(pool.pages_for(len(tokens)))
+    segment.pages = tuple(pool.allocate(pool.pages_for(len(tokens))))
     segment.computed = len(tokens)
     return segment
 
@@ -45,7 +45,7 @@ def test_a_cut_gives_back_the_pages_beyond() -> None:
 def test_a_cut_forgets_what_was_computed_of_tokens_that_never_came() -> None:
     pool = PagePool(4, 2)
     segment = computed(pool, [1, 2])
-    segment.computed, segment.pages = 3, [*segment.pages, *pool.allocate(1)]
+    segment.computed, segment.pages = 3, (*segment.pages, *pool.allocate(1))
     segment.cut(2, pool)
     assert (segment.computed, segment.missing, pool.owned) == (2, 0, 1)
 
@@ -68,9 +68,9 @@ def test_a_dropped_segment_keeps_its_tokens() -> None:
 def test_a_read_names_the_filled_pages() -> None:
     pool = PagePool(4, 2)
     segment = computed(pool, [1, 2, 3])
-    assert segment.read(pool) == SegmentRead(tuple(segment.pages), 3)
+    assert segment.read(pool) == SegmentRead(segment.pages, 3)
     segment.computed = 2
-    assert segment.read(pool) == SegmentRead(tuple(segment.pages[:1]), 2)
+    assert segment.read(pool) == SegmentRead(segment.pages[:1], 2)
 
 
 def test_the_chain_ends_with_the_segment() -> None:
