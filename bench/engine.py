@@ -185,8 +185,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
             if bucket * pages <= runner.config.num_pages:
                 probe = runner.probe(bucket, pages)
                 step = 1e3 * device_seconds(runner, probe, calls=10, repeats=3)
-                floor = floor_ms(probe.kv_tokens)
-                row = {"bucket": bucket, "kv_tokens": probe.kv_tokens, "step_ms": step, "floor_ms": floor}
+                floor = floor_ms(probe.load.kv_tokens)
+                row = {
+                    "bucket": bucket,
+                    "kv_tokens": probe.load.kv_tokens,
+                    "step_ms": step,
+                    "floor_ms": floor,
+                }
                 buckets.append(row | {"floor_share": floor / step})
     result = {
         **hardware.describe("python -m bench.engine " + " ".join(arguments)),
@@ -202,7 +207,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "wall": _spread([step.seconds for step in full]),
         "device_ms": 1e3 * device,
         "wall_over_device": statistics.median(step.seconds for step in full) / device,
-        "floor_ms": floor_ms(plan.kv_tokens),
+        "floor_ms": floor_ms(plan.load.kv_tokens),
         "host": times.summary(),
         "compilations": compilations.count,
         "buckets": buckets,

@@ -23,6 +23,7 @@ from attention import Reads
 from bench import hardware
 from bench.shapes import WIDE_HEADS, Shape
 from scheduler.plan import Entry, SegmentRead, StepPlan
+from scheduler.predictor import StepLoad
 from serve.packing import step_inputs
 
 # groups, width, prefix and tail tokens: the last two are 295k tokens by row, and as many different ones.
@@ -56,7 +57,7 @@ def plan_of(shape: Shape, seed: int = 0) -> StepPlan:
     for group in range(shape.groups):
         context = (segment(shape.prefix),) if shape.prefix else ()
         entries += [entry(group * shape.width + branch, context) for branch in range(shape.width)]
-    return StepPlan(0, tuple(entries), (), (), shape.rows, shape.rows, shape.kv_tokens, 0.0, 0.0, 0.0)
+    return StepPlan(0, tuple(entries), (), (), shape.rows, StepLoad(shape.rows), 0.0, 0.0, 0.0)
 
 
 def microseconds(call: Callable[[], Any], repeats: int) -> float:

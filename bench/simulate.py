@@ -21,7 +21,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ from bench.measures import Record, client_row
 from bench.workload import Item, Workload, closed_loop, open_loop
 from scheduler.events import Finished, TokenEmitted
 from scheduler.plan import Sample, StepPlan, StepResult
-from scheduler.predictor import StepLatencyModel
+from scheduler.predictor import Costs, StepLatencyModel
 from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.slack import ControllerConfig
 
 PROFILES = Path(__file__).parent / "profiles"
 TTFT_SLO = 5.0
@@ -47,14 +48,12 @@ MAX_CONTEXT = 16_384
 class Profile:
     """What steps take on a device with a model, in seconds.
 
-    T = (bucket_seconds[bucket] + kv_token_seconds * unique KV tokens + chunk_context_seconds * sum over
-    entries of several rows of rows x mean context) * (1 + residual * normal) + host_gap_seconds
+    T = (bucket_seconds[bucket] + costs of what is read) * (1 + residual * normal) + host_gap_seconds
     """
 
     name: str
     bucket_seconds: dict[int, float]
-    kv_token_seconds: float
-    chunk_context_seconds: float
+    costs: Costs
     host_gap_seconds: float
     residual: float
     num_pages: int
@@ -65,12 +64,20 @@ class Profile:
         """The profile at the path `name`, or the one shipped under that name."""
         path = Path(name) if name.endswith(".json") else PROFILES / f"{name}.json"
         record = json.loads(path.read_text())
-        buckets = {int(rows): seconds for rows, seconds in record["bucket_seconds"].items()}
-        names = ("kv_token_seconds", "chunk_context_seconds", "host_gap_seconds", "residual")
+        fitted = record["forms"]["staircase"]
+        buckets = {int(rows): seconds for rows, seconds in fitted["buckets"].items()}
+        names = ("host_gap_seconds", "residual")
         sizes = {size: int(record[size]) for size in ("num_pages", "page_size")}
         return cls(
-            name=record["name"], bucket_seconds=buckets, **{key: record[key] for key in names}, **sizes
+            name=record["name"],
+            bucket_seconds=buckets,
+            costs=Costs(**fitted["costs"]),
+            **{key: record[key] for key in names},
+            **sizes,
         )
+
+    def latency(self) -> StepLatencyModel:
+        return StepLatencyModel(self.bucket_seconds, costs=self.costs)
 
     def seconds(self, plan: StepPlan) -> float:
         """A step's time on the device, without its residual."""
@@ -80,8 +87,14 @@ class Profile:
                 if entry.rows > 1:
                     before = sum(segment.length for segment in entry.context) + entry.ordinal
                     chunks += entry.rows * (before + (entry.rows + 1) / 2)
-        weights = self.bucket_seconds[plan.bucket]
-        return weights + self.kv_token_seconds * plan.kv_tokens + self.chunk_context_seconds * chunks
+        costs, load = self.costs, plan.load
+        reading = costs.shared_kv * load.shared_kv + costs.private_kv * load.private_kv
+        return (
+            self.bucket_seconds[plan.bucket]
+            + reading
+            + costs.items * load.items
+            + costs.chunk_context * chunks
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +108,7 @@ class Setting:
     warmup: float = 0.0
     end: float = math.inf
     seed: int = 0
-    rho: float = 0.8
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
     max_chunk: int = 512
     prompt_floor: int = 32
 
@@ -103,7 +116,7 @@ class Setting:
 # --- serving -----------------------------------------------------------------------------------------------
 
 
-class _Bytes:
+class Bytes:
     """A codec for requests without text."""
 
     def encode(self, text: str) -> list[int]:
@@ -122,11 +135,19 @@ class Simulation:
 
     TOKEN = Sample(0)
 
-    def __init__(self, setting: Setting, policy: str) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        policy: str,
+        *,
+        latency: StepLatencyModel | None = None,
+        scheduler: type[Scheduler] = Scheduler,
+    ) -> None:
+        """`latency` is what the scheduler believes of steps, if not what they take."""
         profile = self.profile = setting.profile
         self.setting = setting
         buckets = profile.bucket_seconds
-        self.scheduler = Scheduler(
+        self.scheduler = scheduler(
             SchedulerConfig(
                 num_pages=profile.num_pages,
                 page_size=profile.page_size,
@@ -135,12 +156,12 @@ class Simulation:
                 max_queue=len(setting.workload.items) + 1,
                 max_chunk=setting.max_chunk,
                 prompt_floor=setting.prompt_floor,
-                rho=setting.rho,
+                controller=setting.controller,
                 prefix_cache=False,  # prompts are random
                 policy=policy,
             ),
-            StepLatencyModel(buckets, profile.kv_token_seconds),
-            _Bytes(),
+            latency or profile.latency(),
+            Bytes(),
         )
         self.now = 0.0
         self.records: dict[str, Record] = {}
@@ -149,6 +170,7 @@ class Simulation:
         self.widths = [0, 0]
         self.error_sums = [0.0, 0.0]  # of (measured - predicted) / measured, signed and absolute
         self.planning = 0.0
+        self.preemptions: list[int] = []
         self._noise = np.random.default_rng([setting.seed, 2])
         self._waiting = deque(enumerate(setting.workload.items))
         self._sent = 0
@@ -182,9 +204,9 @@ class Simulation:
                 return
 
     def _plan(self) -> StepPlan | None:
-        began = time.process_time()
+        began = time.perf_counter()
         plan = self.scheduler.schedule(self.now)
-        self.planning += time.process_time() - began
+        self.planning += time.perf_counter() - began
         return plan
 
     def _duration(self, plan: StepPlan) -> float:
@@ -210,6 +232,7 @@ class Simulation:
             if type(event) is TokenEmitted:
                 self.records[event.request_id].emit(end)
             elif type(event) is Finished:
+                self.preemptions.append(event.usage.preemptions)
                 self._answered(event.request_id)
 
     # --- the clients -----------------------------------------------------------------------------------
@@ -286,6 +309,7 @@ def simulate(setting: Setting, policy: str) -> tuple[dict[str, Any], dict[str, f
         "plan_ms": 1e3 * simulation.planning / steps,
         "bias": simulation.error_sums[0] / steps,
         "mape": simulation.error_sums[1] / steps,
+        "preemptions": sum(live for live in simulation.preemptions),
     }
     return row(policy, simulation), cost
 
@@ -323,10 +347,10 @@ COLUMNS = {
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["policy    " + "".join(f"{title:>14}" for title, _ in COLUMNS.values())]
+    lines = [f"{'policy':<24}" + "".join(f"{title:>14}" for title, _ in COLUMNS.values())]
     for each in rows:
         cells = ("-" if each[key] is None else form.format(each[key]) for key, (_, form) in COLUMNS.items())
-        lines.append(f"{each['policy']:<10}" + "".join(f"{cell:>14}" for cell in cells))
+        lines.append(f"{each['policy']:<24}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -339,7 +363,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--warmup", type=float, default=WARMUP, help="seconds before the window")
     parser.add_argument("--window", type=float, default=WINDOW, help="seconds in which requests count")
     parser.add_argument("--cooldown", type=float, default=COOLDOWN, help="seconds of arrivals after it")
-    parser.add_argument("--rho", type=float, default=0.8)
+    parser.add_argument("--controller", default="{}", help="fields of ControllerConfig, as JSON")
     parser.add_argument("--max-chunk", type=int, default=512)
     parser.add_argument("--prompt-floor", type=int, default=32)
     parser.add_argument("--host-gap", type=float, help="seconds between steps, instead of the profile's")
@@ -363,7 +387,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         warmup=options.warmup,
         end=end,
         seed=options.seed,
-        rho=options.rho,
+        controller=ControllerConfig(**json.loads(options.controller)),
         max_chunk=options.max_chunk,
         prompt_floor=options.prompt_floor,
     )

@@ -18,6 +18,7 @@ class Branch:
     trail          its own segments since birth, oldest first, with those of branches joined into it by `kv`
     stage          number of the stage that it is in, or was in last
     stage_from     index in the segment of the stage's first sampled token
+    complete       leading ancestors of the segment that are known to be computed as a whole
     limit          first position that the stage may not fill
     in_flight      launched entries whose sampled token has not come back, oldest first
     slot           where the device keeps its last token and sampling parameters, while it has one
@@ -29,9 +30,9 @@ class Branch:
     """
 
     __slots__ = (
-        "allowance", "completion_tokens", "critical", "cursor", "fork", "forked", "id", "in_flight", "label",
-        "last_advanced", "lent", "limit", "open_children", "parent", "path", "sampling", "segment", "slot",
-        "stage", "stage_from", "stopping", "trail",
+        "allowance", "complete", "completion_tokens", "critical", "cursor", "fork", "forked", "id",
+        "in_flight", "label", "last_advanced", "lent", "limit", "open_children", "parent", "path", "sampling",
+        "segment", "slot", "stage", "stage_from", "stopping", "trail",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +55,7 @@ class Branch:
         self.sampling = SamplingParams()
         self.stage = 0
         self.stage_from = 0
+        self.complete = 0
         self.limit = 0
         self.in_flight: list[Entry] = []
         self.slot: int | None = None
@@ -70,29 +72,41 @@ class Branch:
         return BranchInfo(self.id, self.parent.id if self.parent else 0, self.label, prefix)
 
     @property
-    def waits(self) -> bool:
-        """For its children, or for a token that is still on the way and that it cannot feed from its slot."""
-        if not self.in_flight:
-            return self.open_children > 0
-        return self.slot is None or self.segment.end + len(self.in_flight) >= self.limit
-
-    @property
     def backlog(self) -> int:
-        """Rows until this branch samples its next token; 0 while it waits."""
-        if self.waits:
+        """Rows until this branch samples its next token; 0 while it waits.
+
+        It waits for its children, or for a token that is still on the way and that it cannot feed from its
+        slot.
+        """
+        segment = self.segment
+        if self.in_flight:
+            ends = segment.start + len(segment.tokens) + len(self.in_flight) >= self.limit
+            return 0 if ends or self.slot is None else 1
+        if self.open_children:
             return 0
-        return 1 if self.in_flight else sum(segment.missing for segment in self.segment.chain)
+        if self.complete == len(segment.ancestors):
+            return segment.missing
+        return sum(ancestor.missing for ancestor in self._incomplete())
 
     def pieces(self) -> list[tuple[Segment, int]]:
         """What must be computed, in order, until this branch samples its next token: (segment, rows).
 
         Missing ancestors come first: a parent's last token, or all of it after a preemption.
         """
-        if self.waits:
-            return []
+        backlog = self.backlog
         if self.in_flight:
-            return [(self.segment, 1)]
-        return [(segment, segment.missing) for segment in self.segment.chain if segment.missing]
+            return [(self.segment, 1)] if backlog else []
+        return [(segment, segment.missing) for segment in self._incomplete() if backlog and segment.missing]
+
+    def _incomplete(self) -> tuple[Segment, ...]:
+        """The end of the chain, from the first ancestor on that is not computed as a whole.
+
+        Ancestors never grow, so that those once complete are passed over until they lose their pages.
+        """
+        chain = self.segment.chain
+        while self.complete < len(chain) - 1 and not chain[self.complete].missing:
+            self.complete += 1
+        return chain[self.complete :]
 
     def history(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids before the next sampled token, as (given, generated)."""

@@ -7,13 +7,15 @@ once, so that the next candidate is priced against what this step will really ho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from scheduler.branch import Branch
 from scheduler.live_request import LiveRequest
 from scheduler.pages import PagePool
 from scheduler.plan import Entry, SegmentRead, SlotSetup
-from scheduler.predictor import StepLatencyModel
+from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.segment import Segment
 
 
@@ -44,7 +46,6 @@ class StepDraft:
         self.baseline = 0.0
         self.budget = math.inf
         self.rows = 0
-        self.kv_tokens = 0
         self.slots: list[SlotSetup] = []
         self.advanced: dict[LiveRequest, dict[Branch, int]] = {}
         self.sampling: set[LiveRequest] = set()
@@ -54,8 +55,9 @@ class StepDraft:
         self._largest = latency.buckets.largest
         self._make_room = make_room
         self._take_slot = take_slot
+        self._shared_kv = self._private_kv = self._chunk_context = self._raw_kv = 0
         self._entries: dict[Segment, Entry] = {}
-        self._contexts: dict[tuple[Segment, ...], tuple[SegmentRead, ...]] = {}
+        self._contexts: dict[tuple[Segment, ...], _Context] = {}
         self._segments_read: set[Segment] = set()
         self._shared_pages_read: set[int] = set()
         self._sampled: set[Branch] = set()
@@ -82,26 +84,71 @@ class StepDraft:
 
     # --- what it costs ---------------------------------------------------------------------------------
 
-    def seconds(self, kv_tokens: int = 0) -> float:
-        """Predicted seconds of the step, with so much more KV to read."""
-        return self._latency.predict(max(1, self.rows), self.kv_tokens + kv_tokens)
+    @property
+    def load(self) -> StepLoad:
+        return StepLoad(
+            self.rows,
+            self._shared_kv,
+            self._private_kv,
+            len(self._segments_read),
+            self._chunk_context,
+            self._raw_kv,
+        )
 
-    def unread(self, branch: Branch) -> int:
-        """KV positions that `branch` would read and nobody in the step reads yet."""
-        unread = 0
-        for segment in branch.segment.chain:
-            if segment not in self._segments_read:
-                unread += self._unread(segment)
-        return unread
+    def seconds(self) -> float:
+        """Predicted seconds of the step."""
+        return self._latency.predict(self.load)
+
+    def added(self, branch: Branch, rows: int) -> StepLoad:
+        """What `rows` rows of `branch` would add to the step, as if it came alone."""
+        segment, ancestors = branch.segment, branch.segment.ancestors
+        context = self._contexts.get(ancestors)
+        shared, items, length = 0, 0, 0
+        if context is not None:
+            length = context.length
+        else:
+            for ancestor in ancestors:
+                length += len(ancestor.tokens)
+                if ancestor not in self._segments_read:
+                    shared += self._unread(ancestor)
+                    items += 1
+        own = rows
+        if segment not in self._segments_read:
+            own += self._unread(segment)
+            items += 1
+        before = length + segment.computed
+        return StepLoad(rows, shared, own, items, _seen(before + 1, rows - 1), before + rows)
+
+    def prices(self, branches: Sequence[Branch]) -> list[tuple[int, float]]:
+        """Of each: its rows, and predicted seconds that it would add beside them, as if it came alone."""
+        prices: list[tuple[int, float]] = []
+        ancestors, line = None, None
+        for branch in branches:
+            segment = branch.segment
+            rows = 1 if branch.in_flight else branch.backlog
+            if segment.ancestors is not ancestors:  # siblings share them
+                ancestors = segment.ancestors
+                context = self._contexts.get(ancestors)
+                line = None if context is None else self._latency.row_line(context.length)
+            if rows == 1 and line is not None and not segment.shared:
+                price = line[0] + line[1] * (segment.computed + 1)
+            else:
+                price = self._latency.reading_seconds(self.added(branch, rows))
+            prices.append((rows, price))
+        return prices
 
     def affordable(self, branch: Branch, rows: int) -> int:
         """The most of `rows` rows of `branch` with which the step stays within the budget."""
-        kv_tokens = self.kv_tokens + self.unread(branch)
-        for bucket in reversed([*self._latency.buckets]):
-            fit = min(rows, bucket - self.rows)
-            if fit > 0 and self._latency.predict(bucket, kv_tokens + fit) <= self.budget:
-                return fit
-        return 0
+        latency, budget = self._latency, self.budget - self._latency.reading_seconds(self.load)
+
+        def exceeds(count: int) -> bool:
+            reading = latency.reading_seconds(self.added(branch, count))
+            return latency.rows_seconds(self.rows + count) + reading > budget
+
+        most = min(rows, self.room)
+        if most <= 0 or exceeds(1):
+            return 0
+        return most if not exceeds(most) else bisect_left(range(most), True, lo=1, key=exceeds) - 1
 
     def _unread(self, segment: Segment) -> int:
         """Positions of `segment` that are not on pages which the step reads already for another request."""
@@ -110,10 +157,13 @@ class StepDraft:
         known = self._shared_pages_read.intersection(segment.pages[: segment.shared])
         return segment.computed - len(known) * self._page_size
 
-    def _read(self, segment: Segment) -> None:
-        self.kv_tokens += self._unread(segment)
+    def _read(self, segment: Segment) -> int:
+        """Mark `segment` as read; returns its positions that nobody read before."""
+        unread = self._unread(segment)
         self._segments_read.add(segment)
-        self._shared_pages_read.update(segment.pages[: segment.shared])
+        if segment.shared:
+            self._shared_pages_read.update(segment.pages[: segment.shared])
+        return unread
 
     # --- what it holds ---------------------------------------------------------------------------------
 
@@ -156,26 +206,30 @@ class StepDraft:
         before = segment.computed
         segment.computed += rows
         self.rows += rows
-        context = self._context(segment.ancestors)
-        if segment in self._segments_read:
-            self.kv_tokens += rows
-        else:
-            self._read(segment)
+        context = self._contexts.get(segment.ancestors) or self._context(segment.ancestors)
+        self._private_kv += rows if segment in self._segments_read else self._read(segment)
         begun = self._entries.get(segment)
         ordinal = before if begun is None else begun.ordinal
+        seen = context.length + before
+        self._raw_kv += rows if begun is not None else seen + rows
+        if begun is not None:
+            self._chunk_context += _seen(seen, rows)
+        elif rows > 1:
+            self._chunk_context += _seen(seen + 1, rows - 1)
+        tokens = segment.tokens[ordinal : segment.computed] if ordinal < len(segment.tokens) else None
         entry = Entry(
-            request_id=live.request.id,
-            branch=branch.id,
-            segment=segment.id,
-            slot=branch.slot if samples else None,
-            start=segment.start + ordinal,
-            ordinal=ordinal,
-            rows=segment.computed - ordinal,
-            tokens=tuple(segment.tokens[ordinal : segment.computed]) or None,
-            context=context,
-            own=segment.read(self._pool),
-            samples=samples,
-            path=branch.path,
+            live.request.id,
+            branch.id,
+            segment.id,
+            branch.slot if samples else None,
+            segment.start + ordinal,
+            ordinal,
+            segment.computed - ordinal,
+            tuple(tokens) if tokens else None,
+            context.reads,
+            segment.read(self._pool),
+            samples,
+            branch.path,
         )
         self._entries[segment] = entry
         if samples:
@@ -183,12 +237,23 @@ class StepDraft:
             self._sampled.add(branch)
             self.sampling.add(live)
 
-    def _context(self, ancestors: tuple[Segment, ...]) -> tuple[SegmentRead, ...]:
+    def _context(self, ancestors: tuple[Segment, ...]) -> _Context:
         """How the step reads `ancestors`, all of which are computed by now."""
-        context = self._contexts.get(ancestors)
-        if context is None:
-            for segment in ancestors:
-                if segment not in self._segments_read:
-                    self._read(segment)
-            context = self._contexts[ancestors] = tuple(segment.read(self._pool) for segment in ancestors)
+        for segment in ancestors:
+            if segment not in self._segments_read:
+                self._shared_kv += self._read(segment)
+        reads = tuple([segment.read(self._pool) for segment in ancestors])
+        context = self._contexts[ancestors] = _Context(reads, sum([read.length for read in reads]))
         return context
+
+
+def _seen(before: int, rows: int) -> int:
+    """Positions that consecutive rows see in all, the first of them after `before` positions."""
+    return rows * before + rows * (rows + 1) // 2
+
+
+class _Context(NamedTuple):
+    """Ancestors of a segment as the step reads them, and their positions in all."""
+
+    reads: tuple[SegmentRead, ...]
+    length: int

@@ -60,6 +60,7 @@ class LiveRequest:
         self.updated_at = now
         self.resumed_at = now
         self.tokens = 0
+        self._tokens_before = 0  # when it last resumed
         self.preemptions = 0
         self.cached_tokens = 0
         self.prompt_read = False
@@ -91,10 +92,18 @@ class LiveRequest:
         """When what it has to read should be read: the TTFT target, counted anew after a preemption."""
         return (self.arrival if self.first_token is None else self.resumed_at) + self.request.slo.ttft
 
-    def deadline(self, emission: float | None = None) -> float:
-        """When the next token is due: after the last one (or the one expected at `emission`)."""
+    def deadline(self, emission: float | None = None, bank: float = 0.0) -> float:
+        """When the next token is due: after the last one (or the one expected at `emission`).
+
+        Up to `bank` TPOT targets later, if it is ahead of its pace since it last resumed.
+        """
+        tpot = self.request.slo.tpot
         last = max(self.last_token, self.resumed_at) if emission is None else emission
-        return last + self.request.slo.tpot
+        if not bank:
+            return last + tpot
+        tokens = self.tokens - self._tokens_before
+        ahead = max(self.resumed_at, self.first_token or 0.0) + tokens * tpot - last
+        return last + tpot + min(bank * tpot, max(0.0, ahead))
 
     @property
     def width(self) -> int:
@@ -104,18 +113,21 @@ class LiveRequest:
     def runnable(self) -> list[Branch]:
         """Branches that could advance: the least recently advanced first, then in the order of their ids."""
         ready = [branch for branch in self.branches.values() if branch.backlog]
-        ready.sort(key=attrgetter("last_advanced"))
+        if len(ready) > 1:
+            ready.sort(key=attrgetter("last_advanced"))
         return ready
 
     @property
     def holds_pages(self) -> bool:
         return any(segment.pages for segment in self.segments.values())
 
-    @property
-    def lacking_pages(self) -> int:
-        """Pages that the tokens it knows already will take, beyond those that it holds."""
-        sizes = [(self._pool.pages_for(len(s.tokens)), len(s.pages)) for s in self.segments.values()]
-        return sum(max(0, wanted - held) for wanted, held in sizes)
+    def reserved_pages(self, share: float) -> int:
+        """Pages that it should find: for the tokens it knows already, and for a share of its worst case."""
+        held = wanted = 0
+        for segment in self.segments.values():
+            held += len(segment.pages)
+            wanted += max(len(segment.pages), self._pool.pages_for(len(segment.tokens)))
+        return max(wanted - held, int(share * (self.worst_case_pages - held)))
 
     def check(self) -> None:
         """Raise AssertionError unless its segments hold what they need for what is computed, and no more."""
@@ -127,9 +139,14 @@ class LiveRequest:
 
     # --- coming and going ------------------------------------------------------------------------------
 
+    def _resume_pace(self) -> None:
+        self.resumed_at = self.updated_at
+        self._tokens_before = self.tokens
+
     def resume(self, now: float) -> None:
         """Leave the queue: for the first time, or again after a preemption."""
         self.resumed_at = now
+        self._tokens_before = self.tokens
         self.resident = True
         if self._root is not None:
             self._reuse_prefix(self._root)
@@ -152,6 +169,7 @@ class LiveRequest:
         for segment in self.segments.values():
             segment.drop(self._pool)
         for branch in self.branches.values():
+            branch.complete = 0
             self.free_slot(branch)
 
     def drop_tail(self, branch: Branch) -> None:
@@ -305,7 +323,7 @@ class LiveRequest:
         parent.stage = parent.forked[0].stage
         for branch, first in born:
             events = self._decode(branch, first, events)
-        self.resumed_at = self.updated_at
+        self._resume_pace()
         return events
 
     def _lend(self, parent: Branch) -> int:
@@ -339,7 +357,7 @@ class LiveRequest:
         parent.critical = max(branch.critical for branch in branches)
         parent.last_advanced = max(branch.last_advanced for branch in branches)
         parent.fork, parent.forked = None, []
-        self.resumed_at = self.updated_at
+        self._resume_pace()
         lent, parent.lent = parent.lent, ((), ())
         if fork.join == "none":
             parent.segment.extend(*lent)  # a join further up will read it
@@ -347,7 +365,7 @@ class LiveRequest:
         joined = self._joined_segment(parent.segment, branches, fork.join)
         if fork.join == "kv":
             parent.trail += [segment for branch in branches for segment in branch.trail]
-        parent.segment = joined
+        parent.segment, parent.complete = joined, 0
         parent.trail.append(joined)
         ids = tuple(branch.id for branch in branches)
         events: list[Event] = [Joined(self.request.id, parent.stage, ids)]
@@ -429,15 +447,16 @@ class LiveRequest:
         if full == index:
             return
         tokens = root.tokens[index * pool.page_size : full * pool.page_size]
+        pages = [*root.pages]
         for key in pool.cache.keys(tokens, self.request.cache_salt, self._published):
-            own, listed = root.pages[index], pool.cache.insert(key, root.pages[index])
+            own, listed = pages[index], pool.cache.insert(key, pages[index])
             if listed != own:  # somebody else computed the same page: one of the two will do
                 pool.share([listed])
                 pool.release([own])
-                root.pages[index] = listed
+                pages[index] = listed
             index += 1
             self._published = key
-        root.shared = index
+        root.pages, root.shared = array("i", pages), index
 
     def _reuse_prefix(self, root: Segment) -> None:
         """Take the cached pages of the trunk, all but what holds the token that a branch samples from."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from scheduler.predictor import StepLoad
 from scheduler.request import SamplingParams
 
 
@@ -70,7 +71,8 @@ class StepPlan:
 
     deferred           runnable branches that sit this step out, as (request id, branch)
     bucket             padded row count
-    predicted_seconds  predict(the step); baseline_seconds, predict(the forced part of it)
+    load               what the step's time depends on (scheduler.predictor)
+    predicted_seconds  predict(load); baseline_seconds, predict(the forced part of it)
     budget_seconds     what predicted_seconds may reach by adding extra work
     """
 
@@ -79,11 +81,14 @@ class StepPlan:
     slots: tuple[SlotSetup, ...]
     deferred: tuple[tuple[str, int], ...]
     bucket: int
-    rows: int
-    kv_tokens: int
+    load: StepLoad
     predicted_seconds: float
     baseline_seconds: float
     budget_seconds: float
+
+    @property
+    def rows(self) -> int:
+        return self.load.rows
 
 
 @dataclass(frozen=True, slots=True)

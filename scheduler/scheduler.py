@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Literal
+from operator import attrgetter
+from typing import Literal, NamedTuple
 
 from scheduler.branch import Branch
 from scheduler.draft import StepDraft
@@ -25,10 +26,10 @@ from scheduler.live_request import LiveRequest
 from scheduler.pages import PagePool
 from scheduler.plan import StepPlan, StepResult
 from scheduler.policy import AdmissionPolicy, Baseline, Extra, policy
-from scheduler.predictor import StepLatencyModel
+from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.program import Codec, check_program, longest_first_prefix
 from scheduler.request import Request
-from scheduler.slack import pace, prompt_deadline, slack
+from scheduler.slack import ControllerConfig, pace, prompt_deadline, slack
 
 
 class RejectedError(Exception):
@@ -49,8 +50,7 @@ class SchedulerConfig:
     max_queue             requests that may wait
     max_chunk             prompt tokens of one request in a step
     prompt_floor          prompt tokens that a step reads whatever the slack
-    rho                   share of the slack that extra work may spend
-    fill                  let ready branches use the padding of the baseline's bucket
+    controller            what the budget of a step follows from
     prefix_cache          keep full prompt pages for later requests
     """
 
@@ -61,8 +61,7 @@ class SchedulerConfig:
     max_queue: int = 1024
     max_chunk: int = 512
     prompt_floor: int = 32
-    rho: float = 0.8
-    fill: bool = True
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
     prefix_cache: bool = True
     policy: str = "taper"
 
@@ -90,8 +89,7 @@ class _Flight:
     widths: dict[LiveRequest, tuple[int, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
+class _Turn(NamedTuple):
     """A running request and its branches that could advance, the least recently advanced first."""
 
     live: LiveRequest
@@ -101,6 +99,9 @@ class _Turn:
     def branch(self) -> Branch:
         """The branch whose turn it is."""
         return self.ready[0]
+
+
+_Candidate = tuple[LiveRequest, Branch]
 
 
 class Scheduler:
@@ -129,6 +130,7 @@ class Scheduler:
         self._preempted: list[LiveRequest] = []  # oldest first
         self._free_slots = list(range(config.num_slots - 1, -1, -1))
         self._flights: deque[_Flight] = deque()
+        self._baseline = StepLoad(0)  # what decoding requests forced the last step to hold
         self._steps = 0
         self._starts = 0
 
@@ -220,14 +222,17 @@ class Scheduler:
         )
         decoding, reading = self._turns()
         self._add_baseline(draft, decoding, reserved=bool(reading))
+        self._baseline = draft.load
         self._add_floor(draft, reading)
         if not draft.rows:
             return None
         draft.baseline = draft.seconds()
-        extras = self._extras(draft, decoding)
+        extras, candidates = self._extras(draft, decoding)
         draft.budget = self._budget(draft, decoding, reading, extras)
         self._read_prompts(draft, reading, at_pace=True)
-        self._admit(draft, extras)
+        for extra in self._admitted(draft, extras):
+            if draft.room >= extra.rows:
+                draft.add(*candidates[extra.candidate], extra.rows)
         self._read_prompts(draft, reading, at_pace=False)
         return self._launch(draft, [*decoding, *reading])
 
@@ -270,38 +275,47 @@ class Scheduler:
             if turn.live.resident and draft.add(turn.live, turn.branch, self._floor, must=True):
                 return
 
-    def _extras(self, draft: StepDraft, decoding: list[_Turn]) -> dict[Extra, tuple[LiveRequest, Branch]]:
+    def _extras(self, draft: StepDraft, decoding: list[_Turn]) -> tuple[list[Extra], list[_Candidate]]:
         """Ready branches beyond the baseline, the oldest request's first, least recently advanced first.
 
         Where several of them would read what nobody reads yet, each is priced as if it came alone.
         """
-        extras: dict[Extra, tuple[LiveRequest, Branch]] = {}
-        for turn in decoding:
-            if turn.live not in draft.advanced:
+        extras: list[Extra] = []
+        candidates: list[_Candidate] = []
+        for group, (live, ready) in enumerate(decoding):
+            if len(ready) == 1 or live not in draft.advanced:
                 continue
-            for branch in turn.ready[1:]:
-                rows = branch.backlog
+            others = ready[1:]
+            for branch, (rows, seconds) in zip(others, draft.prices(others), strict=True):
                 if rows <= self._floor:
-                    extra = Extra((turn.live.request.id, branch.id), rows, draft.unread(branch) + rows)
-                    extras[extra] = (turn.live, branch)
-        return extras
+                    extras.append(Extra(len(extras), group, rows, seconds))
+                    candidates.append((live, branch))
+        return extras, candidates
 
     def _budget(
-        self, draft: StepDraft, decoding: list[_Turn], reading: list[_Turn], extras: Iterable[Extra]
+        self, draft: StepDraft, decoding: list[_Turn], reading: list[_Turn], extras: Sequence[Extra]
     ) -> float:
         """Seconds that the step may take (see scheduler.slack). Without decoding requests nobody is hurt."""
         protected = [turn.live for turn in decoding if turn.live in draft.advanced]
         if not protected:
             return math.inf
-        expected = {live: flight.end for flight in self._flights for live in flight.sampling}
-        deadlines = [live.deadline(expected.get(live)) for live in protected]
+        control = self.config.controller
+        deadlines = self._deadlines(protected)
         if any(deadline - draft.start >= draft.baseline for deadline in deadlines):
             deadlines += self._prompt_deadlines(draft, reading)
-        budget = draft.baseline + self.config.rho * slack(deadlines, draft.start, draft.baseline)
-        if self.config.fill:
-            most = self.FILL_SHARE * min(live.request.slo.tpot for live in protected)
-            budget = max(budget, min(self._filled(draft, extras), draft.baseline + most))
+        margin = self.latency.accuracy.margin if control.rho is None else 0.0
+        spare = slack(deadlines, draft.start, draft.baseline, margin)
+        budget = draft.baseline + (1.0 if control.rho is None else control.rho) * spare
+        most = draft.baseline + self.FILL_SHARE * min(live.request.slo.tpot for live in protected)
+        if control.fill and budget < most:
+            budget = max(budget, min(self._filled(draft, extras), most))
         return budget
+
+    def _deadlines(self, decoding: Sequence[LiveRequest]) -> list[float]:
+        """When the next token of each is due; what is in flight is expected when its step should end."""
+        expected = {live: flight.end for flight in self._flights for live in flight.sampling}
+        bank = self.config.controller.bank
+        return [live.deadline(expected.get(live), bank) for live in decoding]
 
     def _prompt_deadlines(self, draft: StepDraft, reading: list[_Turn]) -> list[float]:
         """When the next chunk of each prompt is due."""
@@ -317,22 +331,22 @@ class Scheduler:
         ]
         return [deadline for deadline in due if deadline is not None]
 
-    def _filled(self, draft: StepDraft, extras: Iterable[Extra]) -> float:
+    def _filled(self, draft: StepDraft, extras: Sequence[Extra]) -> float:
         """Predicted seconds with ready branches in the padding of the baseline's own bucket."""
         room = draft.bucket - draft.rows
-        kv_tokens = 0
-        for extra in sorted(extras, key=lambda extra: extra.kv_tokens):
+        if room == 0:
+            return draft.baseline
+        seconds = 0.0
+        for extra in sorted(extras, key=attrgetter("seconds")):
             if extra.rows > room:
                 break
             room -= extra.rows
-            kv_tokens += extra.kv_tokens
-        return draft.seconds(kv_tokens)
+            seconds += extra.seconds
+        return draft.baseline + seconds
 
-    def _admit(self, draft: StepDraft, extras: dict[Extra, tuple[LiveRequest, Branch]]) -> None:
-        step = Baseline(draft.rows, draft.kv_tokens, draft.budget)
-        for extra in self.policy.admit(list(extras), step, self.latency):
-            if draft.room >= extra.rows:
-                draft.add(*extras[extra], extra.rows)
+    def _admitted(self, draft: StepDraft, extras: Sequence[Extra]) -> Sequence[Extra]:
+        step = Baseline(draft.rows, self.latency.reading_seconds(draft.load), draft.budget)
+        return self.policy.admit(extras, step, self.latency)
 
     def _read_prompts(self, draft: StepDraft, reading: list[_Turn], *, at_pace: bool) -> None:
         """Read prompts within the budget: up to the pace of their TTFT target, or all that fits."""
@@ -365,8 +379,7 @@ class Scheduler:
             slots=tuple(draft.slots),
             deferred=tuple(deferred),
             bucket=draft.bucket,
-            rows=draft.rows,
-            kv_tokens=draft.kv_tokens,
+            load=draft.load,
             predicted_seconds=draft.seconds(),
             baseline_seconds=draft.baseline,
             budget_seconds=draft.budget,
@@ -381,7 +394,7 @@ class Scheduler:
         flight = self._flights.popleft()
         plan = flight.plan
         assert plan is result.plan, "steps must be updated in the order in which they were scheduled"
-        self.latency.observe(plan.rows, plan.kv_tokens, result.seconds)
+        self.latency.observe(plan.load, result.seconds)
         events: list[Event] = []
         for live, (width, wanted) in flight.widths.items():
             if self._live.get(live.request.id) is live:
@@ -425,17 +438,22 @@ class Scheduler:
         return next(chain(missed, on_time) if late_first else chain(on_time, missed))
 
     def _may_start(self, live: LiveRequest) -> bool:
-        """Whether its worst case fits now, and the step with it stays within everybody's TPOT target.
+        """Whether the step with it stays within everybody's TPOT target, and its worst case fits now.
 
-        What the running requests have still to read of their prompts is theirs already.
+        The step is the last one's baseline, a row for each request that still reads its prompt, and the
+        floor. What running requests have still to read is theirs already, and a share of their worst case.
         """
-        promised = sum(running.lacking_pages for running in self._running)
-        if live.worst_case_pages > self.pool.available - promised:
-            return False
-        rows = min(len(self._running) + self._floor, self.latency.buckets.largest)
-        kv_tokens = self.pool.owned * self.pool.page_size + self._floor
+        load = self._baseline.plus(StepLoad(self._floor, private_kv=self._floor))
+        for other in (*self._running, live):
+            if not other.prompt_read:
+                load = load.plus(StepLoad(1, private_kv=len(other.request.prompt), items=1))
         tightest = min(other.request.slo.tpot for other in (*self._running, live))
-        return self.latency.predict(rows, kv_tokens) <= self.START_MARGIN * tightest
+        rows = min(load.rows, self.latency.buckets.largest)
+        if self.latency.predict(load._replace(rows=rows)) > self.START_MARGIN * tightest:
+            return False
+        share = self.config.controller.reserve
+        reserved = sum(running.reserved_pages(share) for running in self._running)
+        return live.worst_case_pages <= self.pool.available - reserved
 
     def _make_room(self, draft: StepDraft, live: LiveRequest, pages: int) -> bool:
         """Preempt requests younger than `live` that the draft does not advance, until `pages` are available.

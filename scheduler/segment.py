@@ -78,7 +78,7 @@ class Segment:
         self.shared = min(self.shared, length // pool.page_size)
         keep = pool.pages_for(length)
         pool.release(self.pages[keep:])
-        del self.pages[keep:]
+        self.pages = self.pages[:keep]
 
     def drop(self, pool: PagePool) -> None:
         """Give up the pages; the tokens can be replayed."""

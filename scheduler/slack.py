@@ -13,12 +13,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 
-def slack(deadlines: Iterable[float], start: float, baseline: float) -> float:
-    """Seconds by which a step that starts at `start` may exceed `baseline` before a deadline is missed."""
-    spare = [deadline - start - baseline for deadline in deadlines]
-    return min((s for s in spare if s >= 0.0), default=0.0)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerConfig:
+    """What the budget of a step follows from.
+
+    rho      share of the slack that extra work may spend; None: all of it, less a margin for what steps have
+             lately taken longer than predicted
+    fill     let ready branches use the padding of the baseline's bucket
+    bank     TPOT targets by which a request that is ahead of its pace may be later with its next token
+    reserve  share of the pages by which running requests may still grow that a new one leaves to them
+    """
+
+    rho: float | None = 0.8
+    fill: bool = True
+    bank: float = 0.0
+    reserve: float = 1.0
+
+
+def slack(deadlines: Iterable[float], start: float, baseline: float, margin: float = 0.0) -> float:
+    """Seconds by which a step that starts at `start` may exceed `baseline` before a deadline is missed.
+
+    `margin`: the share by which steps may take longer than predicted.
+    """
+    left = [deadline - start for deadline in deadlines]
+    return max(0.0, min((each for each in left if each >= baseline), default=0.0) / (1.0 + margin) - baseline)
 
 
 def prompt_deadline(ttft_deadline: float, start: float, tokens_left: int, chunk: int) -> float | None:

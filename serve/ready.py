@@ -48,7 +48,7 @@ class Ready:
             "  bucket  compiled, s  step, ms",
         ]
         for bucket, seconds in sorted(self.compile_seconds.items()):
-            step = 1e3 * self.latency.predict(bucket, 0)
+            step = 1e3 * self.latency.rows_seconds(bucket)
             lines.append(f"  {bucket:>6}  {seconds:>11.1f}  {step:>8.2f}")
         return "\n".join([*lines, f"  ready after {self.seconds:.1f} s"])
 

@@ -27,7 +27,7 @@ from model.sampling import SampleOutputs, Sampling, SlotState, assign, count_his
 from model.step import StepLayout, StepProgram, compile_step
 from scheduler.buckets import Buckets
 from scheduler.plan import Entry, Sample, SegmentRead, SlotSetup, StepPlan
-from scheduler.predictor import StepLatencyModel
+from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.request import SamplingParams
 from serve.memory import MemoryPlan
 from serve.packing import step_inputs
@@ -213,8 +213,7 @@ class Runner:
             slots=(),
             deferred=(),
             bucket=bucket,
-            rows=bucket,
-            kv_tokens=bucket * length,
+            load=StepLoad(bucket, private_kv=bucket * length, items=bucket, raw_kv=bucket * length),
             predicted_seconds=0.0,
             baseline_seconds=0.0,
             budget_seconds=0.0,

@@ -21,6 +21,7 @@ from scheduler.plan import StepResult
 from scheduler.program import GRAMMARS
 from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.slack import ControllerConfig
 from serve.config import ServerConfig
 from serve.engine import Engine
 from serve.memory import MemoryPlan, device_limit, remembered
@@ -70,8 +71,7 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
             max_context=max_context,
             max_queue=config.max_queue,
             max_chunk=config.max_chunk or runner.buckets.largest,
-            rho=config.rho,
-            fill=config.fill,
+            controller=ControllerConfig(rho=config.rho, fill=config.fill),
             prefix_cache=config.prefix_cache,
             policy=config.policy,
         ),

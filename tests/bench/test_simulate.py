@@ -53,7 +53,7 @@ def test_what_arrived_in_the_window_is_measured() -> None:
 def test_one_request_alone_takes_a_step_for_each_token() -> None:
     """1000 positions are read on average: the prompt and half of the answer."""
     one_row = PROFILE.bucket_seconds[1]
-    assert unloaded_tpot(PROFILE) == pytest.approx(one_row + 1000 * PROFILE.kv_token_seconds, rel=1e-3)
+    assert unloaded_tpot(PROFILE) == pytest.approx(one_row + 1000 * PROFILE.costs.private_kv, rel=1e-3)
     gap = replace(PROFILE, host_gap_seconds=0.001)
     assert unloaded_tpot(gap) == pytest.approx(unloaded_tpot(PROFILE) + 0.001)
 
@@ -63,9 +63,9 @@ def test_a_prompt_chunk_pays_for_its_context() -> None:
     simulation._send_next(0.0)
     plan = simulation.scheduler.schedule(0.0)
     assert plan is not None
-    assert (plan.rows, len(plan.entries), plan.kv_tokens) == (100, 1, 100)
-    expected = PROFILE.bucket_seconds[128] + 100 * PROFILE.kv_token_seconds
-    attention = PROFILE.chunk_context_seconds * sum(range(1, 101))
+    assert (plan.rows, len(plan.entries), plan.load.kv_tokens) == (100, 1, 100)
+    expected = PROFILE.bucket_seconds[128] + 100 * PROFILE.costs.private_kv
+    attention = PROFILE.costs.chunk_context * sum(range(1, 101))
     assert PROFILE.seconds(plan) == pytest.approx(expected + attention)
 
 
@@ -113,6 +113,34 @@ def test_policies_differ_as_their_names_say(runs: dict[str, Simulation]) -> None
     assert rows["cap:2"]["mean_width"] < rows["taper"]["mean_width"] <= rows["eager"]["mean_width"] + 0.1
     assert rows["eager"]["e2e_p50_s"] < rows["cap:2"]["e2e_p50_s"] < rows["off"]["e2e_p50_s"]
     assert rows["taper"]["goodput_stage"] > 1.77 * rows["off"]["goodput_stage"]
+
+
+def headline(
+    policies: tuple[str, ...], rate: float, warmup: float, window: float, **changes: int
+) -> list[Any]:
+    """Rows of the headline workload within the first burst."""
+    profile = replace(PROFILE, **changes)  # type: ignore[arg-type]
+    workload = open_loop("fanout", "bursty", rate, warmup + window + 3.0, seed=1)
+    slo = 2 * unloaded_tpot(profile)
+    short = setting(
+        profile=profile, workload=workload, tpot_slo=slo, warmup=warmup, end=warmup + window, seed=1
+    )
+    return [simulate(short, policy)[0] for policy in policies]
+
+
+def test_the_headlines_ratio_to_eager() -> None:
+    taper, eager = headline(("taper", "eager"), rate=1.6, warmup=8.0, window=12.0)
+    assert taper["goodput_stage"] >= 1.48 * eager["goodput_stage"]
+    assert taper["attainment_stage"] >= 0.99
+    assert eager["attainment_stage"] < 0.8
+
+
+def test_the_headlines_ratio_to_off() -> None:
+    """With less KV, so that a short window shows what queues up."""
+    taper, off = headline(("taper", "off"), rate=1.0, warmup=10.0, window=15.0, num_pages=1600)
+    assert taper["goodput_stage"] >= 1.77 * off["goodput_stage"]
+    assert taper["goodput_mean"] >= 1.77 * off["goodput_mean"]
+    assert min(taper["serial_attainment"], taper["parallel_attainment"]) >= 0.99
 
 
 def test_a_simulation_is_deterministic_also_with_noise() -> None:

@@ -17,6 +17,7 @@ from scheduler.program import (
     TagProgram,
 )
 from scheduler.request import Request, SamplingParams, Slo, Stopping
+from scheduler.slack import ControllerConfig
 from tests.scheduler.alphabet import EOS, GRAMMARS, LETTERS, STOP
 from tests.scheduler.world import Setting
 
@@ -139,16 +140,26 @@ def loads(
     ]
 
 
+controllers = st.builds(
+    ControllerConfig,
+    rho=st.sampled_from([0.8, 0.8, None]),
+    fill=st.booleans(),
+    bank=st.sampled_from([0.0, 0.0, 2.0]),
+    reserve=st.sampled_from([0.0, 0.5, 1.0]),
+)
+
 serving = st.builds(
     Setting,
-    policy=st.sampled_from(["off", "cap:2", "cap:3", "eager", "taper"]),
+    policy=st.sampled_from(
+        ["off", "cap:2", "cap:3", "eager", "taper", "taper", "taper:linear", "taper:paper"]
+    ),
     buckets=st.sampled_from([(1,), (2,), (3, 5), (8,), (4, 8, 16, 32), (64,)]),
     max_chunk=st.sampled_from([1, 3, 16]),
     prompt_floor=st.sampled_from([1, 4, 32]),
     page_size=st.integers(1, 5),
     spare_slots=st.sampled_from([0, 0, 64]),
     prefix_cache=st.booleans(),
-    fill=st.booleans(),
+    controller=controllers,
     in_flight=st.sampled_from([0, 1]),
     arrive_after=st.sampled_from([0, 1, 7]),
     late_by=st.sampled_from([0.5, 1.0, 1.7]),

@@ -32,22 +32,31 @@ def test_what_is_missing_is_computed_from_the_root_down() -> None:
     assert replayed.backlog == 3
 
 
+def test_ancestors_that_were_complete_are_looked_at_again_when_they_may_have_lost_their_pages() -> None:
+    segments = chain((5, 5), (3, 3), (2, 0))
+    decoding = branch(*segments)
+    assert decoding.pieces() == [(segments[2], 2)]
+    segments[0].computed = 0
+    decoding.complete = 0
+    assert decoding.pieces() == [(segments[0], 5), (segments[2], 2)]
+
+
 def test_a_branch_waits_for_its_children() -> None:
     waiting = branch(*chain((5, 4)))
     waiting.open_children = 2
-    assert (waiting.waits, waiting.pieces(), waiting.backlog) == (True, [], 0)
+    assert (waiting.pieces(), waiting.backlog) == ([], 0)
 
 
 def test_a_token_on_the_way_is_fed_only_from_the_slot_and_below_the_limit() -> None:
     (segment,) = chain((5, 5))
     flying = branch(segment)
     flying.in_flight = [object()]  # type: ignore[list-item]
-    assert flying.waits, "it has no slot"
+    assert flying.backlog == 0, "it has no slot"
     flying.slot = 3
     assert flying.pieces() == [(segment, 1)]
     assert flying.backlog == 1
     flying.limit = 6
-    assert flying.waits, "the token on the way is the last one"
+    assert flying.backlog == 0, "the token on the way is the last one"
 
 
 def test_history_tells_given_from_generated() -> None:

@@ -94,7 +94,7 @@ def test_more_of_a_segment_makes_its_entry_longer() -> None:
     draft.add(live, trunk, 3)
     entry = only(draft)
     assert (entry.ordinal, entry.rows, entry.tokens) == (0, 5, (0, 1, 2, 3, 4))
-    assert (draft.rows, draft.rows_of(live), draft.kv_tokens) == (5, 5, 5)
+    assert (draft.rows, draft.rows_of(live), draft.load.kv_tokens) == (5, 5, 5)
 
 
 def test_a_token_in_flight_is_fed_from_its_slot() -> None:
@@ -131,7 +131,7 @@ def test_a_parents_last_token_is_fed_once_and_without_sampling() -> None:
     assert (seal.samples, seal.start, seal.tokens) == (False, 6, (9,))
     assert [entry.samples for entry in branches] == [True] * 3
     assert all(entry.context == (seal.own,) for entry in branches)
-    assert draft.kv_tokens == 7 + 3 * 2
+    assert draft.load.kv_tokens == 7 + 3 * 2
 
 
 def test_shared_kv_is_counted_once() -> None:
@@ -139,16 +139,16 @@ def test_shared_kv_is_counted_once() -> None:
     live = bench.live(FORK)
     draft = bench.draft()
     first, second, _ = live.runnable()
-    assert draft.unread(first) == 0
+    assert draft.added(first, 0).kv_tokens == 0
     draft.add(live, first, 9)
-    assert draft.kv_tokens == 6 + 2
+    assert draft.load.kv_tokens == 6 + 2
     later = bench.draft()
-    assert later.unread(first) == 6 + 2
+    assert later.added(first, 0).kv_tokens == 6 + 2
     later.add(live, first, 1)
-    assert later.kv_tokens == 6 + 3
-    assert later.unread(second) == 0
+    assert later.load.kv_tokens == 6 + 3
+    assert later.added(second, 0).kv_tokens == 0
     later.add(live, second, 2)
-    assert later.kv_tokens == 6 + 3 + 2
+    assert later.load.kv_tokens == 6 + 3 + 2
 
 
 def test_pages_shared_between_requests_are_counted_once() -> None:
@@ -161,10 +161,10 @@ def test_pages_shared_between_requests_are_counted_once() -> None:
     assert second.cached_tokens == 8
     draft = bench.draft()
     draft.add(first, first.runnable()[0], 1)
-    assert draft.kv_tokens == 11
-    assert draft.unread(second.runnable()[0]) == 0
+    assert draft.load.kv_tokens == 11
+    assert draft.added(second.runnable()[0], 0).kv_tokens == 0
     draft.add(second, second.runnable()[0], 2)
-    assert draft.kv_tokens == 11 + 2
+    assert draft.load.kv_tokens == 11 + 2
 
 
 def test_the_same_content_computed_twice_becomes_one_page() -> None:
@@ -173,14 +173,14 @@ def test_the_same_content_computed_twice_becomes_one_page() -> None:
     draft = bench.draft()
     for live in lives:
         draft.add(live, live.runnable()[0], 8)
-    assert (draft.kv_tokens, bench.pool.owned) == (16, 4)
+    assert (draft.load.kv_tokens, bench.pool.owned) == (16, 4)
     for live in lives:
         live.publish_prefix()
     assert bench.pool.owned == 2
     after = bench.draft()
     for live in lives:
         after.add(live, live.runnable()[0], 1)
-    assert after.kv_tokens == 8 + 1 + 1
+    assert after.load.kv_tokens == 8 + 1 + 1
     bench.pool.check(segment.pages for live in lives for segment in live.segments.values())
 
 
@@ -244,4 +244,4 @@ def test_its_count_of_kv_is_the_entries_own() -> None:
         for live in lives:
             for branch in live.runnable():
                 draft.add(live, branch, 2)
-        assert draft.kv_tokens == unique_kv_tokens(draft.entries, page_size=4)
+        assert draft.load.kv_tokens == unique_kv_tokens(draft.entries, page_size=4)

@@ -24,6 +24,7 @@ from scheduler.plan import Entry, StepPlan, StepResult
 from scheduler.program import MULTIVERSE, BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
 from scheduler.request import Request, Slo, Stopping
 from scheduler.scheduler import RejectedError, Scheduler
+from scheduler.slack import ControllerConfig
 from tests.scheduler.alphabet import LETTERS, PLAIN, tokens
 from tests.scheduler.interpreter import Interpreter
 from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving
@@ -32,6 +33,8 @@ from tests.scheduler.world import Setting, World, assert_says, roomy, serve
 
 TALKS_ON = SymbolicModel(LETTERS)
 MODEL = SymbolicModel(PLAIN)
+UNFILLED = ControllerConfig(fill=False, reserve=0.0)
+FLOOR_ONLY = ControllerConfig(rho=0.0, fill=False, reserve=0.0)
 NEVER = Slo(tpot=math.inf, ttft=math.inf)
 
 
@@ -155,6 +158,33 @@ def test_a_request_waits_until_its_worst_case_fits_beside_what_the_others_still_
     world.run([])
 
 
+@pytest.mark.parametrize(("reserve", "together"), [(0.0, True), (0.5, True), (1.0, False)])
+def test_what_running_requests_may_still_grow_by_is_left_to_them(reserve: float, together: bool) -> None:
+    """Of 16 pages a holds 1 and may grow by 9; b may need 10."""
+    setting = Setting(num_pages=16, page_size=4, controller=ControllerConfig(reserve=reserve))
+    world = World(setting, TALKS_ON)
+    world.add(request("a", serial(36), prompt=4))
+    run_until(world, lambda: emitted(world, "a") > 1)
+    world.add(request("b", serial(36), prompt=4))
+    world.step()
+    assert (running(world) == ["a", "b"]) == together
+    world.run([])
+
+
+def test_a_running_request_is_priced_before_its_prompt_is_read() -> None:
+    """c would be the fourth row of a bucket of three, though only a decodes so far."""
+    world = World(Setting(buckets=(3, 32), prompt_floor=1, max_chunk=1, in_flight=0), TALKS_ON)
+    slo = Slo(tpot=0.0023, ttft=9.0)
+    for name in "ab":
+        world.add(request(name, serial(30), prompt=1 if name == "a" else 30, slo=slo))
+    run_until(world, lambda: emitted(world, "a") > 1)
+    assert running(world) == ["a", "b"]
+    world.add(request("c", serial(30), prompt=30, slo=slo))
+    world.step()
+    assert running(world) == ["a", "b"]
+    world.run([])
+
+
 def test_nothing_overtakes_a_request_that_waits_for_pages() -> None:
     world = World(Setting(num_pages=10, page_size=4), TALKS_ON)
     world.add(request("a", serial(12), prompt=20))
@@ -240,7 +270,7 @@ def test_a_cap_is_the_number_of_branches_that_advance() -> None:
 @pytest.mark.parametrize("tpot", [1e-9, 0.0011])
 def test_if_everybody_is_late_the_width_is_one(tpot: float) -> None:
     slo = Slo(tpot=tpot, ttft=1e-9)
-    world = serve([request("r", fork(6), slo=slo)], Setting(policy="taper", fill=False), TALKS_ON)
+    world = serve([request("r", fork(6), slo=slo)], Setting(policy="taper", controller=UNFILLED), TALKS_ON)
     assert {widths(plan)["r"] for plan in world.plans} == {1}
 
 
@@ -248,7 +278,9 @@ def test_padding_is_filled_even_without_slack() -> None:
     slo = Slo(tpot=0.0014, ttft=1.0)  # the bucket of 4 takes 1.4 ms
     setting = Setting(policy="taper", buckets=(4, 32), in_flight=0, prompt_floor=2)
     filled = serve([request("r", fork(6, tokens=20), slo=slo)], setting, TALKS_ON)
-    narrow = serve([request("r", fork(6, tokens=20), slo=slo)], replace(setting, fill=False), TALKS_ON)
+    narrow = serve(
+        [request("r", fork(6, tokens=20), slo=slo)], replace(setting, controller=UNFILLED), TALKS_ON
+    )
     assert max(widths(plan)["r"] for plan in filled.plans) == 4
     assert max(widths(plan)["r"] for plan in narrow.plans) == 1
 
@@ -290,7 +322,7 @@ def test_the_budget_is_what_the_most_urgent_request_can_spare(policy: str, in_fl
     """Recomputed from the plan's entries and the times of the tokens, for requests that all decode."""
     slos = {"a": 0.0042, "b": 0.0031, "c": 0.0055}
     buckets = (2, 4, 8, 16, 32)
-    world = World(Setting(policy=policy, in_flight=in_flight, fill=False, buckets=buckets), TALKS_ON)
+    world = World(Setting(policy=policy, in_flight=in_flight, controller=UNFILLED, buckets=buckets), TALKS_ON)
     for name, stage in (("a", fork(8, tokens=30)), ("b", serial(60)), ("c", fork(9, tokens=30))):
         world.add(request(name, stage, slo=Slo(tpot=slos[name], ttft=9.0), prompt=6))
     run_until(world, lambda: all(emitted(world, name) >= 3 for name in slos))
@@ -312,7 +344,7 @@ def test_the_budget_is_what_the_most_urgent_request_can_spare(policy: str, in_fl
 
 def test_a_request_that_must_wait_is_the_most_urgent() -> None:
     """Its deadline is that of its last token, whoever else has had one since."""
-    world = World(Setting(policy="taper", in_flight=0, fill=False, buckets=(2, 16)), TALKS_ON)
+    world = World(Setting(policy="taper", in_flight=0, controller=UNFILLED, buckets=(2, 16)), TALKS_ON)
     world.add(request("wide", fork(8, tokens=40), slo=Slo(tpot=0.006, ttft=9.0)))
     world.add(request("other", serial(40), slo=Slo(tpot=0.006, ttft=9.0)))
     run_until(world, lambda: emitted(world, "other") > 2)
@@ -326,7 +358,7 @@ def test_a_request_that_must_wait_is_the_most_urgent() -> None:
 
 def test_a_prompt_that_is_due_narrows_the_branches() -> None:
     def width(ttft: float) -> int:
-        setting = Setting(buckets=(2, 8, 16), in_flight=0, fill=False, prompt_floor=1, max_chunk=4)
+        setting = Setting(buckets=(2, 8, 16), in_flight=0, controller=UNFILLED, prompt_floor=1, max_chunk=4)
         world = World(setting, TALKS_ON)
         world.add(request("wide", fork(12, tokens=40), slo=Slo(tpot=0.02, ttft=9.0)))
         run_until(world, lambda: emitted(world, "wide") > 12)
@@ -341,7 +373,7 @@ def test_a_prompt_that_is_due_narrows_the_branches() -> None:
 
 
 def test_a_late_request_does_not_narrow_the_others() -> None:
-    setting = Setting(policy="taper", buckets=(2, 4, 8, 16), in_flight=0, fill=False, prompt_floor=2)
+    setting = Setting(policy="taper", buckets=(2, 4, 8, 16), in_flight=0, controller=UNFILLED, prompt_floor=2)
     world = World(setting, TALKS_ON)
     world.add(request("wide", fork(8, tokens=40), slo=Slo(tpot=0.01, ttft=9.0)))
     world.add(request("doomed", serial(40), slo=Slo(tpot=0.0019, ttft=9.0)))
@@ -379,7 +411,7 @@ def test_a_prompt_reads_a_little_in_every_step_whatever_the_slack() -> None:
 
 
 def test_the_prompt_that_is_due_first_has_the_floor() -> None:
-    setting = Setting(policy="off", prompt_floor=4, max_chunk=4, fill=False, in_flight=0)
+    setting = Setting(policy="off", prompt_floor=4, max_chunk=4, controller=UNFILLED, in_flight=0)
     world = World(setting, TALKS_ON)
     world.add(request("decoding", serial(99), slo=Slo(tpot=0.0019, ttft=9.0)))
     run_until(world, lambda: emitted(world, "decoding") > 3)
@@ -390,9 +422,11 @@ def test_the_prompt_that_is_due_first_has_the_floor() -> None:
 
 
 def test_a_prompt_that_missed_its_target_is_not_starved_by_those_that_have_not() -> None:
-    setting = Setting(policy="off", buckets=(8,), prompt_floor=2, max_chunk=2, fill=False, in_flight=0)
+    setting = Setting(
+        policy="off", buckets=(8,), prompt_floor=2, max_chunk=2, controller=FLOOR_ONLY, in_flight=0
+    )
     world = World(setting, TALKS_ON)
-    world.add(request("decoding", serial(150), slo=Slo(tpot=0.00190, ttft=9.0)))
+    world.add(request("decoding", serial(150), slo=Slo(tpot=0.0030, ttft=9.0)))
     world.add(request("late", serial(1), prompt=20, slo=Slo(tpot=1.0, ttft=0.0001)))
     for number in range(5):
         world.add(request(f"live{number}", serial(1), prompt=60, slo=Slo(tpot=1.0, ttft=90.0)))
@@ -403,7 +437,7 @@ def test_a_prompt_that_missed_its_target_is_not_starved_by_those_that_have_not()
 def test_prompts_are_read_at_the_pace_of_their_target_and_faster_if_there_is_slack() -> None:
     def steps(ttft: float, tpot: float) -> int:
         setting = Setting(
-            policy="off", buckets=(4, 8, 64), prompt_floor=2, max_chunk=32, fill=False, in_flight=0
+            policy="off", buckets=(4, 8, 64), prompt_floor=2, max_chunk=32, controller=UNFILLED, in_flight=0
         )
         world = World(setting, TALKS_ON)
         world.add(request("decoding", serial(99), slo=Slo(tpot=tpot, ttft=9.0)))

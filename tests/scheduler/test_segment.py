@@ -10,7 +10,7 @@ from scheduler.segment import Segment, text
 def computed(pool: PagePool, tokens: list[int], start: int = 0) -> Segment:
     segment = Segment(0, start, ())
     segment.extend(tokens)
-    segment.pages = pool.allocate(pool.pages_for(len(tokens)))
+    segment.pages = tuple(pool.allocate(pool.pages_for(len(tokens))))
     segment.computed = len(tokens)
     return segment
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scheduler.plan import Entry, SegmentRead, SlotSetup, StepPlan
+from scheduler.predictor import StepLoad
 from scheduler.request import SamplingParams
 from tests.scheduler.alphabet import LETTERS
 from tests.scheduler.symbolic import SymbolicDevice, SymbolicModel
@@ -30,7 +31,7 @@ def entry(pages: tuple[int, ...], ordinal: int, *tokens: int, **more: object) ->
 
 def plan(*entries: Entry, slots: tuple[int, ...] = ()) -> StepPlan:
     setups = tuple(SlotSetup(slot, SamplingParams()) for slot in slots)
-    return StepPlan(0, entries, setups, (), 8, sum(e.rows for e in entries), 0, 1.0, 1.0, 1.0)
+    return StepPlan(0, entries, setups, (), 8, StepLoad(sum(e.rows for e in entries)), 1.0, 1.0, 1.0)
 
 
 def device(shared: frozenset[int] = frozenset()) -> SymbolicDevice:

@@ -17,11 +17,13 @@ from scheduler.plan import Entry, Sample, StepPlan, StepResult
 from scheduler.predictor import StepLatencyModel
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.slack import ControllerConfig
 from tests.scheduler.alphabet import Alphabet
 from tests.scheduler.interpreter import Answer, Interpreter, Key
 from tests.scheduler.symbolic import SymbolicDevice, SymbolicModel, unique_kv_tokens, widths
 
 MAX_CONTEXT = 200
+OVERCOMMITTED = ControllerConfig(reserve=0.0)  # so that some requests are preempted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class Setting:
     page_size: int = 4
     spare_slots: int = 0
     prefix_cache: bool = True
-    fill: bool = True
+    controller: ControllerConfig = OVERCOMMITTED
     in_flight: int = 1
     arrive_after: int = 0
     late_by: float = 1.0
@@ -67,7 +69,7 @@ class World:
                 max_chunk=setting.max_chunk,
                 prompt_floor=setting.prompt_floor,
                 prefix_cache=setting.prefix_cache,
-                fill=setting.fill,
+                controller=setting.controller,
                 policy=setting.policy,
             ),
             self.latency,
@@ -187,11 +189,11 @@ class World:
         rows = sum(entry.rows for entry in plan.entries)
         bucket = min(bucket for bucket in setting.buckets if bucket >= rows)
         kv_tokens = unique_kv_tokens(plan.entries, setting.page_size)
-        assert (plan.rows, plan.bucket, plan.kv_tokens) == (rows, bucket, kv_tokens)
-        seconds = self.latency.scale * (1e-3 + 1e-4 * bucket + 2e-6 * kv_tokens)
+        assert (plan.rows, plan.bucket, plan.load.kv_tokens) == (rows, bucket, kv_tokens)
+        seconds = self.latency.rows_seconds(bucket) + self.latency.scale * 2e-6 * kv_tokens
         assert abs(plan.predicted_seconds - seconds) < 1e-12
         assert plan.predicted_seconds >= plan.baseline_seconds
-        if self.scheduler.policy.name == "taper":
+        if self.scheduler.policy.name.startswith("taper"):
             assert plan.predicted_seconds <= max(plan.budget_seconds, plan.baseline_seconds) + 1e-12
         cap = {"off": 1, "cap:2": 2, "cap:3": 3}.get(self.scheduler.policy.name)
         assert cap is None or max(widths(plan).values()) <= cap

@@ -20,6 +20,7 @@ from scheduler.plan import Sample, StepPlan
 from scheduler.predictor import StepLatencyModel
 from scheduler.request import FinishReason, Request
 from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.slack import ControllerConfig
 from serve.engine import Engine, Failed
 from serve.runner import Runner, RunnerConfig, StepHandle
 
@@ -179,6 +180,7 @@ def run(
                 "page_size": runner.config.page_size,
                 "num_slots": runner.config.num_slots,
                 "max_context": runner.model_config.max_context,
+                "controller": ControllerConfig(reserve=0.0),  # so that some requests are preempted
             }
             | settings
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import urllib.request
 
 from scheduler.plan import Entry, SegmentRead, StepPlan, StepResult
+from scheduler.predictor import StepLoad
 from serve.metrics import Metrics
 from tests.serve.fakes import FakeEngine, finished
 
@@ -33,8 +34,7 @@ def step(*entries: Entry) -> StepResult:
         slots=(),
         deferred=(),
         bucket=8,
-        rows=len(entries),
-        kv_tokens=0,
+        load=StepLoad(len(entries)),
         predicted_seconds=0.02,
         baseline_seconds=0.015,
         budget_seconds=0.02,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from scheduler.predictor import StepLoad
 from scheduler.program import Plan
 from scheduler.request import Request, SamplingParams, Slo
 from serve.runner import Runner
@@ -106,7 +107,7 @@ def test_log_probabilities_come_with_the_sample(runner: Runner) -> None:
 
 def test_a_measured_staircase_is_positive_and_ascending(runner: Runner) -> None:
     latency = runner.measure(repeats=1)
-    seconds = [latency.predict(bucket, 0) for bucket in runner.buckets]
+    seconds = [latency.rows_seconds(bucket) for bucket in runner.buckets]
     assert seconds[0] > 0
     assert seconds == sorted(seconds)
-    assert latency.predict(3, 1000) >= latency.predict(3, 0)
+    assert latency.predict(StepLoad(3, private_kv=1000)) >= latency.rows_seconds(3)

@@ -1,0 +1,202 @@
+"""What each part of the controller is worth, in simulation: one row for each part left out or exchanged.
+
+    python -m bench.ablations --workload headline --seed 1 --json OUT
+
+The forms of the predictor are fitted to the same made-up steps, which take what the profile says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import simulate as simulator
+from bench.calibrate import Point, fit, probe, shapes
+from bench.simulate import Profile, Setting, Simulation, row, table
+from scheduler.live_request import LiveRequest
+from scheduler.policy import AdmissionPolicy, Baseline, Extra, Taper
+from scheduler.predictor import StepLatencyModel
+from scheduler.scheduler import Scheduler
+from scheduler.slack import ControllerConfig
+
+# --- other predictors --------------------------------------------------------------------------------------
+
+
+def fitted(form: str, profile: Profile) -> StepLatencyModel:
+    return StepLatencyModel.from_profile({"forms": _forms(profile.name)}, form=form)
+
+
+@cache
+def _forms(name: str) -> dict[str, Any]:
+    profile = Profile.load(name)
+    truth = profile.latency()
+    plans = [
+        probe(shape, profile.page_size) for shape in shapes([*profile.bucket_seconds], profile.num_pages)
+    ]
+    seconds = [truth.predict(plan.load) for plan in plans]
+    return fit([Point(plan.bucket, plan.load, s, s) for plan, s in zip(plans, seconds, strict=True)])
+
+
+def unpadded(profile: Profile) -> StepLatencyModel:
+    """Rows are priced as if nothing were padded: the line between one bucket and the next."""
+    steps = profile.bucket_seconds
+
+    def seconds(rows: int) -> float:
+        return float(np.interp(rows, [*steps], [*steps.values()]))
+
+    return StepLatencyModel(steps, costs=profile.costs, row_seconds=seconds)
+
+
+# --- other controllers -------------------------------------------------------------------------------------
+
+
+class Unbudgeted(Taper):
+    """All that fits the largest bucket."""
+
+    def admit(
+        self, extras: Sequence[Extra], baseline: Baseline, latency: StepLatencyModel
+    ) -> Sequence[Extra]:
+        return super().admit(extras, baseline._replace(budget=math.inf), latency)
+
+
+class Replanned(Taper):
+    """Decides in every so many steps how many extras run, and keeps to their number in between."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self._every = every
+        self._calls = self._admitted = 0
+
+    def admit(
+        self, extras: Sequence[Extra], baseline: Baseline, latency: StepLatencyModel
+    ) -> Sequence[Extra]:
+        if self._calls % self._every == 0:
+            self._admitted = len(super().admit(extras, baseline, latency))
+        self._calls += 1
+        return extras[: self._admitted]
+
+
+class StampedAtPlanning(Scheduler):
+    """A deadline counts from when the step of the last token was planned to begin."""
+
+    def _deadlines(self, decoding: Sequence[LiveRequest]) -> list[float]:
+        begun = {
+            live: flight.end - flight.plan.predicted_seconds
+            for flight in self._flights
+            for live in flight.sampling
+        }
+        return [live.deadline(begun.get(live)) for live in decoding]
+
+
+class WholeChunks(Scheduler):
+    """Prompts are read by whole chunks, whatever the budget."""
+
+    def _read_prompts(self, draft: Any, reading: Any, *, at_pace: bool) -> None:
+        for live, ready in reading if at_pace else ():
+            rows = self.config.max_chunk - draft.rows_of(live)
+            if live.resident and draft.left(ready[0]):
+                draft.add(live, ready[0], rows)
+
+
+# --- the table ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variation:
+    """What differs from the full controller."""
+
+    policy: str = "taper"
+    admission: Callable[[], AdmissionPolicy] | None = None
+    controller: ControllerConfig = ControllerConfig()  # noqa: RUF009 - frozen
+    latency: Callable[[Profile], StepLatencyModel] = Profile.latency
+    scheduler: type[Scheduler] = Scheduler
+
+
+VARIATIONS = {
+    "full": Variation(),
+    "no slack budget": Variation(admission=Unbudgeted),
+    "re-plan every 8": Variation(admission=partial(Replanned, 8)),
+    "re-plan every 32": Variation(admission=partial(Replanned, 32)),
+    "constant": Variation(latency=partial(fitted, "constant")),
+    "linear, raw KV": Variation(latency=partial(fitted, "linear")),
+    "linear, unique KV": Variation(latency=partial(fitted, "linear-unique")),
+    "staircase, raw KV": Variation(latency=partial(fitted, "staircase-raw")),
+    "no padding in the price": Variation(latency=unpadded),
+    "stamp at planning": Variation(scheduler=StampedAtPlanning),
+    "no joint prompt budget": Variation(scheduler=WholeChunks),
+    "bank of 2": Variation(controller=ControllerConfig(bank=2.0)),
+    "quantile margin": Variation(controller=ControllerConfig(rho=None)),
+    "rho 0.9": Variation(controller=ControllerConfig(rho=0.9)),
+    "fill off": Variation(controller=ControllerConfig(fill=False)),
+    "KV not reserved": Variation(controller=ControllerConfig(reserve=0.0)),
+    "cheapest first": Variation(policy="taper:linear"),
+    "level by level": Variation(policy="taper:concave"),
+    "the paper's form": Variation(
+        policy="taper:paper",
+        controller=ControllerConfig(fill=False),
+        latency=partial(fitted, "linear"),
+    ),
+}
+
+
+def ablate(setting: Setting, name: str) -> dict[str, Any]:
+    variation = VARIATIONS[name]
+    gc.disable()
+    simulation = Simulation(
+        replace(setting, controller=variation.controller),
+        variation.policy,
+        latency=variation.latency(setting.profile),
+        scheduler=variation.scheduler,
+    )
+    if variation.admission is not None:
+        simulation.scheduler.policy = variation.admission()
+    simulation.run()
+    gc.enable()
+    return row(name, simulation)
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="python -m bench.ablations", description="Ablates the controller.")
+    parser.add_argument("--profile", default="h200-qwen3-32b")
+    parser.add_argument("--workload", default="headline")
+    parser.add_argument("--variations", nargs="+", choices=VARIATIONS, default=[*VARIATIONS])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--warmup", type=float, default=simulator.WARMUP)
+    parser.add_argument("--window", type=float, default=simulator.WINDOW)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    end = options.warmup + options.window
+    profile = Profile.load(options.profile)
+    setting = Setting(
+        profile=profile,
+        workload=simulator.workload_named(options.workload, options.seed, end + simulator.COOLDOWN),
+        tpot_slo=simulator.TPOT_SLO_MULTIPLE * simulator.unloaded_tpot(profile),
+        warmup=options.warmup,
+        end=end,
+        seed=options.seed,
+    )
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
+        rows = [*pool.map(partial(ablate, setting), options.variations)]
+    result = {"profile": profile.name, "workload": options.workload, "seed": options.seed, "rows": rows}
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print(table(rows))
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

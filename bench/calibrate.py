@@ -1,0 +1,339 @@
+"""Measures what steps take on this device with a model, and fits the forms of the step-time predictor to it.
+
+    python -m bench.calibrate --model qwen3-32b --json OUT
+    python -m bench.calibrate --model default --buckets 8,16 --num-pages 256 --page 16 --json OUT
+
+Steps are made up: every bucket, just begun and full; KV from one page a row to most of the pool; branches in
+groups of several widths over a shared prefix; with a prompt chunk beside them or without. All of them are
+timed in turn, again and again until the time is up, and each point is the median of its rounds. A step's
+device time is that of one in a queue of several; its wall time, alone, from launch to samples.
+
+Every form is fitted by least squares of relative errors, no coefficient below zero. The paper's form is
+`linear`, T = a + b n + c L, with each branch's whole context in L; `constant` is a mean cost per row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+
+import numpy as np
+
+from scheduler.plan import Entry, SegmentRead, StepPlan
+from scheduler.predictor import StepLatencyModel, StepLoad
+
+if TYPE_CHECKING:
+    from serve.runner import Runner
+
+# --- made-up steps -----------------------------------------------------------------------------------------
+
+WIDTHS = (1, 4, 16)
+KV_SHARES = (0.0, 0.2, 0.45, 0.85)  # of the pool
+CHUNKS = (0, 32, 256)
+PREFIX_SHARE = 0.6  # of a group's KV, where branches share
+
+
+class Shape(NamedTuple):
+    """`rows` decode rows in groups of `width`, reading `pages` pages in all, and a chunk of `chunk` rows."""
+
+    bucket: int
+    rows: int
+    width: int
+    pages: int
+    chunk: int
+
+
+def shapes(buckets: Sequence[int], num_pages: int) -> Iterator[Shape]:
+    """Every bucket x fill x width x KV level x chunk that the pool holds."""
+    for before, bucket in itertools.pairwise((0, *sorted(buckets))):
+        for total in sorted({before + 1, bucket}):
+            for width, share, chunk in itertools.product(WIDTHS, KV_SHARES, CHUNKS):
+                rows = total - chunk
+                if rows < width or (chunk and share == KV_SHARES[0]):
+                    continue
+                least = rows + -(-rows // width) + chunk  # a page for each tail, prefix and chunk
+                if least <= num_pages and (share == 0.0 or share * num_pages > least):
+                    yield Shape(bucket, rows, width, max(least, int(share * num_pages)), chunk)
+
+
+def probe(shape: Shape, page_size: int) -> StepPlan:
+    """A step of that shape. Its pages are all different, the shared prefixes' apart."""
+    free = itertools.count()
+    groups = -(-shape.rows // shape.width)
+    for_chunk = shape.pages // 4 if shape.chunk else 0
+    each = (shape.pages - for_chunk) // groups
+    prefix = int(PREFIX_SHARE * each) if shape.width > 1 else 0
+    tail = max(1, (each - prefix) // shape.width)
+    entries: list[Entry] = []
+    load = StepLoad(0)
+    for group in range(groups):
+        context = (_pages(free, prefix, page_size),) if prefix else ()
+        load = load.plus(StepLoad(0, shared_kv=prefix * page_size, items=len(context)))
+        for _ in range(min(shape.width, shape.rows - group * shape.width)):
+            own = _pages(free, tail, page_size)
+            entries.append(_entry(len(entries), own.length - 1, 1, context, own))
+            seen = own.length + prefix * page_size
+            load = load.plus(StepLoad(1, private_kv=own.length, items=1, raw_kv=seen))
+    if shape.chunk:
+        own = _pages(free, max(for_chunk, -(-shape.chunk // page_size)), page_size)
+        ordinal = own.length - shape.chunk
+        entries.append(_entry(len(entries), ordinal, shape.chunk, (), own))
+        later = sum(range(ordinal + 2, own.length + 1))  # what the rows after the first see
+        load = load.plus(StepLoad(shape.chunk, 0, own.length, 1, later, own.length))
+    return StepPlan(
+        step_id=-1,
+        entries=tuple(entries),
+        slots=(),
+        deferred=(),
+        bucket=shape.bucket,
+        load=load,
+        predicted_seconds=0.0,
+        baseline_seconds=0.0,
+        budget_seconds=0.0,
+    )
+
+
+def _pages(free: Iterator[int], count: int, page_size: int) -> SegmentRead:
+    return SegmentRead(tuple(itertools.islice(free, count)), count * page_size)
+
+
+def _entry(number: int, ordinal: int, rows: int, context: tuple[SegmentRead, ...], own: SegmentRead) -> Entry:
+    start = sum(read.length for read in context) + ordinal
+    slot = number if rows == 1 else None
+    return Entry(
+        request_id="",
+        branch=number,
+        segment=number,
+        slot=slot,
+        start=start,
+        ordinal=ordinal,
+        rows=rows,
+        tokens=(0,) * rows,
+        context=context,
+        own=own,
+        samples=slot is not None,
+        path=(),
+    )
+
+
+# --- measuring ---------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """A step's load, and median seconds: on the device, and from its launch alone to its samples."""
+
+    bucket: int
+    load: StepLoad
+    device_seconds: float
+    wall_seconds: float
+
+
+def measure(runner: Runner, budget_seconds: float, queue: int = 6, seed: int = 0) -> list[Point]:
+    """Time every shape in rounds of random order until the time is up; at least one round of warming up."""
+    config = runner.config
+    made = [*shapes(config.buckets, config.num_pages)]
+    plans = [plan for plan in (probe(shape, config.page_size) for shape in made) if _fits(plan, runner)]
+    times: list[list[tuple[float, float]]] = [[] for _ in plans]
+    rng, began = np.random.default_rng(seed), time.perf_counter()
+    for done in itertools.count():
+        for index in rng.permutation(len(plans)).tolist():
+            if done > 1 and time.perf_counter() - began > budget_seconds:
+                break
+            seconds = _time(runner, plans[index], queue if done else 2)
+            if done:
+                times[index].append(seconds)
+        else:
+            continue
+        break
+    return [
+        Point(plan.bucket, plan.load, *map(float, np.median(np.array(seconds), axis=0)))
+        for plan, seconds in zip(plans, times, strict=True)
+    ]
+
+
+def _fits(plan: StepPlan, runner: Runner) -> bool:
+    pages = {page for entry in plan.entries for read in (*entry.context, entry.own) for page in read.pages}
+    longest = max(entry.start + entry.rows for entry in plan.entries)
+    return len(pages) <= runner.config.num_pages and longest < runner.model_config.max_context
+
+
+def _time(runner: Runner, plan: StepPlan, queue: int) -> tuple[float, float]:
+    """(seconds of one in a queue of launches, seconds from the launch of a single one to its samples)."""
+    started = time.perf_counter()
+    runner.launch(plan).samples()
+    wall = time.perf_counter() - started
+    handles = [runner.launch(plan) for _ in range(queue)]
+    handles[0].samples()
+    started = time.perf_counter()
+    handles[-1].samples()
+    return (time.perf_counter() - started) / (queue - 1), wall
+
+
+# --- fitting -----------------------------------------------------------------------------------------------
+
+KV = {"shared_kv": ("shared_kv",), "private_kv": ("private_kv",)}
+UNIQUE, RAW = {"kv": ("shared_kv", "private_kv")}, {"raw_kv": ("raw_kv",)}
+REST = {"items": ("items",), "chunk_context": ("chunk_context",)}
+FORMS: dict[str, tuple[bool, Mapping[str, tuple[str, ...]]]] = {  # (a staircase?, features: their parts)
+    "staircase": (True, {**KV, **REST}),
+    "staircase-raw": (True, {**RAW, **REST}),
+    "linear": (False, RAW),
+    "linear-unique": (False, UNIQUE),
+}
+
+
+LEAST = 0.1  # of the shortest step: what a bucket costs at least, however noisy the measurement
+
+
+def fit(points: Sequence[Point]) -> dict[str, Any]:
+    """Every form with its coefficients, and how well it says what was measured."""
+    buckets = sorted({point.bucket for point in points})
+    seconds = np.array([point.device_seconds for point in points])
+    rows = np.array([point.load.rows for point in points])
+    forms: dict[str, Any] = {}
+    for name, (staircase, features) in FORMS.items():
+        if staircase:  # what each bucket adds to the one before it
+            base = [[float(point.bucket >= bucket) for point in points] for bucket in buckets]
+        else:
+            base = [[1.0] * len(points), rows.tolist()]
+        added = [
+            [sum(getattr(point.load, part) for part in parts) for point in points]
+            for parts in features.values()
+        ]
+        found = non_negative(np.array([*base, *added], float).T / seconds[:, None])
+        of_base, of_added = found[: len(base)], found[len(base) :]
+        costs = {
+            part: float(cost)
+            for parts, cost in zip(features.values(), of_added, strict=True)
+            for part in parts
+        }
+        forms[name] = {"costs": costs}
+        if staircase:
+            steps = np.maximum(np.cumsum(of_base), LEAST * seconds.min()).tolist()
+            forms[name]["buckets"] = {str(b): step for b, step in zip(buckets, steps, strict=True)}
+        else:
+            forms[name]["line"] = of_base.tolist()
+    forms["constant"] = {"line": [0.0, float(seconds.sum() / rows.sum())], "costs": {}}
+    for name, form in forms.items():
+        form |= _accuracy({"forms": forms}, name, points, buckets)
+    return forms
+
+
+def non_negative(design: np.ndarray, sweeps: int = 3000) -> np.ndarray:
+    """The x >= 0 for which design @ x is nearest to 1 in every row: coordinate descent."""
+    size = np.linalg.norm(design, axis=0)
+    size[size == 0.0] = 1.0
+    scaled = design / size
+    gram, right = scaled.T @ scaled, scaled.sum(axis=0)
+    x = np.zeros(design.shape[1])
+    for _ in range(sweeps):
+        before = x.copy()
+        for k in range(len(x)):
+            if gram[k, k] > 0.0:
+                x[k] = max(0.0, x[k] + (right[k] - gram[k] @ x) / gram[k, k])
+        if np.abs(x - before).max() <= 1e-12 * max(1.0, np.abs(x).max()):
+            break
+    return x / size
+
+
+def _accuracy(
+    profile: Mapping[str, Any], name: str, points: Sequence[Point], buckets: Sequence[int]
+) -> dict[str, float]:
+    """Of measured / predicted - 1: mean, mean size, and the 95 % quantile as the margin."""
+    profile["forms"][name]["margin"] = 0.0
+    model = StepLatencyModel.from_profile(profile, buckets, name)
+    errors = np.array([point.device_seconds / model.predict(point.load) - 1.0 for point in points])
+    return {
+        "bias": float(errors.mean()),
+        "mape": float(np.abs(errors).mean()),
+        "margin": max(0.0, float(np.quantile(errors, 0.95))),
+    }
+
+
+def profile(name: str, points: Sequence[Point], num_pages: int, page_size: int) -> dict[str, Any]:
+    forms = fit(points)
+    spread = [point.wall_seconds - point.device_seconds for point in points]
+    return {
+        "name": name,
+        "num_pages": num_pages,
+        "page_size": page_size,
+        "host_gap_seconds": 0.0,
+        "launch_to_samples_seconds": float(np.median(spread)),
+        "residual": forms["staircase"]["mape"],
+        "forms": forms,
+        "points": [
+            {**point._asdict(), "load": point.load._asdict()}
+            for point in sorted(points, key=lambda point: (point.bucket, point.load))
+        ],
+    }
+
+
+# --- command line ------------------------------------------------------------------------------------------
+
+BUCKETS = "1,8,16,32,64,128,192,256,384,512"
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.calibrate", description="Measures a step-time profile."
+    )
+    parser.add_argument("--model", default="qwen3-32b", help="default, a preset, or a folder")
+    parser.add_argument("--name", help="of the profile; default: the device's and the model's")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--weights", default="random", choices=["auto", "random"])
+    parser.add_argument("--attention", default="auto", help="backend; auto picks by device")
+    parser.add_argument("--buckets", default=BUCKETS)
+    parser.add_argument("--num-pages", type=int, default=4000)
+    parser.add_argument("--page", type=int, default=64)
+    parser.add_argument("--budget-seconds", type=float, default=300.0, help="for measuring, after compiling")
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    import jax.numpy as jnp
+
+    from attention import default_backend
+    from bench import hardware
+    from model.checkpoint import load_model
+    from serve.runner import Runner, RunnerConfig
+
+    buckets = tuple(int(rows) for rows in options.buckets.split(","))
+    dtype = jnp.dtype(options.dtype)
+    model = load_model(options.model, dtype, options.weights)
+    backend = options.attention
+    if backend == "auto":
+        backend = default_backend(model.config.head_dim, dtype)
+    runner = Runner(
+        model,
+        RunnerConfig(
+            num_pages=options.num_pages,
+            page_size=options.page,
+            buckets=buckets,
+            num_slots=2 * max(buckets),
+            backend=backend,
+        ),
+    )
+    print(f"compiled in {sum(runner.compile().values()):.0f} s", flush=True)
+    points = measure(runner, options.budget_seconds)
+    described = hardware.describe("python -m bench.calibrate")
+    name = options.name or f"{described['hardware']['device']}-{model.config.name}".lower().replace(" ", "-")
+    result = profile(name, points, options.num_pages, options.page)
+    result = {**described, "model": model.config.name, "dtype": options.dtype, "backend": backend, **result}
+    options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    for form, fitted in result["forms"].items():
+        print(
+            f"{form:<14} bias {fitted['bias']:+.2%}  MAPE {fitted['mape']:.2%}  margin {fitted['margin']:.2%}"
+        )
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
