@@ -322,6 +322,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         ),
     )
     print(f"compiled in {sum(runner.compile().values()):.0f} s", flush=True)
+    runner.hold(model)
     points = measure(runner, options.budget_seconds)
     described = hardware.describe("python -m bench.calibrate")
     name = options.name or f"{described['hardware']['device']}-{model.config.name}".lower().replace(" ", "-")

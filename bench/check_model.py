@@ -59,7 +59,7 @@ Tokens = list[list[list[int]]]
 ERROR_BAR = 2e-2  # of ||logits - reference|| / ||reference||
 LEAD = 0.1  # of the reference's best token over its second: where the best must be the same...
 AGREEMENT_BAR = 0.99  # ...in this share of the places
-PAGE = 16
+PAGE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -518,6 +518,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     )
     parser.add_argument("--backend", default=None, help="default: the device's")
     parser.add_argument("--scale", choices=sorted(SCALES), default="full")
+    parser.add_argument("--without-greedy", action="store_true", help="check logits and schedules only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -531,7 +532,10 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "backends": backends,
         "rows": scale.rows,
         "seed": options.seed,
-        "greedy": [check_greedy(scale, config, options.seed, options.backend) for config in scale.greedy],
+        "greedy": [
+            check_greedy(scale, config, options.seed, options.backend)
+            for config in (() if options.without_greedy else scale.greedy)
+        ],
     }
     served = Served(scale, options.seed, options.backend)
     result["logits"] = check_logits(served, options.seed)

@@ -240,7 +240,9 @@ def _continuous(
         max_new_tokens=load.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
     module = importlib.import_module("transformers.generation.configuration_utils")
-    batching = module.ContinuousBatchingConfig(auto_switch_to_flash=False, **options)
+    batching = module.ContinuousBatchingConfig(**options)
+    if hasattr(batching, "auto_switch_to_flash"):  # newer than 5.17
+        batching.auto_switch_to_flash = False
 
     def run(prompts: list[list[int]]) -> float:
         started = time.perf_counter()

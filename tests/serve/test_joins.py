@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from scheduler.program import ParallelStage, Plan, SerialStage
 from scheduler.request import Request, SamplingParams, Slo
 from serve.runner import Runner
 from tests.model.dense import dense_logits
-from tests.serve.lab import Run, run
+from tests.serve.lab import Run, run, tiny_model
 from tests.serve.loads import parallel, serial
 
 
@@ -81,7 +82,11 @@ def dense(request: Request, record: Run) -> Dense:
 def assert_greedy(runner: Runner, request: Request, record: Run) -> None:
     sequence = dense(request, record)
     logits = dense_logits(
-        hf_tensors(runner.model), runner.model_config, sequence.tokens, sequence.positions, sequence.mask()
+        hf_tensors(tiny_model(jnp.float64)),
+        runner.model_config,
+        sequence.tokens,
+        sequence.positions,
+        sequence.mask(),
     )
     best = logits.argmax(-1)
     assert [token for _, token in sequence.sampled] == [int(best[fed]) for fed, _ in sequence.sampled]

@@ -8,6 +8,7 @@ import pytest
 from attention.layout import Capacity
 from model.sampling import branch_key
 from scheduler.plan import Entry, SegmentRead, SlotSetup, StepPlan
+from scheduler.predictor import StepLoad
 from scheduler.request import SamplingParams
 from serve.packing import step_inputs
 
@@ -37,7 +38,7 @@ def entry(
 
 def step(*entries: Entry, slots: tuple[SlotSetup, ...] = ()) -> StepPlan:
     rows = sum(entry.rows for entry in entries)
-    return StepPlan(0, entries, slots, (), 8, rows, 0, 0.0, 0.0, 0.0)
+    return StepPlan(0, entries, slots, (), 8, StepLoad(rows), 0.0, 0.0, 0.0)
 
 
 def test_two_branches_read_their_prefix_once_and_write_to_pages_of_their_own() -> None:
