@@ -25,6 +25,7 @@ import numpy as np
 from bench import simulate as simulator
 from bench.calibrate import Point, fit, probe, shapes
 from bench.simulate import Profile, Setting, Simulation, row, table
+from bench.workload import named
 from scheduler.live_request import LiveRequest
 from scheduler.policy import AdmissionPolicy, Baseline, Extra, Taper
 from scheduler.predictor import StepLatencyModel
@@ -182,7 +183,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     profile = Profile.load(options.profile)
     setting = Setting(
         profile=profile,
-        workload=simulator.workload_named(options.workload, options.seed, end + simulator.COOLDOWN),
+        workload=named(options.workload, options.seed, end + simulator.COOLDOWN),
         tpot_slo=simulator.TPOT_SLO_MULTIPLE * simulator.unloaded_tpot(profile),
         warmup=options.warmup,
         end=end,

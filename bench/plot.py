@@ -3,7 +3,8 @@
     python -m bench.plot RESULT.json PLOT.png
 
 Of a kernel benchmark: how many times the byte floor each case takes, ours and FlashInfer's. Of a comparison
-of policies: goodput and attainment against load, by the stage measure and by the mean.
+of policies: goodput and attainment against load, by the stage measure and by the mean. Of an engine: its steps
+against the byte floor.
 """
 
 from __future__ import annotations
@@ -100,6 +101,26 @@ def plot_policies(result: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_buckets(result: Mapping[str, Any], path: Path) -> None:
+    """Draws the time of a full step of every bucket against the KV that it reads, and the byte floor."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for bucket, rows in itertools.groupby(result["buckets"], key=lambda row: row["bucket"]):
+        points = [(row["kv_tokens"] / 1000, row["step_ms"]) for row in rows]
+        axes.plot(*zip(*points, strict=True), "o-", label=f"{bucket} rows")
+    floor = sorted((row["kv_tokens"] / 1000, row["floor_ms"]) for row in result["buckets"])
+    axes.plot(*zip(*floor, strict=True), "k--", label="byte floor")
+    axes.set_xlabel("KV positions read (thousands)")
+    axes.set_ylabel("ms")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    axes.set_title(
+        f"{result['model']} on {result['hardware']['device']}, copy {result['copy_tb_s']:.2f} TB/s",
+        fontsize=10,
+    )
+    _save(figure, path)
+
+
 def _pyplot() -> Any:
     matplotlib: Any = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
@@ -116,7 +137,8 @@ def _save(figure: Any, path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     source, target = map(Path, arguments)
     result = json.loads(source.read_text())
-    (plot_policies if "rows" in result else plot_cases)(result, target)
+    plots = {"rows": plot_policies, "buckets": plot_buckets, "cases": plot_cases}
+    next(plot for key, plot in plots.items() if key in result)(result, target)
 
 
 if __name__ == "__main__":

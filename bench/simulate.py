@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from bench.measures import Record, client_row
-from bench.workload import Item, Workload, closed_loop, open_loop
+from bench.workload import Item, Workload, named
 from scheduler.events import Finished, TokenEmitted
 from scheduler.plan import Sample, StepPlan, StepResult
 from scheduler.predictor import Costs, StepLatencyModel
@@ -316,17 +316,7 @@ def simulate(setting: Setting, policy: str) -> tuple[dict[str, Any], dict[str, f
 
 # --- command line ------------------------------------------------------------------------------------------
 
-HEADLINE_RATE, HEADLINE_CLIENTS = 1.6, 40
 WARMUP, WINDOW, COOLDOWN = 45.0, 45.0, 15.0
-
-
-def workload_named(name: str, seed: int, seconds: float) -> Workload:
-    """`headline`, `headline-closed`, or the file of that name."""
-    if name == "headline":
-        return open_loop("fanout", "bursty", HEADLINE_RATE, seconds, seed)
-    if name == "headline-closed":
-        return closed_loop("fanout", HEADLINE_CLIENTS, math.ceil(10 * seconds), seed)
-    return Workload.load(Path(name))
 
 
 COLUMNS = {
@@ -382,7 +372,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     end = options.warmup + options.window
     setting = Setting(
         profile=profile,
-        workload=workload_named(options.workload, options.seed, end + options.cooldown),
+        workload=named(options.workload, options.seed, end + options.cooldown),
         tpot_slo=TPOT_SLO_MULTIPLE * unloaded_tpot(profile),
         warmup=options.warmup,
         end=end,
