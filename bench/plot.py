@@ -3,8 +3,8 @@
     python -m bench.plot RESULT.json PLOT.png
 
 Of a kernel benchmark: how many times the byte floor each case takes, ours and FlashInfer's. Of a comparison
-of policies: goodput and attainment against load, by the stage measure and by the mean. Of an engine: its steps
-against the byte floor.
+of policies: goodput and attainment against load, by the stage measure and by the mean. Of an engine: its
+steps against the byte floor.
 """
 
 from __future__ import annotations
