@@ -45,6 +45,8 @@ class ServerConfig:
     """Default target of the time to a request's first token, in milliseconds."""
     rho: float = 0.8
     """The share of the slack that extra branches may spend."""
+    reserve: float = 1.0
+    """The share of what running requests may still need in KV pages that a new one must leave to them."""
     fill: bool = True
     """Let extra branches fill the padding of the baseline's own bucket."""
 
@@ -104,5 +106,6 @@ class ServerConfig:
                 raise ValueError(f"{name} must be more than 0, not {value}")
         if self.buckets is not None and (not self.buckets or any(bucket < 1 for bucket in self.buckets)):
             raise ValueError(f"buckets must be row counts of at least 1, not {self.buckets}")
-        if not 0 <= self.rho <= 1:
-            raise ValueError(f"rho must be a share between 0 and 1, not {self.rho}")
+        for name in ("rho", "reserve"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}")

@@ -49,7 +49,10 @@ Sink = Callable[[Sequence[Event | Failed]], None]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A snapshot for load balancers."""
+    """A snapshot for load balancers and dashboards.
+
+    prediction_bias, prediction_mape, prediction_coverage  of recent steps: scheduler.predictor.Accuracy
+    """
 
     running_requests: int
     running_branches: int
@@ -58,6 +61,9 @@ class Load:
     kv_capacity_tokens: int
     output_tokens_per_second: float
     steps: int = 0
+    prediction_bias: float = 0.0
+    prediction_mape: float = 0.0
+    prediction_coverage: float = 1.0
 
 
 class Handle(Protocol):
@@ -146,6 +152,8 @@ class Engine:
     def load(self) -> Load:
         with self._wake:
             load, now = self.scheduler.load(), self._clock()
+            accuracy = self.scheduler.latency.accuracy
+            bias, mape, coverage = accuracy.bias, accuracy.mape, accuracy.coverage
             tokens = sum(count for at, count in self._recent if now - at <= self.RATE_WINDOW)
         return Load(
             running_requests=load.running_requests,
@@ -155,6 +163,9 @@ class Engine:
             kv_capacity_tokens=load.kv_capacity_tokens,
             output_tokens_per_second=tokens / self.RATE_WINDOW,
             steps=self._steps,
+            prediction_bias=bias,
+            prediction_mape=mape,
+            prediction_coverage=coverage,
         )
 
     def stop(self, *, drain: bool, timeout: float) -> None:

@@ -31,6 +31,12 @@ class LoadSnapshot(Protocol):
     def kv_used_tokens(self) -> int: ...
     @property
     def kv_capacity_tokens(self) -> int: ...
+    @property
+    def prediction_bias(self) -> float: ...
+    @property
+    def prediction_mape(self) -> float: ...
+    @property
+    def prediction_coverage(self) -> float: ...
 
 
 class Metrics:
@@ -112,6 +118,9 @@ class _LoadCollector:
             "queued_requests": load.queued_requests,
             "kv_used_tokens": load.kv_used_tokens,
             "kv_capacity_tokens": load.kv_capacity_tokens,
+            "prediction_bias": load.prediction_bias,
+            "prediction_mape": load.prediction_mape,
+            "prediction_coverage": load.prediction_coverage,
         }
         for name, value in gauges.items():
             yield GaugeMetricFamily(f"taper_{name}", name.replace("_", " "), value=value)

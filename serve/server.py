@@ -407,9 +407,10 @@ async def serve(config: ServerConfig, load: Load, announce: Callable[[str], None
         if loading.done():
             backend = loading.result()
             service.serve(backend)
-            print(backend.summary, file=sys.stderr, flush=True)
             if config.explain:
+                announce(backend.summary)
                 return
+            print(backend.summary, file=sys.stderr, flush=True)
             announce(f"taper-serve ready on {address}")
         await signalled
         log.info("draining", seconds=config.drain_timeout)

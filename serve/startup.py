@@ -71,7 +71,7 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
             max_context=max_context,
             max_queue=config.max_queue,
             max_chunk=config.max_chunk or runner.buckets.largest,
-            controller=ControllerConfig(rho=config.rho, fill=config.fill),
+            controller=ControllerConfig(rho=config.rho, fill=config.fill, reserve=config.reserve),
             prefix_cache=config.prefix_cache,
             policy=config.policy,
         ),

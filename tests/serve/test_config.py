@@ -23,6 +23,7 @@ def test_the_defaults_are_loopback_and_valid():
         ("buckets", ()),
         ("buckets", (8, 0)),
         ("rho", 1.5),
+        ("reserve", -0.1),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(option, value):

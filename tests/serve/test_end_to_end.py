@@ -22,12 +22,16 @@ from serve.demo import POLICIES, Demo, compare
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    command = [
+def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [
         str(Path(sys.executable).with_name("taper-serve")),
         *("--port", "0", "--buckets", "8", "32"),
         *("--compilation-cache", str(tmp_path_factory.mktemp("programs"))),
     ]
+
+
+@pytest.fixture(scope="module")
+def server(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         yield process
         if process.poll() is None:
@@ -64,6 +68,15 @@ def test_a_request_forks_tapers_and_joins(address: str) -> None:
     }
     assert lengths == {0: 9, 1: 3, 2: 4, 3: 5}
     assert events[-1].usage.critical_path_tokens == 4 + 5 + 5
+
+
+def test_explain_says_what_serving_takes_and_leaves(address: str, command: list[str]) -> None:
+    """With the programs that the server in `address` has compiled."""
+    table = subprocess.run(
+        [*command, "--explain"], stdout=subprocess.PIPE, text=True, timeout=300, check=True
+    )
+    assert "2048 pages of 16 tokens: 32768 tokens" in table.stdout
+    assert [line.split()[0] for line in table.stdout.splitlines()[-3:]] == ["8", "32", "ready"]
 
 
 def test_every_policy_gives_every_request_the_same_tokens(address: str) -> None:

@@ -79,6 +79,7 @@ def test_load_is_read_when_it_is_scraped():
     engine._sinks["r"] = print
     assert metrics.registry.get_sample_value("taper_running_requests") == 1
     assert metrics.registry.get_sample_value("taper_kv_used_tokens") == 10
+    assert metrics.registry.get_sample_value("taper_prediction_coverage") == 1.0
 
 
 def test_they_are_served_on_a_port_of_their_own():
