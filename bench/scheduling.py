@@ -1,6 +1,6 @@
 """Times the scheduler's host work in steady decoding: the planner's decision alone, a whole plan, an update.
 
-    python -m bench.plan_time --json OUT
+    python -m bench.scheduling --json OUT
 
 Requests with a prompt of 1024 tokens have forked once and decode without end; steps are planned and taken in
 as the engine does it, with one in flight. The planner is what a policy adds to a step: pricing the extra
@@ -123,7 +123,7 @@ def measure(requests: int, branches: int, plans: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m bench.plan_time", description="Times planning.")
+    parser = argparse.ArgumentParser(prog="python -m bench.scheduling", description="Times planning.")
     parser.add_argument("--plans", type=int, help="instead of each case's own number")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
