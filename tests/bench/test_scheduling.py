@@ -6,6 +6,6 @@ from bench.scheduling import measure
 
 
 def test_a_plan_takes_longer_than_the_decisions_in_it() -> None:
-    row = measure(requests=3, branches=2, plans=10)
+    row = measure(requests=16, branches=8, plans=10)
     assert 0 < row["planner_p50_ms"] < row["plan_p50_ms"]
     assert row["update_p50_ms"] > 0
