@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import multiprocessing
 import sys
@@ -24,6 +23,7 @@ import numpy as np
 
 from bench import simulate as simulator
 from bench.calibrate import Point, fit, probe, shapes
+from bench.result import write
 from bench.simulate import Profile, Setting, Simulation, row, table
 from bench.workload import named
 from scheduler.live_request import LiveRequest
@@ -193,8 +193,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
         rows = [*pool.map(partial(ablate, setting), options.variations)]
     result = {"profile": profile.name, "workload": options.workload, "seed": options.seed, "rows": rows}
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write(result, options.json)
     print(table(rows))
     return result
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from bench.result import write
 from scheduler.plan import Entry, SegmentRead, StepPlan
 from scheduler.predictor import StepLatencyModel, StepLoad
 
@@ -328,7 +328,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     name = options.name or f"{described['hardware']['device']}-{model.config.name}".lower().replace(" ", "-")
     result = profile(name, points, options.num_pages, options.page)
     result = {**described, "model": model.config.name, "dtype": options.dtype, "backend": backend, **result}
-    options.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write(result, options.json)
     for form, fitted in result["forms"].items():
         print(
             f"{form:<14} bias {fitted['bias']:+.2%}  MAPE {fitted['mape']:.2%}  margin {fitted['margin']:.2%}"

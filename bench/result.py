@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from serve.client import AsyncClient
+if TYPE_CHECKING:
+    from serve.client import AsyncClient
 
 PACKAGES = ("grpcio", "protobuf", "numpy")
 
@@ -41,8 +42,8 @@ async def describe_server(client: AsyncClient) -> dict[str, Any]:
     }
 
 
-def write(result: Mapping[str, Any], target: str | None) -> None:
-    """To a file, or to standard output (-). Strict JSON: raises ValueError for a NaN."""
+def write(result: Mapping[str, Any], target: str | Path | None) -> None:
+    """To a file, if one is wanted, or to standard output ("-"). Strict JSON: raises ValueError for a NaN."""
     if target is None:
         return
     text = json.dumps(result, indent=1, allow_nan=False)

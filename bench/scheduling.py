@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.result import write
 from bench.simulate import MAX_CONTEXT, Bytes, Profile
 from scheduler.plan import Sample, StepPlan, StepResult
 from scheduler.predictor import StepLatencyModel
@@ -130,8 +130,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     result = {"rows": [measure(r, b, options.plans or plans) for r, b, plans in CASES]}
     for row in result["rows"]:
         print(", ".join(f"{key} {value:.4g}" for key, value in row.items()))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, options.json)
     return result
 
 

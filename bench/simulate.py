@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from bench.measures import Record, client_row
+from bench.result import write
 from bench.workload import Item, Workload, named
 from scheduler.events import Finished, TokenEmitted
 from scheduler.plan import Sample, StepPlan, StepResult
@@ -397,11 +398,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "statistics": setting.workload.statistics(),
         "rows": [each for each, _ in results],
     }
-    text = json.dumps(result, indent=1, allow_nan=False)
-    if options.json == "-":
-        print(text)
-    elif options.json:
-        Path(options.json).write_text(text + "\n")
+    write(result, options.json)
     out = sys.stderr if options.json == "-" else sys.stdout
     print(table(result["rows"]), file=out)
     for each, cost in results:
