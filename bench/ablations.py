@@ -43,11 +43,9 @@ def fitted(form: str, profile: Profile) -> StepLatencyModel:
 def _forms(name: str) -> dict[str, Any]:
     profile = Profile.load(name)
     truth = profile.latency()
-    plans = [
-        probe(shape, profile.page_size) for shape in shapes([*profile.bucket_seconds], profile.num_pages)
-    ]
-    seconds = [truth.predict(plan.load) for plan in plans]
-    return fit([Point(plan.bucket, plan.load, s, s) for plan, s in zip(plans, seconds, strict=True)])
+    made = shapes([*profile.bucket_seconds], profile.num_pages, profile.page_size)
+    plans = [probe(shape, profile.page_size) for shape in made]
+    return fit([Point(plan.bucket, plan.load, truth.predict(plan.load)) for plan in plans])
 
 
 def unpadded(profile: Profile) -> StepLatencyModel:

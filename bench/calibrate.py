@@ -4,9 +4,8 @@
     python -m bench.calibrate --model default --buckets 8,16 --num-pages 256 --page 16 --json OUT
 
 Steps are made up: every bucket, just begun and full; KV from one page a row to most of the pool; branches in
-groups of several widths over a shared prefix; with a prompt chunk beside them or without. All of them are
-timed in turn, again and again until the time is up, and each point is the median of its rounds. A step's
-device time is that of one in a queue of several; its wall time, alone, from launch to samples.
+groups of several widths over a shared prefix; without and with a prompt chunk beside them. All of them are
+timed in turn, again and again until the time is up, and each point is the median of its rounds.
 
 Every form is fitted by least squares of relative errors, no coefficient below zero. The paper's form is
 `linear`, T = a + b n + c L, with each branch's whole context in L; `constant` is a mean cost per row.
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if __name__ == "__main__":
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import numpy as np
 
@@ -39,39 +38,44 @@ if TYPE_CHECKING:
 
 WIDTHS = (1, 4, 16)
 KV_SHARES = (0.0, 0.2, 0.45, 0.85)  # of the pool
-CHUNKS = (0, 32, 256)
+CHUNKS = ((32, 512), (32, 4096), (128, 0), (128, 2048), (256, 0), (256, 4096))  # rows, positions before them
 PREFIX_SHARE = 0.6  # of a group's KV, where branches share
 
 
 class Shape(NamedTuple):
-    """`rows` decode rows in groups of `width`, reading `pages` pages in all, and a chunk of `chunk` rows."""
+    """`rows` decode rows in groups of `width`, which read `pages` pages in all.
+
+    Beside them, a prompt chunk of `chunk` rows after `before` positions of its own.
+    """
 
     bucket: int
     rows: int
     width: int
     pages: int
-    chunk: int
+    chunk: int = 0
+    before: int = 0
 
 
-def shapes(buckets: Sequence[int], num_pages: int) -> Iterator[Shape]:
-    """Every bucket x fill x width x KV level x chunk that the pool holds."""
-    for before, bucket in itertools.pairwise((0, *sorted(buckets))):
-        for total in sorted({before + 1, bucket}):
-            for width, share, chunk in itertools.product(WIDTHS, KV_SHARES, CHUNKS):
-                rows = total - chunk
-                if rows < width or (chunk and share == KV_SHARES[0]):
-                    continue
-                least = rows + -(-rows // width) + chunk  # a page for each tail, prefix and chunk
-                if least <= num_pages and (share == 0.0 or share * num_pages > least):
-                    yield Shape(bucket, rows, width, max(least, int(share * num_pages)), chunk)
+def shapes(buckets: Sequence[int], num_pages: int, page_size: int) -> Iterator[Shape]:
+    """Every bucket x fill x width x KV level that the pool holds; each without a chunk, and with one in turn."""
+    chunks = itertools.cycle(CHUNKS)
+    for smaller, bucket in itertools.pairwise((0, *sorted(buckets))):
+        for total in sorted({smaller + 1, bucket}):
+            for width, share in itertools.product(WIDTHS, KV_SHARES):
+                for chunk, before in ((0, 0), next(chunks)):
+                    rows = total - chunk
+                    left = num_pages - -(-(chunk + before) // page_size)
+                    least = rows + -(-rows // width)  # a page for each tail and prefix
+                    wanted = int(share * num_pages)
+                    if rows >= width and least <= left and (not share or least < wanted):
+                        yield Shape(bucket, rows, width, min(left, max(least, wanted)), chunk, before)
 
 
 def probe(shape: Shape, page_size: int) -> StepPlan:
     """A step of that shape. Its pages are all different, the shared prefixes' apart."""
     free = itertools.count()
     groups = -(-shape.rows // shape.width)
-    for_chunk = shape.pages // 4 if shape.chunk else 0
-    each = (shape.pages - for_chunk) // groups
+    each = shape.pages // groups
     prefix = int(PREFIX_SHARE * each) if shape.width > 1 else 0
     tail = max(1, (each - prefix) // shape.width)
     entries: list[Entry] = []
@@ -85,11 +89,11 @@ def probe(shape: Shape, page_size: int) -> StepPlan:
             seen = own.length + prefix * page_size
             load = load.plus(StepLoad(1, private_kv=own.length, items=1, raw_kv=seen))
     if shape.chunk:
-        own = _pages(free, max(for_chunk, -(-shape.chunk // page_size)), page_size)
-        ordinal = own.length - shape.chunk
-        entries.append(_entry(len(entries), ordinal, shape.chunk, (), own))
-        later = sum(range(ordinal + 2, own.length + 1))  # what the rows after the first see
-        load = load.plus(StepLoad(shape.chunk, 0, own.length, 1, later, own.length))
+        length = shape.before + shape.chunk
+        own = SegmentRead(_pages(free, -(-length // page_size), page_size).pages, length)
+        entries.append(_entry(len(entries), shape.before, shape.chunk, (), own))
+        later = sum(range(shape.before + 2, length + 1))  # what the rows after the first see
+        load = load.plus(StepLoad(shape.chunk, 0, length, 1, later, length))
     return StepPlan(
         step_id=-1,
         entries=tuple(entries),
@@ -130,53 +134,39 @@ def _entry(number: int, ordinal: int, rows: int, context: tuple[SegmentRead, ...
 
 
 class Point(NamedTuple):
-    """A step's load, and median seconds: on the device, and from its launch alone to its samples."""
+    """A step's load and its median seconds on the device."""
 
     bucket: int
     load: StepLoad
-    device_seconds: float
-    wall_seconds: float
+    seconds: float
 
 
-def measure(runner: Runner, budget_seconds: float, queue: int = 6, seed: int = 0) -> list[Point]:
-    """Time every shape in rounds of random order until the time is up; at least one round of warming up."""
+def measure(runner: Runner, budget_seconds: float, repeats: int = 4, seed: int = 0) -> list[Point]:
+    """Time every shape in rounds of random order until the time is up; at least one, after one to warm up."""
     config = runner.config
-    made = [*shapes(config.buckets, config.num_pages)]
+    made = shapes(config.buckets, config.num_pages, config.page_size)
     plans = [plan for plan in (probe(shape, config.page_size) for shape in made) if _fits(plan, runner)]
-    times: list[list[tuple[float, float]]] = [[] for _ in plans]
+    times: list[list[float]] = [[] for _ in plans]
     rng, began = np.random.default_rng(seed), time.perf_counter()
     for done in itertools.count():
         for index in rng.permutation(len(plans)).tolist():
             if done > 1 and time.perf_counter() - began > budget_seconds:
                 break
-            seconds = _time(runner, plans[index], queue if done else 2)
+            seconds = runner.seconds(plans[index], repeats if done else 1)
             if done:
                 times[index].append(seconds)
         else:
             continue
         break
     return [
-        Point(plan.bucket, plan.load, *map(float, np.median(np.array(seconds), axis=0)))
+        Point(plan.bucket, plan.load, float(np.median(seconds)))
         for plan, seconds in zip(plans, times, strict=True)
     ]
 
 
 def _fits(plan: StepPlan, runner: Runner) -> bool:
-    pages = {page for entry in plan.entries for read in (*entry.context, entry.own) for page in read.pages}
     longest = max(entry.start + entry.rows for entry in plan.entries)
-    return len(pages) <= runner.config.num_pages and longest < runner.model_config.max_context
-
-
-def _time(runner: Runner, plan: StepPlan, queue: int) -> tuple[float, float]:
-    """(seconds of one in a queue of launches, seconds from the launch of a single one to its samples)."""
-    started = time.perf_counter()
-    runner.launch(plan).samples()
-    wall = time.perf_counter() - started
-    handles = [runner.launch(plan) for _ in range(queue)]
-    handles[0].samples()
-    started = time.perf_counter()
-    handles[-1].samples()
-    return (time.perf_counter() - started) / (queue - 1), wall
+    return longest < runner.model_config.max_context
 
 
 # --- fitting -----------------------------------------------------------------------------------------------
@@ -198,7 +188,7 @@ LEAST = 0.1  # of the shortest step: what a bucket costs at least, however noisy
 def fit(points: Sequence[Point]) -> dict[str, Any]:
     """Every form with its coefficients, and how well it says what was measured."""
     buckets = sorted({point.bucket for point in points})
-    seconds = np.array([point.device_seconds for point in points])
+    seconds = np.array([point.seconds for point in points])
     rows = np.array([point.load.rows for point in points])
     forms: dict[str, Any] = {}
     for name, (staircase, features) in FORMS.items():
@@ -252,7 +242,7 @@ def _accuracy(
     """Of measured / predicted - 1: mean, mean size, and the 95 % quantile as the margin."""
     profile["forms"][name]["margin"] = 0.0
     model = StepLatencyModel.from_profile(profile, buckets, name)
-    errors = np.array([point.device_seconds / model.predict(point.load) - 1.0 for point in points])
+    errors = np.array([point.seconds / model.predict(point.load) - 1.0 for point in points])
     return {
         "bias": float(errors.mean()),
         "mape": float(np.abs(errors).mean()),
@@ -262,13 +252,11 @@ def _accuracy(
 
 def profile(name: str, points: Sequence[Point], num_pages: int, page_size: int) -> dict[str, Any]:
     forms = fit(points)
-    spread = [point.wall_seconds - point.device_seconds for point in points]
     return {
         "name": name,
         "num_pages": num_pages,
         "page_size": page_size,
         "host_gap_seconds": 0.0,
-        "launch_to_samples_seconds": float(np.median(spread)),
         "residual": forms["staircase"]["mape"],
         "forms": forms,
         "points": [

@@ -105,19 +105,6 @@ def serve_all(engine: Engine, items: Sequence[Item]) -> float:
     return time.perf_counter() - started
 
 
-def device_seconds(runner: Runner, plan: StepPlan, calls: int, repeats: int) -> float:
-    """Median time of a step in a queue of `calls` launches of the same program on the same arrays."""
-    program, packed = runner.packed(plan)
-    packed = jax.device_put(packed)
-
-    def call(state: tuple[Any, Any]) -> tuple[Any, Any]:
-        return program(runner.weights, *state, packed)[:2]
-
-    state = call((runner.cache, runner.slots))
-    seconds, (runner.cache, runner.slots) = hardware.seconds_per_call(call, state, calls, repeats)
-    return seconds
-
-
 def steady(results: Sequence[StepResult], count: int) -> list[StepResult]:
     """Steps in which `count` requests advance by one token each, after another such step."""
     full = [len(result.plan.entries) == result.plan.rows == count for result in results]
@@ -171,7 +158,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     if not full:
         raise SystemExit("no steady steps: give more new tokens")
     plan = next(plan for plan in reversed(times.plans) if plan is full[len(full) // 2].plan)
-    device = device_seconds(runner, plan, calls=20, repeats=5)
+    device = runner.seconds(plan, repeats=100)
     weights = runner.weight_bytes
     kv_token = bytes_per_page(runner.model_config, 1, runner.dtype)
 
@@ -184,7 +171,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
             pages = -(-tokens // runner.config.page_size)
             if bucket * pages <= runner.config.num_pages:
                 probe = runner.probe(bucket, pages)
-                step = 1e3 * device_seconds(runner, probe, calls=10, repeats=3)
+                step = 1e3 * runner.seconds(probe, repeats=30)
                 floor = floor_ms(probe.load.kv_tokens)
                 row = {
                     "bucket": bucket,

@@ -34,6 +34,8 @@ class ServerConfig:
     """Port to listen on; 0 picks a free one."""
     metrics_port: int | None = None
     """Serve Prometheus metrics on this port of the loopback interface; 0 picks a free one."""
+    step_log: str | None = None
+    """Write a line of JSON about every step to this file: what it held, its predicted and measured time."""
     drain_timeout: float = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
 

@@ -21,6 +21,7 @@ from scheduler.events import Event, Finished, TokenEmitted
 from scheduler.plan import Sample, StepPlan, StepResult
 from scheduler.request import Request
 from scheduler.scheduler import RejectedError, Scheduler
+from serve.collector import Collector
 
 log = structlog.get_logger("taper")
 
@@ -86,7 +87,11 @@ class _Launched:
 
 
 class Engine:
-    """Runs a scheduler's plans. `on_step` is told of every finished step, from the engine's thread."""
+    """Runs a scheduler's plans.
+
+    `on_step` is told of every finished step, from the engine's thread. `collector` takes over the process's
+    garbage collection.
+    """
 
     RATE_WINDOW = 5.0  # seconds over which output tokens are counted
 
@@ -96,6 +101,7 @@ class Engine:
         runner: StepRunner,
         *,
         on_step: Callable[[StepResult], None] | None = None,
+        collector: Collector | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
@@ -103,6 +109,7 @@ class Engine:
         self.runner = runner
         self._on_step = on_step
         self._clock = clock
+        self._collector = collector
         self._sinks: dict[str, Sink] = {}
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="taper-engine", daemon=True)
@@ -112,6 +119,8 @@ class Engine:
     # --- from any thread -------------------------------------------------------------------------------
 
     def start(self) -> None:
+        if self._collector is not None:
+            self._collector.start(self._clock())
         self.state = "SERVING"
         self._thread.start()
 
@@ -206,6 +215,8 @@ class Engine:
         while True:
             with self._wake:
                 while flying is None and self.scheduler.idle and self.state == "SERVING":
+                    if self._collector is not None:
+                        self._collector.idle(self._clock())
                     self._wake.wait()
                 if flying is None and (self.state == "STOPPED" or self.scheduler.idle):
                     return
@@ -236,6 +247,8 @@ class Engine:
             sink(batch)
         if self._on_step is not None:
             self._on_step(result)
+        if self._collector is not None:
+            self._collector.busy(now)
         return now
 
     def _route(self, events: Sequence[Event]) -> list[tuple[Sink, list[Event]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -162,27 +163,32 @@ class Runner:
 
         Writes to the pool's pages: call it before there are requests.
         """
-        seconds = {bucket: self._time(bucket, 1, repeats) for bucket in self.buckets}
+        seconds = {bucket: self.seconds(self.probe(bucket, 1), repeats) for bucket in self.buckets}
         largest, page_size = self.buckets.largest, self.config.page_size
         pages_each = max(1, self.config.num_pages // largest)
         kv_tokens = largest * (pages_each - 1) * page_size
-        more = self._time(largest, pages_each, repeats) - seconds[largest]
+        more = self.seconds(self.probe(largest, pages_each), repeats) - seconds[largest]
         return StepLatencyModel(seconds, more / kv_tokens if kv_tokens else 0.0)
 
-    def _time(self, bucket: int, pages_each: int, repeats: int) -> float:
-        """Median seconds of a step in which every row reads `pages_each` pages of its own.
+    def seconds(self, plan: StepPlan, repeats: int) -> float:
+        """Median time of a step on the device: from the end of one to the end of the next, in a queue of two.
 
-        Each is launched while the one before it runs, as in the engine.
+        It is greedy whatever the plan's slots want, and writes to the plan's pages and slots.
         """
-        plan = self.probe(bucket, pages_each)
-        self.launch(plan).samples()
-        flying, ends = self.launch(plan), []
+        program, packed = self.packed(plan)
+        packed = jax.device_put(packed)
+
+        def launch() -> SampleOutputs:
+            with self._precision():
+                self.cache, self.slots, outputs = program(self.weights, self.cache, self.slots, packed)
+            return outputs
+
+        flying, ends = deque([launch(), launch()]), []
         for _ in range(repeats + 1):
-            launched = self.launch(plan)
-            flying.samples()
+            jax.block_until_ready(flying.popleft())
             ends.append(time.perf_counter())
-            flying = launched
-        flying.samples()
+            flying.append(launch())
+        jax.block_until_ready(flying)
         return statistics.median(end - start for start, end in pairwise(ends))
 
     def probe(self, bucket: int, pages_each: int) -> StepPlan:

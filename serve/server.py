@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -50,6 +51,7 @@ from serve.protos.taper.v1 import inference_service_pb2 as pb
 from serve.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
 from serve.requests import ServedModel, check_ids, check_model, read_prompt, read_request, unknown_fields
 from serve.responses import ResponseWriter, duration
+from serve.step_log import StepLog
 from serve.stream import Stream
 
 log = structlog.get_logger("taper")
@@ -396,12 +398,19 @@ async def shut_down(server: grpc.aio.Server, service: Service, timeout: float) -
 async def serve(config: ServerConfig, load: Load, announce: Callable[[str], None] = print) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the drain short."""
     service = Service(config)
+    steps = StepLog(Path(config.step_log)) if config.step_log else None
     server, address = listen(service)
     stop_metrics = _serve_metrics(service)
     stop = _on_signals(service)
+
+    def on_step(result: StepResult) -> None:
+        service.metrics.observe_step(result)
+        if steps is not None:
+            steps.observe_step(result)
+
     await server.start()
     try:
-        loading = _in_thread(functools.partial(load, config, service.metrics.observe_step))
+        loading = _in_thread(functools.partial(load, config, on_step))
         signalled = asyncio.ensure_future(stop.wait())
         await asyncio.wait({loading, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
@@ -417,6 +426,8 @@ async def serve(config: ServerConfig, load: Load, announce: Callable[[str], None
     finally:
         await shut_down(server, service, config.drain_timeout)
         stop_metrics()
+        if steps is not None:
+            steps.close()
 
 
 def run(config: ServerConfig, load: Load) -> None:

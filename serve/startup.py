@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from scheduler.program import GRAMMARS
 from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.slack import ControllerConfig
+from serve.collector import Collector
 from serve.config import ServerConfig
 from serve.engine import Engine
 from serve.memory import MemoryPlan, device_limit, remembered
@@ -95,9 +95,7 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
         default_max_tokens=config.default_max_tokens,
         default_slo=Slo(tpot=config.tpot_slo_ms / 1e3, ttft=config.ttft_slo_ms / 1e3),
     )
-    gc.collect()
-    gc.freeze()  # weights and programs live as long as the process: no collection need visit them
-    engine = Engine(scheduler, runner, on_step=on_step)
+    engine = Engine(scheduler, runner, on_step=on_step, collector=Collector())
     engine.start()
     return Backend(
         engine=engine,
