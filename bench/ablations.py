@@ -2,7 +2,7 @@
 
     python -m bench.ablations --workload headline --seed 1 --json OUT
 
-The forms of the predictor are fitted to the same made-up steps, which take what the profile says.
+The forms of the predictor are those of the profile, all fitted to the same measured steps.
 """
 
 from __future__ import annotations
@@ -15,37 +15,25 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench import simulate as simulator
-from bench.calibrate import Point, fit, probe, shapes
 from bench.result import write
 from bench.simulate import Profile, Setting, Simulation, row, table
 from bench.workload import named
+from scheduler.events import Event, TokenEmitted
 from scheduler.live_request import LiveRequest
+from scheduler.plan import StepResult
 from scheduler.policy import AdmissionPolicy, Baseline, Extra, Taper
 from scheduler.predictor import StepLatencyModel
 from scheduler.scheduler import Scheduler
 from scheduler.slack import ControllerConfig
 
 # --- other predictors --------------------------------------------------------------------------------------
-
-
-def fitted(form: str, profile: Profile) -> StepLatencyModel:
-    return StepLatencyModel.from_profile({"forms": _forms(profile.name)}, form=form)
-
-
-@cache
-def _forms(name: str) -> dict[str, Any]:
-    profile = Profile.load(name)
-    truth = profile.latency()
-    made = shapes([*profile.bucket_seconds], profile.num_pages, profile.page_size)
-    plans = [probe(shape, profile.page_size) for shape in made]
-    return fit([Point(plan.bucket, plan.load, truth.predict(plan.load)) for plan in plans])
 
 
 def unpadded(profile: Profile) -> StepLatencyModel:
@@ -87,6 +75,37 @@ class Replanned(Taper):
         return extras[: self._admitted]
 
 
+class DeadlinePerBranch(Scheduler):
+    """Every branch that could advance has a deadline of its own: what waits becomes the most urgent."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._emitted: dict[tuple[str, int], float] = {}
+
+    def update(self, result: StepResult, now: float) -> list[Event]:
+        events = super().update(result, now)
+        for event in events:
+            if isinstance(event, TokenEmitted):
+                self._emitted[event.request_id, event.branch] = now
+        return events
+
+    def _deadlines(self, decoding: Sequence[LiveRequest]) -> list[float]:
+        expected = {
+            (entry.request_id, entry.branch): flight.end
+            for flight in self._flights
+            for entry in flight.plan.entries
+            if entry.samples
+        }
+        due: list[float] = []
+        for live in decoding:
+            request = live.request
+            for branch in live.runnable():
+                key = request.id, branch.id
+                last = expected.get(key) or self._emitted.get(key, live.resumed_at)
+                due.append(max(last, live.resumed_at) + request.slo.tpot)
+        return due
+
+
 class StampedAtPlanning(Scheduler):
     """A deadline counts from when the step of the last token was planned to begin."""
 
@@ -96,7 +115,8 @@ class StampedAtPlanning(Scheduler):
             for flight in self._flights
             for live in flight.sampling
         }
-        return [live.deadline(begun.get(live)) for live in decoding]
+        control = self.config.controller
+        return [live.deadline(begun.get(live), control.bank, control.repay) for live in decoding]
 
 
 class WholeChunks(Scheduler):
@@ -126,26 +146,29 @@ class Variation:
 VARIATIONS = {
     "full": Variation(),
     "no slack budget": Variation(admission=Unbudgeted),
+    "no repayment": Variation(controller=ControllerConfig(repay=0.0)),
+    "no repayment, rho 0.8": Variation(controller=ControllerConfig(repay=0.0, rho=0.8)),
+    "no repayment, quantile margin": Variation(controller=ControllerConfig(repay=0.0, rho=None)),
+    "rho 0.8": Variation(controller=ControllerConfig(rho=0.8)),
     "re-plan every 8": Variation(admission=partial(Replanned, 8)),
     "re-plan every 32": Variation(admission=partial(Replanned, 32)),
-    "constant": Variation(latency=partial(fitted, "constant")),
-    "linear, raw KV": Variation(latency=partial(fitted, "linear")),
-    "linear, unique KV": Variation(latency=partial(fitted, "linear-unique")),
-    "staircase, raw KV": Variation(latency=partial(fitted, "staircase-raw")),
+    "constant": Variation(latency=partial(Profile.latency, form="constant")),
+    "linear, raw KV": Variation(latency=partial(Profile.latency, form="linear")),
+    "linear, unique KV": Variation(latency=partial(Profile.latency, form="linear-unique")),
+    "staircase, raw KV": Variation(latency=partial(Profile.latency, form="staircase-raw")),
     "no padding in the price": Variation(latency=unpadded),
+    "deadline per branch": Variation(scheduler=DeadlinePerBranch),
     "stamp at planning": Variation(scheduler=StampedAtPlanning),
     "no joint prompt budget": Variation(scheduler=WholeChunks),
     "bank of 2": Variation(controller=ControllerConfig(bank=2.0)),
-    "quantile margin": Variation(controller=ControllerConfig(rho=None)),
-    "rho 0.9": Variation(controller=ControllerConfig(rho=0.9)),
     "fill off": Variation(controller=ControllerConfig(fill=False)),
     "KV not reserved": Variation(controller=ControllerConfig(reserve=0.0)),
     "cheapest first": Variation(policy="taper:linear"),
     "level by level": Variation(policy="taper:concave"),
     "the paper's form": Variation(
         policy="taper:paper",
-        controller=ControllerConfig(fill=False),
-        latency=partial(fitted, "linear"),
+        controller=ControllerConfig(rho=0.8, repay=0.0, fill=False),
+        latency=partial(Profile.latency, form="linear"),
     ),
 }
 

@@ -1,35 +1,35 @@
 """Measures what steps take on this device with a model, and fits the forms of the step-time predictor to it.
 
-    python -m bench.calibrate --model qwen3-32b --json OUT
-    python -m bench.calibrate --model default --buckets 8,16 --num-pages 256 --page 16 --json OUT
+    python -m bench.calibrate --json OUT --profile PROFILE -- --model qwen3-32b --load-format random
+
+The programs are those of a taper-serve with the options after "--".
 
 Steps are made up: every bucket, just begun and full; KV from one page a row to most of the pool; branches in
-groups of several widths over a shared prefix; without and with a prompt chunk beside them. All of them are
-timed in turn, again and again until the time is up, and each point is the median of its rounds.
+groups of several widths over a shared prefix; without and with a prompt chunk beside them. A point is the
+median of its rounds.
 
 Every form is fitted by least squares of relative errors, no coefficient below zero. The paper's form is
-`linear`, T = a + b n + c L, with each branch's whole context in L; `constant` is a mean cost per row.
+`linear`, T = a + b n + c L, with each branch's whole context in L; `constant` is a mean cost per row. The
+staircase counts KV that is read together once, and adds a little for every row that reads it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if __name__ == "__main__":
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-
 import numpy as np
 
+from bench.arguments import split
 from bench.result import write
 from scheduler.plan import Entry, SegmentRead, StepPlan
 from scheduler.predictor import StepLatencyModel, StepLoad
+from serve.calibration import conditions
 
 if TYPE_CHECKING:
     from serve.runner import Runner
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 WIDTHS = (1, 4, 16)
 KV_SHARES = (0.0, 0.2, 0.45, 0.85)  # of the pool
 CHUNKS = ((32, 512), (32, 4096), (128, 0), (128, 2048), (256, 0), (256, 4096))  # rows, positions before them
+SETTLING = 40  # steps of a bucket before the first one that counts
 PREFIX_SHARE = 0.6  # of a group's KV, where branches share
 
 
@@ -57,7 +58,7 @@ class Shape(NamedTuple):
 
 
 def shapes(buckets: Sequence[int], num_pages: int, page_size: int) -> Iterator[Shape]:
-    """Every bucket x fill x width x KV level that the pool holds; each without a chunk, and with one in turn."""
+    """Every bucket x fill x width x KV level that the pool holds; without a chunk, and with one in turn."""
     chunks = itertools.cycle(CHUNKS)
     for smaller, bucket in itertools.pairwise((0, *sorted(buckets))):
         for total in sorted({smaller + 1, bucket}):
@@ -142,22 +143,22 @@ class Point(NamedTuple):
 
 
 def measure(runner: Runner, budget_seconds: float, repeats: int = 4, seed: int = 0) -> list[Point]:
-    """Time every shape in rounds of random order until the time is up; at least one, after one to warm up."""
+    """Time every shape, and again in rounds until the time is up.
+
+    A round takes one bucket after the other, in random order, and its shapes in random order: a card's clocks
+    follow its load, and so they are those of a server that stays in that bucket.
+    """
     config = runner.config
     made = shapes(config.buckets, config.num_pages, config.page_size)
     plans = [plan for plan in (probe(shape, config.page_size) for shape in made) if _fits(plan, runner)]
     times: list[list[float]] = [[] for _ in plans]
     rng, began = np.random.default_rng(seed), time.perf_counter()
-    for done in itertools.count():
-        for index in rng.permutation(len(plans)).tolist():
-            if done > 1 and time.perf_counter() - began > budget_seconds:
-                break
-            seconds = runner.seconds(plans[index], repeats if done else 1)
-            if done:
-                times[index].append(seconds)
-        else:
-            continue
-        break
+    while not times[0] or time.perf_counter() - began < budget_seconds:
+        for bucket in rng.permutation(config.buckets).tolist():
+            of_bucket = [index for index, plan in enumerate(plans) if plan.bucket == bucket]
+            runner.seconds(plans[of_bucket[0]], SETTLING)
+            for index in rng.permutation(of_bucket).tolist():
+                times[index].append(runner.seconds(plans[index], repeats))
     return [
         Point(plan.bucket, plan.load, float(np.median(seconds)))
         for plan, seconds in zip(plans, times, strict=True)
@@ -175,7 +176,7 @@ KV = {"shared_kv": ("shared_kv",), "private_kv": ("private_kv",)}
 UNIQUE, RAW = {"kv": ("shared_kv", "private_kv")}, {"raw_kv": ("raw_kv",)}
 REST = {"items": ("items",), "chunk_context": ("chunk_context",)}
 FORMS: dict[str, tuple[bool, Mapping[str, tuple[str, ...]]]] = {  # (a staircase?, features: their parts)
-    "staircase": (True, {**KV, **REST}),
+    "staircase": (True, {**KV, **RAW, **REST}),
     "staircase-raw": (True, {**RAW, **REST}),
     "linear": (False, RAW),
     "linear-unique": (False, UNIQUE),
@@ -250,72 +251,43 @@ def _accuracy(
     }
 
 
-def profile(name: str, points: Sequence[Point], num_pages: int, page_size: int) -> dict[str, Any]:
-    forms = fit(points)
+def profile(name: str, points: Sequence[Point], runner: Runner, device: str) -> dict[str, Any]:
+    """What serve.calibration and bench.simulate read."""
+    config = runner.config
     return {
         "name": name,
-        "num_pages": num_pages,
-        "page_size": page_size,
-        "host_gap_seconds": 0.0,
-        "residual": forms["staircase"]["mape"],
-        "forms": forms,
-        "points": [
-            {**point._asdict(), "load": point.load._asdict()}
-            for point in sorted(points, key=lambda point: (point.bucket, point.load))
-        ],
+        **conditions(device, runner.model_config, runner.dtype.name, config.backend),
+        "num_pages": config.num_pages,
+        "page_size": config.page_size,
+        "forms": fit(points),
     }
 
 
 # --- command line ------------------------------------------------------------------------------------------
 
-BUCKETS = "1,8,16,32,64,128,192,256,384,512"
-
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
+    own, server = split(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m bench.calibrate", description="Measures a step-time profile."
     )
-    parser.add_argument("--model", default="qwen3-32b", help="default, a preset, or a folder")
     parser.add_argument("--name", help="of the profile; default: the device's and the model's")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--weights", default="random", choices=["auto", "random"])
-    parser.add_argument("--attention", default="auto", help="backend; auto picks by device")
-    parser.add_argument("--buckets", default=BUCKETS)
-    parser.add_argument("--num-pages", type=int, default=4000)
-    parser.add_argument("--page", type=int, default=64)
-    parser.add_argument("--budget-seconds", type=float, default=300.0, help="for measuring, after compiling")
-    parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    import jax.numpy as jnp
+    parser.add_argument("--budget-seconds", type=float, default=300.0, help="no round begins after so many")
+    parser.add_argument("--profile", type=Path, help="where to write the profile, without points")
+    parser.add_argument("--json", type=Path, help="where to write all of it")
+    options = parser.parse_args(own)
+    from bench import hardware, inside
 
-    from attention import default_backend
-    from bench import hardware
-    from model.checkpoint import load_model
-    from serve.runner import Runner, RunnerConfig
-
-    buckets = tuple(int(rows) for rows in options.buckets.split(","))
-    dtype = jnp.dtype(options.dtype)
-    model = load_model(options.model, dtype, options.weights)
-    backend = options.attention
-    if backend == "auto":
-        backend = default_backend(model.config.head_dim, dtype)
-    runner = Runner(
-        model,
-        RunnerConfig(
-            num_pages=options.num_pages,
-            page_size=options.page,
-            buckets=buckets,
-            num_slots=2 * max(buckets),
-            backend=backend,
-        ),
-    )
-    print(f"compiled in {sum(runner.compile().values()):.0f} s", flush=True)
-    runner.hold(model)
+    engine, runner, summary = inside.start(server)
+    print(summary, flush=True)
+    engine.stop(drain=False, timeout=10.0)
     points = measure(runner, options.budget_seconds)
-    described = hardware.describe("python -m bench.calibrate")
-    name = options.name or f"{described['hardware']['device']}-{model.config.name}".lower().replace(" ", "-")
-    result = profile(name, points, options.num_pages, options.page)
-    result = {**described, "model": model.config.name, "dtype": options.dtype, "backend": backend, **result}
+    described = hardware.describe("python -m bench.calibrate " + " ".join(arguments))
+    device, model = described["hardware"]["device"], runner.model_config.name
+    name = options.name or f"{device.removeprefix('NVIDIA ')}-{model}".lower().replace(" ", "-")
+    found = {**described, "model": model, **profile(name, points, runner, device)}
+    write(found, options.profile)
+    result = found | {"points": [{**point._asdict(), "load": point.load._asdict()} for point in points]}
     write(result, options.json)
     for form, fitted in result["forms"].items():
         print(

@@ -11,7 +11,6 @@ different KV position read once, at the copy rate of this run.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import threading
@@ -19,23 +18,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
-
-if __name__ == "__main__":
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
-from bench import hardware
+from bench import hardware, inside
+from bench.arguments import split
 from bench.workload import Item
 from model.kv_cache import bytes_per_page
 from scheduler.events import Event, Finished
 from scheduler.plan import StepPlan, StepResult
 from scheduler.request import Slo
-from serve import startup
-from serve.config import ServerConfig
 from serve.engine import Engine
 from serve.runner import Runner
 
@@ -129,7 +123,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    split = arguments.index("--") if "--" in arguments else len(arguments)
+    own, server = split(arguments)
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description="Times the server's engine.")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=512)
@@ -138,16 +132,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "--kv-levels", type=int, nargs="*", default=[64, 1024, 4096], help="tokens of each row"
     )
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments[:split])
-    config = tyro.cli(ServerConfig, prog="taper-serve", args=[*arguments[split + 1 :]])
-
+    options = parser.parse_args(own)
     copy = hardware.copy_tb_s(2**28 if jax.default_backend() == "cpu" else 2**31)
     started = time.perf_counter()
     results: list[StepResult] = []
-    backend = startup.load(config, results.append)
+    engine, runner, summary = inside.start(server, results.append)
     ready = time.perf_counter() - started
-    print(backend.summary, flush=True)
-    engine, runner = backend.engine, cast(Runner, backend.engine.runner)
+    print(summary, flush=True)
     compilations = Compilations()
     times = HostTimes(engine, runner)
     items = [Item(0.0, options.prompt_tokens, ((options.new_tokens,),))] * options.requests
@@ -185,7 +176,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "model": runner.model_config.name,
         "copy_tb_s": copy,
         "ready_s": ready,
-        "summary": backend.summary,
+        "summary": summary,
         "requests": options.requests,
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import hardware
+from bench.arguments import split
 from model.checkpoint import model_config
 from model.config import ModelConfig
 from model.kv_cache import bytes_per_page
@@ -339,7 +340,7 @@ def print_result(result: Mapping[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    arguments, extra = _split(arguments)
+    own, extra = split(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m bench.generate", description="Output tokens per second of a batch of requests."
     )
@@ -353,7 +354,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(own)
     load = Load(
         options.model, options.dtype, options.prompts, options.prompt_tokens, options.new_tokens, options.seed
     )
@@ -369,12 +370,6 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         hardware.save(result, options.json)
     print_result(result)
     return result
-
-
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What comes before and after "--"."""
-    cut = [*arguments, "--"].index("--")
-    return list(arguments[:cut]), list(arguments[cut + 1 :])
 
 
 if __name__ == "__main__":

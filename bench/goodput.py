@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import result
+from bench.arguments import split
 from bench.driver import (
     Answer,
     Driver,
@@ -250,9 +251,9 @@ class Comparison:
                     vocab_size=vocab_size,
                 )
                 point = {"load": load, "seed": seed}
-                self.found["points"].append(
-                    {**point, "sha256": workload.digest, "statistics": workload.statistics()}
-                )
+                closed = workload.clients is not None
+                described = {"closed": closed, "sha256": workload.digest, "statistics": workload.statistics()}
+                self.found["points"].append(point | described)
                 for policy in options.policies:
                     await self._policy(client, driver, setting, {**point, "policy": policy}, metrics_url)
             await client.set_policy(server["policy"])
@@ -438,8 +439,8 @@ def compare(options: argparse.Namespace, command: str, address: str, url: str | 
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, of_server = parser().parse_args(arguments[:split]), arguments[split + 1 :]
+    own, of_server = split(arguments)
+    options = parser().parse_args(own)
     command = f"python -m bench.goodput {shlex.join(arguments)}"
     try:
         if options.address:

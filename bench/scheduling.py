@@ -30,7 +30,6 @@ from scheduler.scheduler import Scheduler, SchedulerConfig
 
 CASES = ((64, 8, 10_000), (512, 8, 300))  # requests, branches of each, plans
 PROMPT = 1024
-BUCKETS = (1, 8, 16, 32, 64, 128, 192, 256, 384, 512)
 
 
 class Stopwatch:
@@ -56,8 +55,7 @@ class Stopwatch:
 def scheduler(requests: int, branches: int) -> Scheduler:
     """Queued requests; the SLO leaves room for all of their branches."""
     rows = 2 * requests * branches
-    profile = Profile.load("h200-qwen3-32b")
-    seconds = {bucket: profile.bucket_seconds[bucket] for bucket in BUCKETS}
+    seconds = Profile.load("h200-qwen3-32b").bucket_seconds
     # KV is nearly free, so that as many branches fit in the last step as in the first.
     latency = StepLatencyModel(seconds | {max(1024, rows): 2 * seconds[512]}, 1e-12)
     made = Scheduler(

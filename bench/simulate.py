@@ -19,11 +19,10 @@ import multiprocessing
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,8 +36,8 @@ from scheduler.predictor import Costs, StepLatencyModel
 from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.slack import ControllerConfig
+from serve.calibration import load_profile
 
-PROFILES = Path(__file__).parent / "profiles"
 TTFT_SLO = 5.0
 TPOT_SLO_MULTIPLE = 2.0
 ALONE = Item(0.0, 800, ((400,),))
@@ -49,58 +48,57 @@ MAX_CONTEXT = 16_384
 class Profile:
     """What steps take on a device with a model, in seconds.
 
-    T = (bucket_seconds[bucket] + costs of what is read) * (1 + residual * normal) + host_gap_seconds
+    T = form(load) * factor[bucket] * (1 + noise)
+
+    forms    predictors as they were fitted to single steps (bench.calibrate); time is the staircase's
+    factors  by bucket: how much longer such a step takes while the server is loaded (bench.predictor)
+    noise    evenly spaced quantiles of what is left, relative to the step; none: steps are exact
     """
 
     name: str
-    bucket_seconds: dict[int, float]
-    costs: Costs
-    host_gap_seconds: float
-    residual: float
+    forms: Mapping[str, Any]
     num_pages: int
     page_size: int
+    factors: Mapping[int, float] = field(default_factory=dict)
+    noise: tuple[float, ...] = ()
 
     @classmethod
     def load(cls, name: str) -> Profile:
-        """The profile at the path `name`, or the one shipped under that name."""
-        path = Path(name) if name.endswith(".json") else PROFILES / f"{name}.json"
-        record = json.loads(path.read_text())
-        fitted = record["forms"]["staircase"]
-        buckets = {int(rows): seconds for rows, seconds in fitted["buckets"].items()}
-        names = ("host_gap_seconds", "residual")
-        sizes = {size: int(record[size]) for size in ("num_pages", "page_size")}
+        """The profile at the path `name`, or the one shipped under that name. Raises ValueError, OSError."""
+        record = load_profile(name)
+        serving = record.get("serving", {})
         return cls(
             name=record["name"],
-            bucket_seconds=buckets,
-            costs=Costs(**fitted["costs"]),
-            **{key: record[key] for key in names},
-            **sizes,
+            forms=record["forms"],
+            num_pages=record["num_pages"],
+            page_size=record["page_size"],
+            factors={int(bucket): factor for bucket, factor in serving.get("factors", {}).items()},
+            noise=tuple(serving.get("noise", ())),
         )
 
-    def latency(self) -> StepLatencyModel:
-        return StepLatencyModel(self.bucket_seconds, costs=self.costs)
+    @property
+    def bucket_seconds(self) -> dict[int, float]:
+        return {int(rows): seconds for rows, seconds in self.forms["staircase"]["buckets"].items()}
 
-    def seconds(self, plan: StepPlan) -> float:
-        """A step's time on the device, without its residual."""
-        chunks = 0.0
-        if plan.rows > len(plan.entries):
-            for entry in plan.entries:
-                if entry.rows > 1:
-                    before = sum(segment.length for segment in entry.context) + entry.ordinal
-                    chunks += entry.rows * (before + (entry.rows + 1) / 2)
-        costs, load = self.costs, plan.load
-        reading = costs.shared_kv * load.shared_kv + costs.private_kv * load.private_kv
-        return (
-            self.bucket_seconds[plan.bucket]
-            + reading
-            + costs.items * load.items
-            + costs.chunk_context * chunks
-        )
+    @property
+    def costs(self) -> Costs:
+        return Costs(**self.forms["staircase"]["costs"])
+
+    def latency(self, form: str = "staircase") -> StepLatencyModel:
+        """A predictor as a server starts with it."""
+        return StepLatencyModel.from_profile({"forms": self.forms}, form=form)
+
+    def exact(self) -> Profile:
+        """The same without noise."""
+        return replace(self, noise=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is the same for every policy. Times in seconds; requests that arrive in [warmup, end) count."""
+    """What is the same for every policy. Times in seconds; requests that arrive in [warmup, end) count.
+
+    drain  seconds after the end of the window after which a request counts as not finished
+    """
 
     profile: Profile
     workload: Workload
@@ -108,6 +106,7 @@ class Setting:
     ttft_slo: float = TTFT_SLO
     warmup: float = 0.0
     end: float = math.inf
+    drain: float = math.inf
     seed: int = 0
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     max_chunk: int = 512
@@ -144,8 +143,10 @@ class Simulation:
         latency: StepLatencyModel | None = None,
         scheduler: type[Scheduler] = Scheduler,
     ) -> None:
-        """`latency` is what the scheduler believes of steps, if not what they take."""
+        """`latency` is what the scheduler believes of steps, if not what the profile says."""
         profile = self.profile = setting.profile
+        self._device = profile.latency()  # learns nothing: what steps really take
+        self._quantiles = np.linspace(0.0, 1.0, len(profile.noise) or 1)
         self.setting = setting
         buckets = profile.bucket_seconds
         self.scheduler = scheduler(
@@ -201,7 +202,8 @@ class Simulation:
             if flying is not None:
                 self._finish(*flying)
             flying = launched
-            if self.now >= self.setting.end and not self._to_measure:
+            over = self.now - self.setting.end
+            if over >= 0.0 and (not self._to_measure or over > self.setting.drain):
                 return
 
     def _plan(self) -> StepPlan | None:
@@ -211,10 +213,10 @@ class Simulation:
         return plan
 
     def _duration(self, plan: StepPlan) -> float:
-        seconds = self.profile.seconds(plan)
-        if self.profile.residual:
-            seconds *= max(0.5, 1.0 + self.profile.residual * self._noise.standard_normal())
-        return seconds + self.profile.host_gap_seconds
+        seconds = self._device.predict(plan.load) * self.profile.factors.get(plan.bucket, 1.0)
+        if self.profile.noise:
+            seconds *= 1.0 + float(np.interp(self._noise.random(), self._quantiles, self.profile.noise))
+        return seconds
 
     def _finish(self, plan: StepPlan, begin: float, end: float) -> None:
         self.now = end
@@ -271,9 +273,7 @@ class Simulation:
 def unloaded_tpot(profile: Profile) -> float:
     """Seconds per token of one serial request that is served alone."""
     workload = Workload("alone", "poisson", 0, (ALONE,))
-    alone = Simulation(
-        Setting(profile=replace(profile, residual=0.0), workload=workload, tpot_slo=1.0), "off"
-    )
+    alone = Simulation(Setting(profile=profile.exact(), workload=workload, tpot_slo=1.0), "off")
     alone.run()
     return alone.records["0"].mean_tpot
 
@@ -354,29 +354,40 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--warmup", type=float, default=WARMUP, help="seconds before the window")
     parser.add_argument("--window", type=float, default=WINDOW, help="seconds in which requests count")
     parser.add_argument("--cooldown", type=float, default=COOLDOWN, help="seconds of arrivals after it")
+    parser.add_argument(
+        "--drain", type=float, default=math.inf, help="seconds after it that its requests get"
+    )
+    parser.add_argument("--rate", type=float, help="requests per second, instead of the workload's own")
+    parser.add_argument("--clients", type=int, help="clients of a closed loop, instead of arrivals")
+    parser.add_argument("--tpot-slo", type=float, help="seconds, instead of twice the unloaded TPOT")
     parser.add_argument("--controller", default="{}", help="fields of ControllerConfig, as JSON")
     parser.add_argument("--max-chunk", type=int, default=512)
     parser.add_argument("--prompt-floor", type=int, default=32)
-    parser.add_argument("--host-gap", type=float, help="seconds between steps, instead of the profile's")
-    parser.add_argument("--residual", type=float, help="relative noise of a step, instead of the profile's")
+    parser.add_argument("--exact", action="store_true", help="without the profile's noise")
     parser.add_argument("--page", type=int, help="tokens of a KV page, instead of the profile's")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", help="a file, or - for standard output")
     options = parser.parse_args(arguments)
 
     profile = Profile.load(options.profile)
-    changes = {"host_gap_seconds": options.host_gap, "residual": options.residual}
-    profile = replace(profile, **{key: value for key, value in changes.items() if value is not None})
+    profile = profile.exact() if options.exact else profile
     if options.page is not None:
         tokens = profile.num_pages * profile.page_size
         profile = replace(profile, page_size=options.page, num_pages=tokens // options.page)
     end = options.warmup + options.window
     setting = Setting(
         profile=profile,
-        workload=named(options.workload, options.seed, end + options.cooldown),
-        tpot_slo=TPOT_SLO_MULTIPLE * unloaded_tpot(profile),
+        workload=named(
+            options.workload,
+            options.seed,
+            end + options.cooldown,
+            rate=options.rate,
+            clients=options.clients,
+        ),
+        tpot_slo=options.tpot_slo or TPOT_SLO_MULTIPLE * unloaded_tpot(profile),
         warmup=options.warmup,
         end=end,
+        drain=options.drain,
         seed=options.seed,
         controller=ControllerConfig(**json.loads(options.controller)),
         max_chunk=options.max_chunk,
@@ -395,6 +406,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "page_size": profile.page_size,
         "warmup_s": options.warmup,
         "window_s": options.window,
+        "drain_s": options.drain if math.isfinite(options.drain) else None,
         "statistics": setting.workload.statistics(),
         "rows": [each for each, _ in results],
     }

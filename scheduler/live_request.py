@@ -8,6 +8,7 @@ runs in which step is decided in `scheduler.scheduler`.
 from __future__ import annotations
 
 import itertools
+import math
 from array import array
 from operator import attrgetter
 
@@ -39,7 +40,13 @@ class LiveRequest:
     resident     it runs, and may hold pages and slots
     prompt_read  a launched step samples from it: it has a deadline from then on
     resumed_at   when it last started, forked, joined or came back: for control only, measures never restart
+
+    AIM          pace that it is held to, in TPOT targets: what is left covers the debt that it ends with
+    MOST_REPAID  of a TPOT target, by which a token may be due earlier
     """
+
+    AIM = 0.98
+    MOST_REPAID = 0.1
 
     def __init__(
         self,
@@ -92,18 +99,22 @@ class LiveRequest:
         """When what it has to read should be read: the TTFT target, counted anew after a preemption."""
         return (self.arrival if self.first_token is None else self.resumed_at) + self.request.slo.ttft
 
-    def deadline(self, emission: float | None = None, bank: float = 0.0) -> float:
-        """When the next token is due: after the last one (or the one expected at `emission`).
+    def deadline(self, emission: float | None = None, bank: float = 0.0, repay: float = 0.0) -> float:
+        """When the next token is due: after the last one, or the one expected at `emission`.
 
-        Up to `bank` TPOT targets later, if it is ahead of its pace since it last resumed.
+        A request that is ahead of its pace since it last resumed may be up to `bank` TPOT targets later. One
+        that is behind (it waited while it forked or joined, or steps took longer than predicted) is due a
+        little earlier, so that it catches up within some `repay` tokens.
         """
         tpot = self.request.slo.tpot
         last = max(self.last_token, self.resumed_at) if emission is None else emission
-        if not bank:
+        if not (bank or repay) or math.isinf(tpot):
             return last + tpot
-        tokens = self.tokens - self._tokens_before
-        ahead = max(self.resumed_at, self.first_token or 0.0) + tokens * tpot - last
-        return last + tpot + min(bank * tpot, max(0.0, ahead))
+        tokens = self.tokens - self._tokens_before + (emission is not None)
+        ahead = max(self.resumed_at, self.first_token or 0.0) + tokens * self.AIM * tpot - last
+        if ahead < 0.0:
+            return last + tpot + (max(ahead / repay, -self.MOST_REPAID * tpot) if repay else 0.0)
+        return last + tpot + min(bank * tpot, ahead)
 
     @property
     def width(self) -> int:

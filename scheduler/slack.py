@@ -7,6 +7,11 @@
 A deadline belongs to a request: the time of its last emitted token plus its TPOT target. A request that is
 late even at T0 leaves the minimum: it cannot be saved, and must not stop everybody else from widening. If
 all are late the slack is 0. F lets ready branches use the padding of the baseline's own bucket.
+
+A deadline so defined forgets: what a fork, a join or a slow step took is never made up for, and has to be
+provided for by a margin (rho below 1, or the quantile of past errors) in every step. Instead, a request that
+fell behind its pace is due earlier by a share of its debt, until it has caught up. That is a controller with
+an integral part: it needs no margin, and forgives a predictor that is a few percent off.
 """
 
 from __future__ import annotations
@@ -23,12 +28,14 @@ class ControllerConfig:
     rho      share of the slack that extra work may spend; None: all of it, less a margin for what steps have
              lately taken longer than predicted
     fill     let ready branches use the padding of the baseline's bucket
+    repay    tokens within which a request that is behind its pace catches up; 0: it never does
     bank     TPOT targets by which a request that is ahead of its pace may be later with its next token
     reserve  share of the pages by which running requests may still grow that a new one leaves to them
     """
 
-    rho: float | None = 0.8
+    rho: float | None = 1.0
     fill: bool = True
+    repay: float = 8.0
     bank: float = 0.0
     reserve: float = 1.0
 

@@ -8,7 +8,7 @@ from typing import Literal
 from scheduler.policy import policy
 
 CPU_BUCKETS = (8, 16, 32, 64)
-ACCELERATOR_BUCKETS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+ACCELERATOR_BUCKETS = (8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +45,20 @@ class ServerConfig:
     """Default target of the gap between a request's tokens, in milliseconds."""
     ttft_slo_ms: float = 5000.0
     """Default target of the time to a request's first token, in milliseconds."""
-    rho: float = 0.8
-    """The share of the slack that extra branches may spend."""
+    rho: float = 1.0
+    """The share of the slack that extra branches may spend; 0.8 is the paper's."""
+    repay: float = 8.0
+    """Tokens within which a request that fell behind its pace catches up; 0, as in the paper: never."""
     reserve: float = 1.0
     """The share of what running requests may still need in KV pages that a new one must leave to them."""
     fill: bool = True
     """Let extra branches fill the padding of the baseline's own bucket."""
+
+    profile: str = "auto"
+    """Step times that the controller starts from: the file or the shipped name of a profile; `auto`, one that
+    fits device and model, if there is one; `measure`, or no profile: a few steps are timed at start."""
+    predictor: Literal["staircase", "staircase-raw", "linear", "linear-unique", "constant"] = "staircase"
+    """Form of the step-time predictor; all but the default are for comparison, and need a profile."""
 
     page_size: int | None = None
     """KV positions in a page: 64 on an accelerator, 16 on a CPU, unless set."""
@@ -108,6 +116,8 @@ class ServerConfig:
                 raise ValueError(f"{name} must be more than 0, not {value}")
         if self.buckets is not None and (not self.buckets or any(bucket < 1 for bucket in self.buckets)):
             raise ValueError(f"buckets must be row counts of at least 1, not {self.buckets}")
+        if self.repay < 0:
+            raise ValueError(f"repay must be a number of tokens, not {self.repay}")
         for name in ("rho", "reserve"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}")

@@ -18,6 +18,7 @@ GIB = 2**30
 class Ready:
     """A started server's sizes and times.
 
+    latency_source   where the step times are from
     memory           how the pool was sized; None where the number of pages was given, or no limit is known
     load_seconds     until the weights were on the device, while programs compiled
     compile_seconds  of each bucket, several at a time
@@ -30,6 +31,7 @@ class Ready:
     runner: RunnerConfig
     memory: MemoryPlan | None
     latency: StepLatencyModel
+    latency_source: str
     load_seconds: float
     compile_seconds: Mapping[int, float]
     seconds: float
@@ -45,6 +47,7 @@ class Ready:
             f"  KV pool    {runner.num_pages} pages of {runner.page_size} tokens: {tokens} tokens, "
             f"{page * runner.num_pages / GIB:.1f} GiB",
             *self._memory(),
+            f"  steps      {self.latency_source}",
             "  bucket  compiled, s  step, ms",
         ]
         for bucket, seconds in sorted(self.compile_seconds.items()):

@@ -11,16 +11,19 @@ from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
+import structlog
 
 from attention import BACKENDS, default_backend
 from model.checkpoint import abstract_model, load_model, model_folder
 from model.qwen3 import Qwen3
 from model.tokenizer import Tokenizer
 from scheduler.plan import StepResult
+from scheduler.predictor import StepLatencyModel
 from scheduler.program import GRAMMARS
 from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.slack import ControllerConfig
+from serve.calibration import MOST_OFF, conditions, load_profile, matching, misses
 from serve.collector import Collector
 from serve.config import ServerConfig
 from serve.engine import Engine
@@ -29,6 +32,8 @@ from serve.ready import Ready
 from serve.requests import ServedModel
 from serve.runner import Runner, RunnerConfig
 from serve.server import Backend
+
+log = structlog.get_logger("taper")
 
 NOMINAL_PAGES = 2048  # on a device that does not say how much memory it has; and to size a step with
 
@@ -50,14 +55,16 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
         loaded = time.perf_counter() - started
         runner, compiled, memory = compiling.result()
         runner.hold(model)
-    latency = runner.measure()
+    device = jax.devices()[0].device_kind
+    latency, source = _latency(config, runner, device)
     ready = Ready(
         model=model.config,
         dtype=dtype.name,
-        device=jax.devices()[0].device_kind,
+        device=device,
         runner=runner.config,
         memory=memory,
         latency=latency,
+        latency_source=source,
         load_seconds=loaded,
         compile_seconds=compiled,
         seconds=time.perf_counter() - started,
@@ -71,7 +78,9 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
             max_context=max_context,
             max_queue=config.max_queue,
             max_chunk=config.max_chunk or runner.buckets.largest,
-            controller=ControllerConfig(rho=config.rho, fill=config.fill, reserve=config.reserve),
+            controller=ControllerConfig(
+                rho=config.rho, fill=config.fill, repay=config.repay, reserve=config.reserve
+            ),
             prefix_cache=config.prefix_cache,
             policy=config.policy,
         ),
@@ -129,6 +138,29 @@ def _compiled_runner(
             sizes = replace(sizes, num_pages=memory.num_pages)
         runner = Runner(model, sizes)
         return runner, runner.compile(), memory
+
+
+def _latency(config: ServerConfig, runner: Runner, device: str) -> tuple[StepLatencyModel, str]:
+    """The step-time predictor, and where its figures are from. Warms every program up."""
+    measured = runner.measure()
+    wanted = conditions(device, runner.model_config, runner.dtype.name, runner.config.backend)
+    if config.profile == "auto":
+        profile = next(matching(wanted), None)
+    else:
+        profile = None if config.profile == "measure" else load_profile(config.profile)
+    if profile is None:
+        if config.predictor != "staircase":
+            raise ValueError(f"the {config.predictor} predictor needs a profile, and none fits this server")
+        return measured, "measured at start"
+    model = StepLatencyModel.from_profile(profile, runner.buckets, config.predictor)
+    if config.profile == "auto":
+        off = {
+            bucket: miss for bucket, miss in misses(model, measured, runner).items() if abs(miss) > MOST_OFF
+        }
+        if off:
+            log.warning("the shipped profile does not fit this machine", profile=profile["name"], off=off)
+            return measured, "measured at start"
+    return model, f"profile {profile['name']}, {config.predictor}"
 
 
 def _attention(config: ServerConfig, model: Qwen3) -> str:

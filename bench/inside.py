@@ -1,0 +1,25 @@
+"""Starts the server's engine in the benchmark's own process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import cast
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as taper-serve does, before JAX starts
+
+import tyro
+
+from scheduler.plan import StepResult
+from serve import startup
+from serve.config import ServerConfig
+from serve.engine import Engine
+from serve.runner import Runner
+
+
+def start(
+    arguments: Sequence[str], on_step: Callable[[StepResult], None] = lambda result: None
+) -> tuple[Engine, Runner, str]:
+    """The engine that taper-serve would serve with, its runner, and what getting ready came to."""
+    backend = startup.load(tyro.cli(ServerConfig, prog="taper-serve", args=[*arguments]), on_step)
+    return backend.engine, cast(Runner, backend.engine.runner), backend.summary
