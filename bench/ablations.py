@@ -115,8 +115,7 @@ class StampedAtPlanning(Scheduler):
             for flight in self._flights
             for live in flight.sampling
         }
-        control = self.config.controller
-        return [live.deadline(begun.get(live), control.bank, control.repay) for live in decoding]
+        return [live.deadline(self.config.controller, begun.get(live)) for live in decoding]
 
 
 class WholeChunks(Scheduler):

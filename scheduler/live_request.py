@@ -8,7 +8,6 @@ runs in which step is decided in `scheduler.scheduler`.
 from __future__ import annotations
 
 import itertools
-import math
 from array import array
 from operator import attrgetter
 
@@ -31,6 +30,7 @@ from scheduler.plan import Entry, Sample, SlotSetup
 from scheduler.program import Action, Codec, Decode, End, Fork, TagProgram, cursor
 from scheduler.request import FinishReason, Request
 from scheduler.segment import Segment, text
+from scheduler.slack import ControllerConfig, token_deadline
 
 
 class LiveRequest:
@@ -40,13 +40,7 @@ class LiveRequest:
     resident     it runs, and may hold pages and slots
     prompt_read  a launched step samples from it: it has a deadline from then on
     resumed_at   when it last started, forked, joined or came back: for control only, measures never restart
-
-    AIM          pace that it is held to, in TPOT targets: what is left covers the debt that it ends with
-    MOST_REPAID  of a TPOT target, by which a token may be due earlier
     """
-
-    AIM = 0.98
-    MOST_REPAID = 0.1
 
     def __init__(
         self,
@@ -99,22 +93,12 @@ class LiveRequest:
         """When what it has to read should be read: the TTFT target, counted anew after a preemption."""
         return (self.arrival if self.first_token is None else self.resumed_at) + self.request.slo.ttft
 
-    def deadline(self, emission: float | None = None, bank: float = 0.0, repay: float = 0.0) -> float:
-        """When the next token is due: after the last one, or the one expected at `emission`.
-
-        A request that is ahead of its pace since it last resumed may be up to `bank` TPOT targets later. One
-        that is behind (it waited while it forked or joined, or steps took longer than predicted) is due a
-        little earlier, so that it catches up within some `repay` tokens.
-        """
-        tpot = self.request.slo.tpot
+    def deadline(self, control: ControllerConfig, emission: float | None = None) -> float:
+        """When the next token is due, after the last one or the one expected at `emission`."""
         last = max(self.last_token, self.resumed_at) if emission is None else emission
-        if not (bank or repay) or math.isinf(tpot):
-            return last + tpot
+        resumed = max(self.resumed_at, self.first_token or 0.0)
         tokens = self.tokens - self._tokens_before + (emission is not None)
-        ahead = max(self.resumed_at, self.first_token or 0.0) + tokens * self.AIM * tpot - last
-        if ahead < 0.0:
-            return last + tpot + (max(ahead / repay, -self.MOST_REPAID * tpot) if repay else 0.0)
-        return last + tpot + min(bank * tpot, ahead)
+        return token_deadline(last, self.request.slo.tpot, resumed, tokens, control)
 
     @property
     def width(self) -> int:

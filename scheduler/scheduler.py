@@ -314,8 +314,7 @@ class Scheduler:
     def _deadlines(self, decoding: Sequence[LiveRequest]) -> list[float]:
         """When the next token of each is due; what is in flight is expected when its step should end."""
         expected = {live: flight.end for flight in self._flights for live in flight.sampling}
-        control = self.config.controller
-        return [live.deadline(expected.get(live), control.bank, control.repay) for live in decoding]
+        return [live.deadline(self.config.controller, expected.get(live)) for live in decoding]
 
     def _prompt_deadlines(self, draft: StepDraft, reading: list[_Turn]) -> list[float]:
         """When the next chunk of each prompt is due."""

@@ -40,6 +40,20 @@ class ControllerConfig:
     reserve: float = 1.0
 
 
+AIM = 0.98  # pace that a request is held to, in TPOT targets: what is left covers the debt that it ends with
+MOST_REPAID = 0.1  # of a TPOT target, by which a token may be due earlier
+
+
+def token_deadline(last: float, tpot: float, resumed: float, tokens: int, control: ControllerConfig) -> float:
+    """When the token after the one at `last` is due; it is the one after `tokens` since `resumed`."""
+    if math.isinf(tpot):
+        return math.inf
+    ahead = resumed + tokens * AIM * tpot - last
+    if ahead >= 0.0:
+        return last + tpot + min(ahead, control.bank * tpot)
+    return last + tpot - (min(-ahead / control.repay, MOST_REPAID * tpot) if control.repay else 0.0)
+
+
 def slack(deadlines: Iterable[float], start: float, baseline: float, margin: float = 0.0) -> float:
     """Seconds by which a step that starts at `start` may exceed `baseline` before a deadline is missed.
 

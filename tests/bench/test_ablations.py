@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.ablations import VARIATIONS, Replanned, Unbudgeted, ablate, fitted, unpadded
+from bench.ablations import VARIATIONS, Replanned, Unbudgeted, ablate, unpadded
 from bench.simulate import Profile, Setting, unloaded_tpot
 from bench.workload import open_loop
 from scheduler.policy import Baseline, Extra
@@ -34,9 +34,8 @@ def test_without_a_budget_all_run_that_fit() -> None:
     assert len(Unbudgeted().admit(EXTRAS, Baseline(2, 0.0, 0.001), LATENCY)) == 6
 
 
-def test_the_forms_are_fitted_to_what_the_profile_says() -> None:
-    load = StepLoad(100, shared_kv=30_000, private_kv=20_000, items=110, raw_kv=200_000)
-    truth = PROFILE.latency().predict(load)
-    assert fitted("staircase", PROFILE).predict(load) == pytest.approx(truth, rel=0.01)
-    assert fitted("linear", PROFILE).predict(load) != pytest.approx(truth, rel=0.1)
-    assert unpadded(PROFILE).predict(load) < truth
+def test_without_padding_in_the_price_a_bucket_just_begun_costs_less() -> None:
+    load = StepLoad(97, shared_kv=30_000, private_kv=20_000, items=110, raw_kv=200_000)
+    assert unpadded(PROFILE).predict(load) < PROFILE.latency().predict(load)
+    full = load._replace(rows=128)
+    assert unpadded(PROFILE).predict(full) == pytest.approx(PROFILE.latency().predict(full))

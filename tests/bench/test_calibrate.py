@@ -14,7 +14,9 @@ from tests.scheduler.symbolic import unique_kv_tokens
 BUCKETS = (1, 8, 16, 64)
 
 
-@pytest.mark.parametrize("shape", [Shape(8, 8, 1, 8, 0), Shape(16, 12, 4, 60, 0), Shape(64, 30, 4, 90, 32, 7)])
+@pytest.mark.parametrize(
+    "shape", [Shape(8, 8, 1, 8, 0), Shape(16, 12, 4, 60, 0), Shape(64, 30, 4, 90, 32, 7)]
+)
 def test_a_made_up_steps_load_is_its_entries(shape: Shape) -> None:
     plan = probe(shape, page_size=4)
     assert (plan.rows, plan.bucket) == (shape.rows + shape.chunk, shape.bucket)

@@ -11,10 +11,11 @@ import pytest
 from bench import simulate as module
 from bench.measures import Record
 from bench.simulate import Profile, Setting, Simulation, row, simulate, unloaded_tpot
-from bench.workload import Item, Workload, closed_loop, open_loop
+from bench.workload import Item, Workload, closed_loop, named, open_loop
+from scheduler.predictor import StepLoad
 from tests.bench.test_measures import seen
 
-PROFILE = Profile.load("h200-qwen3-32b")
+PROFILE = Profile.load("h200-qwen3-32b").exact()
 POLICIES = ("off", "cap:2", "eager", "taper")
 KEYS = {
     "policy", "goodput_mean", "attainment_mean", "goodput_stage", "attainment_stage", "goodput_critical",
@@ -52,10 +53,10 @@ def test_what_arrived_in_the_window_is_measured() -> None:
 
 def test_one_request_alone_takes_a_step_for_each_token() -> None:
     """1000 positions are read on average: the prompt and half of the answer."""
-    one_row = PROFILE.bucket_seconds[1]
-    assert unloaded_tpot(PROFILE) == pytest.approx(one_row + 1000 * PROFILE.costs.private_kv, rel=1e-3)
-    gap = replace(PROFILE, host_gap_seconds=0.001)
-    assert unloaded_tpot(gap) == pytest.approx(unloaded_tpot(PROFILE) + 0.001)
+    alone = PROFILE.latency().predict(StepLoad(1, private_kv=1000, items=1, raw_kv=1000))
+    assert unloaded_tpot(PROFILE) == pytest.approx(PROFILE.factors[8] * alone, rel=1e-3)
+    slower = replace(PROFILE, factors={8: 2 * PROFILE.factors[8]})
+    assert unloaded_tpot(slower) == pytest.approx(2 * unloaded_tpot(PROFILE))
 
 
 def test_a_prompt_chunk_pays_for_its_context() -> None:
@@ -64,9 +65,10 @@ def test_a_prompt_chunk_pays_for_its_context() -> None:
     plan = simulation.scheduler.schedule(0.0)
     assert plan is not None
     assert (plan.rows, len(plan.entries), plan.load.kv_tokens) == (100, 1, 100)
-    expected = PROFILE.bucket_seconds[128] + 100 * PROFILE.costs.private_kv
-    attention = PROFILE.costs.chunk_context * sum(range(1, 101))
-    assert PROFILE.seconds(plan) == pytest.approx(expected + attention)
+    later = sum(range(2, 101))  # what the rows after the first see
+    assert plan.load == StepLoad(100, private_kv=100, items=1, chunk_context=later, raw_kv=100)
+    expected = PROFILE.factors[128] * PROFILE.latency().predict(plan.load)
+    assert simulation._duration(plan) == pytest.approx(expected)
 
 
 def test_a_closed_loop_never_has_more_requests_than_clients() -> None:
@@ -115,41 +117,27 @@ def test_policies_differ_as_their_names_say(runs: dict[str, Simulation]) -> None
     assert rows["taper"]["goodput_stage"] > 1.77 * rows["off"]["goodput_stage"]
 
 
-def headline(
-    policies: tuple[str, ...], rate: float, warmup: float, window: float, **changes: int
-) -> list[Any]:
-    """Rows of the headline workload within the first burst."""
-    profile = replace(PROFILE, **changes)  # type: ignore[arg-type]
-    workload = open_loop("fanout", "bursty", rate, warmup + window + 3.0, seed=1)
-    slo = 2 * unloaded_tpot(profile)
-    short = setting(
-        profile=profile, workload=workload, tpot_slo=slo, warmup=warmup, end=warmup + window, seed=1
-    )
-    return [simulate(short, policy)[0] for policy in policies]
-
-
-def test_the_headlines_ratio_to_eager() -> None:
-    taper, eager = headline(("taper", "eager"), rate=1.6, warmup=8.0, window=12.0)
+def test_the_headlines_ratios() -> None:
+    """The point that was measured on an H200 (docs/results.md), with the noise of such a server."""
+    profile = Profile.load("h200-qwen3-32b")
+    workload = named("headline", seed=1, seconds=65.0, rate=1.4)
+    point = setting(profile=profile, workload=workload, tpot_slo=2 * unloaded_tpot(profile), seed=1)
+    point = replace(point, warmup=30.0, end=60.0, drain=150.0)
+    taper, eager, off = (simulate(point, policy)[0] for policy in ("taper", "eager", "off"))
     assert taper["goodput_stage"] >= 1.48 * eager["goodput_stage"]
-    assert taper["attainment_stage"] >= 0.99
-    assert eager["attainment_stage"] < 0.8
-
-
-def test_the_headlines_ratio_to_off() -> None:
-    """With less KV, so that a short window shows what queues up."""
-    taper, off = headline(("taper", "off"), rate=1.0, warmup=10.0, window=15.0, num_pages=1600)
     assert taper["goodput_stage"] >= 1.77 * off["goodput_stage"]
     assert taper["goodput_mean"] >= 1.77 * off["goodput_mean"]
     assert min(taper["serial_attainment"], taper["parallel_attainment"]) >= 0.99
+    assert eager["attainment_stage"] < 0.8
 
 
 def test_a_simulation_is_deterministic_also_with_noise() -> None:
-    noisy = replace(PROFILE, residual=0.05)
+    noisy = replace(PROFILE, noise=(-0.1, 0.0, 0.1))
     workload = open_loop("mixed", "poisson", 2.0, 4.0, seed=1)
     (first, cost), (again, _) = (simulate(setting(profile=noisy, workload=workload), "taper") for _ in "12")
     assert first == again
     assert first != simulate(setting(profile=noisy, workload=workload, seed=1), "taper")[0]
-    assert 0.02 < cost["mape"] < 0.08
+    assert 0.03 < cost["mape"] < 0.09
 
 
 def test_the_command_prints_strict_json(

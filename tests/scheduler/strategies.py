@@ -142,8 +142,9 @@ def loads(
 
 controllers = st.builds(
     ControllerConfig,
-    rho=st.sampled_from([0.8, 0.8, None]),
+    rho=st.sampled_from([0.8, 1.0, None]),
     fill=st.booleans(),
+    repay=st.sampled_from([0.0, 2.0, 8.0]),
     bank=st.sampled_from([0.0, 0.0, 2.0]),
     reserve=st.sampled_from([0.0, 0.5, 1.0]),
 )

@@ -33,7 +33,7 @@ from tests.scheduler.world import Setting, World, assert_says, roomy, serve
 
 TALKS_ON = SymbolicModel(LETTERS)
 MODEL = SymbolicModel(PLAIN)
-UNFILLED = ControllerConfig(fill=False, reserve=0.0)
+UNFILLED = ControllerConfig(rho=0.8, repay=0.0, fill=False, reserve=0.0)
 FLOOR_ONLY = ControllerConfig(rho=0.0, fill=False, reserve=0.0)
 NEVER = Slo(tpot=math.inf, ttft=math.inf)
 

@@ -18,6 +18,7 @@ READY = Ready(
     runner=RunnerConfig(num_pages=3968, page_size=64, buckets=(8, 64), num_slots=128, backend="gpu"),
     memory=PLAN,
     latency=StepLatencyModel({8: 0.0164, 64: 0.019}),
+    latency_source="profile h200-qwen3-32b, staircase",
     load_seconds=6.9,
     compile_seconds={64: 11.4, 8: 10.5},
     seconds=51.4,
@@ -30,6 +31,7 @@ def test_the_table_says_how_the_memory_is_divided_and_what_each_bucket_took() ->
     assert "3968 pages of 64 tokens: 253952 tokens, 62.0 GiB" in table[2]
     assert "128.0 GiB less weights 61.0, slots 1.0, 2 steps of 64 rows 2.0, reserve 2.0" in table[3]
     assert [line.split() for line in table[-3:-1]] == [["8", "10.5", "16.40"], ["64", "11.4", "19.00"]]
+    assert table[-5].split(maxsplit=1) == ["steps", "profile h200-qwen3-32b, staircase"]
     assert table[-1].endswith("ready after 51.4 s")
 
 
