@@ -193,6 +193,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--profile", default="h200-qwen3-32b")
     parser.add_argument("--workload", default="headline")
     parser.add_argument("--variations", nargs="+", choices=VARIATIONS, default=[*VARIATIONS])
+    parser.add_argument("--rate", type=float, help="requests per second, instead of the workload's own")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--warmup", type=float, default=simulator.WARMUP)
     parser.add_argument("--window", type=float, default=simulator.WINDOW)
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     profile = Profile.load(options.profile)
     setting = Setting(
         profile=profile,
-        workload=named(options.workload, options.seed, end + simulator.COOLDOWN),
+        workload=named(options.workload, options.seed, end + simulator.COOLDOWN, rate=options.rate),
         tpot_slo=simulator.TPOT_SLO_MULTIPLE * simulator.unloaded_tpot(profile),
         warmup=options.warmup,
         end=end,

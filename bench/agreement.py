@@ -27,7 +27,7 @@ SURE = 0.05  # distance of an attainment from 0 or 1 from which on goodput is wh
 
 
 def settings(result: Mapping[str, Any], profile: Profile) -> list[tuple[Setting, str]]:
-    """The setting and the policy of each row of a result. Raises ValueError for other requests than its own."""
+    """The setting and the policy of each row. Raises ValueError for requests that are not the result's."""
     ends = {name: result[f"{name}_s"] for name in ("warmup", "window", "cooldown", "drain")}
     end = ends["warmup"] + ends["window"]
     found: list[tuple[Setting, str]] = []

@@ -287,13 +287,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     name = options.name or f"{device.removeprefix('NVIDIA ')}-{model}".lower().replace(" ", "-")
     found = {**described, "model": model, **profile(name, points, runner, device)}
     write(found, options.profile)
-    result = found | {"points": [{**point._asdict(), "load": point.load._asdict()} for point in points]}
-    write(result, options.json)
-    for form, fitted in result["forms"].items():
+    measured = [{**point._asdict(), "load": point.load._asdict()} for point in points]
+    write({**found, "points": measured}, options.json)
+    for form, fitted in found["forms"].items():
         print(
             f"{form:<14} bias {fitted['bias']:+.2%}  MAPE {fitted['mape']:.2%}  margin {fitted['margin']:.2%}"
         )
-    return result
+    return found
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python -m bench.plot RESULT.json PLOT.png
 
 Of a kernel benchmark: how many times the byte floor each case takes, ours and FlashInfer's. Of a comparison
-of policies: goodput and attainment against load, by the stage measure and by the mean. Of an engine: its
-steps against the byte floor.
+of policies: goodput and attainment against load, by the stage measure and by the mean. Of simulated maps:
+the same, by the stage measure. Of an engine: its steps against the byte floor. Of a log of steps (.jsonl, as
+`taper-serve --step-log` writes it): width and slack over time, and predicted against measured times.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.report import label
+from serve.step_log import Step, read_steps
+
+MARKERS = "osv^Dx*"
 
 SERIES = {
     "ours": ("ours_us", "o"),
@@ -83,7 +87,7 @@ def plot_policies(result: Mapping[str, Any], path: Path) -> None:
     for column, measure in zip(grid.T, ("stage", "mean"), strict=True):
         for axes, (name, unit) in zip(column, (("goodput", "tokens/s"), ("attainment", "")), strict=True):
             figures = against_load(result["rows"], f"{name}_{measure}")
-            for marker, (policy, points) in zip(itertools.cycle("osv^Dx*"), figures.items(), strict=False):
+            for marker, (policy, points) in zip(MARKERS, figures.items(), strict=False):
                 loads, means, least, greatest = zip(*points, strict=True)
                 below = [mean - low for mean, low in zip(means, least, strict=True)]
                 above = [high - mean for mean, high in zip(means, greatest, strict=True)]
@@ -98,6 +102,70 @@ def plot_policies(result: Mapping[str, Any], path: Path) -> None:
         f"TPOT {result['tpot_slo_ms']:.1f} ms, TTFT {result['ttft_slo_s']:g} s",
         fontsize=10,
     )
+    _save(figure, path)
+
+
+def plot_maps(result: Mapping[str, Any], path: Path) -> None:
+    """Draws stage goodput (above) and attainment (below) over each map of bench.maps; means over seeds."""
+    pyplot = _pyplot()
+    names = [*dict.fromkeys(row["map"] for row in result["rows"] if row["map"] != "hour")]
+    figure, grid = pyplot.subplots(2, len(names), figsize=(3.4 * len(names), 7), sharex="col", squeeze=False)
+    for column, name in zip(grid.T, names, strict=True):
+        rows = [row for row in result["rows"] if row["map"] == name]
+        places = {x: place for place, x in enumerate(dict.fromkeys(row["x"] for row in rows))}
+        for axes, figure_name in zip(column, ("goodput_stage", "attainment_stage"), strict=True):
+            placed = [
+                {"policy": row["label"], "load": float(places[row["x"]]), "y": row[figure_name]}
+                for row in rows
+            ]
+            for marker, (policy, points) in zip(MARKERS, against_load(placed, "y").items(), strict=False):
+                at, means, _, _ = zip(*points, strict=True)
+                axes.plot(at, means, f"{marker}-", label=policy, markerfacecolor="none")
+            axes.set_ylim(bottom=0)
+            axes.set_xticks([*places.values()], [f"{x}" for x in places], fontsize=7)
+        column[0].set_title(name, fontsize=10)
+        column[0].legend(fontsize=7)
+    grid[0][0].set_ylabel("stage goodput, tokens/s")
+    grid[1][0].set_ylabel("attained")
+    figure.suptitle(f"Simulated, {result['profile']}", fontsize=10)
+    _save(figure, path)
+
+
+def plot_steps(steps: Sequence[Step], path: Path, seconds: float = 30.0) -> None:
+    """Draws `seconds` of a log of steps: how wide they were, what they were allowed and took, and how well
+    all of the log's were predicted."""
+    pyplot = _pyplot()
+    figure, (width, time, errors) = pyplot.subplots(3, 1, figsize=(11, 10))
+    busy = [step for step in steps if step.requests > 1] or [*steps]
+    begin = busy[len(busy) // 2].ended
+    shown = [step for step in busy if begin <= step.ended < begin + seconds]
+    at = [step.ended - begin for step in shown]
+    width.plot(at, [step.requests for step in shown], label="requests")
+    width.plot(at, [step.branches for step in shown], label="branches that advance")
+    width.plot(at, [step.branches + step.deferred for step in shown], ":", label="and those that wait")
+    width.set_ylabel("in a step")
+    for name, values, style in (
+        ("allowed", [step.budget for step in shown], "k:"),
+        ("measured", [step.seconds for step in shown], "-"),
+        ("predicted", [step.predicted for step in shown], "-"),
+        ("predicted baseline", [step.baseline for step in shown], "-"),
+    ):
+        time.plot(at, [None if value is None else 1e3 * value for value in values], style, label=name, lw=0.8)
+    time.set_ylabel("ms")
+    time.set_xlabel("s")
+    for bucket in sorted({step.bucket for step in busy}):
+        points = [(1e3 * step.predicted, 1e3 * step.seconds) for step in busy if step.bucket == bucket]
+        errors.plot(*zip(*points, strict=True), ".", markersize=2, label=f"{bucket} rows")
+    most = 1e3 * max(step.predicted for step in busy)
+    errors.plot((0, most), (0, most), "k-", lw=0.6)
+    errors.set_xlim(0, 1.05 * most)
+    errors.set_ylim(0, 1.3 * most)
+    errors.set_xlabel("predicted, ms")
+    errors.set_ylabel("measured, ms")
+    for axes in (width, time, errors):
+        axes.legend(fontsize=7, ncols=4, markerscale=4)
+    width.set_ylim(bottom=0)
+    time.set_ylim(0, 1.3 * most)
     _save(figure, path)
 
 
@@ -136,8 +204,12 @@ def _save(figure: Any, path: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     source, target = map(Path, arguments)
+    if source.suffix == ".jsonl":
+        with source.open() as lines:
+            plot_steps([*read_steps(lines)], target)
+        return
     result = json.loads(source.read_text())
-    plots = {"rows": plot_policies, "buckets": plot_buckets, "cases": plot_cases}
+    plots = {"capacity": plot_maps, "rows": plot_policies, "buckets": plot_buckets, "cases": plot_cases}
     next(plot for key, plot in plots.items() if key in result)(result, target)
 
 

@@ -82,7 +82,7 @@ def play(engine: Engine, workload: Workload, slo: Slo, seconds: float, vocab_siz
     time.sleep(max(0.0, begin + seconds - time.monotonic()))
 
 
-def unloaded_tpot(engine: Engine, vocab_size: int) -> float:
+def unloaded_tpot(engine: Engine, item: Item, vocab_size: int) -> float:
     """Seconds per token of one request that is served alone."""
     done, found = threading.Event(), []
 
@@ -91,12 +91,14 @@ def unloaded_tpot(engine: Engine, vocab_size: int) -> float:
             found.append(events[-1].timing.tpot)
             done.set()
 
-    engine.submit(ALONE.request("alone", Slo(tpot=10.0, ttft=600.0), 0, vocab_size), sink)
+    engine.submit(item.request("alone", Slo(tpot=10.0, ttft=600.0), 0, vocab_size), sink)
     done.wait()
     return found[0]
 
 
-def errors_of(predicted: Sequence[float], taken: Sequence[float]) -> dict[str, float]:
+def errors_of(
+    predicted: Sequence[float] | np.ndarray, taken: Sequence[float] | np.ndarray
+) -> dict[str, float]:
     """Of taken / predicted - 1: mean, mean size, median size."""
     errors = np.array(taken) / np.array(predicted) - 1.0
     size = np.abs(errors)
@@ -158,19 +160,16 @@ def _nearest(known: dict[int, float], bucket: int) -> float:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    end, device = result["end_to_end"], result["device"]
-    print(
-        f"end to end, {end['steps']} steps: MAPE {end['mape']:.2%} (median {end['median_error']:.2%}), bias "
-        f"{end['bias']:+.2%}, {end['coverage']:.1%} within the margin of {end['mean_margin']:.2%}"
-    )
+    def errors(each: dict[str, float]) -> str:
+        return f"{each['steps']:>6} steps, MAPE {each['mape']:.2%}, bias {each['bias']:+.2%}"
+
+    end = result["end_to_end"]
+    print(f"{'end to end':<26}{errors(end)}")
+    print(f"{'':<26}{end['coverage']:.1%} within the margin, {end['mean_margin']:.2%} on average")
     for bucket, each in end["buckets"].items():
-        print(
-            f"  bucket {bucket:>4}: {each['steps']:>5} steps, bias {each['bias']:+.2%}, MAPE {each['mape']:.2%}"
-        )
-    for name, each in device.items():
-        print(
-            f"{name} against the device, {each['steps']} steps: MAPE {each['mape']:.2%}, bias {each['bias']:+.2%}"
-        )
+        print(f"{'  bucket ' + bucket:<26}{errors(each)}")
+    for name, each in result["device"].items():
+        print(f"{'device, ' + name.replace('_', ' '):<26}{errors(each)}")
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
@@ -196,7 +195,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     latency = engine.scheduler.latency
     recorder.watch(latency)
     vocab_size = runner.model_config.vocab_size
-    tpot = options.tpot_slo or 2.0 * unloaded_tpot(engine, vocab_size)
+    tpot = options.tpot_slo or 2.0 * unloaded_tpot(engine, ALONE.scaled(options.scale), vocab_size)
     workload = named(options.workload, options.seed, options.seconds, rate=options.rate).scaled(options.scale)
     begin = time.monotonic() + options.skip
     play(engine, workload, Slo(tpot=tpot, ttft=5.0), options.seconds, vocab_size)

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from bench.calibrate import Point, Shape, fit, main, non_negative, probe, shapes
-from bench.simulate import Profile
+from bench.calibrate import Point, Shape, fit, non_negative, probe, shapes
 from scheduler.predictor import StepLatencyModel, StepLoad
 from tests.scheduler.symbolic import unique_kv_tokens
 
@@ -71,17 +67,3 @@ def test_what_a_staircase_took_is_found_again() -> None:
         assert forms[other]["mape"] > 3 * forms["staircase"]["mape"]
         model = StepLatencyModel.from_profile({"forms": forms}, form=other)
         assert model.predict(StepLoad(9, raw_kv=100)) > 0
-
-
-def test_the_command_writes_a_profile_that_the_simulator_and_a_server_can_use(tmp_path: Path) -> None:
-    out = tmp_path / "tiny.json"
-    options = ["--model", "default", "--dtype", "float32", "--buckets", "4,32", "--num-pages", "96"]
-    main([*options, "--page", "8", "--budget-seconds", "0", "--attention", "xla", "--json", str(out)])
-    record = json.loads(out.read_text())
-    assert {"hardware", "versions", "model", "points", "forms"} <= set(record)
-    assert all(point["seconds"] > 0 for point in record["points"])
-    model = StepLatencyModel.from_profile(record)
-    assert 0 < model.rows_seconds(1) <= model.rows_seconds(32)
-    profile = Profile.load(str(out))
-    assert [*profile.bucket_seconds] == [4, 32]
-    assert profile.num_pages == 96
