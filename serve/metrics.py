@@ -5,12 +5,15 @@ Steps are observed from the engine's thread, requests from the event loop's; loa
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, start_http_server
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from scheduler.events import Finished
 from scheduler.plan import StepResult
@@ -18,6 +21,29 @@ from scheduler.plan import StepResult
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 2, 4)
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+
+
+class Histogram:
+    """Counts of what was observed up to each bound. It has one writer and no lock: dozens of observations are
+    made in a step, and a scrape may miss the latest one."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        self._name, self._text = name, text
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def describe(self) -> list[Metric]:
+        return [HistogramMetricFamily(self._name, self._text)]
+
+    def collect(self) -> list[Metric]:
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = [*zip(names, accumulate(self._counts), strict=True)]
+        return [HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)]
 
 
 class LoadSnapshot(Protocol):
@@ -48,8 +74,10 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"taper_{name}", text, labels, registry=registry)
 
-        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
-            return Histogram(f"taper_{name}", text, buckets=tuple(buckets), registry=registry)
+        def histogram(name: str, text: str, bounds: Sequence[float]) -> Histogram:
+            made = Histogram(f"taper_{name}", text, bounds)
+            registry.register(made)
+            return made
 
         self._requests = counter("requests", "Requests that ended, by gRPC status code", "code")
         self._tokens = counter(

@@ -52,7 +52,7 @@ from serve.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
 from serve.requests import ServedModel, check_ids, check_model, read_prompt, read_request, unknown_fields
 from serve.responses import ResponseWriter, duration
 from serve.step_log import StepLog
-from serve.stream import Stream
+from serve.stream import Doorbell, Stream
 
 log = structlog.get_logger("taper")
 
@@ -103,6 +103,7 @@ class Service:
         self.draining = False
         self._backend: Backend | None = None
         self._streams: dict[str, Stream] = {}
+        self._doorbell: Doorbell | None = None  # made in the event loop
         self._spellers: dict[bool, Speller] = {}
 
     @property
@@ -145,7 +146,10 @@ class Service:
         engine = self.accepting().engine
         if request.id in self._streams:
             raise DuplicateRequestError(f"request {request.id!r} is running", reason="DUPLICATE")
+        if self._doorbell is None:
+            self._doorbell = Doorbell()
         stream = Stream(
+            self._doorbell,
             bound=_WAITING_EVENTS,
             on_overflow=functools.partial(engine.cancel, request.id),
             explain=functools.partial(self._explain, request.id),

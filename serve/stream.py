@@ -7,25 +7,55 @@ when it grows past the bound, the request is given up: a reader that slow would 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from scheduler.events import Event
 from serve.engine import Failed
 from serve.errors import OverloadedError, ServiceError
 
 
+class Doorbell:
+    """Calls functions in the event loop, from any thread: it is woken once for all that wait, since a step
+    has news for every request."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._rung = False
+
+    def ring(self, call: Callable[[], object]) -> None:
+        """Call in the loop soon. After the loop has gone, there is nobody to tell."""
+        self._waiting.append(call)
+        if not self._rung and not self._loop.is_closed():
+            self._rung = True
+            self._loop.call_soon_threadsafe(self._answer)
+
+    def _answer(self) -> None:
+        self._rung = False  # before looking: who rings from now on wakes the loop again
+        while self._waiting:
+            self._waiting.popleft()()
+
+
 class Stream:
     """Events of one request. `put` is called from any thread, all else from the event loop's.
 
+    doorbell       brings what was put to the event loop
     bound          most events that wait
     on_overflow    called once when there are more; what waits is dropped and `take` raises SLOW_CONSUMER
     explain        the error that `take` raises when the engine gives the request up
     """
 
     def __init__(
-        self, *, bound: int, on_overflow: Callable[[], object], explain: Callable[[Failed], ServiceError]
+        self,
+        doorbell: Doorbell,
+        *,
+        bound: int,
+        on_overflow: Callable[[], object],
+        explain: Callable[[Failed], ServiceError],
     ) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._doorbell = doorbell
         self._bound = bound
         self._on_overflow = on_overflow
         self._explain = explain
@@ -34,9 +64,8 @@ class Stream:
         self._news = asyncio.Event()
 
     def put(self, events: Sequence[Event | Failed]) -> None:
-        """Add a step's events. After the event loop has gone, there is nobody to tell."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._add, events)
+        """Add a step's events."""
+        self._doorbell.ring(partial(self._add, events))
 
     def end(self, error: ServiceError) -> None:
         """Let `take` raise `error` after what waits already; the first error counts."""

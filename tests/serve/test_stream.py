@@ -10,7 +10,7 @@ import pytest
 from scheduler.events import WidthChanged
 from serve.engine import Failed
 from serve.errors import CancelledError, InternalError, OverloadedError
-from serve.stream import Stream
+from serve.stream import Doorbell, Stream
 
 EVENTS = [WidthChanged("r", width, 9) for width in range(9)]
 
@@ -18,7 +18,10 @@ EVENTS = [WidthChanged("r", width, 9) for width in range(9)]
 def stream(bound: int = 5, overflows: list | None = None) -> Stream:
     told = [] if overflows is None else overflows
     return Stream(
-        bound=bound, on_overflow=lambda: told.append(1), explain=lambda failed: InternalError(failed.error)
+        Doorbell(),
+        bound=bound,
+        on_overflow=lambda: told.append(1),
+        explain=lambda failed: InternalError(failed.error),
     )
 
 
@@ -82,3 +85,43 @@ def test_events_after_the_loop_has_gone_are_nobodys():
         return stream()
 
     asyncio.run(use()).put(EVENTS)
+
+
+def test_the_loop_is_woken_once_for_all_streams():
+    async def use() -> None:
+        woken: list[object] = []
+        loop, doorbell, told = asyncio.get_running_loop(), Doorbell(), []
+        wake = loop.call_soon_threadsafe
+
+        def counted(call, *arguments):
+            woken.append(call)
+            return wake(call, *arguments)
+
+        loop.call_soon_threadsafe = counted
+        for number in range(20):
+            doorbell.ring(lambda number=number: told.append(number))
+        await asyncio.sleep(0)
+        assert (len(woken), told) == (1, [*range(20)])
+        doorbell.ring(lambda: doorbell.ring(lambda: told.append(-1)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert told[-1] == -1
+
+    asyncio.run(use())
+
+
+def test_nothing_that_threads_ring_for_is_lost():
+    async def use() -> None:
+        doorbell, told = Doorbell(), []
+        threads = [
+            threading.Thread(target=lambda: [doorbell.ring(lambda: told.append(1)) for _ in range(5000)])
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(told) == 15_000
+
+    asyncio.run(use())
