@@ -1,13 +1,14 @@
 """Output tokens per second of a batch of requests: the server through gRPC, and transformers.
 
     python -m bench.generate --model qwen3-8b --peers transformers --json OUT
-    python -m bench.generate --model qwen3-8b -- --attention xla      # more options of taper-serve
+    python -m bench.generate --model qwen3-8b --interval-ms 50 -- --attention xla  # options of taper-serve
 
 All prompts are sent at once, as random token ids; answers are greedy and all have the same length. Every
 contender runs in a process of its own (this one leaves the device alone), one after the other, with random
 weights of the same shapes, and runs twice with different prompts: the first run warms up, the second counts.
 What is timed ends with the last token, and begins with the first request sent (taper), or with the batch on
-its way to the device (transformers).
+its way to the device (transformers). --interval-ms asks the server for fewer, larger messages; a token counts
+when its message comes.
 
 The byte floor of decoding: every weight and every position of KV read once for a step, at the copy rate of
 this device. It is compared with the time in which all requests were decoding and none was finished.
@@ -132,7 +133,9 @@ class Arrivals:
         return float(inside.sum() / (end - begin)), float((before + inside.sum(1) / 2).mean())
 
 
-async def send_all(address: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> Arrivals:
+async def send_all(
+    address: str, prompts: Sequence[Sequence[int]], new_tokens: int, interval_ms: float = 0.0
+) -> Arrivals:
     """Sends all prompts at once and notes when each token comes."""
     plan = [serial(stopping=stopping(new_tokens, ignore_eos=True))]
     arrivals = np.full((len(prompts), new_tokens), np.nan)
@@ -142,7 +145,10 @@ async def send_all(address: str, prompts: Sequence[Sequence[int]], new_tokens: i
 
         async def one(index: int, prompt: Sequence[int]) -> None:
             known = 0
-            async for event in client.generate(prompt, plan=plan, tpot_slo_ms=SLOW, ttft_slo_ms=SLOW):
+            stream = client.generate(
+                prompt, plan=plan, tpot_slo_ms=SLOW, ttft_slo_ms=SLOW, interval_ms=interval_ms
+            )
+            async for event in stream:
                 if isinstance(event, Delta):
                     arrivals[index, known : event.completion_tokens] = time.perf_counter() - started
                     known = event.completion_tokens
@@ -162,15 +168,18 @@ def server_options(load: Load, buckets: Sequence[int]) -> list[str]:
     ]
 
 
-def measure_taper(load: Load, options: Sequence[str]) -> dict[str, Any]:
+def measure_taper(load: Load, options: Sequence[str], interval_ms: float) -> dict[str, Any]:
     started = time.perf_counter()
     with running_server(options) as address:
         ready = time.perf_counter() - started
-        _, arrivals = (asyncio.run(send_all(address, load.ids(run), load.new_tokens)) for run in range(2))
+        _, arrivals = (
+            asyncio.run(send_all(address, load.ids(run), load.new_tokens, interval_ms)) for run in range(2)
+        )
     first = np.sort(arrivals.seconds[:, 0])
     decoding = arrivals.decoded_together()
     return {
         "options": list(options),
+        "interval_ms": interval_ms,
         "ready_seconds": ready,
         "seconds": arrivals.total,
         "tokens_per_second": load.output_tokens / arrivals.total,
@@ -350,6 +359,9 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--buckets", type=int, nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument(
+        "--interval-ms", type=float, default=0.0, help="least time between two messages of a stream"
+    )
     parser.add_argument("--peers", nargs="*", choices=["transformers"], default=[])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seed", type=int, default=0)
@@ -361,7 +373,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     result: dict[str, Any] = {**child("device", load), "load": asdict(load), "peers": {}}
     if "error" in result:
         sys.exit(f"bench.generate: {result['error']}")
-    result["taper"] = measure_taper(load, [*server_options(load, options.buckets), *extra])
+    served = [*server_options(load, options.buckets), *extra]
+    result["taper"] = measure_taper(load, served, options.interval_ms)
     compare(result, load)
     hardware.save(result, options.json)
     for setting in options.settings if options.peers else ():

@@ -22,12 +22,14 @@ class Extra(NamedTuple):
     group      number of its request: the oldest one has the lowest
     rows       query rows
     seconds    predicted seconds beside the rows
+    priority   of its request: higher is more urgent
     """
 
     candidate: int
     group: int
     rows: int
     seconds: float
+    priority: int = 0
 
 
 class Baseline(NamedTuple):
@@ -117,6 +119,11 @@ def level_by_level(extras: Sequence[Extra]) -> list[Extra]:
     return [extra for _, _, extra in sorted(levels)]
 
 
+def most_urgent_first(extras: Sequence[Extra]) -> list[Extra]:
+    """By the priority of their requests; of equal ones, the oldest first."""
+    return sorted(extras, key=attrgetter("priority"), reverse=True)
+
+
 class Taper:
     """As many branches as the budget allows, in a given order.
 
@@ -129,6 +136,7 @@ class Taper:
         "fcfs": oldest_first,
         "linear": cheapest_first,
         "concave": level_by_level,
+        "priority": most_urgent_first,
     }
 
     def __init__(self, order: str = "fcfs") -> None:
@@ -141,7 +149,7 @@ class Taper:
         if not extras:
             return ()
         ordered = self._order(extras)
-        _, _, added_rows, added_seconds = zip(*ordered, strict=True)
+        _, _, added_rows, added_seconds, _ = zip(*ordered, strict=True)
         rows = [*accumulate(added_rows, initial=baseline.rows)]
         seconds = [*accumulate(added_seconds, initial=baseline.seconds)]
         fit = bisect_right(rows, latency.buckets.largest)
@@ -209,5 +217,5 @@ def policy(name: str) -> AdmissionPolicy:
         return simple[name]
     raise ValueError(
         f"unknown policy {name!r}: choose off, cap:N (N at least 1), eager, taper, or taper:linear,"
-        " taper:concave, taper:paper"
+        " taper:concave, taper:priority, taper:paper"
     )

@@ -70,7 +70,10 @@ class Slo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt and one program: the unit that has an SLO and a deadline."""
+    """One prompt and one program: the unit that has an SLO, a deadline and a priority.
+
+    A higher priority is more urgent; the policy `taper:priority` alone looks at it.
+    """
 
     id: str
     prompt: tuple[int, ...]
@@ -78,3 +81,4 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     slo: Slo = field(default_factory=Slo)
     cache_salt: str = ""
+    priority: int = 0

@@ -285,10 +285,10 @@ class Scheduler:
         for group, (live, ready) in enumerate(decoding):
             if len(ready) == 1 or live not in draft.advanced:
                 continue
-            others = ready[1:]
+            others, priority = ready[1:], live.request.priority
             for branch, (rows, seconds) in zip(others, draft.prices(others), strict=True):
                 if rows <= self._floor:
-                    extras.append(Extra(len(extras), group, rows, seconds))
+                    extras.append(Extra(len(extras), group, rows, seconds, priority))
                     candidates.append((live, branch))
         return extras, candidates
 

@@ -162,7 +162,9 @@ class Options(TypedDict, total=False):
     sampling      of every stage that has none of its own; greedy unless given
     tpot_slo_ms   target of the time between tokens; ttft_slo_ms, of the time to the first
     token_ids     also stream ids; logprobs, their log-probabilities; top_logprobs, so many alternatives
+    interval_ms   least time between two messages of the stream; one a step unless given
     cache_salt    requests share cached prompts only with requests of the same salt
+    priority      under the policy taper:priority, branches of a higher one join a step first; 0 unless given
     """
 
     plan: Sequence[pb.Stage] | pb.ModelDriven | None
@@ -176,11 +178,17 @@ class Options(TypedDict, total=False):
     top_logprobs: int
     include_stop: bool
     keep_special_tokens: bool
+    interval_ms: float
     request_id: str
     cache_salt: str
+    priority: int
 
 
-_OUTPUT = ("token_ids", "logprobs", "top_logprobs", "include_stop", "keep_special_tokens")
+_OUTPUT = ("token_ids", "logprobs", "top_logprobs", "include_stop", "keep_special_tokens", "interval_ms")
+
+# `complete` shows only the end, and that never waits: few messages are enough, and cost the server less. Not
+# none: a reader that does not read any more should be noticed before the end.
+_COMPLETE_INTERVAL_MS = 200.0
 
 
 def generate_request(prompt: Prompt, **options: Unpack[Options]) -> pb.GenerateRequest:
@@ -196,6 +204,7 @@ def generate_request(prompt: Prompt, **options: Unpack[Options]) -> pb.GenerateR
         slo=pb.Slo(tpot_ms=options.get("tpot_slo_ms"), ttft_ms=options.get("ttft_slo_ms")),
         output=pb.OutputOptions(**{name: value for name, value in asked.items() if name in _OUTPUT}),
         cache_salt=options.get("cache_salt", ""),
+        priority=options.get("priority", 0),
     )
     plan = options.get("plan")
     if isinstance(plan, pb.ModelDriven):
@@ -296,6 +305,7 @@ class Client:
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]
     ) -> Completion:
         """Run a request to its end."""
+        options.setdefault("interval_ms", _COMPLETE_INTERVAL_MS)
         completion = Completion()
         for event in self.generate(prompt, timeout=timeout, **options):
             completion.add(event)
@@ -316,7 +326,7 @@ class Client:
         return tuple(self._ask(self._control.Abort, request).aborted_request_ids)
 
     def set_policy(self, policy: str) -> str:
-        """Switch the admission policy (off, cap:N, eager, taper); returns the one until now."""
+        """Switch the admission policy (off, cap:N, eager, taper, taper:OPTION); returns the one until now."""
         request = control_pb.SetPolicyRequest(policy=policy)
         return self._ask(self._control.SetPolicy, request).previous_policy
 
@@ -365,6 +375,7 @@ class AsyncClient:
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]
     ) -> Completion:
         """Run a request to its end."""
+        options.setdefault("interval_ms", _COMPLETE_INTERVAL_MS)
         completion = Completion()
         async for event in self.generate(prompt, timeout=timeout, **options):
             completion.add(event)
@@ -385,7 +396,7 @@ class AsyncClient:
         return tuple((await self._ask(self._control.Abort, request)).aborted_request_ids)
 
     async def set_policy(self, policy: str) -> str:
-        """Switch the admission policy (off, cap:N, eager, taper); returns the one until now."""
+        """Switch the admission policy (off, cap:N, eager, taper, taper:OPTION); returns the one until now."""
         request = control_pb.SetPolicyRequest(policy=policy)
         return (await self._ask(self._control.SetPolicy, request)).previous_policy
 

@@ -40,7 +40,8 @@ class ServerConfig:
     """Seconds that running requests get to finish after SIGTERM."""
 
     policy: str = "taper"
-    """Admission policy of extra branches: off, cap:N, eager or taper. Can be switched while running."""
+    """Admission policy of extra branches: off, cap:N, eager, taper, or taper:linear, taper:concave,
+    taper:priority, taper:paper. Can be switched while running."""
     tpot_slo_ms: float = 50.0
     """Default target of the gap between a request's tokens, in milliseconds."""
     ttft_slo_ms: float = 5000.0

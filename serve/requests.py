@@ -37,6 +37,8 @@ MAX_STAGES = 64  # in one list of stages
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_TAG_BYTES = 256
+MAX_INTERVAL_MS = 60_000
+MAX_PRIORITY = 100
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SLACK = 1e-6  # a float32 0.01 is a little less than 0.01
@@ -156,6 +158,7 @@ class _Reader:
             sampling=self._sampling,
             slo=self._slo(message.slo),
             cache_salt=message.cache_salt,
+            priority=self._priority(message.priority),
         )
         self.raise_violations()
         return request
@@ -213,12 +216,20 @@ class _Reader:
         ttft = self._number(slo, "ttft_ms", "slo", 1e3 * default.ttft, 1e-3, 1e9)
         return Slo(tpot=tpot / 1e3, ttft=ttft / 1e3)
 
+    def _priority(self, given: int) -> int:
+        if not -MAX_PRIORITY <= given <= MAX_PRIORITY:
+            self._wrong("priority", f"{-MAX_PRIORITY} to {MAX_PRIORITY} are possible, got {given}")
+        return given
+
     def _check_output(self) -> None:
         output, most = self._output, self._model.max_top_logprobs
         if output.top_logprobs > most:
             self._wrong("output.top_logprobs", f"at most {most} are possible, got {output.top_logprobs}")
         if output.top_logprobs and not output.logprobs:
             self._wrong("output.top_logprobs", "needs output.logprobs")
+        interval = output.interval_ms
+        if not 0 <= interval <= MAX_INTERVAL_MS:
+            self._wrong("output.interval_ms", f"0 to {MAX_INTERVAL_MS} are possible, got {interval:g}")
 
     # --- programs --------------------------------------------------------------------------------------
 

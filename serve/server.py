@@ -141,8 +141,8 @@ class Service:
     def speller(self, *, skip_special_tokens: bool) -> Speller:
         return self._spellers[skip_special_tokens]
 
-    def open(self, request: Request) -> Stream:
-        """Submit a request. Raises ServiceError when it is not taken."""
+    def open(self, request: Request, *, interval: float = 0.0) -> Stream:
+        """Submit a request; `interval` is its stream's. Raises ServiceError when it is not taken."""
         engine = self.accepting().engine
         if request.id in self._streams:
             raise DuplicateRequestError(f"request {request.id!r} is running", reason="DUPLICATE")
@@ -153,6 +153,7 @@ class Service:
             bound=_WAITING_EVENTS,
             on_overflow=functools.partial(engine.cancel, request.id),
             explain=functools.partial(self._explain, request.id),
+            interval=interval,
         )
         try:
             engine.submit(request, stream.put)
@@ -241,7 +242,7 @@ class InferenceServicer(inference_grpc.InferenceServiceServicer):
         skip = not message.output.keep_special_tokens
         speller = self.service.speller(skip_special_tokens=skip)
         writer = ResponseWriter(request, message.output, speller)
-        stream = self.service.open(request)
+        stream = self.service.open(request, interval=message.output.interval_ms / 1e3)
         finished = False
         try:
             while not finished:

@@ -1,17 +1,19 @@
 """The bounded mailbox between the engine's thread and one request's gRPC call.
 
 The engine never waits for a reader. What a reader has not taken yet waits here, and is taken all at once;
-when it grows past the bound, the request is given up: a reader that slow would hold memory without end.
+when it grows past the bound, the request is given up: a reader that slow would hold memory without end. A
+reader that asked for an interval is not even woken by the steps in between.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from scheduler.events import Event
+from scheduler.events import Event, Finished
 from serve.engine import Failed
 from serve.errors import OverloadedError, ServiceError
 
@@ -45,6 +47,8 @@ class Stream:
     bound          most events that wait
     on_overflow    called once when there are more; what waits is dropped and `take` raises SLOW_CONSUMER
     explain        the error that `take` raises when the engine gives the request up
+    interval       least seconds between two returns of `take`, unless the request has ended or half of
+                   `bound` waits
     """
 
     def __init__(
@@ -54,17 +58,22 @@ class Stream:
         bound: int,
         on_overflow: Callable[[], object],
         explain: Callable[[Failed], ServiceError],
+        interval: float = 0.0,
     ) -> None:
+        self._loop = asyncio.get_running_loop()
         self._doorbell = doorbell
         self._bound = bound
         self._on_overflow = on_overflow
         self._explain = explain
+        self._interval = interval
+        self._due = 0.0  # when `take` may return, by the loop's clock
         self._waiting: list[Event] = []
         self._error: ServiceError | None = None
         self._news = asyncio.Event()
+        self._urgent = asyncio.Event()  # what waits should not wait until it is due
 
     def put(self, events: Sequence[Event | Failed]) -> None:
-        """Add a step's events."""
+        """Add a step's events, at least one."""
         self._doorbell.ring(partial(self._add, events))
 
     def end(self, error: ServiceError) -> None:
@@ -72,16 +81,27 @@ class Stream:
         if self._error is None:
             self._error = error
             self._news.set()
+            self._urgent.set()
 
     async def take(self) -> list[Event]:
         """Everything that waits, at least one event. Raises the ServiceError that ended the stream."""
+        if self._error is None and self._loop.time() < self._due:
+            await self._pause()
         while not self._waiting:
             if self._error is not None:
                 raise self._error
             self._news.clear()
             await self._news.wait()
         events, self._waiting = self._waiting, []
+        self._urgent.clear()
+        self._due = self._loop.time() + self._interval
         return events
+
+    async def _pause(self) -> None:
+        """Until the next events are due, or urgent."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._due):
+                await self._urgent.wait()
 
     def _add(self, events: Sequence[Event | Failed]) -> None:
         if self._error is not None:
@@ -102,3 +122,5 @@ class Stream:
             )
             self._on_overflow()
         self._news.set()
+        if 2 * len(self._waiting) >= self._bound or isinstance(events[-1], Finished):
+            self._urgent.set()

@@ -43,6 +43,7 @@ def test_a_real_server_is_measured_and_peers_that_fail_are_reported(
         [
             *("--model", str(folder), "--dtype", "float32", "--json", str(out)),
             *("--prompts", "3", "--prompt-tokens", "9", "--new-tokens", "4", "--buckets", "8"),
+            *("--interval-ms", "2.5"),
             *("--peers", "transformers", "--settings", "static sdpa", "continuous sdpa"),
             *("--", "--max-chunk", "8"),
         ]
@@ -51,6 +52,7 @@ def test_a_real_server_is_measured_and_peers_that_fail_are_reported(
     ours = result["taper"]
     assert ours["tokens_per_second"] == pytest.approx(3 * 4 / ours["seconds"])
     assert ours["options"][-2:] == ["--max-chunk", "8"]
+    assert ours["interval_ms"] == 2.5
     assert result["best_peer"] == "static sdpa"
     assert result["ratio"] == pytest.approx(ours["tokens_per_second"] / 2)
     printed = capsys.readouterr().out

@@ -135,6 +135,7 @@ def loads(
             program=draw(programs),
             sampling=draw(samplings),
             slo=draw(slos),
+            priority=draw(st.integers(-1, 1)),
         )
         for number in range(draw(st.integers(least, most)))
     ]
@@ -152,7 +153,7 @@ controllers = st.builds(
 serving = st.builds(
     Setting,
     policy=st.sampled_from(
-        ["off", "cap:2", "cap:3", "eager", "taper", "taper", "taper:linear", "taper:paper"]
+        ["off", "cap:2", "cap:3", "eager", "taper", "taper", "taper:linear", "taper:priority", "taper:paper"]
     ),
     buckets=st.sampled_from([(1,), (2,), (3, 5), (8,), (4, 8, 16, 32), (64,)]),
     max_chunk=st.sampled_from([1, 3, 16]),

@@ -16,15 +16,16 @@ MODELS = st.builds(
     StepLatencyModel,
     st.dictionaries(st.integers(1, 12), st.floats(0.001, 0.02), min_size=1).map(lambda d: d | {12: 0.02}),
 )
-ORDERS = st.sampled_from(["fcfs", "linear", "concave"])
+ORDERS = st.sampled_from([*Taper.ORDERS])
 
 
 @st.composite
 def extras(draw: st.DrawFn, rows: st.SearchStrategy[int], most: int = 7) -> list[Extra]:
     costs = draw(st.lists(st.tuples(rows, st.floats(1e-6, 0.01)), max_size=most))
     groups = sorted(draw(st.lists(st.integers(0, 2), min_size=len(costs), max_size=len(costs))))
+    priorities = draw(st.lists(st.integers(-1, 1), min_size=3, max_size=3))
     return [
-        Extra(index, group, rows, seconds)
+        Extra(index, group, rows, seconds, priorities[group])
         for index, (group, (rows, seconds)) in enumerate(zip(groups, costs, strict=True))
     ]
 
@@ -116,6 +117,13 @@ def test_orders_differ_in_who_is_left_out() -> None:
     assert admitted("concave") == [2, 0, 3]
 
 
+def test_the_most_urgent_request_comes_first_and_of_equal_ones_the_oldest() -> None:
+    priorities = [0, 0, 5, -1, 5]  # of the requests, the oldest first
+    extras = [Extra(2 * group + i, group, 1, 0.0, priorities[group]) for group in range(5) for i in range(2)]
+    admitted = Taper("priority").admit(extras, Baseline(5, 0.0, 0.010), StepLatencyModel({12: 0.010}))
+    assert [extra.candidate for extra in admitted] == [4, 5, 8, 9, 0, 1, 2]
+
+
 def test_the_papers_loop_takes_the_best_head_and_drops_who_does_not_fit() -> None:
     """On a staircase the next row of a full bucket is dear, whoever brings it."""
     latency = StepLatencyModel({8: 0.010})
@@ -138,7 +146,8 @@ def test_the_other_policies_do_not_look_at_the_budget(
 
 
 def test_policies_have_names() -> None:
-    for name in ("off", "eager", "taper", "taper:linear", "taper:concave", "taper:paper", "cap:1", "cap:12"):
+    options = [f"taper:{order}" for order in Taper.ORDERS if order != "fcfs"]
+    for name in ("off", "eager", "taper", *options, "taper:paper", "cap:1", "cap:12"):
         assert policy(name).name == name
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -51,7 +52,7 @@ def fork(width: int, tokens: int = 6, join: str = "none", stages: tuple[Stage, .
     return ParallelStage(branches=(spec,) * width, join=join)
 
 
-def request(name: str, *stages: Stage, prompt: int = 4, slo: Slo = RELAXED, **more: str) -> Request:
+def request(name: str, *stages: Stage, prompt: int = 4, slo: Slo = RELAXED, **more: Any) -> Request:
     ids = tuple(LETTERS[n % len(LETTERS)] for n in range(prompt))
     return Request(id=name, prompt=ids, program=Plan(stages=stages), slo=slo, **more)
 
@@ -265,6 +266,29 @@ def test_at_width_one_branches_take_turns() -> None:
 def test_a_cap_is_the_number_of_branches_that_advance() -> None:
     world = serve([request("r", fork(4, tokens=8))], Setting(policy="cap:3", in_flight=0), TALKS_ON)
     assert [widths(plan)["r"] for plan in world.plans[1:9]] == [3] * 8
+
+
+@pytest.mark.parametrize(
+    ("policy", "priority", "expected"),
+    [
+        ("taper", 5, {"old": 4, "young": 1}),
+        ("taper:priority", 5, {"old": 1, "young": 4}),
+        ("taper:priority", 0, {"old": 4, "young": 1}),
+        ("taper:priority", -5, {"old": 4, "young": 1}),
+    ],
+)
+def test_the_budget_goes_to_the_most_urgent_request(
+    policy: str, priority: int, expected: dict[str, int]
+) -> None:
+    """The step has room for three branches more than one of each."""
+    world = World(Setting(policy=policy, buckets=(5,), in_flight=0), TALKS_ON)
+    world.add(request("old", fork(4, tokens=30)))
+    world.add(request("young", fork(4, tokens=30), priority=priority))
+    run_until(world, lambda: emitted(world, "old") > 1 and emitted(world, "young") > 1)
+    assert running(world) == ["old", "young"], "who starts first is not its business"
+    for _ in range(5):
+        world.step()
+        assert widths(world.plans[-1]) == expected
 
 
 @pytest.mark.parametrize("tpot", [1e-9, 0.0011])

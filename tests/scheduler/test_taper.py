@@ -20,7 +20,7 @@ from tests.scheduler.world import Setting, World, roomy
 MODEL = SymbolicModel(PLAIN)
 STRICT = ControllerConfig(fill=False)
 BUCKETS = (4, 8, 16, 32, 64)
-TAPERS = st.sampled_from(["taper", "taper:linear", "taper:concave", "taper:paper"])
+TAPERS = st.sampled_from(["taper", "taper:linear", "taper:concave", "taper:priority", "taper:paper"])
 settings = serving.map(lambda setting: replace(setting, buckets=BUCKETS, late_by=1.0, arrive_after=0))
 steps = st.integers(0, 25)
 NEVER = st.just(Slo(tpot=math.inf, ttft=math.inf))

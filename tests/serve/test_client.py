@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from serve import client as client_module
 from serve.answer import BranchFinished, Completion, Delta, Finished, Joined, Logprob, Started, WidthChanged
 from serve.client import (
     AsyncClient,
@@ -129,6 +130,26 @@ def test_a_stream_can_be_cancelled(client):
     stream.cancel()
     with pytest.raises(CancelledError):
         list(events)
+
+
+def test_who_only_waits_for_the_end_asks_for_few_messages(client, address, monkeypatch):
+    intervals = []
+
+    def recorded(prompt, **options):
+        message = generate_request(prompt, **options)
+        intervals.append(message.output.interval_ms)
+        return message
+
+    async def use() -> None:
+        async with AsyncClient(address) as client:
+            await client.complete("go")
+
+    monkeypatch.setattr(client_module, "generate_request", recorded)
+    client.complete("go")
+    asyncio.run(use())
+    client.complete("go", interval_ms=0.0)
+    list(client.generate("go"))
+    assert intervals == [200, 200, 0, 0]
 
 
 # --- errors ------------------------------------------------------------------------------------------------

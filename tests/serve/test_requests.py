@@ -162,6 +162,11 @@ def test_logprobs_are_asked_of_every_stage():
         assert (each.logprobs, each.top_logprobs) == (True, 2)
 
 
+@pytest.mark.parametrize("priority", [-100, 0, 100])
+def test_a_priority_is_kept(priority):
+    assert read(generate_request("go", priority=priority)).priority == priority
+
+
 def test_a_model_driven_request_takes_the_models_own_tags():
     message = generate_request("go", plan=model_driven(max_tokens=50, branch_max_tokens=20, max_branches=3))
     program = read(message, own_grammar="multiverse").program
@@ -253,6 +258,12 @@ WRONG = [
     *((generate_request("go", ttft_slo_ms=value), "slo.ttft_ms") for value in (0, -1, NAN, INF)),
     (generate_request("go", logprobs=True, top_logprobs=9), "output.top_logprobs"),
     (generate_request("go", top_logprobs=1), "output.top_logprobs"),
+    *(
+        (generate_request("go", interval_ms=value), "output.interval_ms")
+        for value in (-1, 60_001, NAN, INF, -INF)
+    ),
+    *((generate_request("go", interval_ms=value), None) for value in (0, 0.1, 60_000)),
+    *((generate_request("go", priority=value), "priority") for value in (-101, 101, 2**31 - 1)),
     (generate_request("go", plan=[]), "plan.stages"),
     (generate_request("go", plan=[pb.Stage()]), "plan.stages[0]"),
     (generate_request("go", plan=[serial()] * 65), "plan.stages"),

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from scheduler.events import BranchInfo, StageStarted, Started, TokenEmitted, WidthChanged
 from scheduler.plan import Sample
 from serve import server as server_module
-from serve.answer import Finished
+from serve.answer import Completion, Finished, events_of
 from serve.client import AsyncClient, generate_request
 from serve.config import ServerConfig
 from serve.engine import Failed, Refused
@@ -242,7 +242,7 @@ async def test_no_method_drops_a_field_that_it_does_not_know(service):
             assert "99" in [violation.field for violation in error.violations], method.name
 
 
-# --- readers that fall behind ------------------------------------------------------------------------------
+# --- readers that fall behind, or ask for fewer messages ---------------------------------------------------
 
 
 @in_loop
@@ -259,6 +259,35 @@ async def test_a_reader_that_falls_behind_gets_fewer_messages_and_the_same_text(
         assert len(messages) < 10
         assert "".join(event.delta.text for m in messages for event in m.events) == "a" * 1000
         assert service.is_idle
+
+
+@in_loop
+async def test_a_reader_with_an_interval_gets_fewer_messages_and_the_same_answer():
+    """The interval is longer than the test may take: the last message does not wait for it."""
+    engine = FakeEngine()
+    async with (
+        serving(engine) as (_, address),
+        grpc.aio.insecure_channel(address) as channel,
+        AsyncClient(address) as other,
+    ):
+        counts, answers = [], []
+        for name, interval in (("each", 0.0), ("few", 60_000.0)):
+            message = generate_request("go", request_id=name, interval_ms=interval)
+            call = inference_grpc.InferenceServiceStub(channel).Generate(message)
+            await until(engine, lambda e, name=name: name in e.requests)
+            steps = [[token(count, name)] for count in range(1, 11)]
+            for step in (begin(name), *steps, [finished(name, 10)]):
+                engine.tell(name, *step)
+                await other.load()  # the loop turns
+            messages = [message async for message in call]
+            completion = Completion()
+            for event in (event for message in messages for event in events_of(message)):
+                completion.add(event)
+            counts.append(len(messages))
+            answers.append((completion.text, completion.trunk.completion_tokens, completion.usage))
+        assert counts[1] == 2 < counts[0]
+        assert answers[0] == answers[1]
+        assert answers[0][:2] == ("a" * 10, 10)
 
 
 @in_loop
