@@ -9,7 +9,7 @@ in the rows and in the raw KV or a constant per row, are there to be compared wi
 
 B and the c's are measured beforehand. Online, the offsets follow the machine, and the scale where larger
 steps are off by more than small ones; all within bounds, and by the median of recent steps, so that a stalled
-one moves nothing.
+one moves nothing. A line knows of no buckets, and has no offsets for them.
 """
 
 from __future__ import annotations
@@ -152,6 +152,7 @@ class StepLatencyModel:
             seconds = row_seconds(rows) if row_seconds else bucket_seconds[bucket]
             self._bucket.append(bucket)
             self._base.append(max(seconds, self._base[-1]) if self._base else seconds)
+        self._is_staircase = row_seconds is None
         self._offsets = dict.fromkeys(self.buckets, 0.0)
         self._steps = dict.fromkeys(self.buckets, 0.0)  # the offsets as they are used
         self._recent: deque[_Step] = deque(maxlen=self.RECENT)
@@ -215,7 +216,7 @@ class StepLatencyModel:
             recent.append(step)
         if len(self._recent) == self.RECENT:
             self._correct(sorted(self._recent))
-        if len(self._recent_in[bucket]) == self.RECENT // 2:
+        if self._is_staircase and len(self._recent_in[bucket]) == self.RECENT // 2:
             most = self.BUCKET_OFFSET * self._base[bucket]
             error = self._median_error(self._recent_in[bucket])
             moved = self._offsets[bucket] + self.BUCKET_SHARE * self._step_towards(error, bucket)

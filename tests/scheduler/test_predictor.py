@@ -150,6 +150,16 @@ def test_a_bucket_that_is_off_by_itself_has_an_offset_of_its_own() -> None:
         assert model.rows_seconds(rows) == pytest.approx(expected, rel=0.02)
 
 
+def test_a_line_has_no_offsets_for_buckets() -> None:
+    def line(rows: int) -> float:
+        return 0.01 + 0.001 * rows
+
+    model = StepLatencyModel(BUCKETS, row_seconds=line)
+    serve(model, lambda load: line(load.rows) + 0.001 * (4 < load.rows <= 8), 4000)
+    seconds = [model.rows_seconds(rows) for rows in (2, 4, 6, 8, 10)]
+    assert [after - before for before, after in pairwise(seconds)] == pytest.approx([2e-3 * model.scale] * 4)
+
+
 def test_too_low_is_corrected_faster_than_too_high() -> None:
     low, high = fresh(), fresh()
     for _ in range(StepLatencyModel.RECENT):
