@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -266,6 +267,12 @@ def profile(name: str, points: Sequence[Point], runner: Runner, device: str) -> 
 # --- command line ------------------------------------------------------------------------------------------
 
 
+def default_name(device: str, model: str) -> str:
+    """As in h100-qwen3-32b: without the maker and the memory of an accelerator's name."""
+    short = re.sub(r"^NVIDIA | \d+GB.*$", "", device)
+    return f"{short}-{model}".lower().replace(" ", "-")
+
+
 def main(arguments: Sequence[str]) -> dict[str, Any]:
     own, server = split(arguments)
     parser = argparse.ArgumentParser(
@@ -284,7 +291,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     points = measure(runner, options.budget_seconds)
     described = hardware.describe("python -m bench.calibrate " + " ".join(arguments))
     device, model = described["hardware"]["device"], runner.model_config.name
-    name = options.name or f"{device.removeprefix('NVIDIA ')}-{model}".lower().replace(" ", "-")
+    name = options.name or default_name(device, model)
     found = {**described, "model": model, **profile(name, points, runner, device)}
     write(found, options.profile)
     measured = [{**point._asdict(), "load": point.load._asdict()} for point in points]

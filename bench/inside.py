@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import cast
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as taper-serve does, before JAX starts
@@ -15,11 +16,20 @@ from serve import startup
 from serve.config import ServerConfig
 from serve.engine import Engine
 from serve.runner import Runner
+from serve.step_log import StepLog
 
 
 def start(
     arguments: Sequence[str], on_step: Callable[[StepResult], None] = lambda result: None
 ) -> tuple[Engine, Runner, str]:
     """The engine that taper-serve would serve with, its runner, and what getting ready came to."""
-    backend = startup.load(tyro.cli(ServerConfig, prog="taper-serve", args=[*arguments]), on_step)
+    config = tyro.cli(ServerConfig, prog="taper-serve", args=[*arguments])
+    steps = StepLog(Path(config.step_log)) if config.step_log else None
+
+    def observe(result: StepResult) -> None:
+        on_step(result)
+        if steps:
+            steps.observe_step(result)
+
+    backend = startup.load(config, observe)
     return backend.engine, cast(Runner, backend.engine.runner), backend.summary

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench.calibrate import Point, Shape, fit, non_negative, probe, shapes
+from bench.calibrate import Point, Shape, default_name, fit, non_negative, probe, shapes
 from scheduler.predictor import StepLatencyModel, StepLoad
 from tests.scheduler.symbolic import unique_kv_tokens
 
@@ -34,6 +34,12 @@ def test_shapes_cover_buckets_fills_widths_levels_and_chunks() -> None:
     assert {shape.width for shape in made} == {1, 4, 16}
     assert {shape.chunk for shape in made} == {0, 32}
     assert len({shape.pages for shape in made}) > 4
+
+
+def test_a_profile_is_named_after_the_device_and_the_model() -> None:
+    assert default_name("NVIDIA H100 80GB HBM3", "qwen3-32b") == "h100-qwen3-32b"
+    assert default_name("NVIDIA H200", "qwen3-32b") == "h200-qwen3-32b"
+    assert default_name("cpu", "taper-tiny") == "cpu-taper-tiny"
 
 
 def test_least_squares_without_negative_coefficients() -> None:
