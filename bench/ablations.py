@@ -11,6 +11,7 @@ import argparse
 import gc
 import math
 import multiprocessing
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -213,7 +214,12 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
         rows = [*pool.map(partial(ablate, setting), options.variations)]
-    result = {"profile": profile.name, "workload": options.workload, "seed": options.seed, "rows": rows}
+    result = {
+        "command": "python -m bench.ablations " + " ".join(map(shlex.quote, arguments)),
+        "profile": profile.name,
+        "sha256": setting.workload.digest,
+        "rows": rows,
+    }
     write(result, options.json)
     print(table(rows))
     return result
