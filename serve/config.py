@@ -36,6 +36,9 @@ class ServerConfig:
     """Serve Prometheus metrics on this port of the loopback interface; 0 picks a free one."""
     step_log: str | None = None
     """Write a line of JSON about every step to this file: what it held, its predicted and measured time."""
+    hold_ms: float = 40.0
+    """Most milliseconds for which tokens wait to be sent together, where the host does not keep up with the
+    device: it is the writing of messages that holds it up. 0 sends those of every step."""
     drain_timeout: float = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
 

@@ -4,6 +4,9 @@
 
 Requests come and go under a lock that is held while planning and updating, never while the device works:
 what is cancelled is gone before the next plan is made.
+
+Readers share the interpreter with the engine, and hold it up. That does not matter as long as the host has
+to wait for the device anyway; where it does not, several steps' events are published together.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ class Load:
 
 
 class Handle(Protocol):
+    def is_ready(self) -> bool: ...
     def samples(self) -> tuple[Sample, ...]: ...
 
 
@@ -90,10 +94,11 @@ class Engine:
     """Runs a scheduler's plans.
 
     `on_step` is told of every finished step, from the engine's thread. `collector` takes over the process's
-    garbage collection.
+    garbage collection. Events wait for up to `hold` seconds where the host does not keep up with the device.
     """
 
     RATE_WINDOW = 5.0  # seconds over which output tokens are counted
+    IN_TIME = 4  # steps in a row that the host had to wait for: it keeps up with the device
 
     def __init__(
         self,
@@ -102,6 +107,7 @@ class Engine:
         *,
         on_step: Callable[[StepResult], None] | None = None,
         collector: Collector | None = None,
+        hold: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
@@ -110,6 +116,10 @@ class Engine:
         self._on_step = on_step
         self._clock = clock
         self._collector = collector
+        self._hold = hold
+        self._events: list[Event] = []  # not published yet
+        self._published = clock()
+        self._waits = self.IN_TIME  # for so many steps in a row
         self._sinks: dict[str, Sink] = {}
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="taper-engine", daemon=True)
@@ -125,7 +135,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """Queue a request; `sink` gets its events once per step, from the engine's thread.
+        """Queue a request; `sink` gets its events, at most once per step, from the engine's thread.
 
         Raises Refused, or ValueError for a program that cannot run.
         """
@@ -134,6 +144,8 @@ class Engine:
                 raise Refused("STARTING", "the server is starting")
             if self.state != "SERVING":
                 raise Refused("DRAINING", "the server takes no new requests")
+            if request.id in self._sinks:
+                raise Refused("DUPLICATE", f"request {request.id!r} is running")
             try:
                 self.scheduler.add(request, self._clock())
             except RejectedError as rejected:
@@ -203,6 +215,7 @@ class Engine:
             error = repr(crash)
             self.state = "FAILED"
         finally:
+            self._publish()
             with self._wake:
                 sinks = [*self._sinks.values()]
                 self._sinks.clear()
@@ -227,29 +240,41 @@ class Engine:
             elif launched is None:
                 raise RuntimeError("requests are live, but no step can advance any of them")
             flying = launched
+            if flying is None:
+                self._publish()
 
     def _finish(self, step: _Launched, previous_end: float) -> float:
         """Wait for a step, learn from it and publish its events; returns when it ended.
 
         Steps run one after the other: a step's time counts from the end of the one before it.
         """
+        self._waits = 0 if step.handle.is_ready() else self._waits + 1
         samples = step.handle.samples()
         now = self._clock()
         result = StepResult(step.plan, samples, now - max(step.at, previous_end))
         with self._wake:
             events = self.scheduler.update(result, now)
             self._steps += 1
-            sinks = self._route(events)
+            self._events += events
             self._recent.append((now, sum(isinstance(event, TokenEmitted) for event in events)))
             while now - self._recent[0][0] > self.RATE_WINDOW:
                 self._recent.popleft()
-        for sink, batch in sinks:
-            sink(batch)
+        if self._waits >= self.IN_TIME or now - self._published >= self._hold:
+            self._publish()
         if self._on_step is not None:
             self._on_step(result)
         if self._collector is not None:
             self._collector.busy(now)
         return now
+
+    def _publish(self) -> None:
+        """Hand each request the events that wait."""
+        with self._wake:
+            events, self._events = self._events, []
+            sinks = self._route(events)
+        self._published = self._clock()
+        for sink, batch in sinks:
+            sink(batch)
 
     def _route(self, events: Sequence[Event]) -> list[tuple[Sink, list[Event]]]:
         batches: dict[str, list[Event]] = {}

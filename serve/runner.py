@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,9 @@ class StepHandle:
         self._outputs = outputs
         self._wanted = wanted
         outputs.token.copy_to_host_async()
+
+    def is_ready(self) -> bool:
+        return cast(Any, self._outputs.token).is_ready()  # which jax's stubs do not know
 
     def samples(self) -> tuple[Sample, ...]:
         """Wait for the step; its sampled tokens, in the plan's order."""

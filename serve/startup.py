@@ -104,7 +104,7 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
         default_max_tokens=config.default_max_tokens,
         default_slo=Slo(tpot=config.tpot_slo_ms / 1e3, ttft=config.ttft_slo_ms / 1e3),
     )
-    engine = Engine(scheduler, runner, on_step=on_step, collector=Collector())
+    engine = Engine(scheduler, runner, on_step=on_step, collector=Collector(), hold=config.hold_ms / 1e3)
     engine.start()
     return Backend(
         engine=engine,

@@ -24,6 +24,9 @@ MAX_CONTEXT = 2048
 class Handle:
     count: int
 
+    def is_ready(self) -> bool:
+        return True
+
     def samples(self) -> tuple[Sample, ...]:
         return (Sample(65),) * self.count
 

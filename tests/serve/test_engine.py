@@ -30,18 +30,23 @@ def scheduler(num_pages: int = NUM_PAGES, **settings: object) -> Scheduler:
 
 @dataclass
 class Device:
-    """Answers every sample with token 65, and calls `hook` before each step."""
+    """Answers every sample with token 65, and calls `hook` before each step; `works` says of a step whether
+    the device is still at it when the host has come to wait for it."""
 
     hook: Callable[[StepPlan], None] = lambda plan: None
+    works: Callable[[StepPlan], bool] = lambda plan: False
 
     def launch(self, plan: StepPlan) -> Device:
         self.hook(plan)
-        self.plan = plan
-        return Device.Flown(plan)  # type: ignore[return-value]
+        return Device.Flown(plan, self.works(plan))  # type: ignore[return-value]
 
     @dataclass
     class Flown:
         plan: StepPlan
+        works: bool
+
+        def is_ready(self) -> bool:
+            return not self.works
 
         def samples(self) -> tuple[Sample, ...]:
             return tuple(Sample(65) for entry in self.plan.entries if entry.samples)
@@ -203,6 +208,52 @@ def test_one_sink_call_carries_all_branches_of_a_step() -> None:
     assert max(tokens) == 4
     assert len(results) >= 5
     assert all(result.seconds >= 0 for result in results)
+
+
+def batches_of_tokens(device: Device, hold: float, tokens: int) -> list[int]:
+    """How many tokens each call of the sink brings, by a clock that a launch takes 10 ms forward."""
+    now, counts, done = 0.0, [], threading.Event()
+
+    def launched(plan: StepPlan) -> None:
+        nonlocal now
+        now += 0.010
+
+    def sink(events: Sequence[Event | Failed]) -> None:
+        counts.append(sum(isinstance(event, TokenEmitted) for event in events))
+        if isinstance(events[-1], Finished):
+            done.set()
+
+    device.hook = launched
+    engine = Engine(scheduler(), device, hold=hold, clock=lambda: now)
+    engine.start()
+    engine.submit(request("r", serial(tokens)), sink)
+    assert done.wait(30)
+    engine.stop(drain=True, timeout=5)
+    return counts
+
+
+def test_where_the_host_does_not_keep_up_steps_are_published_together() -> None:
+    assert batches_of_tokens(Device(), 0.035, 18) == [3, 4, 4, 4, 3]
+    assert batches_of_tokens(Device(), 0.0, 5) == [1] * 5
+    assert batches_of_tokens(Device(works=lambda plan: True), 0.035, 5) == [1] * 5
+
+
+def test_the_host_keeps_up_when_it_had_to_wait_some_steps_in_a_row() -> None:
+    counts = batches_of_tokens(Device(works=lambda plan: plan.step_id != 4), 1.0, 12)
+    assert counts == [1] * 4 + [1 + Engine.IN_TIME] + [1] * (7 - Engine.IN_TIME)
+
+
+def test_an_id_is_taken_until_its_end_is_told() -> None:
+    engine, proceed = Engine(scheduler(), Device(lambda plan: proceed.wait(10) and None)), threading.Event()
+    engine.start()
+    listener = Listener()
+    engine.submit(request("r", serial(2)), listener)
+    with pytest.raises(Refused) as refusal:
+        engine.submit(request("r", serial(2)), Listener())
+    assert refusal.value.reason == "DUPLICATE"
+    proceed.set()
+    listener.wait()
+    engine.stop(drain=True, timeout=5)
 
 
 def test_the_policy_switches_while_requests_run() -> None:

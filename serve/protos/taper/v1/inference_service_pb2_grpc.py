@@ -57,8 +57,9 @@ class InferenceServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Generate runs one request and streams its events, one message for each decode step unless the client asks
-        for fewer (see OutputOptions). Cancelling the call, or its deadline passing, frees every branch.
+        """Generate runs one request and streams its events, one message for each decode step; fewer where the client
+        asks for fewer (see OutputOptions), or the server does not keep up with its device. Cancelling the call, or
+        its deadline passing, frees every branch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
