@@ -1,4 +1,5 @@
-"""What each part of the controller is worth, in simulation: one row for each part left out or exchanged.
+"""What each part of the controller is worth, in simulation: one row for each part left out or exchanged, and
+for eager, which may do without the controller's way of reading prompts.
 
     python -m bench.ablations --workload headline --seed 1 --json OUT
 
@@ -170,6 +171,8 @@ VARIATIONS = {
         controller=ControllerConfig(rho=0.8, repay=0.0, fill=False),
         latency=partial(Profile.latency, form="linear"),
     ),
+    "eager": Variation(policy="eager"),
+    "eager, no joint prompt budget": Variation(policy="eager", scheduler=WholeChunks),
 }
 
 
