@@ -35,6 +35,12 @@ def test_a_profile_fits_its_device_type_and_shape_whatever_the_models_name() -> 
     assert not [*matching(conditions("NVIDIA H200", PRESETS["qwen3-8b"], "bfloat16", "gpu"))]
 
 
+def test_a_cpus_profile_is_taken_by_name_alone() -> None:
+    profile = load_profile("cpu-taper-tiny")
+    assert profile["device"] == "cpu"
+    assert not [*matching({"device": "cpu"})]
+
+
 def test_what_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="h200-qwen3-32b"):
         load_profile("h300")
