@@ -154,7 +154,7 @@ class ScriptedRunner:
 
     def launch(self, plan: StepPlan) -> SimpleNamespace:
         samples = self._device.execute(plan)
-        return SimpleNamespace(samples=lambda: samples)
+        return SimpleNamespace(is_ready=lambda: True, samples=lambda: samples)
 
 
 @pytest.mark.parametrize(("allowed", "ends"), [(50, [FORKED, ENDED]), (49, [ENDED])])
