@@ -218,7 +218,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
         rows = [*pool.map(partial(ablate, setting), options.variations)]
     result = {
-        "command": "python -m bench.ablations " + " ".join(map(shlex.quote, arguments)),
+        "command": f"python -m bench.ablations {shlex.join(arguments)}",
         "profile": profile.name,
         "sha256": setting.workload.digest,
         "rows": rows,

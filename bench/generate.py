@@ -372,7 +372,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         options.model, options.dtype, options.prompts, options.prompt_tokens, options.new_tokens, options.seed
     )
     result: dict[str, Any] = {**child("device", load), "load": asdict(load), "peers": {}}
-    result["command"] = "python -m bench.generate " + " ".join(map(shlex.quote, arguments))
+    result["command"] = f"python -m bench.generate {shlex.join(arguments)}"
     if "error" in result:
         sys.exit(f"bench.generate: {result['error']}")
     served = [*server_options(load, options.buckets), *extra]

@@ -64,6 +64,14 @@ async def step(box: Stream, *events: Event | Failed) -> None:
     await asyncio.sleep(0)
 
 
+async def begun(*, bound: int = 5, interval: float) -> Stream:
+    """A stream whose first event was taken 0.1 s after the start."""
+    box = stream(bound, interval=interval)
+    await step(box, EVENTS[0])
+    assert await box.take() == EVENTS[:1]
+    return box
+
+
 def test_a_slow_reader_takes_several_steps_at_once():
     async def use() -> None:
         box = stream()
@@ -141,9 +149,7 @@ def test_a_reader_with_an_interval_takes_at_once_what_came_in_it():
 
 def test_what_comes_after_the_interval_does_not_wait():
     async def use() -> None:
-        box = stream(interval=0.05)
-        await step(box, EVENTS[0])
-        assert await box.take() == EVENTS[:1]
+        box = await begun(interval=0.05)
         taking = asyncio.ensure_future(box.take())
         await step(box, EVENTS[1])
         assert (taking.done(), now()) == (True, 0.2)
@@ -153,9 +159,7 @@ def test_what_comes_after_the_interval_does_not_wait():
 
 def test_events_of_a_step_do_not_wake_a_reader_that_waits_for_its_time():
     async def use() -> None:
-        box = stream(bound=1000, interval=60.0)
-        await step(box, EVENTS[0])
-        await box.take()
+        box = await begun(bound=1000, interval=60.0)
         taking = asyncio.ensure_future(box.take())
         await asyncio.sleep(0)
         loop, calls = asyncio.get_running_loop(), []
@@ -174,9 +178,7 @@ def test_events_of_a_step_do_not_wake_a_reader_that_waits_for_its_time():
 )
 def test_an_end_and_half_of_the_bound_do_not_wait(last):
     async def use() -> None:
-        box = stream(bound=8, interval=60.0)
-        await step(box, EVENTS[0])
-        await box.take()
+        box = await begun(bound=8, interval=60.0)
         taking = asyncio.ensure_future(box.take())
         await step(box, EVENTS[1])
         assert not taking.done()
@@ -193,9 +195,7 @@ def test_an_end_and_half_of_the_bound_do_not_wait(last):
 
 def test_a_reader_that_was_hurried_once_waits_again():
     async def use() -> None:
-        box = stream(bound=8, interval=60.0)
-        await step(box, EVENTS[0])
-        await box.take()
+        box = await begun(bound=8, interval=60.0)
         await step(box, *EVENTS[1:5])
         assert (await box.take(), now()) == (EVENTS[1:5], 0.2)
         await step(box, EVENTS[5])
@@ -214,9 +214,7 @@ def test_a_reader_that_was_hurried_once_waits_again():
 )
 def test_a_reader_that_is_ended_or_leaves_does_not_wait_for_its_time(leave, error):
     async def use() -> None:
-        box = stream(interval=60.0)
-        await step(box, EVENTS[0])
-        await box.take()
+        box = await begun(interval=60.0)
         taking = asyncio.ensure_future(box.take())
         await asyncio.sleep(0)
         leave(box, taking)
