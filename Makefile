@@ -28,7 +28,7 @@ test-answers: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/serve/test_tiny_answers.py -s --questions $(QUESTIONS)
 
 protos: $(VENV)/.installed-test
-	$(BIN)/python -m serve.protos.generate
+	$(BIN)/python -m serve.api.protos.generate
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -11,12 +11,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as taper-serv
 
 import tyro
 
-from scheduler.plan import StepResult
-from serve import startup
+from scheduler.step import StepResult
 from serve.config import ServerConfig
-from serve.engine import Engine
-from serve.runner import Runner
-from serve.step_log import StepLog
+from serve.engine import startup
+from serve.engine.engine import Engine
+from serve.engine.runner import Runner
+from serve.engine.step_log import StepLog
 
 
 def start(

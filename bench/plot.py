@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.report import label
-from serve.step_log import Step, read_steps
+from bench.device.report import label
+from serve.engine.step_log import Step, read_steps
 
 MARKERS = "osv^Dx*"
 
@@ -106,7 +106,7 @@ def plot_policies(result: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_maps(result: Mapping[str, Any], path: Path) -> None:
-    """Draws stage goodput (above) and attainment (below) over each map of bench.maps; means over seeds."""
+    """Draws stage goodput (above) and attainment (below) over each map of bench.simulate.maps."""
     pyplot = _pyplot()
     names = [*dict.fromkeys(row["map"] for row in result["rows"] if row["map"] != "hour")]
     figure, grid = pyplot.subplots(2, len(names), figsize=(3.4 * len(names), 7), sharex="col", squeeze=False)

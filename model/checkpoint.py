@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import PRESETS, ModelConfig
-from model.qwen3 import Qwen3
+from model.decoder import Decoder
 from model.sharding import ON_ONE_DEVICE, Placement
 from model.weights import WeightsError, check_tensors, load_safetensors, place_model, random_weights
 
@@ -50,9 +50,9 @@ def model_config(name: str) -> ModelConfig:
     return PRESETS[name] if folder is None else ModelConfig.from_folder(folder)
 
 
-def abstract_model(name: str, dtype: Any, placement: Placement = ON_ONE_DEVICE) -> Qwen3:
+def abstract_model(name: str, dtype: Any, placement: Placement = ON_ONE_DEVICE) -> Decoder:
     """The model without its weights: shapes, dtype and sharding, to compile programs from."""
-    return place_model(Qwen3(model_config(name), dtype), placement)
+    return place_model(Decoder(model_config(name), dtype), placement)
 
 
 def load_model(
@@ -62,7 +62,7 @@ def load_model(
     *,
     placement: Placement = ON_ONE_DEVICE,
     seed: int = 0,
-) -> Qwen3:
+) -> Decoder:
     """Loads a folder, a preset or "default" in `dtype`; `.config` is its config, `.split()` its arrays.
 
     "auto" takes the Orbax checkpoint where there is one, else safetensors. "random" needs no weights, and
@@ -71,7 +71,7 @@ def load_model(
     """
     if jnp.dtype(dtype) == jnp.float64 and jnp.result_type(float) != jnp.float64:
         raise ValueError("float64 needs jax_enable_x64 to be set before anything is computed")
-    folder, model = model_folder(name), Qwen3(model_config(name), dtype)
+    folder, model = model_folder(name), Decoder(model_config(name), dtype)
     match _resolve(load_format, folder, name):
         case "orbax", Path() as folder:
             return restore_orbax(model, folder, placement)
@@ -93,7 +93,7 @@ def _resolve(load_format: LoadFormat, folder: Path | None, name: str) -> tuple[s
     return "safetensors", folder
 
 
-def save_orbax(model: Qwen3, folder: Path) -> None:
+def save_orbax(model: Decoder, folder: Path) -> None:
     """Writes the model's arrays, in the dtype they have, to `folder`/orbax, replacing what was there."""
     import orbax.checkpoint as ocp
 
@@ -104,7 +104,7 @@ def save_orbax(model: Qwen3, folder: Path) -> None:
         checkpointer.save((folder / _ORBAX).absolute(), arrays, force=True)
 
 
-def restore_orbax(model: Qwen3, folder: Path, placement: Placement) -> Qwen3:
+def restore_orbax(model: Decoder, folder: Path, placement: Placement) -> Decoder:
     """Fills the model from `folder`/orbax. Raises WeightsError listing everything that does not fit."""
     import orbax.checkpoint as ocp
 

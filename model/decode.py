@@ -28,8 +28,8 @@ from attention import BACKENDS, Read, Reads, Segment, TileList, WorkList, defaul
 from attention.tiles import refilled
 from model.checkpoint import LoadFormat, load_model, model_folder
 from model.config import ModelConfig
+from model.decoder import Decoder, ModelStructure
 from model.kv_cache import KVCache
-from model.qwen3 import ModelStructure, Qwen3
 from model.sampling import (
     SampleInputs,
     Sampling,
@@ -65,7 +65,7 @@ class Generation:
 
 
 def generate(
-    model: Qwen3,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
@@ -104,7 +104,7 @@ def generate(
     return Generation([rows[i : i + branches] for i in range(0, len(rows), branches)], seconds)
 
 
-def _check(model: Qwen3, prompts: Sequence[Sequence[int]], max_tokens: int, branches: int) -> None:
+def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int, branches: int) -> None:
     if not prompts or max_tokens < 1 or branches < 1:
         raise ValueError("there must be a prompt, and at least one token and one branch to generate")
     vocab, context = model.config.vocab_size, model.config.max_context
@@ -253,7 +253,7 @@ def _prompt_rows(
     return Rows(tokens, positions, page, offset, work)
 
 
-def _slots(model: Qwen3, prompts: Sequence[Sequence[int]], branches: int, sampling: Sampling) -> SlotState:
+def _slots(model: Decoder, prompts: Sequence[Sequence[int]], branches: int, sampling: Sampling) -> SlotState:
     """A slot for each branch, whose last token is its prompt's last."""
     count, vocab, bias = len(prompts) * branches, model.config.vocab_size, max(1, len(sampling.logit_bias))
     slots = SlotState.create(count, vocab, bias)

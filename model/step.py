@@ -19,8 +19,8 @@ import numpy as np
 import attention
 from attention import Capacity, TileCapacity, TileList, WorkList
 from model.config import ModelConfig
+from model.decoder import Decoder, ModelStructure
 from model.kv_cache import KVCache
-from model.qwen3 import ModelStructure, Qwen3
 from model.sampling import SAMPLERS, SampleInputs, SampleOutputs, SlotState, sample, sampler_for
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _blank(layout: StepLayout) -> np.ndarray:
 
 
 def forward(
-    model: Qwen3,
+    model: Decoder,
     cache: KVCache,
     last_token: Int32[Array, " slots"],
     packed: Int32[Array, " size"],
@@ -163,7 +163,7 @@ def forward(
 class StepProgram:
     """A bucket's compiled step: the model's part, and a sampler for each of some sets of options.
 
-    `program(weights, cache, slots, packed, uses)`, with weights from `Qwen3.split` and `packed` from
+    `program(weights, cache, slots, packed, uses)`, with weights from `Decoder.split` and `packed` from
     `layout.pack`, gives `cache, slots, outputs` without waiting for the device. The cache and the slots are
     donated and updated in place: use what is returned. `uses` are model.sampling's bits of the step.
     """

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from model.config import ModelConfig
-from model.qwen3 import Qwen3
+from model.decoder import Decoder
 from model.sharding import Placement
 
 ParameterPath = tuple[Any, ...]
@@ -88,7 +88,7 @@ class HfTensor:
         return np.ascontiguousarray(array.transpose(np.argsort(self.to_ours))).reshape(self.shape)
 
 
-def parameters(model: Qwen3) -> Iterator[tuple[ParameterPath, nnx.Param]]:
+def parameters(model: Decoder) -> Iterator[tuple[ParameterPath, nnx.Param]]:
     """Every parameter with its path, in the order of the model's flat weights."""
     yield from nnx.to_flat_state(nnx.state(model))
 
@@ -98,13 +98,13 @@ def parameter_sharding(param: nnx.Param, placement: Placement) -> Sharding:
     return placement.sharding(param.get_metadata("axes"))
 
 
-def _fill(model: Qwen3, make: Callable[[ParameterPath, nnx.Param], jax.Array]) -> Qwen3:
+def _fill(model: Decoder, make: Callable[[ParameterPath, nnx.Param], jax.Array]) -> Decoder:
     for path, param in parameters(model):
         param.set_value(make(path, param))
     return model
 
 
-def place_model(model: Qwen3, placement: Placement) -> Qwen3:
+def place_model(model: Decoder, placement: Placement) -> Decoder:
     """Gives an abstract model the shardings of `placement`: enough to compile programs before it loads."""
 
     def place(path: ParameterPath, param: nnx.Param) -> Any:
@@ -115,7 +115,7 @@ def place_model(model: Qwen3, placement: Placement) -> Qwen3:
     return _fill(model, place)
 
 
-def random_weights(model: Qwen3, seed: int, placement: Placement) -> Qwen3:
+def random_weights(model: Decoder, seed: int, placement: Placement) -> Decoder:
     """Fills the model with random weights, made on the device: normal, of variance 1 / fan-in; norms of one.
 
     The weights depend on the seed and each parameter's path only. They are drawn in float32 and then cast,
@@ -143,7 +143,7 @@ def _draw(
     return jax.jit(draw, out_shardings=sharding)
 
 
-def load_safetensors(model: Qwen3, folder: Path, placement: Placement) -> Qwen3:
+def load_safetensors(model: Decoder, folder: Path, placement: Placement) -> Decoder:
     """Fills the model from a Hugging Face folder, tensor by tensor, casting to the model's dtype.
 
     Raises WeightsError with every missing tensor, unexpected tensor and wrong shape.
@@ -211,7 +211,7 @@ def check_tensors(
         )
 
 
-def hf_tensors(model: Qwen3) -> dict[str, np.ndarray]:
+def hf_tensors(model: Decoder) -> dict[str, np.ndarray]:
     """The model's weights on the host, under Hugging Face's names and in its layout."""
     tensors = {}
     for path, param in parameters(model):
@@ -225,7 +225,7 @@ def save_hf(folder: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray]
 
     `tensors` is what `hf_tensors` gives. Raises WeightsError if these are not the config's tensors.
     """
-    model = Qwen3(config, jnp.float32)
+    model = Decoder(config, jnp.float32)
     expected = [HfTensor.of(path, param.shape) for path, param in parameters(model)]
     check_tensors({t.name: t.shape for t in expected}, {name: t.shape for name, t in tensors.items()}, folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scheduler.events import BranchInfo
-from scheduler.plan import Entry
 from scheduler.program import Cursor, Fork
 from scheduler.request import SamplingParams, Stopping
 from scheduler.segment import Segment, text
+from scheduler.step import Entry
 
 
 class Branch:

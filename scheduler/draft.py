@@ -14,9 +14,9 @@ from typing import NamedTuple
 from scheduler.branch import Branch
 from scheduler.live_request import LiveRequest
 from scheduler.pages import PagePool
-from scheduler.plan import Entry, SegmentRead, SlotSetup
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.segment import Segment
+from scheduler.step import Entry, SegmentRead, SlotSetup
 
 
 class StepDraft:

@@ -26,11 +26,11 @@ from scheduler.events import (
 )
 from scheduler.footprint import worst_case_pages
 from scheduler.pages import PagePool
-from scheduler.plan import Entry, Sample, SlotSetup
 from scheduler.program import Action, Codec, Decode, End, Fork, TagProgram, cursor
 from scheduler.request import FinishReason, Request
 from scheduler.segment import Segment, text
 from scheduler.slack import ControllerConfig, token_deadline
+from scheduler.step import Entry, Sample, SlotSetup
 
 
 class LiveRequest:

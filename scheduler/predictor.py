@@ -162,7 +162,7 @@ class StepLatencyModel:
     def from_profile(
         cls, profile: Mapping[str, Any], buckets: Iterable[int] | None = None, form: str = "staircase"
     ) -> StepLatencyModel:
-        """A fitted form of a profile that `python -m bench.calibrate` wrote, for `buckets` (its own if None).
+        """A fitted form of a profile, as bench.device.calibrate writes them, for `buckets` (its own if None).
 
         A bucket that was not measured costs what the next larger measured one does. Raises ValueError for a
         bucket that is larger than all of them.

@@ -24,12 +24,12 @@ from scheduler.draft import StepDraft
 from scheduler.events import Event
 from scheduler.live_request import LiveRequest
 from scheduler.pages import PagePool
-from scheduler.plan import StepPlan, StepResult
 from scheduler.policy import AdmissionPolicy, Baseline, Extra, policy
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.program import Codec, check_program, longest_first_prefix
 from scheduler.request import Request
 from scheduler.slack import ControllerConfig, pace, prompt_deadline, slack
+from scheduler.step import StepPlan, StepResult
 
 
 class RejectedError(Exception):

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 from scheduler.pages import PagePool
-from scheduler.plan import SegmentRead
+from scheduler.step import SegmentRead
 
 
 class Segment:

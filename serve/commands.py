@@ -14,18 +14,18 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from serve.answer import Branch, BranchFinished, Completion, Delta, Joined, StageStarted
-from serve.client import Client, Options, Prompt, branch, model_driven, parallel, sampling, serial
+from serve.api.errors import ServiceError
+from serve.client.answer import Branch, BranchFinished, Completion, Delta, Joined, StageStarted
+from serve.client.client import Client, Options, Prompt, branch, model_driven, parallel, sampling, serial
 from serve.config import ServerConfig
-from serve.errors import ServiceError
 
 
 def serve(args: list[str] | None = None) -> None:
     """Serve a model over gRPC until SIGTERM."""
     config = tyro.cli(ServerConfig, prog="taper-serve", description=serve.__doc__, args=args)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU: the server owns it
-    from serve.server import run
-    from serve.startup import load  # JAX takes seconds to import: not for --help
+    from serve.engine.startup import load  # JAX takes seconds to import: not for --help
+    from serve.server.server import run
 
     try:
         run(config, load)

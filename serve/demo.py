@@ -31,8 +31,8 @@ from rich.table import Table
 from model.tiny.layout import lay_out
 from model.tiny.lessons import tokenizer
 from model.tiny.tasks import Fork, Task, transcript, write_task
-from serve.answer import Completion, Delta, Event, StageStarted, WidthChanged
-from serve.client import AsyncClient, Client, Options, Prompt, branch, model_driven, parallel, serial
+from serve.client.answer import Completion, Delta, Event, StageStarted, WidthChanged
+from serve.client.client import AsyncClient, Client, Options, Prompt, branch, model_driven, parallel, serial
 from serve.commands import Answer, summary
 
 POLICIES = ("off", "eager", "taper")

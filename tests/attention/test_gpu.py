@@ -34,7 +34,7 @@ BACKEND = "gpu-interpreted"
 case = partial(make_case, backend=BACKEND)
 
 
-# Groups, width, prefix, tails, GQA, page size, head size. `bench.check_kernels` runs all of them on a GPU.
+# Groups, width, prefix, tails, GQA, page size, head size. `bench.checks.kernels` runs all of them on a GPU.
 MATRIX = list(
     product(
         [1, 2, 3],

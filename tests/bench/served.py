@@ -8,12 +8,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from scheduler.plan import Sample, StepPlan
 from scheduler.predictor import StepLatencyModel
 from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.step import Sample, StepPlan
 from serve.config import ServerConfig
-from serve.engine import Engine
-from serve.server import Backend, Service, listen, shut_down
+from serve.engine.engine import Engine
+from serve.server.server import Backend, Service, listen, shut_down
 from tests.serve.fakes import ByteTokenizer, served_model
 
 BUCKETS = (4, 16, 64)

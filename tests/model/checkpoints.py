@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from model.config import Llama3Scaling, ModelConfig
-from model.qwen3 import Qwen3
+from model.decoder import Decoder
 from model.weights import HfTensor, parameters, save_hf
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -41,7 +41,7 @@ class Checkpoint:
     def tensors(self) -> dict[str, np.ndarray]:
         """The weights under Hugging Face's names; of a scale at which greedy choices are clear-cut."""
         tensors = {}
-        for path, param in parameters(Qwen3(self.config, np.float32)):
+        for path, param in parameters(Decoder(self.config, np.float32)):
             tensor = HfTensor.of(path, param.shape)
             stream = np.random.RandomState(zlib.crc32(tensor.name.encode()) ^ self.seed)
             values = stream.standard_normal(tensor.shape)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from model.config import PRESETS, Llama3Scaling, ModelConfig, UnsupportedModelError
-from model.qwen3 import Qwen3
+from model.decoder import Decoder
 
 # Parameters of the published checkpoints, a tied head counted once.
 PUBLISHED_PARAMETERS = {
@@ -49,7 +49,7 @@ LLAMA3_SCALING = {
 
 def test_presets_have_the_published_number_of_parameters() -> None:
     for name, parameters in PUBLISHED_PARAMETERS.items():
-        weights = Qwen3(PRESETS[name], np.float32).split()[1]
+        weights = Decoder(PRESETS[name], np.float32).split()[1]
         assert sum(int(np.prod(weight.shape)) for weight in weights) == parameters, name
     assert PRESETS.keys() == PUBLISHED_PARAMETERS.keys()
 

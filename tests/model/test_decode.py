@@ -14,7 +14,7 @@ import pytest
 from model import decode
 from model.checkpoint import load_model
 from model.decode import generate
-from model.qwen3 import Qwen3
+from model.decoder import Decoder
 from model.sampling import Sampling, branch_key
 from model.weights import hf_tensors
 from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
@@ -26,12 +26,12 @@ TOKENS = 14
 
 
 @pytest.fixture(scope="module")
-def model(golden_folder: Callable[[str], Path]) -> Qwen3:
+def model(golden_folder: Callable[[str], Path]) -> Decoder:
     return load_model(str(golden_folder(NAME)), jnp.float32)
 
 
 @pytest.fixture(scope="module")
-def greedy(model: Qwen3) -> list[list[int]]:
+def greedy(model: Decoder) -> list[list[int]]:
     """What the dense oracle goes on with after each prompt."""
     tensors = hf_tensors(model)
     return [dense_greedy(tensors, model.config, prompt, TOKENS) for prompt in PROMPTS]
@@ -59,7 +59,7 @@ def test_the_command_goes_on_as_transformers_does(
 
 @pytest.mark.parametrize(("page_size", "backend"), [(4, "xla"), (16, "xla"), (4, "reference")])
 def test_every_branch_of_every_prompt_is_the_dense_continuation(
-    model: Qwen3, greedy: list[list[int]], page_size: int, backend: str
+    model: Decoder, greedy: list[list[int]], page_size: int, backend: str
 ) -> None:
     """Prompts of 1, 22 and 9 tokens in one batch; two branches of each."""
     generation = generate(model, PROMPTS, max_tokens=TOKENS, branches=2, page_size=page_size, backend=backend)
@@ -79,7 +79,7 @@ def test_the_gpu_kernels_generate_the_same(golden_folder: Callable[[str], Path])
 
 
 @pytest.mark.parametrize("branches", [1, 2])
-def test_draws_are_keyed_by_seed_path_and_position(model: Qwen3, branches: int) -> None:
+def test_draws_are_keyed_by_seed_path_and_position(model: Decoder, branches: int) -> None:
     """Drawn again from the dense oracle's logits. One branch is the trunk; several are a stage's children."""
     seed, temperature = 2**63 + 12345, 0.7
     sampling = Sampling(temperature=temperature, seed=seed)
@@ -98,7 +98,7 @@ def test_draws_are_keyed_by_seed_path_and_position(model: Qwen3, branches: int) 
         assert len({tuple(ids) for ids in answers}) == branches
 
 
-def test_penalties_count_the_prompt_and_what_was_generated(model: Qwen3) -> None:
+def test_penalties_count_the_prompt_and_what_was_generated(model: Decoder) -> None:
     sampling = Sampling(repetition_penalty=1e6, frequency_penalty=1e6)
     generation = generate(model, PROMPTS, max_tokens=TOKENS, sampling=sampling)
     for prompt, [ids] in zip(PROMPTS, generation.ids, strict=True):
@@ -106,7 +106,7 @@ def test_penalties_count_the_prompt_and_what_was_generated(model: Qwen3) -> None
         assert not set(ids) & set(prompt)
 
 
-def test_a_branch_ends_before_the_end_of_sequence_token(model: Qwen3, greedy: list[list[int]]) -> None:
+def test_a_branch_ends_before_the_end_of_sequence_token(model: Decoder, greedy: list[list[int]]) -> None:
     end = greedy[1][5]
     expected = [ids[: ids.index(end)] if end in ids else ids for ids in greedy]
     assert len(expected[1]) <= 5
@@ -114,7 +114,7 @@ def test_a_branch_ends_before_the_end_of_sequence_token(model: Qwen3, greedy: li
     assert generation.ids == [[ids] for ids in expected]
 
 
-def test_prompts_of_other_lengths_and_other_options_use_the_same_program(model: Qwen3) -> None:
+def test_prompts_of_other_lengths_and_other_options_use_the_same_program(model: Decoder) -> None:
     generate(model, PROMPTS, max_tokens=TOKENS, eos_ids=(1,), sampling=Sampling(temperature=0.5, top_p=0.9))
     compiled = decode.compile_generation.cache_info().misses
     others, sampling = [[4], [5, 6], [7, 8, 9]], Sampling(temperature=1.0, top_k=3)
@@ -122,7 +122,7 @@ def test_prompts_of_other_lengths_and_other_options_use_the_same_program(model: 
     assert decode.compile_generation.cache_info().misses == compiled
 
 
-def test_the_donated_cache_is_not_copied(model: Qwen3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_donated_cache_is_not_copied(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = []
     compile_generation = decode.compile_generation
 
@@ -152,7 +152,7 @@ def test_the_donated_cache_is_not_copied(model: Qwen3, monkeypatch: pytest.Monke
     ],
 )
 def test_what_cannot_be_generated_is_refused(
-    model: Qwen3, prompts: list[list[int]], options: dict, message: str
+    model: Decoder, prompts: list[list[int]], options: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **({"max_tokens": 20} | options))

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from model.config import PRESETS
+from model.decoder import Decoder
 from model.kv_cache import PAGE_AXES, KVCache
-from model.qwen3 import Qwen3
 from model.sharding import LOGICAL_AXES, ON_ONE_DEVICE, Placement, ShardingRules
 from model.weights import load_safetensors, parameters, place_model, random_weights
 from tests.model.checkpoints import CHECKPOINTS
@@ -33,7 +33,7 @@ TENSOR_PARALLEL = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_carries_a_logical_axis_per_dimension(name: str) -> None:
-    for path, param in parameters(Qwen3(MODELS[name], jnp.bfloat16)):
+    for path, param in parameters(Decoder(MODELS[name], jnp.bfloat16)):
         axes = param.get_metadata("axes")
         assert len(axes) == len(param.shape), path
         assert set(axes) <= set(LOGICAL_AXES), path
@@ -42,7 +42,7 @@ def test_every_parameter_carries_a_logical_axis_per_dimension(name: str) -> None
 @pytest.mark.parametrize("name", MODELS)
 def test_tensor_parallel_rules_split_every_matrix_and_replicate_every_norm(name: str) -> None:
     rules = ShardingRules.tensor_parallel("tp")
-    for path, param in parameters(Qwen3(MODELS[name], jnp.bfloat16)):
+    for path, param in parameters(Decoder(MODELS[name], jnp.bfloat16)):
         key = path[2:] if path[0] == "layers" else path
         expected = TENSOR_PARALLEL.get(key, PartitionSpec(*[None] * len(param.shape)))
         assert rules.spec(param.get_metadata("axes")) == expected, path
@@ -50,7 +50,7 @@ def test_tensor_parallel_rules_split_every_matrix_and_replicate_every_norm(name:
 
 
 def test_by_default_everything_is_whole_on_one_device() -> None:
-    model = place_model(Qwen3(MODELS["qwen3"], jnp.bfloat16), ON_ONE_DEVICE)
+    model = place_model(Decoder(MODELS["qwen3"], jnp.bfloat16), ON_ONE_DEVICE)
     arrays = [*model.split()[1], *jax.tree.leaves(KVCache.abstract(model.config, 4, 16, jnp.bfloat16))]
     assert {array.sharding for array in arrays} == {SingleDeviceSharding(jax.devices()[0])}
 
@@ -59,8 +59,8 @@ def test_weights_land_in_the_sharding_that_the_rules_ask_for(golden_folder) -> N
     placement = Placement(Mesh(np.array(jax.devices()[:1]), ("tp",)), ShardingRules.tensor_parallel("tp"))
     name = "qwen3-gqa2-untied-wide-heads-bf16"
     config = CHECKPOINTS[name].config
-    loaded = load_safetensors(Qwen3(config, jnp.float32), golden_folder(name), placement)
-    for model in (loaded, random_weights(Qwen3(config, jnp.float32), 0, placement)):
+    loaded = load_safetensors(Decoder(config, jnp.float32), golden_folder(name), placement)
+    for model in (loaded, random_weights(Decoder(config, jnp.float32), 0, placement)):
         for path, param in parameters(model):
             expected = NamedSharding(placement.mesh, placement.rules.spec(param.get_metadata("axes")))
             assert param.get_value().sharding == expected, path

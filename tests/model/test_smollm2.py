@@ -27,8 +27,8 @@ from attention.layout import Capacity
 from model import decode, smollm2
 from model.checkpoint import load_model
 from model.config import ModelConfig
+from model.decoder import Decoder
 from model.kv_cache import KVCache
-from model.qwen3 import Qwen3
 from model.smollm2 import ConversionError, convert_gguf, unpermute
 from model.tokenizer import Tokenizer
 from tests.model.checkpoints import CHECKPOINTS, GOLDENS
@@ -248,7 +248,7 @@ def prompts(tokenizer: Tokenizer) -> list[list[int]]:
     return [tokenizer.encode(tokenizer.render_chat(QUESTION)), tokenizer.encode(SENTENCE)]
 
 
-def logits_of(model: Qwen3, text: list[int]) -> np.ndarray:
+def logits_of(model: Decoder, text: list[int]) -> np.ndarray:
     """Logits [tokens, vocab] of a text, read in one step."""
     structure, weights = model.split()
     page_size = 16

@@ -15,8 +15,8 @@ import pytest
 from attention.layout import Capacity
 from model.checkpoint import load_model
 from model.config import ModelConfig
+from model.decoder import Decoder
 from model.kv_cache import KVCache
-from model.qwen3 import Qwen3
 from model.sampling import USES_LOGPROBS, SampleOutputs, SlotState
 from model.sharding import ON_ONE_DEVICE
 from model.step import NOWHERE, StepInputs, StepLayout, compile_step, forward
@@ -34,7 +34,7 @@ LAYOUT = StepLayout(Capacity.for_bucket(24, NUM_PAGES, pages_per_read=20), sampl
 class Device:
     """A model with its cache and slots, stepped through one compiled program."""
 
-    def __init__(self, model: Qwen3):
+    def __init__(self, model: Decoder):
         config = self.config = model.config
         self.cache = KVCache.create(config, NUM_PAGES, PAGE_SIZE, model.dtype)
         self.slots = SlotState.create(SLOTS, config.vocab_size, 2)
@@ -63,12 +63,12 @@ def config() -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def model(config: ModelConfig) -> Qwen3:
-    return random_weights(Qwen3(config, jnp.float32), 1, ON_ONE_DEVICE)
+def model(config: ModelConfig) -> Decoder:
+    return random_weights(Decoder(config, jnp.float32), 1, ON_ONE_DEVICE)
 
 
 @pytest.fixture(scope="module")
-def device(model: Qwen3) -> Device:
+def device(model: Decoder) -> Device:
     return Device(model)
 
 
@@ -83,7 +83,7 @@ def test_64_greedy_tokens_are_those_of_transformers(name: str, golden_folder: Ca
 
 
 def test_chunks_and_decoding_in_one_batch_match_the_dense_oracle(
-    device: Device, model: Qwen3, config: ModelConfig
+    device: Device, model: Decoder, config: ModelConfig
 ) -> None:
     """Two prompts, one in uneven chunks while the other already decodes."""
     first = Sequence(pages=[3, 14, 1], page_size=PAGE_SIZE, slot=0)
@@ -99,7 +99,7 @@ def test_chunks_and_decoding_in_one_batch_match_the_dense_oracle(
 
 
 def test_forked_branches_share_pages_and_never_see_each_other(
-    device: Device, model: Qwen3, config: ModelConfig
+    device: Device, model: Decoder, config: ModelConfig
 ) -> None:
     """Three children of an 11-token parent, whose second page is partial, in one step."""
     prompt = [*range(100, 111)]
@@ -118,7 +118,7 @@ def test_forked_branches_share_pages_and_never_see_each_other(
 
 
 def test_a_kv_join_reads_siblings_at_overlapping_positions(
-    device: Device, model: Qwen3, config: ModelConfig
+    device: Device, model: Decoder, config: ModelConfig
 ) -> None:
     """After the join a segment sees the prefix and both branches, and continues at the longer one's end."""
     prompt, left, right, after = [*range(10, 15)], [21, 22, 23, 24], [31, 32], [41, 42]
@@ -178,7 +178,7 @@ def test_the_cache_and_the_slots_are_updated_in_place(device: Device) -> None:
 def test_no_step_on_a_gpu_makes_the_host_wait_for_the_device(device: Device) -> None:
     """As a conditional or a loop of unknown length would: the host fetches what decides."""
     config = replace(device.config, head_dim=16)
-    structure, weights = place_model(Qwen3(config, jnp.bfloat16), ON_ONE_DEVICE).split()
+    structure, weights = place_model(Decoder(config, jnp.bfloat16), ON_ONE_DEVICE).split()
     layout = StepLayout.for_bucket(config, "gpu", 16, num_pages=9, page_size=16, samples=4)
 
     def run(weights: tuple, cache: KVCache, last_token: jax.Array, packed: jax.Array) -> object:
@@ -211,7 +211,7 @@ def primitives(jaxpr: Any) -> set[str]:
     return names
 
 
-def test_the_head_runs_for_sampled_rows_only(model: Qwen3, config: ModelConfig) -> None:
+def test_the_head_runs_for_sampled_rows_only(model: Decoder, config: ModelConfig) -> None:
     structure, weights = model.split()
 
     def run(weights: tuple, cache: KVCache, last_token: jax.Array, packed: jax.Array) -> object:

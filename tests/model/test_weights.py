@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model.qwen3 import Qwen3
+from model.decoder import Decoder
 from model.sharding import ON_ONE_DEVICE
 from model.weights import WeightsError, hf_tensors, load_safetensors, parameters, random_weights, save_hf
 from tests.model.checkpoints import CHECKPOINTS
@@ -23,8 +23,8 @@ from tests.model.dense import dense_logits
 TIED, SHARDED = "qwen3-gqa8-tied-narrow-heads-f16", "qwen3-gqa8-untied-sharded"
 
 
-def load(folder: Path, name: str, dtype: type = jnp.float32) -> Qwen3:
-    return load_safetensors(Qwen3(CHECKPOINTS[name].config, dtype), folder, ON_ONE_DEVICE)
+def load(folder: Path, name: str, dtype: type = jnp.float32) -> Decoder:
+    return load_safetensors(Decoder(CHECKPOINTS[name].config, dtype), folder, ON_ONE_DEVICE)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -102,7 +102,7 @@ def test_the_index_lists_every_tensor_once(golden_folder: Callable[[str], Path])
 def test_random_weights_depend_on_the_seed_alone() -> None:
     config = CHECKPOINTS[SHARDED].config
     first, again, other, narrow = (
-        hf_tensors(random_weights(Qwen3(config, dtype), seed, ON_ONE_DEVICE))
+        hf_tensors(random_weights(Decoder(config, dtype), seed, ON_ONE_DEVICE))
         for dtype, seed in ((jnp.float32, 1), (jnp.float32, 1), (jnp.float32, 2), (jnp.bfloat16, 1))
     )
     for name, tensor in first.items():
@@ -115,13 +115,13 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
 
 def test_a_deep_random_model_has_activations_of_order_one() -> None:
     config = replace(CHECKPOINTS["qwen3-gqa1-tied"].config, num_layers=16)
-    model = random_weights(Qwen3(config, jnp.float32), 0, ON_ONE_DEVICE)
+    model = random_weights(Decoder(config, jnp.float32), 0, ON_ONE_DEVICE)
     logits = dense_logits(hf_tensors(model), config, range(40))
     assert 0.5 < logits.std() < 2
 
 
 def test_parameters_come_in_the_order_of_the_flat_weights() -> None:
-    model = random_weights(Qwen3(CHECKPOINTS[TIED].config, jnp.float32), 0, ON_ONE_DEVICE)
+    model = random_weights(Decoder(CHECKPOINTS[TIED].config, jnp.float32), 0, ON_ONE_DEVICE)
     by_path = [param.get_value() for _, param in parameters(model)]
     assert all(mine is theirs for mine, theirs in zip(by_path, model.split()[1], strict=True))
     assert all(isinstance(weight, jax.Array) for weight in by_path)

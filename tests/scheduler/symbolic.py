@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from scheduler.plan import Entry, Sample, SegmentRead, SlotSetup, StepPlan
 from scheduler.request import SamplingParams
+from scheduler.step import Entry, Sample, SegmentRead, SlotSetup, StepPlan
 
 Path = tuple[tuple[int, int], ...]
 

@@ -7,10 +7,10 @@ import pytest
 from scheduler.draft import StepDraft
 from scheduler.live_request import LiveRequest
 from scheduler.pages import PagePool
-from scheduler.plan import Entry, Sample
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage
 from scheduler.request import Request, Stopping
+from scheduler.step import Entry, Sample
 from tests.scheduler.alphabet import Alphabet
 from tests.scheduler.symbolic import unique_kv_tokens
 

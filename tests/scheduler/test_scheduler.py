@@ -21,11 +21,11 @@ from scheduler.events import (
     TokenEmitted,
     WidthChanged,
 )
-from scheduler.plan import Entry, StepPlan, StepResult
 from scheduler.program import MULTIVERSE, BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
 from scheduler.request import Request, Slo, Stopping
 from scheduler.scheduler import RejectedError, Scheduler
 from scheduler.slack import ControllerConfig
+from scheduler.step import Entry, StepPlan, StepResult
 from tests.scheduler.alphabet import LETTERS, PLAIN, tokens
 from tests.scheduler.interpreter import Interpreter
 from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving

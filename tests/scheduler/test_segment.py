@@ -3,8 +3,8 @@ from __future__ import annotations
 from array import array
 
 from scheduler.pages import PagePool
-from scheduler.plan import SegmentRead
 from scheduler.segment import Segment, text
+from scheduler.step import SegmentRead
 
 
 def computed(pool: PagePool, tokens: list[int], start: int = 0) -> Segment:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.plan import Entry, SegmentRead, SlotSetup, StepPlan
 from scheduler.predictor import StepLoad
 from scheduler.request import SamplingParams
+from scheduler.step import Entry, SegmentRead, SlotSetup, StepPlan
 from tests.scheduler.alphabet import LETTERS
 from tests.scheduler.symbolic import SymbolicDevice, SymbolicModel
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from scheduler.plan import StepPlan
 from scheduler.request import Request, Slo
 from scheduler.slack import ControllerConfig
+from scheduler.step import StepPlan
 from tests.scheduler.alphabet import PLAIN
 from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving
 from tests.scheduler.symbolic import SymbolicModel, widths

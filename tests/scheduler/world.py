@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 from scheduler.events import Event, Finished, Joined, StageFinished, StageStarted, TokenEmitted
 from scheduler.footprint import worst_case_pages
-from scheduler.plan import Entry, Sample, StepPlan, StepResult
 from scheduler.predictor import StepLatencyModel
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.slack import ControllerConfig
+from scheduler.step import Entry, Sample, StepPlan, StepResult
 from tests.scheduler.alphabet import Alphabet
 from tests.scheduler.interpreter import Answer, Interpreter, Key
 from tests.scheduler.symbolic import SymbolicDevice, SymbolicModel, unique_kv_tokens, widths

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from model.checkpoint import load_model
-from serve.runner import Runner, RunnerConfig
+from serve.engine.runner import Runner, RunnerConfig
 from tests.serve.lab import tiny_runner
 
 BUCKETS = (3, 8, 16, 32)

@@ -18,12 +18,12 @@ from scheduler.events import (
     TokenEmitted,
     Usage,
 )
-from scheduler.plan import Sample
 from scheduler.request import FinishReason, Request
+from scheduler.step import Sample
 from serve.config import ServerConfig
-from serve.engine import Failed, Load, Refused
-from serve.requests import ServedModel
-from serve.server import Backend, Service, listen, shut_down
+from serve.engine.engine import Failed, Load, Refused
+from serve.server.requests import ServedModel
+from serve.server.server import Backend, Service, listen, shut_down
 
 EOS = 256
 VOCAB = 300

@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ModelConfig
-from model.qwen3 import Qwen3
+from model.decoder import Decoder
 from model.sharding import Placement
 from model.weights import random_weights
 from scheduler.events import Event, Finished, StageFinished, StageStarted, TokenEmitted
-from scheduler.plan import Sample, StepPlan
 from scheduler.predictor import StepLatencyModel
 from scheduler.request import FinishReason, Request
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.slack import ControllerConfig
-from serve.engine import Engine, Failed
-from serve.runner import Runner, RunnerConfig, StepHandle
+from scheduler.step import Sample, StepPlan
+from serve.engine.engine import Engine, Failed
+from serve.engine.runner import Runner, RunnerConfig, StepHandle
 
 PAGE_SIZE = 4
 NUM_PAGES = 320
@@ -60,12 +60,12 @@ def tiny_runner(dtype: Any, buckets: Sequence[int]) -> Runner:
     return compiled_runner(tiny_model(dtype), buckets)
 
 
-def tiny_model(dtype: Any) -> Qwen3:
+def tiny_model(dtype: Any) -> Decoder:
     with jax.enable_x64(jnp.dtype(dtype) == jnp.float64):
-        return random_weights(Qwen3(TINY, dtype), 7, Placement())
+        return random_weights(Decoder(TINY, dtype), 7, Placement())
 
 
-def compiled_runner(model: Qwen3, buckets: Sequence[int], backend: str = "xla") -> Runner:
+def compiled_runner(model: Decoder, buckets: Sequence[int], backend: str = "xla") -> Runner:
     runner = Runner(
         model,
         RunnerConfig(

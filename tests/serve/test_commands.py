@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from serve import commands
-from serve.answer import BranchFinished, Completion, Delta, StageBranch, StageStarted
+from serve.client.answer import BranchFinished, Completion, Delta, StageBranch, StageStarted
 from tests.serve.fakes import FakeEngine, fork_and_join, listening
 
 

@@ -10,9 +10,9 @@ from model.tiny.lessons import prompt, tokenizer
 from model.tiny.tasks import Fork, Task
 from scheduler.program import MULTIVERSE, TagProgram
 from scheduler.request import Request, Slo, Stopping
-from serve.answer import Delta
+from serve.client.answer import Delta
 from serve.demo import Demo, Measured, Run, _knee, gain, mixed_load, parts, questions, watched_question
-from serve.runner import Runner
+from serve.engine.runner import Runner
 from tests.serve.lab import run
 
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from model import decode
 from model.checkpoint import load_model
 from model.sampling import Sampling
-from serve.answer import BranchFinished, Delta, Finished, Joined, StageStarted, Started
-from serve.client import Client, branch, parallel, sampling, serial, stopping
+from serve.client.answer import BranchFinished, Delta, Finished, Joined, StageStarted, Started
+from serve.client.client import Client, branch, parallel, sampling, serial, stopping
 from serve.demo import POLICIES, Demo, compare
 
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.plan import Sample
 from scheduler.request import SamplingParams, Slo
-from serve.runner import Runner
+from scheduler.step import Sample
+from serve.engine.runner import Runner
 from tests.serve.lab import Answer, run, samples
 from tests.serve.loads import load
 

@@ -16,7 +16,7 @@ from model.weights import hf_tensors
 from scheduler.events import Finished, Joined
 from scheduler.program import ParallelStage, Plan, SerialStage
 from scheduler.request import Request, SamplingParams, Slo
-from serve.runner import Runner
+from serve.engine.runner import Runner
 from tests.model.dense import dense_logits
 from tests.serve.lab import Run, run, tiny_model
 from tests.serve.loads import parallel, serial

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from model.tiny.lessons import prompt, tokenizer
-from scheduler.plan import StepPlan
 from scheduler.program import MULTIVERSE, TagProgram
 from scheduler.request import FinishReason, Request, Slo, Stopping
-from serve.runner import Runner, RunnerConfig
+from scheduler.step import StepPlan
+from serve.engine.runner import Runner, RunnerConfig
 from tests.scheduler.alphabet import EOS, Alphabet, tokens
 from tests.scheduler.scripted import Scripted, numbers, outlines
 from tests.scheduler.symbolic import SymbolicDevice

@@ -20,7 +20,7 @@ from model.tiny.tasks import Fork, Task, transcript
 from scheduler.events import Event, StageFinished, StageStarted, TokenEmitted
 from scheduler.program import MULTIVERSE, TagProgram
 from scheduler.request import FinishReason, Request, Slo, Stopping
-from serve.runner import Runner
+from serve.engine.runner import Runner
 from tests.serve.lab import Answer, Run, run
 
 

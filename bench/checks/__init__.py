@@ -1,0 +1,1 @@
+"""Checks on the device at hand: they pass or fail, and measure nothing."""

@@ -1,0 +1,1 @@
+"""What a device takes: kernels, steps, start-up."""

@@ -1,0 +1,307 @@
+"""Measures what steps take on this device with a model, and fits the forms of the step-time predictor to it.
+
+    python -m bench.device.calibrate --json OUT --profile PROFILE -- --model qwen3-32b --load-format random
+
+The programs are those of a taper-serve with the options after "--".
+
+Steps are made up: every bucket, just begun and full; KV from one page a row to most of the pool; branches in
+groups of several widths over a shared prefix; without and with a prompt chunk beside them. A point is the
+median of its rounds.
+
+Every form is fitted by least squares of relative errors, no coefficient below zero. The paper's form is
+`linear`, T = a + b n + c L, with each branch's whole context in L; `constant` is a mean cost per row. The
+staircase counts KV that is read together once, and adds a little for every row that reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from bench.arguments import split
+from bench.result import write
+from scheduler.predictor import StepLatencyModel, StepLoad
+from scheduler.step import Entry, SegmentRead, StepPlan
+from serve.engine.calibration import conditions
+
+if TYPE_CHECKING:
+    from serve.engine.runner import Runner
+
+# --- made-up steps -----------------------------------------------------------------------------------------
+
+WIDTHS = (1, 4, 16)
+KV_SHARES = (0.0, 0.2, 0.45, 0.85)  # of the pool
+CHUNKS = ((32, 512), (32, 4096), (128, 0), (128, 2048), (256, 0), (256, 4096))  # rows, positions before them
+SETTLING = 40  # steps of a bucket before the first one that counts
+PREFIX_SHARE = 0.6  # of a group's KV, where branches share
+
+
+class Shape(NamedTuple):
+    """`rows` decode rows in groups of `width`, which read `pages` pages in all.
+
+    Beside them, a prompt chunk of `chunk` rows after `before` positions of its own.
+    """
+
+    bucket: int
+    rows: int
+    width: int
+    pages: int
+    chunk: int = 0
+    before: int = 0
+
+
+def shapes(buckets: Sequence[int], num_pages: int, page_size: int) -> Iterator[Shape]:
+    """Every bucket x fill x width x KV level that the pool holds; without a chunk, and with one in turn."""
+    chunks = itertools.cycle(CHUNKS)
+    for smaller, bucket in itertools.pairwise((0, *sorted(buckets))):
+        for total in sorted({smaller + 1, bucket}):
+            for width, share in itertools.product(WIDTHS, KV_SHARES):
+                for chunk, before in ((0, 0), next(chunks)):
+                    rows = total - chunk
+                    left = num_pages - -(-(chunk + before) // page_size)
+                    least = rows + -(-rows // width)  # a page for each tail and prefix
+                    wanted = int(share * num_pages)
+                    if rows >= width and least <= left and (not share or least < wanted):
+                        yield Shape(bucket, rows, width, min(left, max(least, wanted)), chunk, before)
+
+
+def probe(shape: Shape, page_size: int) -> StepPlan:
+    """A step of that shape. Its pages are all different, the shared prefixes' apart."""
+    free = itertools.count()
+    groups = -(-shape.rows // shape.width)
+    each = shape.pages // groups
+    prefix = int(PREFIX_SHARE * each) if shape.width > 1 else 0
+    tail = max(1, (each - prefix) // shape.width)
+    entries: list[Entry] = []
+    load = StepLoad(0)
+    for group in range(groups):
+        context = (_pages(free, prefix, page_size),) if prefix else ()
+        load = load.plus(StepLoad(0, shared_kv=prefix * page_size, items=len(context)))
+        for _ in range(min(shape.width, shape.rows - group * shape.width)):
+            own = _pages(free, tail, page_size)
+            entries.append(_entry(len(entries), own.length - 1, 1, context, own))
+            seen = own.length + prefix * page_size
+            load = load.plus(StepLoad(1, private_kv=own.length, items=1, raw_kv=seen))
+    if shape.chunk:
+        length = shape.before + shape.chunk
+        own = SegmentRead(_pages(free, -(-length // page_size), page_size).pages, length)
+        entries.append(_entry(len(entries), shape.before, shape.chunk, (), own))
+        later = sum(range(shape.before + 2, length + 1))  # what the rows after the first see
+        load = load.plus(StepLoad(shape.chunk, 0, length, 1, later, length))
+    return StepPlan(
+        step_id=-1,
+        entries=tuple(entries),
+        slots=(),
+        deferred=(),
+        bucket=shape.bucket,
+        load=load,
+        predicted_seconds=0.0,
+        baseline_seconds=0.0,
+        budget_seconds=0.0,
+    )
+
+
+def _pages(free: Iterator[int], count: int, page_size: int) -> SegmentRead:
+    return SegmentRead(tuple(itertools.islice(free, count)), count * page_size)
+
+
+def _entry(number: int, ordinal: int, rows: int, context: tuple[SegmentRead, ...], own: SegmentRead) -> Entry:
+    start = sum(read.length for read in context) + ordinal
+    slot = number if rows == 1 else None
+    return Entry(
+        request_id="",
+        branch=number,
+        segment=number,
+        slot=slot,
+        start=start,
+        ordinal=ordinal,
+        rows=rows,
+        tokens=(0,) * rows,
+        context=context,
+        own=own,
+        samples=slot is not None,
+        path=(),
+    )
+
+
+# --- measuring ---------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """A step's load and its median seconds on the device."""
+
+    bucket: int
+    load: StepLoad
+    seconds: float
+
+
+def measure(runner: Runner, budget_seconds: float, repeats: int = 4, seed: int = 0) -> list[Point]:
+    """Time every shape, and again in rounds until the time is up.
+
+    A round takes one bucket after the other, in random order, and its shapes in random order: a card's clocks
+    follow its load, and so they are those of a server that stays in that bucket.
+    """
+    config = runner.config
+    made = shapes(config.buckets, config.num_pages, config.page_size)
+    plans = [plan for plan in (probe(shape, config.page_size) for shape in made) if _fits(plan, runner)]
+    times: list[list[float]] = [[] for _ in plans]
+    rng, began = np.random.default_rng(seed), time.perf_counter()
+    while not times[0] or time.perf_counter() - began < budget_seconds:
+        for bucket in rng.permutation(config.buckets).tolist():
+            of_bucket = [index for index, plan in enumerate(plans) if plan.bucket == bucket]
+            runner.seconds(plans[of_bucket[0]], SETTLING)
+            for index in rng.permutation(of_bucket).tolist():
+                times[index].append(runner.seconds(plans[index], repeats))
+    return [
+        Point(plan.bucket, plan.load, float(np.median(seconds)))
+        for plan, seconds in zip(plans, times, strict=True)
+    ]
+
+
+def _fits(plan: StepPlan, runner: Runner) -> bool:
+    longest = max(entry.start + entry.rows for entry in plan.entries)
+    return longest < runner.model_config.max_context
+
+
+# --- fitting -----------------------------------------------------------------------------------------------
+
+KV = {"shared_kv": ("shared_kv",), "private_kv": ("private_kv",)}
+UNIQUE, RAW = {"kv": ("shared_kv", "private_kv")}, {"raw_kv": ("raw_kv",)}
+REST = {"items": ("items",), "chunk_context": ("chunk_context",)}
+FORMS: dict[str, tuple[bool, Mapping[str, tuple[str, ...]]]] = {  # (a staircase?, features: their parts)
+    "staircase": (True, {**KV, **RAW, **REST}),
+    "staircase-raw": (True, {**RAW, **REST}),
+    "linear": (False, RAW),
+    "linear-unique": (False, UNIQUE),
+}
+
+
+LEAST = 0.1  # of the shortest step: what a bucket costs at least, however noisy the measurement
+
+
+def fit(points: Sequence[Point]) -> dict[str, Any]:
+    """Every form with its coefficients, and how well it says what was measured."""
+    buckets = sorted({point.bucket for point in points})
+    seconds = np.array([point.seconds for point in points])
+    rows = np.array([point.load.rows for point in points])
+    forms: dict[str, Any] = {}
+    for name, (staircase, features) in FORMS.items():
+        if staircase:  # what each bucket adds to the one before it
+            base = [[float(point.bucket >= bucket) for point in points] for bucket in buckets]
+        else:
+            base = [[1.0] * len(points), rows.tolist()]
+        added = [
+            [sum(getattr(point.load, part) for part in parts) for point in points]
+            for parts in features.values()
+        ]
+        found = non_negative(np.array([*base, *added], float).T / seconds[:, None])
+        of_base, of_added = found[: len(base)], found[len(base) :]
+        costs = {
+            part: float(cost)
+            for parts, cost in zip(features.values(), of_added, strict=True)
+            for part in parts
+        }
+        forms[name] = {"costs": costs}
+        if staircase:
+            steps = np.maximum(np.cumsum(of_base), LEAST * seconds.min()).tolist()
+            forms[name]["buckets"] = {str(b): step for b, step in zip(buckets, steps, strict=True)}
+        else:
+            forms[name]["line"] = of_base.tolist()
+    forms["constant"] = {"line": [0.0, float(seconds.sum() / rows.sum())], "costs": {}}
+    for name, form in forms.items():
+        form |= _accuracy({"forms": forms}, name, points, buckets)
+    return forms
+
+
+def non_negative(design: np.ndarray, sweeps: int = 3000) -> np.ndarray:
+    """The x >= 0 for which design @ x is nearest to 1 in every row: coordinate descent."""
+    size = np.linalg.norm(design, axis=0)
+    size[size == 0.0] = 1.0
+    scaled = design / size
+    gram, right = scaled.T @ scaled, scaled.sum(axis=0)
+    x = np.zeros(design.shape[1])
+    for _ in range(sweeps):
+        before = x.copy()
+        for k in range(len(x)):
+            if gram[k, k] > 0.0:
+                x[k] = max(0.0, x[k] + (right[k] - gram[k] @ x) / gram[k, k])
+        if np.abs(x - before).max() <= 1e-12 * max(1.0, np.abs(x).max()):
+            break
+    return x / size
+
+
+def _accuracy(
+    profile: Mapping[str, Any], name: str, points: Sequence[Point], buckets: Sequence[int]
+) -> dict[str, float]:
+    """Of measured / predicted - 1: mean, mean size, and the 95 % quantile as the margin."""
+    profile["forms"][name]["margin"] = 0.0
+    model = StepLatencyModel.from_profile(profile, buckets, name)
+    errors = np.array([point.seconds / model.predict(point.load) - 1.0 for point in points])
+    return {
+        "bias": float(errors.mean()),
+        "mape": float(np.abs(errors).mean()),
+        "margin": max(0.0, float(np.quantile(errors, 0.95))),
+    }
+
+
+def profile(name: str, points: Sequence[Point], runner: Runner, device: str) -> dict[str, Any]:
+    """What serve.engine.calibration and bench.simulate.simulation read."""
+    config = runner.config
+    return {
+        "name": name,
+        **conditions(device, runner.model_config, runner.dtype.name, config.backend),
+        "num_pages": config.num_pages,
+        "page_size": config.page_size,
+        "forms": fit(points),
+    }
+
+
+# --- command line ------------------------------------------------------------------------------------------
+
+
+def default_name(device: str, model: str) -> str:
+    """As in h100-qwen3-32b: without the maker and the memory of an accelerator's name."""
+    short = re.sub(r"^NVIDIA | \d+GB.*$", "", device)
+    return f"{short}-{model}".lower().replace(" ", "-")
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    own, server = split(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.device.calibrate", description="Measures a step-time profile."
+    )
+    parser.add_argument("--name", help="of the profile; default: the device's and the model's")
+    parser.add_argument("--budget-seconds", type=float, default=300.0, help="no round begins after so many")
+    parser.add_argument("--profile", type=Path, help="where to write the profile, without points")
+    parser.add_argument("--json", type=Path, help="where to write all of it")
+    options = parser.parse_args(own)
+    from bench import hardware, inside
+
+    engine, runner, summary = inside.start(server)
+    print(summary, flush=True)
+    engine.stop(drain=False, timeout=10.0)
+    points = measure(runner, options.budget_seconds)
+    described = hardware.describe("python -m bench.device.calibrate " + " ".join(arguments))
+    device, model = described["hardware"]["device"], runner.model_config.name
+    name = options.name or default_name(device, model)
+    found = {**described, "model": model, **profile(name, points, runner, device)}
+    write(found, options.profile)
+    measured = [{**point._asdict(), "load": point.load._asdict()} for point in points]
+    write({**found, "points": measured}, options.json)
+    for form, fitted in found["forms"].items():
+        print(
+            f"{form:<14} bias {fitted['bias']:+.2%}  MAPE {fitted['mape']:.2%}  margin {fitted['margin']:.2%}"
+        )
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

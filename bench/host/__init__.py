@@ -1,0 +1,1 @@
+"""What the host takes for a step."""

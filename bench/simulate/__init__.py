@@ -1,0 +1,1 @@
+"""The real scheduler under a virtual clock."""

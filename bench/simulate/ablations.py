@@ -1,0 +1,234 @@
+"""What each part of the controller is worth, in simulation: one row for each part left out or exchanged, and
+for eager, which may do without the controller's way of reading prompts.
+
+    python -m bench.simulate.ablations --workload headline --seed 1 --json OUT
+
+The forms of the predictor are those of the profile, all fitted to the same measured steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import multiprocessing
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.load.workload import named
+from bench.result import write
+from bench.simulate import simulation as simulator
+from bench.simulate.simulation import Profile, Setting, Simulation, row, table
+from scheduler.events import Event, TokenEmitted
+from scheduler.live_request import LiveRequest
+from scheduler.policy import AdmissionPolicy, Baseline, Extra, Taper
+from scheduler.predictor import StepLatencyModel
+from scheduler.scheduler import Scheduler
+from scheduler.slack import ControllerConfig
+from scheduler.step import StepResult
+
+# --- other predictors --------------------------------------------------------------------------------------
+
+
+def unpadded(profile: Profile) -> StepLatencyModel:
+    """Rows are priced as if nothing were padded: the line between one bucket and the next."""
+    steps = profile.bucket_seconds
+
+    def seconds(rows: int) -> float:
+        return float(np.interp(rows, [*steps], [*steps.values()]))
+
+    return StepLatencyModel(steps, costs=profile.costs, row_seconds=seconds)
+
+
+# --- other controllers -------------------------------------------------------------------------------------
+
+
+class Unbudgeted(Taper):
+    """All that fits the largest bucket."""
+
+    def admit(
+        self, extras: Sequence[Extra], baseline: Baseline, latency: StepLatencyModel
+    ) -> Sequence[Extra]:
+        return super().admit(extras, baseline._replace(budget=math.inf), latency)
+
+
+class Replanned(Taper):
+    """Decides in every so many steps how many extras run, and keeps to their number in between."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self._every = every
+        self._calls = self._admitted = 0
+
+    def admit(
+        self, extras: Sequence[Extra], baseline: Baseline, latency: StepLatencyModel
+    ) -> Sequence[Extra]:
+        if self._calls % self._every == 0:
+            self._admitted = len(super().admit(extras, baseline, latency))
+        self._calls += 1
+        return extras[: self._admitted]
+
+
+class DeadlinePerBranch(Scheduler):
+    """Every branch that could advance has a deadline of its own: what waits becomes the most urgent."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._emitted: dict[tuple[str, int], float] = {}
+
+    def update(self, result: StepResult, now: float) -> list[Event]:
+        events = super().update(result, now)
+        for event in events:
+            if isinstance(event, TokenEmitted):
+                self._emitted[event.request_id, event.branch] = now
+        return events
+
+    def _deadlines(self, decoding: Sequence[LiveRequest]) -> list[float]:
+        expected = {
+            (entry.request_id, entry.branch): flight.end
+            for flight in self._flights
+            for entry in flight.plan.entries
+            if entry.samples
+        }
+        due: list[float] = []
+        for live in decoding:
+            request = live.request
+            for branch in live.runnable():
+                key = request.id, branch.id
+                last = expected.get(key) or self._emitted.get(key, live.resumed_at)
+                due.append(max(last, live.resumed_at) + request.slo.tpot)
+        return due
+
+
+class StampedAtPlanning(Scheduler):
+    """A deadline counts from when the step of the last token was planned to begin."""
+
+    def _deadlines(self, decoding: Sequence[LiveRequest]) -> list[float]:
+        begun = {
+            live: flight.end - flight.plan.predicted_seconds
+            for flight in self._flights
+            for live in flight.sampling
+        }
+        return [live.deadline(self.config.controller, begun.get(live)) for live in decoding]
+
+
+class WholeChunks(Scheduler):
+    """Prompts are read by whole chunks, whatever the budget."""
+
+    def _read_prompts(self, draft: Any, reading: Any, *, at_pace: bool) -> None:
+        for live, ready in reading if at_pace else ():
+            rows = self.config.max_chunk - draft.rows_of(live)
+            if live.resident and draft.left(ready[0]):
+                draft.add(live, ready[0], rows)
+
+
+# --- the table ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variation:
+    """What differs from the full controller."""
+
+    policy: str = "taper"
+    admission: Callable[[], AdmissionPolicy] | None = None
+    controller: ControllerConfig = ControllerConfig()  # noqa: RUF009 - frozen
+    latency: Callable[[Profile], StepLatencyModel] = Profile.latency
+    scheduler: type[Scheduler] = Scheduler
+
+
+VARIATIONS = {
+    "full": Variation(),
+    "no slack budget": Variation(admission=Unbudgeted),
+    "no repayment": Variation(controller=ControllerConfig(repay=0.0)),
+    "no repayment, rho 0.8": Variation(controller=ControllerConfig(repay=0.0, rho=0.8)),
+    "no repayment, quantile margin": Variation(controller=ControllerConfig(repay=0.0, rho=None)),
+    "rho 0.8": Variation(controller=ControllerConfig(rho=0.8)),
+    "re-plan every 8": Variation(admission=partial(Replanned, 8)),
+    "re-plan every 32": Variation(admission=partial(Replanned, 32)),
+    "constant": Variation(latency=partial(Profile.latency, form="constant")),
+    "linear, raw KV": Variation(latency=partial(Profile.latency, form="linear")),
+    "linear, unique KV": Variation(latency=partial(Profile.latency, form="linear-unique")),
+    "staircase, raw KV": Variation(latency=partial(Profile.latency, form="staircase-raw")),
+    "no padding in the price": Variation(latency=unpadded),
+    "deadline per branch": Variation(scheduler=DeadlinePerBranch),
+    "stamp at planning": Variation(scheduler=StampedAtPlanning),
+    "no joint prompt budget": Variation(scheduler=WholeChunks),
+    "bank of 2": Variation(controller=ControllerConfig(bank=2.0)),
+    "fill off": Variation(controller=ControllerConfig(fill=False)),
+    "KV not reserved": Variation(controller=ControllerConfig(reserve=0.0)),
+    "cheapest first": Variation(policy="taper:linear"),
+    "level by level": Variation(policy="taper:concave"),
+    "the paper's form": Variation(
+        policy="taper:paper",
+        controller=ControllerConfig(rho=0.8, repay=0.0, fill=False),
+        latency=partial(Profile.latency, form="linear"),
+    ),
+    "eager": Variation(policy="eager"),
+    "eager, no joint prompt budget": Variation(policy="eager", scheduler=WholeChunks),
+}
+
+
+def ablate(setting: Setting, name: str) -> dict[str, Any]:
+    variation = VARIATIONS[name]
+    gc.disable()
+    simulation = Simulation(
+        replace(setting, controller=variation.controller),
+        variation.policy,
+        latency=variation.latency(setting.profile),
+        scheduler=variation.scheduler,
+    )
+    if variation.admission is not None:
+        simulation.scheduler.policy = variation.admission()
+    simulation.run()
+    gc.enable()
+    return row(name, simulation)
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.simulate.ablations", description="Ablates the controller."
+    )
+    parser.add_argument("--profile", default="h200-qwen3-32b")
+    parser.add_argument("--workload", default="headline")
+    parser.add_argument("--variations", nargs="+", choices=VARIATIONS, default=[*VARIATIONS])
+    parser.add_argument("--rate", type=float, help="requests per second, instead of the workload's own")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--warmup", type=float, default=simulator.WARMUP)
+    parser.add_argument("--window", type=float, default=simulator.WINDOW)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    end = options.warmup + options.window
+    profile = Profile.load(options.profile)
+    setting = Setting(
+        profile=profile,
+        workload=named(options.workload, options.seed, end + simulator.COOLDOWN, rate=options.rate),
+        tpot_slo=simulator.TPOT_SLO_MULTIPLE * simulator.unloaded_tpot(profile),
+        warmup=options.warmup,
+        end=end,
+        seed=options.seed,
+    )
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
+        rows = [*pool.map(partial(ablate, setting), options.variations)]
+    result = {
+        "command": f"python -m bench.simulate.ablations {shlex.join(arguments)}",
+        "profile": profile.name,
+        "sha256": setting.workload.digest,
+        "rows": rows,
+    }
+    write(result, options.json)
+    print(table(rows))
+    return result
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

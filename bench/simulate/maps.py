@@ -1,0 +1,265 @@
+"""Simulated maps: how the policies fare where one thing changes, from the load to the predictor's bias.
+
+    python -m bench.simulate.maps --json OUT --plot PNG
+    python -m bench.simulate.maps --maps load clients --seeds 1 2 3 --json OUT
+
+Each map starts at the open headline point (fanout, bursty, 1.4 requests a second, TPOT target twice the
+unloaded one) and changes one thing of it.
+
+    load      requests per second
+    clients   of a closed loop
+    slo       the TPOT target, in times the unloaded TPOT
+    share     the share of requests that branch
+    fanout    the number of branches, at the same offered tokens per second
+    family    the other families of bench.load.workload, at loads that strain the server
+    margin    rho, with deadlines that repay what a request fell behind, and with those that forget it
+    bias      of a predictor that does not learn, with both kinds of deadlines
+    hour      an hour of the trace instead of 45 s
+
+Requests that arrive in the window are measured, all of them, and served to their end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bench.load.workload import Item, Workload, fanout, lognormal, named, open_loop
+from bench.plot import plot_maps
+from bench.result import write
+from bench.simulate import simulation as simulator
+from bench.simulate.simulation import Profile, Setting, Simulation, row, unloaded_tpot
+from scheduler.predictor import StepLatencyModel, StepLoad
+from scheduler.slack import ControllerConfig
+
+RATE = 1.4
+CAPS = ("cap:2", "cap:4", "cap:6", "cap:8")
+ALL = ("off", *CAPS, "eager", "taper")
+SOME = ("off", "cap:4", "eager", "taper")
+OFFERED = RATE * 3000.0  # tokens per second, about those of the headline point
+FAMILIES = {"mixed": 3.0, "reasoning": 0.9, "light": 2.4, "best-of-n": 2.0, "azure-conv": 3.5}
+HOUR = 3600.0
+CAPABLE = 0.99  # attainment with which a policy still has the capacity for a load
+
+
+class Case(NamedTuple):
+    """One simulation: `label` is the policy, or the variant of taper, that serves map's point `x`."""
+
+    map: str
+    x: float | str
+    label: str
+    seed: int
+
+
+# --- what changes ------------------------------------------------------------------------------------------
+
+
+class Biased(StepLatencyModel):
+    """A predictor that is off by a share, and does not learn."""
+
+    bias = 0.0
+
+    def rows_seconds(self, rows: int) -> float:
+        return (1.0 + self.bias) * super().rows_seconds(rows)
+
+    def reading_seconds(self, load: StepLoad) -> float:
+        return (1.0 + self.bias) * super().reading_seconds(load)
+
+    def row_line(self, context: int) -> tuple[float, float]:
+        fixed, per_own = super().row_line(context)
+        return (1.0 + self.bias) * fixed, (1.0 + self.bias) * per_own
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        self.accuracy.observe(seconds / self.predict(load) - 1.0)
+
+
+def biased(profile: Profile, bias: float) -> StepLatencyModel:
+    """Off by `bias` from what steps take on a loaded server."""
+    hot = {str(b): seconds * profile.factors.get(b, 1.0) for b, seconds in profile.bucket_seconds.items()}
+    model = Biased.from_profile({"forms": {"staircase": profile.forms["staircase"] | {"buckets": hot}}})
+    model.bias = bias  # type: ignore[attr-defined]
+    return model
+
+
+def with_share(workload: Workload, share: float) -> Workload:
+    """The same arrivals; of the requests, this share branches."""
+    rng = np.random.default_rng([workload.seed, 3])
+
+    def drawn(parallel: bool, arrival: float) -> Item:
+        while True:
+            prompt, stages = fanout(rng)
+            if any(len(stage) > 1 for stage in stages) == parallel:
+                return Item(arrival, prompt, stages)
+
+    items = tuple(drawn(bool(rng.random() < share), item.arrival) for item in workload.items)
+    return replace(workload, items=items)
+
+
+def with_fanout(seed: int, branches: int, seconds: float) -> Workload:
+    """Four fifths of the requests fork once, into so many branches; OFFERED tokens arrive a second."""
+    each = 0.8 * (80 + branches * 200 + 120) + 0.2 * 400
+    rng = np.random.default_rng([seed, 4])
+    made = open_loop("fanout", "bursty", OFFERED / each, seconds, seed)
+
+    def item(arrival: float) -> Item:
+        prompt = lognormal(rng, 800, 0.6)
+        if rng.random() >= 0.8:
+            return Item(arrival, prompt, ((lognormal(rng, 400, 0.6),),))
+        wide = tuple(lognormal(rng, 200, 0.5) for _ in range(branches))
+        return Item(arrival, prompt, ((lognormal(rng, 80, 0.4),), wide, (lognormal(rng, 120, 0.4),)))
+
+    return replace(made, items=tuple(item(each.arrival) for each in made.items))
+
+
+MARGINS = {"repaying": ControllerConfig(), "forgetting": ControllerConfig(repay=0.0)}
+
+
+def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
+    points: dict[str, tuple[Sequence[float | str], Sequence[str]]] = {
+        "load": ((0.8, 1.0, 1.2, 1.4, 1.6, 1.8), ALL),
+        "clients": ((10, 20, 30, 40, 60), ALL),
+        "slo": ((1.5, 2.0, 2.5, 3.0), SOME),
+        "share": ((0.0, 0.25, 0.5, 0.75, 1.0), SOME),
+        "fanout": ((4, 8, 16, 32, 64), SOME),
+        "family": ([*FAMILIES], SOME),
+        "margin": ((0.6, 0.7, 0.8, 0.9, 1.0, "quantile"), [*MARGINS]),
+        "bias": ((-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2), [*MARGINS]),
+        "hour": ((1.2,), SOME),
+    }
+    for name in maps:
+        xs, labels = points[name]
+        for x in xs:
+            for label in labels:
+                yield from (Case(name, x, label, seed) for seed in (seeds if name != "hour" else seeds[:1]))
+
+
+MAPS = ("load", "clients", "slo", "share", "fanout", "family", "margin", "bias", "hour")
+
+
+def run(profile_name: str, case: Case) -> dict[str, Any]:
+    """The row of a case."""
+    profile = Profile.load(profile_name)
+    name, x, label, seed = case
+    warmup, window = simulator.WARMUP, HOUR if name == "hour" else simulator.WINDOW
+    end = warmup + window
+    seconds = end + simulator.COOLDOWN
+    multiple, controller, latency = simulator.TPOT_SLO_MULTIPLE, ControllerConfig(), None
+    workload = named("headline", seed, seconds, rate=RATE)
+    match name, x:
+        case (("load" | "hour"), float()):
+            workload = named("headline", seed, seconds, rate=x)
+        case "clients", int():
+            workload = named("headline-closed", seed, seconds, clients=x)
+        case "slo", float():
+            multiple = x
+        case "share", float():
+            workload = with_share(workload, x)
+        case "fanout", int():
+            workload = with_fanout(seed, x, seconds)
+        case "family", str():
+            workload = named(x, seed, seconds, rate=FAMILIES[x])
+        case "margin", _:
+            controller = replace(MARGINS[label], rho=None if x == "quantile" else float(x))
+        case "bias", float():
+            controller, latency = MARGINS[label], biased(profile, x)
+    setting = Setting(
+        profile=profile,
+        workload=workload,
+        tpot_slo=multiple * unloaded_tpot(profile),
+        warmup=warmup,
+        end=end,
+        seed=seed,
+        controller=controller,
+    )
+    gc.disable()
+    simulation = Simulation(setting, "taper" if label in MARGINS else label, latency=latency)
+    simulation.run()
+    gc.enable()
+    return {**case._asdict(), **row(label, simulation)}
+
+
+def capacity(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, float | None]:
+    """By policy: the highest load of a map up to which the mean attainment over seeds is CAPABLE."""
+    attained: dict[str, dict[float, list[float]]] = {}
+    for each in rows:
+        if each["map"] == name:
+            loads = attained.setdefault(each["label"], {})
+            loads.setdefault(each["x"], []).append(each["attainment_stage"])
+    found: dict[str, float | None] = {}
+    for label, loads in attained.items():
+        found[label] = None
+        for load in sorted(loads):
+            if sum(loads[load]) / len(loads[load]) < CAPABLE:
+                break
+            found[label] = load
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """For each point of each map, means over the seeds: stage goodput, and stage attainment."""
+    lines: list[str] = []
+    for name in dict.fromkeys(each["map"] for each in rows):
+        of_map = [each for each in rows if each["map"] == name]
+        labels = [*dict.fromkeys(each["label"] for each in of_map)]
+        lines.append(f"{name:<12}" + "".join(f"{label:>16}" for label in labels))
+        for x in dict.fromkeys(each["x"] for each in of_map):
+            cells = []
+            for label in labels:
+                same = [each for each in of_map if (each["x"], each["label"]) == (x, label)]
+                goodput, attained = (
+                    sum(each[f"{figure}_stage"] or 0.0 for each in same) / len(same)
+                    for figure in ("goodput", "attainment")
+                )
+                cells.append(f"{goodput:>8.0f} {attained:>6.1%}")
+            lines.append(f"{x!s:<12}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="python -m bench.simulate.maps", description="Simulated maps.")
+    parser.add_argument("--profile", default="h200-qwen3-32b", help="a shipped profile's name, or a file")
+    parser.add_argument("--maps", nargs="+", choices=MAPS, default=[*MAPS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="needs matplotlib")
+    options = parser.parse_args(arguments)
+    began, rows = time.perf_counter(), []
+    wanted = [*cases(options.maps, options.seeds)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
+        for done, each in enumerate(pool.map(partial(run, options.profile), wanted), 1):
+            rows.append(each)
+            left = (time.perf_counter() - began) / done * (len(wanted) - done)
+            print(f"\r{done} of {len(wanted)}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    profile = Profile.load(options.profile)
+    found: dict[str, Any] = {
+        "command": "python -m bench.simulate.maps " + " ".join(arguments),
+        "profile": profile.name,
+        "tpot_unloaded_ms": 1e3 * unloaded_tpot(profile),
+        "capacity": {name: capacity(rows, name) for name in ("load", "clients") if name in options.maps},
+        "rows": rows,
+    }
+    write(found, options.json)
+    print(table(rows))
+    for name, by_policy in found["capacity"].items():
+        print(f"capacity, {name}: " + ", ".join(f"{policy} {most}" for policy, most in by_policy.items()))
+    if options.plot is not None:
+        plot_maps(found, options.plot)
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

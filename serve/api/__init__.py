@@ -1,0 +1,1 @@
+"""What crosses the wire: the protos, their stubs, and errors."""

@@ -1,0 +1,293 @@
+"""An answer as its reader sees it: typed events as they come, and the Completion that they build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+
+from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The request left the queue and its prompt has been read."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageBranch:
+    """A branch as a stage begins; `prefix` is the text that the stage forces into its context."""
+
+    branch: int
+    parent: int
+    label: str
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStarted:
+    """A stage begins, with new branches or with one that goes on."""
+
+    stage: int
+    branches: tuple[StageBranch, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logprob:
+    """A token's log-probability (natural), and the best alternatives as (id, log-probability)."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What is new of one branch; `completion_tokens` counts its tokens so far."""
+
+    branch: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprob, ...]
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WidthChanged:
+    """So many branches advance in a step now, of so many that want to."""
+
+    width: int
+    wanted: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchFinished:
+    """A branch ended: reason is eos, stop, max_tokens, context, branch_closed or forked."""
+
+    branch: int
+    reason: str
+    stop: str | int | None
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """The stage's branches have all ended, and their parent goes on."""
+
+    stage: int
+    branches: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """critical_path_tokens: the longest chain of sampled tokens, what a reader had to wait for."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    critical_path_tokens: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds, measured in the server."""
+
+    queue: float
+    ttft: float
+    tpot: float
+    total: float
+    tpot_slo_met: bool
+    ttft_slo_met: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    usage: Usage
+    timing: Timing
+
+
+Event = Started | StageStarted | Delta | WidthChanged | BranchFinished | Joined | Finished
+
+
+def events_of(response: pb.GenerateResponse) -> Iterator[Event]:
+    """The events of one message; kinds that this client does not know are left out."""
+    for event in response.events:
+        kind = event.WhichOneof("kind")
+        if kind is not None:
+            yield _READERS[kind](getattr(event, kind))
+
+
+def _stage_started(stage: pb.StageStarted) -> StageStarted:
+    branches = tuple(
+        StageBranch(branch=b.branch_id, parent=b.parent_branch_id, label=b.label, prefix=b.prefix)
+        for b in stage.branches
+    )
+    return StageStarted(stage=stage.stage, branches=branches)
+
+
+def _delta(delta: pb.BranchDelta) -> Delta:
+    logprobs = tuple(
+        Logprob(
+            token=each.token_id,
+            logprob=each.logprob,
+            top=tuple((top.token_id, top.logprob) for top in each.top),
+        )
+        for each in delta.logprobs
+    )
+    return Delta(
+        branch=delta.branch_id,
+        text=delta.text,
+        token_ids=tuple(delta.token_ids),
+        logprobs=logprobs,
+        completion_tokens=delta.completion_tokens,
+    )
+
+
+def _branch_finished(event: pb.BranchFinished) -> BranchFinished:
+    matched = event.WhichOneof("matched_stop")
+    return BranchFinished(
+        branch=event.branch_id,
+        reason=pb.FinishReason.Name(event.finish_reason).removeprefix("FINISH_REASON_").lower(),
+        stop=getattr(event, matched) if matched else None,
+        completion_tokens=event.completion_tokens,
+    )
+
+
+def _finished(event: pb.Finished) -> Finished:
+    usage, timing = event.usage, event.timing
+    return Finished(
+        usage=Usage(
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            critical_path_tokens=usage.critical_path_tokens,
+            preemptions=usage.preemptions,
+        ),
+        timing=Timing(
+            queue=_seconds(timing.queue_time),
+            ttft=_seconds(timing.time_to_first_token),
+            tpot=_seconds(timing.time_per_output_token),
+            total=_seconds(timing.total_time),
+            tpot_slo_met=timing.tpot_slo_met,
+            ttft_slo_met=timing.ttft_slo_met,
+        ),
+    )
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
+
+
+_READERS: dict[str, Any] = {
+    "started": lambda e: Started(
+        request_id=e.request_id, prompt_tokens=e.prompt_tokens, cached_tokens=e.cached_tokens
+    ),
+    "stage_started": _stage_started,
+    "delta": _delta,
+    "width_changed": lambda e: WidthChanged(width=e.width, wanted=e.wanted),
+    "branch_finished": _branch_finished,
+    "joined": lambda e: Joined(stage=e.stage, branches=tuple(e.branch_ids)),
+    "finished": _finished,
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Branch:
+    """One sequence of an answer: what it was given to go on from, and what it went on with."""
+
+    id: int
+    parent: int
+    label: str = ""
+    prefix: str = ""
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    completion_tokens: int = 0
+    finish_reason: str = ""
+    stop: str | int | None = None
+    parts: list[str | tuple[int, ...]] = field(default_factory=list)
+    """In reading order: texts, forced ones included, and the ids of branches that it forked."""
+
+
+class Completion:
+    """An answer that is built from its events; complete when `finished`.
+
+    trunk      branch 0
+    branches   all other branches, by id
+    text       everything in reading order: forced text included, branches where they forked
+    """
+
+    def __init__(self) -> None:
+        self.request_id = ""
+        self.trunk = Branch(id=0, parent=0)
+        self.widths: list[tuple[int, int]] = []
+        self.finished: Finished | None = None
+        self._branches = {0: self.trunk}
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return tuple(branch for branch in self._branches.values() if branch is not self.trunk)
+
+    @property
+    def text(self) -> str:
+        return self._read(self.trunk)
+
+    @property
+    def usage(self) -> Usage:
+        return self._end().usage
+
+    @property
+    def timing(self) -> Timing:
+        return self._end().timing
+
+    def add(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.request_id = event.request_id
+            case StageStarted():
+                self._stage(event)
+            case Delta():
+                branch = self._branches[event.branch]
+                branch.text += event.text
+                branch.parts.append(event.text)
+                branch.token_ids += event.token_ids
+                branch.logprobs += event.logprobs
+                branch.completion_tokens = event.completion_tokens
+            case BranchFinished():
+                branch = self._branches[event.branch]
+                branch.finish_reason, branch.stop = event.reason, event.stop
+            case WidthChanged():
+                self.widths.append((event.width, event.wanted))
+            case Finished():
+                self.finished = event
+            case Joined():
+                pass
+
+    def _stage(self, stage: StageStarted) -> None:
+        new = [begun for begun in stage.branches if begun.branch not in self._branches]
+        for begun in new:
+            self._branches[begun.branch] = Branch(
+                id=begun.branch, parent=begun.parent, label=begun.label, prefix=begun.prefix
+            )
+        if new:
+            self._branches[new[0].parent].parts.append(tuple(begun.branch for begun in new))
+        for begun in stage.branches:
+            self._branches[begun.branch].parts.append(begun.prefix)
+
+    def _read(self, branch: Branch) -> str:
+        return "".join(
+            part if isinstance(part, str) else "".join(self._read(self._branches[id]) for id in part)
+            for part in branch.parts
+        )
+
+    def _end(self) -> Finished:
+        if self.finished is None:
+            raise ValueError("the answer is not complete")
+        return self.finished

@@ -1,0 +1,1 @@
+"""The engine: the part of the server that touches a device."""

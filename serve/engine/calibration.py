@@ -1,0 +1,56 @@
+"""Step-time profiles: what steps take on a device with a model, measured beforehand and shipped.
+
+`python -m bench.device.calibrate` writes them. A profile fits a server whose device, attention, type of
+numbers and shape of model are those it was measured with; weights and names make no difference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scheduler.predictor import StepLatencyModel
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from serve.engine.runner import Runner
+
+FOLDER = Path(__file__).parent / "profiles"
+MOST_OFF = 0.25  # by which a profile may miss a bucket's time on this machine and still be believed
+
+
+def load_profile(name: str) -> dict[str, Any]:
+    """The profile at the path `name`, or the one shipped under that name. Raises ValueError, OSError."""
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    if not path.exists():
+        raise ValueError(f"there is no profile {name!r}: give a .json file, or one of {', '.join(shipped())}")
+    return json.loads(path.read_text())
+
+
+def shipped() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def conditions(device: str, model: ModelConfig, dtype: str, backend: str) -> dict[str, Any]:
+    """What a step's time depends on besides its load."""
+    sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+    shape = {size: getattr(model, size) for size in (*sizes, "vocab_size", "tie_embeddings", "qk_norm")}
+    return {"device": device, "dtype": dtype, "backend": backend, "shape": shape}
+
+
+def matching(wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The shipped profiles that were measured under these conditions; none for a CPU: all go by one name."""
+    for name in shipped() if wanted["device"] != "cpu" else ():
+        profile = load_profile(name)
+        if all(profile.get(key) == value for key, value in wanted.items()):
+            yield profile
+
+
+def misses(model: StepLatencyModel, measured: StepLatencyModel, runner: Runner) -> dict[int, float]:
+    """For each bucket, by what share its probe was measured to take longer than `model` says."""
+    return {
+        bucket: measured.rows_seconds(bucket) / model.predict(runner.probe(bucket, 1).load) - 1.0
+        for bucket in runner.buckets
+    }

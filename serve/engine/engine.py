@@ -1,0 +1,287 @@
+"""The engine: one thread that plans a step ahead of the device, and hands each request its events.
+
+    plan k+1; launch k+1; wait for k; update k; publish k.    With nothing to plan, drain.
+
+Requests come and go under a lock that is held while planning and updating, never while the device works:
+what is cancelled is gone before the next plan is made.
+
+Readers share the interpreter with the engine, and hold it up. That does not matter as long as the host has
+to wait for the device anyway; where it does not, several steps' events are published together.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import structlog
+
+from scheduler.events import Event, Finished, TokenEmitted
+from scheduler.request import Request
+from scheduler.scheduler import RejectedError, Scheduler
+from scheduler.step import Sample, StepPlan, StepResult
+from serve.engine.collector import Collector
+
+log = structlog.get_logger("taper")
+
+State = Literal["STARTING", "SERVING", "DRAINING", "STOPPED", "FAILED"]
+Reason = Literal["QUEUE_FULL", "KV_FULL", "SLO_UNATTAINABLE", "DRAINING", "STARTING", "DUPLICATE"]
+
+
+class Refused(Exception):  # noqa: N818 - a refusal is an answer, not an error of the engine
+    """A request that the engine does not take; `detail` is for the client."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason: Reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine died; no more events follow."""
+
+    error: str
+
+
+Sink = Callable[[Sequence[Event | Failed]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A snapshot for load balancers and dashboards.
+
+    prediction_bias, prediction_mape, prediction_coverage  of recent steps: scheduler.predictor.Accuracy
+    """
+
+    running_requests: int
+    running_branches: int
+    queued_requests: int
+    kv_used_tokens: int
+    kv_capacity_tokens: int
+    output_tokens_per_second: float
+    steps: int = 0
+    prediction_bias: float = 0.0
+    prediction_mape: float = 0.0
+    prediction_coverage: float = 1.0
+
+
+class Handle(Protocol):
+    def is_ready(self) -> bool: ...
+    def samples(self) -> tuple[Sample, ...]: ...
+
+
+class StepRunner(Protocol):
+    """What the engine needs of a runner."""
+
+    def launch(self, plan: StepPlan) -> Handle: ...
+
+
+class _Launched:
+    """A step in flight and when it was launched."""
+
+    def __init__(self, plan: StepPlan, handle: Handle, at: float) -> None:
+        self.plan = plan
+        self.handle = handle
+        self.at = at
+
+
+class Engine:
+    """Runs a scheduler's plans.
+
+    `on_step` is told of every finished step, from the engine's thread. `collector` takes over the process's
+    garbage collection. Events wait for up to `hold` seconds where the host does not keep up with the device.
+    """
+
+    RATE_WINDOW = 5.0  # seconds over which output tokens are counted
+    IN_TIME = 4  # steps in a row that the host had to wait for: it keeps up with the device
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        *,
+        on_step: Callable[[StepResult], None] | None = None,
+        collector: Collector | None = None,
+        hold: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler = scheduler
+        self.state: State = "STARTING"
+        self.runner = runner
+        self._on_step = on_step
+        self._clock = clock
+        self._collector = collector
+        self._hold = hold
+        self._events: list[Event] = []  # not published yet
+        self._published = clock()
+        self._waits = self.IN_TIME  # for so many steps in a row
+        self._sinks: dict[str, Sink] = {}
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="taper-engine", daemon=True)
+        self._recent: deque[tuple[float, int]] = deque()
+        self._steps = 0
+
+    # --- from any thread -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        if self._collector is not None:
+            self._collector.start(self._clock())
+        self.state = "SERVING"
+        self._thread.start()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queue a request; `sink` gets its events, at most once per step, from the engine's thread.
+
+        Raises Refused, or ValueError for a program that cannot run.
+        """
+        with self._wake:
+            if self.state == "STARTING":
+                raise Refused("STARTING", "the server is starting")
+            if self.state != "SERVING":
+                raise Refused("DRAINING", "the server takes no new requests")
+            if request.id in self._sinks:
+                raise Refused("DUPLICATE", f"request {request.id!r} is running")
+            try:
+                self.scheduler.add(request, self._clock())
+            except RejectedError as rejected:
+                raise Refused(rejected.reason, str(rejected)) from rejected
+            self._sinks[request.id] = sink
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request; its pages and slots are free at once. False if it is unknown."""
+        with self._wake:
+            self._sinks.pop(request_id, None)
+            found = self.scheduler.cancel(request_id)
+            self._wake.notify()
+            return found
+
+    def set_policy(self, policy: str) -> None:
+        """Switch the admission policy from the next step on. Raises ValueError."""
+        with self._wake:
+            self.scheduler.set_policy(policy)
+
+    @property
+    def policy(self) -> str:
+        return self.scheduler.policy.name
+
+    def load(self) -> Load:
+        with self._wake:
+            load, now = self.scheduler.load(), self._clock()
+            accuracy = self.scheduler.latency.accuracy
+            bias, mape, coverage = accuracy.bias, accuracy.mape, accuracy.coverage
+            tokens = sum(count for at, count in self._recent if now - at <= self.RATE_WINDOW)
+        return Load(
+            running_requests=load.running_requests,
+            running_branches=load.running_branches,
+            queued_requests=load.queued_requests,
+            kv_used_tokens=load.kv_used_tokens,
+            kv_capacity_tokens=load.kv_capacity_tokens,
+            output_tokens_per_second=tokens / self.RATE_WINDOW,
+            steps=self._steps,
+            prediction_bias=bias,
+            prediction_mape=mape,
+            prediction_coverage=coverage,
+        )
+
+    def stop(self, *, drain: bool, timeout: float) -> None:
+        """Take no more requests; with `drain`, finish those that run, for up to `timeout` seconds."""
+        with self._wake:
+            if self.state == "SERVING":
+                self.state = "DRAINING" if drain else "STOPPED"
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        with self._wake:
+            if self.state != "FAILED":
+                self.state = "STOPPED"
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # --- the loop --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error = "the server stopped before the request finished"
+        try:
+            self._loop()
+        except Exception as crash:
+            log.exception("the engine failed")
+            error = repr(crash)
+            self.state = "FAILED"
+        finally:
+            self._publish()
+            with self._wake:
+                sinks = [*self._sinks.values()]
+                self._sinks.clear()
+            for sink in sinks:
+                sink([Failed(error)])
+
+    def _loop(self) -> None:
+        flying: _Launched | None = None
+        ended = self._clock()
+        while True:
+            with self._wake:
+                while flying is None and self.scheduler.idle and self.state == "SERVING":
+                    if self._collector is not None:
+                        self._collector.idle(self._clock())
+                    self._wake.wait()
+                if flying is None and (self.state == "STOPPED" or self.scheduler.idle):
+                    return
+                plan = self.scheduler.schedule(self._clock()) if self.state != "STOPPED" else None
+            launched = _Launched(plan, self.runner.launch(plan), self._clock()) if plan else None
+            if flying is not None:
+                ended = self._finish(flying, ended)
+            elif launched is None:
+                raise RuntimeError("requests are live, but no step can advance any of them")
+            flying = launched
+            if flying is None:
+                self._publish()
+
+    def _finish(self, step: _Launched, previous_end: float) -> float:
+        """Wait for a step, learn from it and publish its events; returns when it ended.
+
+        Steps run one after the other: a step's time counts from the end of the one before it.
+        """
+        self._waits = 0 if step.handle.is_ready() else self._waits + 1
+        samples = step.handle.samples()
+        now = self._clock()
+        result = StepResult(step.plan, samples, now - max(step.at, previous_end))
+        with self._wake:
+            events = self.scheduler.update(result, now)
+            self._steps += 1
+            self._events += events
+            self._recent.append((now, sum(isinstance(event, TokenEmitted) for event in events)))
+            while now - self._recent[0][0] > self.RATE_WINDOW:
+                self._recent.popleft()
+        if self._waits >= self.IN_TIME or now - self._published >= self._hold:
+            self._publish()
+        if self._on_step is not None:
+            self._on_step(result)
+        if self._collector is not None:
+            self._collector.busy(now)
+        return now
+
+    def _publish(self) -> None:
+        """Hand each request the events that wait."""
+        with self._wake:
+            events, self._events = self._events, []
+            sinks = self._route(events)
+        self._published = self._clock()
+        for sink, batch in sinks:
+            sink(batch)
+
+    def _route(self, events: Sequence[Event]) -> list[tuple[Sink, list[Event]]]:
+        batches: dict[str, list[Event]] = {}
+        for event in events:
+            batches.setdefault(event.request_id, []).append(event)
+        routed = [(self._sinks[key], batch) for key, batch in batches.items() if key in self._sinks]
+        for key, batch in batches.items():
+            if isinstance(batch[-1], Finished):
+                self._sinks.pop(key, None)
+        return routed

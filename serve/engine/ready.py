@@ -1,0 +1,72 @@
+"""What getting ready came to: the table that `taper-serve` prints before it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+from model.kv_cache import bytes_per_page
+from scheduler.predictor import StepLatencyModel
+from serve.engine.memory import IN_FLIGHT, SHARES, MemoryPlan
+from serve.engine.runner import RunnerConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A started server's sizes and times.
+
+    latency_source   where the step times are from
+    memory           how the pool was sized; None where the number of pages was given, or no limit is known
+    load_seconds     until the weights were on the device, while programs compiled
+    compile_seconds  of each bucket, several at a time
+    seconds          all of it
+    """
+
+    model: ModelConfig
+    dtype: str
+    device: str
+    runner: RunnerConfig
+    memory: MemoryPlan | None
+    latency: StepLatencyModel
+    latency_source: str
+    load_seconds: float
+    compile_seconds: Mapping[int, float]
+    seconds: float
+
+    def __str__(self) -> str:
+        """The table, as lines of text."""
+        runner = self.runner
+        page = bytes_per_page(self.model, runner.page_size, self.dtype)
+        tokens = runner.num_pages * runner.page_size
+        lines = [
+            f"{self.model.name}, {self.dtype}, on {self.device}, attention by {runner.backend}",
+            f"  weights    on the device after {self.load_seconds:.1f} s",
+            f"  KV pool    {runner.num_pages} pages of {runner.page_size} tokens: {tokens} tokens, "
+            f"{page * runner.num_pages / GIB:.1f} GiB",
+            *self._memory(),
+            f"  steps      {self.latency_source}",
+            "  bucket  compiled, s  step, ms",
+        ]
+        for bucket, seconds in sorted(self.compile_seconds.items()):
+            step = 1e3 * self.latency.rows_seconds(bucket)
+            lines.append(f"  {bucket:>6}  {seconds:>11.1f}  {step:>8.2f}")
+        return "\n".join([*lines, f"  ready after {self.seconds:.1f} s"])
+
+    def _memory(self) -> list[str]:
+        if self.memory is None:
+            return []
+        plan = self.memory
+        parts = {
+            "weights": plan.weights,
+            "slots": plan.slots,
+            f"{IN_FLIGHT} steps of {max(self.compile_seconds)} rows": IN_FLIGHT * plan.step,
+            "reserve": plan.reserve,
+        }
+        split = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+        return [
+            f"  memory     {plan.limit / GIB:.1f} GiB less {split};",
+            f"             what is left, in whole {SHARES}ths of the memory, is the pool",
+        ]

@@ -1,0 +1,297 @@
+"""Runs step plans on the device: its weights, KV cache and slots, and the programs that step them.
+
+One program per row bucket, and two small ones for slots that change hands, all compiled before the first
+request. A launch hands over one int32 vector and returns at once: steps run in order on one donated cache,
+and what a step sampled stays on the device for the next one.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.decoder import Decoder
+from model.kv_cache import KVCache, bytes_per_page
+from model.sampling import SampleOutputs, Sampling, SlotState, assign, count_history, pack_assignments
+from model.step import StepLayout, StepProgram, compile_step
+from scheduler.buckets import Buckets
+from scheduler.predictor import StepLatencyModel, StepLoad
+from scheduler.request import SamplingParams
+from scheduler.step import Entry, Sample, SegmentRead, SlotSetup, StepPlan
+from serve.engine.memory import MemoryPlan
+from serve.engine.packing import step_inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerConfig:
+    """Sizes that programs are compiled for.
+
+    buckets           row counts that steps are padded to
+    num_slots         branches that keep device state
+    max_logit_bias    biases of one slot
+    max_top_logprobs  alternatives that a sample can report
+    """
+
+    num_pages: int
+    page_size: int
+    buckets: tuple[int, ...]
+    num_slots: int
+    backend: str
+    max_logit_bias: int = 64
+    max_top_logprobs: int = 8
+
+
+class StepHandle:
+    """A launched step."""
+
+    def __init__(self, outputs: SampleOutputs, wanted: list[SamplingParams]) -> None:
+        self._outputs = outputs
+        self._wanted = wanted
+        outputs.token.copy_to_host_async()
+
+    def is_ready(self) -> bool:
+        return cast(Any, self._outputs.token).is_ready()  # which jax's stubs do not know
+
+    def samples(self) -> tuple[Sample, ...]:
+        """Wait for the step; its sampled tokens, in the plan's order."""
+        tokens = np.asarray(self._outputs.token)[: len(self._wanted)].tolist()
+        if not any(sampling.logprobs for sampling in self._wanted):
+            return tuple(Sample(token) for token in tokens)
+        logprob, top_id, top_logprob = (np.asarray(output).tolist() for output in self._outputs[1:])
+        samples: list[Sample] = []
+        for i, (token, sampling) in enumerate(zip(tokens, self._wanted, strict=True)):
+            top = tuple(zip(top_id[i], top_logprob[i], strict=True))[: sampling.top_logprobs]
+            samples.append(Sample(token, logprob[i], top) if sampling.logprobs else Sample(token))
+        return tuple(samples)
+
+
+class Runner:
+    """The device's side of a server: `launch` takes StepPlans, in order."""
+
+    ASSIGNMENTS = 16  # slots that one call of the assign program sets
+    HISTORY = 512  # known tokens that one call of the history program counts
+
+    def __init__(self, model: Decoder, config: RunnerConfig) -> None:
+        """`model` needs no weights yet: programs are compiled from shapes."""
+        self.config = config
+        self.model_config = model.config
+        self.buckets = Buckets(config.buckets)
+        self._structure, weights = model.split()
+        self._weight_shapes = tuple(
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in weights
+        )
+        self.dtype = model.dtype
+        self._programs: dict[int, StepProgram] = {}
+        self._sampling = [Sampling()] * config.num_slots  # what each slot was last set to
+        self._params = [SamplingParams()] * config.num_slots
+
+    # --- start-up --------------------------------------------------------------------------------------
+
+    def compile(self) -> dict[int, float]:
+        """Compile every program; returns the seconds that each bucket took. Nothing compiles after this."""
+        with self._precision():
+            slots = self._slot_shapes
+            self._assign = _compiled(assign, slots, self._assignments([]))
+            self._count = _compiled(count_history, slots, *_history_call(0, (), self.HISTORY, False))
+        largest_first = [*self.buckets][::-1]
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            return dict(zip(largest_first, pool.map(self._compile_bucket, largest_first), strict=True))
+
+    def hold(self, model: Decoder) -> None:
+        """Take the weights, and make room for KV and slots."""
+        _, self.weights = model.split()
+        config, vocab = self.config, self.model_config.vocab_size
+        with self._precision():
+            self.cache = KVCache.create(self.model_config, config.num_pages, config.page_size, self.dtype)
+            self.slots = SlotState.create(config.num_slots, vocab, config.max_logit_bias)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step reads whole: the embedding only where it is the head too."""
+        embedding = self.model_config.vocab_size * self.model_config.hidden_size * self.dtype.itemsize
+        return _bytes(self._weight_shapes) - (0 if self.model_config.tie_embeddings else embedding)
+
+    @property
+    def _slot_shapes(self) -> SlotState:
+        config = self.config
+        return SlotState.abstract(config.num_slots, self.model_config.vocab_size, config.max_logit_bias)
+
+    def memory(self, limit: int) -> MemoryPlan:
+        """How `limit` bytes divide; compiles the largest step to learn what it needs."""
+        self._compile_bucket(self.buckets.largest)
+        return MemoryPlan(
+            limit=limit,
+            weights=_bytes(self._weight_shapes),
+            slots=_bytes(self._slot_shapes),
+            step=self._programs[self.buckets.largest].working_bytes,
+            page=bytes_per_page(self.model_config, self.config.page_size, self.dtype),
+        )
+
+    def _compile_bucket(self, bucket: int) -> float:
+        config, started = self.config, time.perf_counter()
+        layout = StepLayout.for_bucket(
+            self.model_config,
+            config.backend,
+            bucket,
+            num_pages=config.num_pages,
+            page_size=config.page_size,
+            samples=min(bucket, config.num_slots),
+        )
+        with self._precision():
+            self._programs[bucket] = compile_step(
+                self._structure,
+                self._weight_shapes,
+                KVCache.abstract(self.model_config, config.num_pages, config.page_size, self.dtype),
+                self._slot_shapes,
+                layout=layout,
+                backend=config.backend,
+                max_top_logprobs=config.max_top_logprobs,
+            )
+        return time.perf_counter() - started
+
+    def measure(self, repeats: int = 5) -> StepLatencyModel:
+        """Time every bucket, full of decode rows, and the largest also with as much KV as the pool holds.
+
+        Writes to the pool's pages: call it before there are requests.
+        """
+        seconds = {bucket: self.seconds(self.probe(bucket, 1), repeats) for bucket in self.buckets}
+        largest, page_size = self.buckets.largest, self.config.page_size
+        pages_each = max(1, self.config.num_pages // largest)
+        kv_tokens = largest * (pages_each - 1) * page_size
+        more = self.seconds(self.probe(largest, pages_each), repeats) - seconds[largest]
+        return StepLatencyModel(seconds, more / kv_tokens if kv_tokens else 0.0)
+
+    def seconds(self, plan: StepPlan, repeats: int) -> float:
+        """Median time of a step on the device: from the end of one to the end of the next, in a queue of two.
+
+        It is greedy whatever the plan's slots want, and writes to the plan's pages and slots.
+        """
+        program, packed = self.packed(plan)
+        packed = jax.device_put(packed)
+
+        def launch() -> SampleOutputs:
+            with self._precision():
+                self.cache, self.slots, outputs = program(self.weights, self.cache, self.slots, packed)
+            return outputs
+
+        flying, ends = deque([launch(), launch()]), []
+        for _ in range(repeats + 1):
+            jax.block_until_ready(flying.popleft())
+            ends.append(time.perf_counter())
+            flying.append(launch())
+        jax.block_until_ready(flying)
+        return statistics.median(end - start for start, end in pairwise(ends))
+
+    def probe(self, bucket: int, pages_each: int) -> StepPlan:
+        """A step of `bucket` decode rows with `pages_each` full pages each."""
+        config = self.config
+        length = pages_each * config.page_size
+
+        def entry(row: int) -> Entry:
+            pages = tuple((row * pages_each + page) % config.num_pages for page in range(pages_each))
+            return Entry(
+                request_id="",
+                branch=row,
+                segment=row,
+                slot=row,
+                start=length - 1,
+                ordinal=length - 1,
+                rows=1,
+                tokens=(0,),
+                context=(),
+                own=SegmentRead(pages, length),
+                samples=True,
+                path=(),
+            )
+
+        return StepPlan(
+            step_id=-1,
+            entries=tuple(entry(row) for row in range(bucket)),
+            slots=(),
+            deferred=(),
+            bucket=bucket,
+            load=StepLoad(bucket, private_kv=bucket * length, items=bucket, raw_kv=bucket * length),
+            predicted_seconds=0.0,
+            baseline_seconds=0.0,
+            budget_seconds=0.0,
+        )
+
+    # --- steps -----------------------------------------------------------------------------------------
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Start a step, after giving slots that change hands to their new branches."""
+        sampled = [entry.slot for entry in plan.entries if entry.slot is not None]
+        with self._precision():
+            self._set_slots(plan.slots)
+            uses = 0
+            for slot in sampled:
+                uses |= self._sampling[slot].uses
+            program, packed = self.packed(plan)
+            self.cache, self.slots, outputs = program(self.weights, self.cache, self.slots, packed, uses)
+        return StepHandle(outputs, [self._params[slot] for slot in sampled])
+
+    def packed(self, plan: StepPlan) -> tuple[StepProgram, np.ndarray]:
+        """The program of a plan's bucket, and what it is told."""
+        program = self._programs[plan.bucket]
+        return program, program.layout.pack(step_inputs(plan, program.layout.capacity, self.config.page_size))
+
+    def _set_slots(self, setups: Sequence[SlotSetup]) -> None:
+        for start in range(0, len(setups), self.ASSIGNMENTS):
+            self.slots = self._assign(self.slots, self._assignments(setups[start : start + self.ASSIGNMENTS]))
+        for setup in setups:
+            for ids, generated in ((setup.given, False), (setup.generated, True)):
+                for start in range(0, len(ids), self.HISTORY):
+                    call = _history_call(
+                        setup.slot, ids[start : start + self.HISTORY], self.HISTORY, generated
+                    )
+                    self.slots = self._count(self.slots, *call)
+
+    def _assignments(self, setups: Sequence[SlotSetup]) -> np.ndarray:
+        for setup in setups:
+            self._params[setup.slot] = setup.sampling
+            self._sampling[setup.slot] = _sampling(setup.sampling)
+        return pack_assignments(
+            [(setup.slot, self._sampling[setup.slot]) for setup in setups],
+            capacity=self.ASSIGNMENTS,
+            slots=self.config.num_slots,
+            vocab=self.model_config.vocab_size,
+            max_bias=self.config.max_logit_bias,
+        )
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """64-bit types are a per-thread setting of JAX: on exactly where the model is float64."""
+        return jax.enable_x64(self.dtype == jnp.float64)
+
+
+def _sampling(params: SamplingParams) -> Sampling:
+    shared = {field.name for field in fields(Sampling)}
+    return Sampling(**{f.name: getattr(params, f.name) for f in fields(params) if f.name in shared})
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _compiled(
+    function: Callable[..., SlotState], slots: Any, *arguments: np.ndarray
+) -> Callable[..., SlotState]:
+    return jax.jit(function, donate_argnums=0).lower(slots, *arguments).compile()
+
+
+def _history_call(slot: int, ids: Sequence[int], room: int, generated: bool) -> tuple[np.ndarray, ...]:
+    """Arguments of `count_history`, the ids padded to `room`."""
+    padded = np.zeros(room, np.int32)
+    padded[: len(ids)] = ids
+    return np.int32(slot), padded, np.int32(len(ids)), np.bool_(generated)  # type: ignore[return-value]

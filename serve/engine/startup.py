@@ -1,0 +1,182 @@
+"""From a config to a started engine: weights, programs, the size of the KV pool, the measured staircase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, cast
+
+import jax
+import jax.numpy as jnp
+import structlog
+
+from attention import BACKENDS, default_backend
+from model.checkpoint import abstract_model, load_model, model_folder
+from model.decoder import Decoder
+from model.tokenizer import Tokenizer
+from scheduler.predictor import StepLatencyModel
+from scheduler.program import GRAMMARS
+from scheduler.request import Slo
+from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.slack import ControllerConfig
+from scheduler.step import StepResult
+from serve.config import ServerConfig
+from serve.engine.calibration import MOST_OFF, conditions, load_profile, matching, misses
+from serve.engine.collector import Collector
+from serve.engine.engine import Engine
+from serve.engine.memory import MemoryPlan, device_limit, remembered
+from serve.engine.ready import Ready
+from serve.engine.runner import Runner, RunnerConfig
+from serve.server.requests import ServedModel
+from serve.server.server import Backend
+
+log = structlog.get_logger("taper")
+
+NOMINAL_PAGES = 2048  # on a device that does not say how much memory it has; and to size a step with
+
+
+def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend:
+    """Load the model while every program compiles, measure their times and start the engine.
+
+    Raises what is wrong with the config or the model folder, before anything is served.
+    """
+    config = config.for_platform(jax.default_backend())
+    _keep_compiled_programs(config.compilation_cache)
+    # A preset has no tokenizer of its own: the embedded one will do for random weights.
+    tokenizer = Tokenizer.from_folder(model_folder(config.model) or cast(Path, model_folder("default")))
+    started, dtype = time.perf_counter(), jnp.dtype(config.dtype)
+    with jax.enable_x64(config.dtype == "float64"), ThreadPoolExecutor(max_workers=1) as compiler:
+        compiling = compiler.submit(_compiled_runner, config, abstract_model(config.model, dtype))
+        model = load_model(config.model, dtype, config.load_format, seed=config.seed)
+        jax.block_until_ready(model.split()[1])
+        loaded = time.perf_counter() - started
+        runner, compiled, memory = compiling.result()
+        runner.hold(model)
+    device = jax.devices()[0].device_kind
+    latency, source = _latency(config, runner, device)
+    ready = Ready(
+        model=model.config,
+        dtype=dtype.name,
+        device=device,
+        runner=runner.config,
+        memory=memory,
+        latency=latency,
+        latency_source=source,
+        load_seconds=loaded,
+        compile_seconds=compiled,
+        seconds=time.perf_counter() - started,
+    )
+    max_context = min(model.config.max_context, config.max_context or model.config.max_context)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_pages=runner.config.num_pages,
+            page_size=runner.config.page_size,
+            num_slots=runner.config.num_slots,
+            max_context=max_context,
+            max_queue=config.max_queue,
+            max_chunk=config.max_chunk or runner.buckets.largest,
+            controller=ControllerConfig(
+                rho=config.rho, fill=config.fill, repay=config.repay, reserve=config.reserve
+            ),
+            prefix_cache=config.prefix_cache,
+            policy=config.policy,
+        ),
+        latency,
+        tokenizer,
+    )
+    served = ServedModel(
+        name=model.config.name,
+        architecture=cast(Literal["qwen3", "llama"], "qwen3" if model.config.qk_norm else "llama"),
+        tokenizer=tokenizer,
+        vocab_size=model.config.vocab_size,
+        max_context=max_context,
+        eos_ids=tokenizer.eos_ids or model.config.eos_ids,
+        join=model.config.join,
+        grammars=GRAMMARS,
+        own_grammar=model.config.tag_grammar,
+        max_branches=config.max_branches,
+        max_depth=config.max_depth,
+        max_logit_bias=config.max_logit_bias,
+        max_top_logprobs=config.max_top_logprobs,
+        default_max_tokens=config.default_max_tokens,
+        default_slo=Slo(tpot=config.tpot_slo_ms / 1e3, ttft=config.ttft_slo_ms / 1e3),
+    )
+    engine = Engine(scheduler, runner, on_step=on_step, collector=Collector(), hold=config.hold_ms / 1e3)
+    engine.start()
+    return Backend(
+        engine=engine,
+        model=served,
+        device=ready.device,
+        largest_bucket=runner.buckets.largest,
+        summary=str(ready),
+    )
+
+
+def _compiled_runner(
+    config: ServerConfig, model: Decoder
+) -> tuple[Runner, dict[int, float], MemoryPlan | None]:
+    """The runner with its programs, the seconds that each took, and how memory was divided to size it."""
+    assert config.page_size is not None
+    assert config.buckets is not None
+    with jax.enable_x64(config.dtype == "float64"):
+        sizes = RunnerConfig(
+            num_pages=config.num_pages or NOMINAL_PAGES,
+            page_size=config.page_size,
+            buckets=config.buckets,
+            num_slots=2 * max(config.buckets),
+            backend=_attention(config, model),
+            max_logit_bias=config.max_logit_bias,
+            max_top_logprobs=config.max_top_logprobs,
+        )
+        memory, limit = None, device_limit()
+        if config.num_pages is None and limit is not None:
+            key = {"model": repr(model.config), "sizes": repr(sizes), "limit": limit, "jax": jax.__version__}
+            memory = remembered(config.compilation_cache, key, lambda: Runner(model, sizes).memory(limit))
+            sizes = replace(sizes, num_pages=memory.num_pages)
+        runner = Runner(model, sizes)
+        return runner, runner.compile(), memory
+
+
+def _latency(config: ServerConfig, runner: Runner, device: str) -> tuple[StepLatencyModel, str]:
+    """The step-time predictor, and where its figures are from. Warms every program up."""
+    measured = runner.measure()
+    wanted = conditions(device, runner.model_config, runner.dtype.name, runner.config.backend)
+    if config.profile == "auto":
+        profile = next(matching(wanted), None)
+    else:
+        profile = None if config.profile == "measure" else load_profile(config.profile)
+    if profile is None:
+        if config.predictor != "staircase":
+            raise ValueError(f"the {config.predictor} predictor needs a profile, and none fits this server")
+        return measured, "measured at start"
+    model = StepLatencyModel.from_profile(profile, runner.buckets, config.predictor)
+    if config.profile == "auto":
+        off = {
+            bucket: miss for bucket, miss in misses(model, measured, runner).items() if abs(miss) > MOST_OFF
+        }
+        if off:
+            log.warning("the shipped profile does not fit this machine", profile=profile["name"], off=off)
+            return measured, "measured at start"
+    return model, f"profile {profile['name']}, {config.predictor}"
+
+
+def _attention(config: ServerConfig, model: Decoder) -> str:
+    if config.attention != "auto":
+        return config.attention
+    backend = default_backend(model.config.head_dim, model.dtype)
+    if not config.deterministic:
+        return backend
+    if f"{backend}-alone" not in BACKENDS:
+        raise ValueError(f"attention by {backend} has no deterministic form: leave --deterministic out")
+    return f"{backend}-alone"
+
+
+def _keep_compiled_programs(folder: str | None) -> None:
+    """Use JAX's persistent compilation cache, for programs of every size."""
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,154 @@
+"""What the server counts, for Prometheus. A registry of its own: two servers in a process do not mix.
+
+Steps are observed from the engine's thread, requests from the event loop's; load is read when scraped.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, start_http_server
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
+
+from scheduler.events import Finished
+from scheduler.step import StepResult
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 2, 4)
+_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+
+
+class Histogram:
+    """Counts of what was observed up to each bound. It has one writer and no lock: dozens of observations are
+    made in a step, and a scrape may miss the latest one."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        self._name, self._text = name, text
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def describe(self) -> list[Metric]:
+        return [HistogramMetricFamily(self._name, self._text)]
+
+    def collect(self) -> list[Metric]:
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = [*zip(names, accumulate(self._counts), strict=True)]
+        return [HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)]
+
+
+class LoadSnapshot(Protocol):
+    @property
+    def running_requests(self) -> int: ...
+    @property
+    def running_branches(self) -> int: ...
+    @property
+    def queued_requests(self) -> int: ...
+    @property
+    def kv_used_tokens(self) -> int: ...
+    @property
+    def kv_capacity_tokens(self) -> int: ...
+    @property
+    def prediction_bias(self) -> float: ...
+    @property
+    def prediction_mape(self) -> float: ...
+    @property
+    def prediction_coverage(self) -> float: ...
+
+
+class Metrics:
+    """Counters and histograms of one server; times in seconds."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"taper_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, bounds: Sequence[float]) -> Histogram:
+            made = Histogram(f"taper_{name}", text, bounds)
+            registry.register(made)
+            return made
+
+        self._requests = counter("requests", "Requests that ended, by gRPC status code", "code")
+        self._tokens = counter(
+            "tokens", "Tokens: prompt (read), cached (reused), completion (sampled)", "kind"
+        )
+        self._slo = counter("slo", "Finished requests by target and whether they met it", "target", "met")
+        self._ttft = histogram("ttft_seconds", "Arrival to first token", _SECONDS)
+        self._tpot = histogram("tpot_seconds", "Mean time between tokens of a request", _SECONDS)
+        self._step = histogram("step_seconds", "Measured time of a step", _SECONDS)
+        self._ratio = histogram("step_prediction_ratio", "Measured over predicted time of a step", _RATIOS)
+        self._externality = histogram(
+            "step_externality_seconds", "Predicted time that extra work adds to a step's baseline", _SECONDS
+        )
+        self._width = histogram("width_branches", "Branches of a request that advance in a step", _WIDTHS)
+
+    def observe_step(self, result: StepResult) -> None:
+        plan = result.plan
+        self._step.observe(result.seconds)
+        if plan.predicted_seconds > 0:
+            self._ratio.observe(result.seconds / plan.predicted_seconds)
+        self._externality.observe(max(0.0, plan.predicted_seconds - plan.baseline_seconds))
+        for width in Tally(entry.request_id for entry in plan.entries if entry.samples).values():
+            self._width.observe(width)
+
+    def observe_finished(self, event: Finished) -> None:
+        usage, timing = event.usage, event.timing
+        self._tokens.labels("prompt").inc(usage.prompt_tokens - usage.cached_tokens)
+        self._tokens.labels("cached").inc(usage.cached_tokens)
+        self._tokens.labels("completion").inc(usage.completion_tokens)
+        self._ttft.observe(timing.ttft)
+        self._tpot.observe(timing.tpot)
+        self._slo.labels("tpot", str(timing.tpot_slo_met).lower()).inc()
+        self._slo.labels("ttft", str(timing.ttft_slo_met).lower()).inc()
+
+    def count_request(self, code: str) -> None:
+        self._requests.labels(code).inc()
+
+    def watch_load(self, load: Callable[[], LoadSnapshot]) -> None:
+        """Report `load()` whenever the metrics are scraped."""
+        self.registry.register(_LoadCollector(load))
+
+    def listen(self, port: int) -> tuple[int, Callable[[], None]]:
+        """Serve /metrics on the loopback interface; returns the port and what stops it."""
+        server, thread = start_http_server(port, addr="127.0.0.1", registry=self.registry)
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return server.server_port, stop
+
+
+class _LoadCollector:
+    def __init__(self, load: Callable[[], LoadSnapshot]) -> None:
+        self._load = load
+
+    def describe(self) -> list[Metric]:
+        return []  # or registering would ask for the load of an engine that may not run yet
+
+    def collect(self) -> Iterator[Metric]:
+        load = self._load()
+        gauges = {
+            "running_requests": load.running_requests,
+            "running_branches": load.running_branches,
+            "queued_requests": load.queued_requests,
+            "kv_used_tokens": load.kv_used_tokens,
+            "kv_capacity_tokens": load.kv_capacity_tokens,
+            "prediction_bias": load.prediction_bias,
+            "prediction_mape": load.prediction_mape,
+            "prediction_coverage": load.prediction_coverage,
+        }
+        for name, value in gauges.items():
+            yield GaugeMetricFamily(f"taper_{name}", name.replace("_", " "), value=value)

@@ -1,0 +1,188 @@
+"""Scheduler events in, GenerateResponse messages out: one message for each batch of events.
+
+Tokens become text here. Within a message, all tokens that a branch sampled in one stage are one delta, so a
+reader that fell behind gets fewer and larger messages, never more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from google.protobuf.duration_pb2 import Duration
+
+from scheduler.events import (
+    BranchInfo,
+    Event,
+    Finished,
+    Joined,
+    StageFinished,
+    StageStarted,
+    Started,
+    TokenEmitted,
+    WidthChanged,
+)
+from scheduler.program import Plan, SerialStage, Stage
+from scheduler.request import FinishReason, Request, Stopping
+from scheduler.step import Sample
+from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from serve.text.detokenizer import Detokenizer, Speller
+
+_REASONS = {
+    FinishReason.EOS: pb.FINISH_REASON_EOS,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.MAX_TOKENS: pb.FINISH_REASON_MAX_TOKENS,
+    FinishReason.CONTEXT: pb.FINISH_REASON_CONTEXT,
+    FinishReason.BRANCH_CLOSED: pb.FINISH_REASON_BRANCH_CLOSED,
+    FinishReason.FORKED: pb.FINISH_REASON_FORKED,
+}
+
+
+def duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+def stop_strings(request: Request) -> tuple[str, ...]:
+    """Every string that may end a sequence of the request: text that could be one of them is held back."""
+    program = request.program
+    stoppings = list(_stoppings(program.stages)) if isinstance(program, Plan) else [program.stopping]
+    return tuple(dict.fromkeys(text for stopping in stoppings for text in stopping.stop_strings))
+
+
+def _stoppings(stages: Sequence[Stage]) -> list[Stopping]:
+    found: list[Stopping] = []
+    for stage in stages:
+        for part in (stage,) if isinstance(stage, SerialStage) else stage.branches:
+            found.append(part.stopping)
+            if not isinstance(part, SerialStage):
+                found += _stoppings(part.stages)
+    return found
+
+
+class ResponseWriter:
+    """Writes the messages of one request. Not thread-safe: it belongs to the request's call."""
+
+    def __init__(self, request: Request, options: pb.OutputOptions, speller: Speller) -> None:
+        self._request = request
+        self._options = options
+        self._speller = speller
+        self._stops = stop_strings(request)
+        self._texts: dict[int, Detokenizer] = {}  # by branch, while its stage lasts
+        self._deltas: dict[int, pb.BranchDelta] = {}  # by branch, in the message being written
+        self._response = pb.GenerateResponse()
+
+    def write(self, events: Sequence[Event]) -> pb.GenerateResponse:
+        """The message that tells `events`, in their order."""
+        self._response = pb.GenerateResponse()
+        self._deltas.clear()
+        for event in events:
+            self._add(event)
+        return self._response
+
+    def _add(self, event: Event) -> None:
+        match event:
+            case TokenEmitted():
+                self._token(event)
+            case WidthChanged(width=width, wanted=wanted):
+                self._response.events.add(width_changed=pb.WidthChanged(width=width, wanted=wanted))
+            case StageStarted():
+                self._stage_started(event)
+            case StageFinished():
+                self._stage_finished(event)
+            case Joined(stage=stage, branches=branches):
+                self._response.events.add(joined=pb.Joined(stage=stage, branch_ids=branches))
+            case Started():
+                self._started(event)
+            case Finished():
+                self._finished(event)
+
+    def _started(self, event: Started) -> None:
+        echoed = self._request.prompt if self._options.prompt_token_ids else ()
+        started = pb.Started(
+            request_id=event.request_id,
+            prompt_tokens=event.prompt_tokens,
+            cached_tokens=event.cached_tokens,
+            prompt_token_ids=echoed,
+        )
+        self._response.events.add(started=started)
+
+    def _stage_started(self, event: StageStarted) -> None:
+        branches = [self._branch(info) for info in event.branches]
+        self._response.events.add(stage_started=pb.StageStarted(stage=event.stage, branches=branches))
+
+    def _branch(self, info: BranchInfo) -> pb.Branch:
+        context = info.prefix or self._request.prompt
+        self._texts[info.branch] = Detokenizer(self._speller, stops=self._stops, context=context)
+        self._deltas.pop(info.branch, None)
+        return pb.Branch(
+            branch_id=info.branch,
+            parent_branch_id=info.parent,
+            label=info.label,
+            prefix=self._speller.text(info.prefix),
+        )
+
+    def _token(self, event: TokenEmitted) -> None:
+        delta = self._delta(event.branch)
+        delta.text += self._texts[event.branch].push(event.sample.token)
+        delta.completion_tokens = event.completion_tokens
+        if self._options.token_ids:
+            delta.token_ids.append(event.sample.token)
+        if self._options.logprobs:
+            delta.logprobs.append(_logprob(event.sample))
+
+    def _stage_finished(self, event: StageFinished) -> None:
+        text = self._texts.pop(event.branch, None)
+        if text is not None:
+            stop = event.stop if isinstance(event.stop, str) else None
+            rest = text.finish(stop, include_stop=self._options.include_stop)
+            if rest:
+                delta = self._delta(event.branch)
+                delta.text += rest
+                delta.completion_tokens = event.completion_tokens
+        self._deltas.pop(event.branch, None)
+        if event.final:
+            finished = pb.BranchFinished(
+                branch_id=event.branch,
+                finish_reason=_REASONS[event.reason],
+                completion_tokens=event.completion_tokens,
+            )
+            if isinstance(event.stop, str):
+                finished.stop_string = event.stop
+            elif event.stop is not None:
+                finished.stop_token_id = event.stop
+            self._response.events.add(branch_finished=finished)
+
+    def _delta(self, branch: int) -> pb.BranchDelta:
+        if branch not in self._deltas:
+            self._deltas[branch] = self._response.events.add(delta=pb.BranchDelta(branch_id=branch)).delta
+        return self._deltas[branch]
+
+    def _finished(self, event: Finished) -> None:
+        usage, timing = event.usage, event.timing
+        finished = pb.Finished(
+            usage=pb.Usage(
+                prompt_tokens=usage.prompt_tokens,
+                cached_tokens=usage.cached_tokens,
+                completion_tokens=usage.completion_tokens,
+                critical_path_tokens=usage.critical_path_tokens,
+                preemptions=usage.preemptions,
+            ),
+            timing=pb.Timing(
+                queue_time=duration(timing.queue),
+                time_to_first_token=duration(timing.ttft),
+                time_per_output_token=duration(timing.tpot),
+                total_time=duration(timing.total),
+                tpot_slo_met=timing.tpot_slo_met,
+                ttft_slo_met=timing.ttft_slo_met,
+            ),
+        )
+        self._response.events.add(finished=finished)
+
+
+def _logprob(sample: Sample) -> pb.TokenLogprob:
+    return pb.TokenLogprob(
+        token_id=sample.token,
+        logprob=sample.logprob or 0.0,
+        top=[pb.TopLogprob(token_id=token, logprob=logprob) for token, logprob in sample.top],
+    )

@@ -1,0 +1,1 @@
+"""Text: token ids to characters, and the strings that stop a sequence."""

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bench.device.calibrate import Point, Shape, default_name, fit, non_negative, probe, shapes
+from scheduler.predictor import StepLatencyModel, StepLoad
+from tests.scheduler.symbolic import unique_kv_tokens
+
+BUCKETS = (1, 8, 16, 64)
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape(8, 8, 1, 8, 0), Shape(16, 12, 4, 60, 0), Shape(64, 30, 4, 90, 32, 7)]
+)
+def test_a_made_up_steps_load_is_its_entries(shape: Shape) -> None:
+    plan = probe(shape, page_size=4)
+    assert (plan.rows, plan.bucket) == (shape.rows + shape.chunk, shape.bucket)
+    assert sum(entry.rows for entry in plan.entries) == plan.rows
+    assert plan.load.kv_tokens == unique_kv_tokens(plan.entries, page_size=4)
+    assert len({entry.own.pages for entry in plan.entries}) == len(plan.entries)
+    assert plan.load.items == len({read for e in plan.entries for read in (*e.context, e.own)})
+    raw = sum(sum(read.length for read in entry.context) + entry.own.length for entry in plan.entries)
+    assert plan.load.raw_kv == raw
+    seen = [e.ordinal + row + 1 for e in plan.entries for row in range(1, e.rows)]
+    assert plan.load.chunk_context == sum(seen)
+
+
+def test_shapes_cover_buckets_fills_widths_levels_and_chunks() -> None:
+    made = [*shapes(BUCKETS, num_pages=400, page_size=16)]
+    assert {shape.bucket for shape in made} == {*BUCKETS}
+    totals = {shape.rows + shape.chunk for shape in made}
+    assert totals == {1, 2, 8, 9, 16, 17, 64}
+    assert {shape.width for shape in made} == {1, 4, 16}
+    assert {shape.chunk for shape in made} == {0, 32}
+    assert len({shape.pages for shape in made}) > 4
+
+
+def test_a_profile_is_named_after_the_device_and_the_model() -> None:
+    assert default_name("NVIDIA H100 80GB HBM3", "qwen3-32b") == "h100-qwen3-32b"
+    assert default_name("NVIDIA H200", "qwen3-32b") == "h200-qwen3-32b"
+    assert default_name("cpu", "taper-tiny") == "cpu-taper-tiny"
+
+
+def test_least_squares_without_negative_coefficients() -> None:
+    rng = np.random.default_rng(0)
+    design = rng.random((50, 4))
+    wanted = np.array([1.0, 0.5, 0.0, 2.0])
+    found = non_negative(design / (design @ wanted)[:, None])
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert (non_negative(np.stack([np.ones(9), -np.arange(9.0)], axis=1)) >= 0).all()
+
+
+def test_what_a_staircase_took_is_found_again() -> None:
+    steps = {1: 0.010, 8: 0.0105, 16: 0.012, 64: 0.02}
+    truth = StepLatencyModel.from_profile(
+        {
+            "forms": {
+                "staircase": {
+                    "buckets": steps,
+                    "costs": {"shared_kv": 1e-6, "private_kv": 2e-6, "items": 5e-6, "chunk_context": 1e-7},
+                    "margin": 0.0,
+                }
+            }
+        }
+    )
+    plans = [probe(shape, page_size=16) for shape in shapes(BUCKETS, num_pages=400, page_size=16)]
+    points = [Point(p.bucket, p.load, truth.predict(p.load)) for p in plans]
+    forms = fit(points)
+    assert forms["staircase"]["mape"] < 0.003
+    assert forms["staircase"]["costs"]["private_kv"] == pytest.approx(2e-6, rel=0.1)
+    for other in ("linear", "linear-unique", "constant", "staircase-raw"):
+        assert forms[other]["mape"] > 3 * forms["staircase"]["mape"]
+        model = StepLatencyModel.from_profile({"forms": forms}, form=other)
+        assert model.predict(StepLoad(9, raw_kv=100)) > 0

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.load import generate
+from bench.load.generate import SETTINGS, Arrivals, Load, best_peer, decode_floor, main
+from model.checkpoint import model_config, model_folder
+from model.config import PRESETS
+
+DEVICE = {"hardware": {"device": "a card"}, "copy_tb_s": 4.0}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The embedded model's tokenizer, and a model of one layer."""
+    embedded = model_folder("default")
+    assert embedded
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedded / name, tmp_path)
+    config = replace(model_config("default"), num_layers=1)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    return tmp_path
+
+
+def test_a_real_server_is_measured_and_peers_that_fail_are_reported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {
+        "device": DEVICE,
+        "static sdpa": {"tokens_per_second": 2.0, "seconds": 6.0},
+        "continuous sdpa": {"error": "ImportError: no such thing"},
+    }
+    monkeypatch.setattr(generate, "child", lambda part, load: parts[part])
+    out = folder / "generate.json"
+    result = main(
+        [
+            *("--model", str(folder), "--dtype", "float32", "--json", str(out)),
+            *("--prompts", "3", "--prompt-tokens", "9", "--new-tokens", "4", "--buckets", "8"),
+            *("--interval-ms", "2.5"),
+            *("--peers", "transformers", "--settings", "static sdpa", "continuous sdpa"),
+            *("--", "--max-chunk", "8"),
+        ]
+    )
+    assert json.loads(out.read_text()) == result
+    ours = result["taper"]
+    assert ours["tokens_per_second"] == pytest.approx(3 * 4 / ours["seconds"])
+    assert ours["options"][-2:] == ["--max-chunk", "8"]
+    assert ours["interval_ms"] == 2.5
+    assert result["best_peer"] == "static sdpa"
+    assert result["ratio"] == pytest.approx(ours["tokens_per_second"] / 2)
+    printed = capsys.readouterr().out
+    assert "no such thing" in printed
+    assert "x the best of transformers (static sdpa)" in printed
+
+
+def test_a_server_that_does_not_start_is_said(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match="did not start"),
+        generate.running_server(["--model", str(tmp_path / "nothing")]),
+    ):
+        pass
+
+
+def test_decoding_counts_while_every_request_decodes() -> None:
+    """The second request starts two seconds late: from 3 to 5 s both decode, two tokens a second."""
+    arrivals = Arrivals(np.array([[1.0, 2, 3, 4, 5], [3, 4, 5, 6, 7]]))
+    assert arrivals.total == 7
+    assert arrivals.decoded_together() == (2.0, (3 + 1 + 1 + 1) / 2)
+
+
+def test_requests_that_never_decode_together_have_no_rate() -> None:
+    assert Arrivals(np.array([[1.0, 2, 3], [4, 5, 6]])).decoded_together() is None
+
+
+def test_the_floor_is_every_weight_and_every_position_once() -> None:
+    load = Load("qwen3-8b", "bfloat16", prompts=64, prompt_tokens=512, new_tokens=128, seed=0)
+    floor = decode_floor(load, answer_tokens=64, copy_tb_s=4.0)
+    config = PRESETS["qwen3-8b"]
+    assert floor["weight_bytes"] == pytest.approx(2 * (8.19e9 - config.vocab_size * 4096), rel=1e-3)
+    assert floor["kv_bytes"] == 64 * 576 * 2 * 36 * 8 * 128 * 2
+    assert floor["tokens_per_second"] == pytest.approx(64e3 / floor["step_ms"])
+
+
+def test_every_run_has_prompts_of_its_own() -> None:
+    load = Load("default", "float32", prompts=3, prompt_tokens=5, new_tokens=2, seed=1)
+    assert np.shape(load.ids(0)) == (3, 5)
+    assert load.ids(0) == load.ids(0) != load.ids(1)
+
+
+def test_the_best_peer_is_the_fastest_that_ran() -> None:
+    rows: dict[str, Any] = {name: {"error": "x"} for name in SETTINGS}
+    assert best_peer({"peers": rows}) is None
+    rows["continuous sdpa"] = {"tokens_per_second": 5.0}
+    assert best_peer({"peers": rows}) == ("continuous sdpa", 5.0)
+
+
+def test_a_part_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Load("no/such/model", "float32", prompts=1, prompt_tokens=1, new_tokens=1, seed=0)
+    assert "Error" in generate.child("static sdpa", load)["error"]

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+
+from bench.load.measures import Record, client_row, merged_stages, quantile, share
+from bench.load.workload import Item
+
+
+def seen(item: Item, first: float, *gaps: float, arrival: float = 0.0) -> Record:
+    """A request whose first token comes at `first` and each later one so many seconds after the last."""
+    record = Record(item, arrival)
+    record.emit(first)
+    for gap in gaps:
+        record.emit(record.last + gap)
+    record.finished = record.tokens == item.tokens
+    return record
+
+
+def test_stages_end_with_their_last_token() -> None:
+    item = Item(0.0, 1, ((20,), (16, 14), (20,)))
+    record = seen(item, 5.0, *[1.0] * 19, *[0.5] * 30, *[3.0] * 20, arrival=4.0)
+    assert record.finished
+    assert record.ttft == 1.0
+    assert record.stage_ends == [24.0, 39.0, 99.0]
+    assert merged_stages(record) == [(5.0, 24.0, 19, 19), (24.0, 39.0, 30, 16), (39.0, 99.0, 20, 20)]
+    assert record.mean_tpot == pytest.approx((19 + 15 + 60) / 69)
+    assert record.stage_tpot == 3.0
+    assert record.critical_tpot == 3.0
+
+
+def test_tokens_that_come_together_end_their_stages_together() -> None:
+    item = Item(0.0, 1, ((2,), (3, 2), (1,)))
+    record = Record(item, 0.0)
+    for now, tokens in ((1.0, 1), (2.0, 3), (3.0, 4)):
+        record.emit(now, tokens)
+    assert (record.first, record.last, record.tokens) == (1.0, 3.0, 8)
+    assert record.stage_ends == [2.0, 3.0, 3.0]
+
+
+def test_a_short_stage_counts_with_the_next_and_a_short_last_one_with_the_one_before() -> None:
+    item = Item(0.0, 1, ((4,), (8, 8), (15,)))
+    record = seen(item, 0.0, *[2.0] * 3, *[1.0] * 16, *[4.0] * 15)
+    assert merged_stages(record) == [(0.0, 82.0, 34, 26)]
+    assert record.stage_tpot == pytest.approx(82 / 34)
+    short = seen(Item(0.0, 1, ((3,),)), 1.0, 0.5, 0.5)
+    assert merged_stages(short) == [(1.0, 2.0, 2, 2)]
+    single = seen(Item(0.0, 1, ((1,),)), 1.0)
+    assert (single.mean_tpot, single.stage_tpot, single.critical_tpot) == (0.0, 0.0, 0.0)
+
+
+def test_the_mean_hides_a_slow_stage_that_the_stage_measure_shows() -> None:
+    item = Item(0.0, 1, ((20,), (100, 100), (20,)))
+    record = seen(item, 1.0, *[0.03] * 19, *[0.01] * 200, *[0.04] * 20)
+    result = client_row([record], 10.0, tpot_slo=0.031, ttft_slo=5.0)
+    assert (result["attainment_mean"], result["attainment_stage"]) == (1.0, 0.0)
+    assert (result["goodput_mean"], result["goodput_stage"]) == (24.0, 0.0)
+
+
+def test_the_critical_path_counts_the_longest_branch_alone() -> None:
+    """It shows what the stage measure hides: branches that take turns."""
+    record = seen(Item(0.0, 1, ((17,), (100, 60))), 1.0, *[0.03] * 16, *[0.02] * 160)
+    assert record.stage_tpot == pytest.approx(0.03)
+    assert record.critical_tpot == pytest.approx(160 * 0.02 / 100)
+    result = client_row([record], 10.0, tpot_slo=0.031, ttft_slo=5.0)
+    assert (result["attainment_stage"], result["attainment_critical"]) == (1.0, 0.0)
+    assert (result["goodput_stage"], result["goodput_critical"]) == (17.7, 0.0)
+
+
+def test_everything_is_in_the_denominator() -> None:
+    serial, parallel = Item(0.0, 1, ((20,),)), Item(0.0, 1, ((20, 20),))
+    records = [
+        seen(serial, 11.0, *[0.01] * 19, arrival=10.0),
+        seen(serial, 11.0, 0.01, arrival=12.0),  # not finished
+        Record(serial, 13.0),  # not started
+        seen(serial, 19.0, *[0.01] * 19, arrival=13.5),  # its first token is late
+        seen(parallel, 20.5, *[0.02] * 39, arrival=19.9),
+    ]
+    result = client_row(records, 10.0, tpot_slo=0.031, ttft_slo=5.0)
+    assert result["attainment_stage"] == 2 / 5
+    assert result["serial_attainment"] == 1 / 4
+    assert result["parallel_attainment"] == 1.0
+    assert result["ttft_attainment"] == 2 / 5
+    assert result["goodput_stage"] == (20 + 40) / 10
+
+
+def test_a_ratio_with_nothing_below_is_null() -> None:
+    assert share([]) is None
+    assert quantile([], 0.5) is None
+    empty = client_row([], 1.0, tpot_slo=0.031, ttft_slo=5.0)
+    assert {value for key, value in empty.items() if not key.startswith("goodput")} == {None}
+    assert {value for key, value in empty.items() if key.startswith("goodput")} == {0.0}

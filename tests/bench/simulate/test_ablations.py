@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+
+from bench.load.workload import open_loop
+from bench.simulate.ablations import VARIATIONS, Replanned, Unbudgeted, ablate, unpadded
+from bench.simulate.simulation import Profile, Setting, unloaded_tpot
+from scheduler.policy import Baseline, Extra
+from scheduler.predictor import StepLatencyModel, StepLoad
+
+PROFILE = Profile.load("h200-qwen3-32b")
+EXTRAS = [Extra(number, 0, 1, 0.0) for number in range(6)]
+LATENCY = StepLatencyModel({4: 0.010, 16: 0.020})
+
+
+def test_every_variation_answers_everything_in_full() -> None:
+    workload = open_loop("mixed", "poisson", 2.0, 1.0, seed=3)
+    assert any(item.parallel for item in workload.items)
+    setting = Setting(profile=PROFILE, workload=workload, tpot_slo=2 * unloaded_tpot(PROFILE))
+    rows = [ablate(setting, name) for name in VARIATIONS]
+    assert [row["policy"] for row in rows] == [*VARIATIONS]
+    assert all(row["ttft_attainment"] == 1.0 for row in rows)
+    assert len({row["e2e_p50_s"] for row in rows}) > 4
+
+
+def test_a_plan_that_is_kept_admits_as_many_until_the_next() -> None:
+    policy = Replanned(3)
+    budgets = [0.010, 0.020, 0.020, 0.020, 0.010]
+    admitted = [len(policy.admit(EXTRAS, Baseline(2, 0.0, budget), LATENCY)) for budget in budgets]
+    assert admitted == [2, 2, 2, 6, 6]
+
+
+def test_without_a_budget_all_run_that_fit() -> None:
+    assert len(Unbudgeted().admit(EXTRAS, Baseline(2, 0.0, 0.001), LATENCY)) == 6
+
+
+def test_without_padding_in_the_price_a_bucket_just_begun_costs_less() -> None:
+    load = StepLoad(97, shared_kv=30_000, private_kv=20_000, items=110, raw_kv=200_000)
+    assert unpadded(PROFILE).predict(load) < PROFILE.latency().predict(load)
+    full = load._replace(rows=128)
+    assert unpadded(PROFILE).predict(full) == pytest.approx(PROFILE.latency().predict(full))

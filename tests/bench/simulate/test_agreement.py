@@ -1,0 +1,97 @@
+"""A real result is simulated with its own requests, times and targets, and compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.load.workload import named
+from bench.simulate import agreement
+from bench.simulate.agreement import compare, settings
+from bench.simulate.simulation import Profile, Setting, simulate, unloaded_tpot
+from tests.bench.simulate.test_simulation import InOneProcess
+
+PROFILE = Profile.load("h200-qwen3-32b").exact()
+
+
+def row(goodput: float, attained: float) -> dict[str, Any]:
+    names = ("goodput_mean", "raw_tokens_s", "mean_width", "e2e_p50_s")
+    point = {"load": 1.0, "seed": 1, "policy": "taper"}
+    return point | dict.fromkeys(names, 1.0) | {"goodput_stage": goodput, "attainment_stage": attained}
+
+
+@pytest.mark.parametrize(
+    ("real", "simulated", "agrees"),
+    [
+        ((1000, 1.00), (960, 0.96), True),  # goodput counts, within 5 %
+        ((1000, 1.00), (940, 1.00), False),
+        ((1000, 0.60), (700, 0.64), True),  # attainment counts, within 5 points
+        ((1000, 0.60), (1000, 0.66), False),
+        ((0, 0.0), (0, 0.0), True),
+        ((0, 0.0), (10, 0.01), False),
+    ],
+)
+def test_what_counts_depends_on_the_attainment(
+    real: tuple[float, float], simulated: tuple[float, float], agrees: bool
+) -> None:
+    assert compare(row(*real), [row(*simulated)])["agrees"] is agrees
+
+
+def result(workload: str, policy: str, seconds: float) -> dict[str, Any]:
+    """What bench.load.goodput would have written, had the server been the simulator."""
+    times = {"warmup_s": 1.0, "window_s": seconds, "cooldown_s": 0.5, "drain_s": 60.0}
+    requests = named(workload, 3, seconds + 1.5, rate=2.0)
+    setting = Setting(
+        profile=PROFILE,
+        workload=requests,
+        tpot_slo=2 * unloaded_tpot(PROFILE),
+        warmup=1.0,
+        end=1.0 + seconds,
+        drain=60.0,
+        seed=3,
+    )
+    point = {"load": 2.0, "seed": 3}
+    return {
+        **times,
+        "workload": workload,
+        "scale": 1.0,
+        "tpot_slo_ms": 1e3 * setting.tpot_slo,
+        "ttft_slo_s": 5.0,
+        "points": [point | {"closed": False, "sha256": requests.digest}],
+        "rows": [point | simulate(setting, policy)[0] | {"policy": policy}],
+    }
+
+
+def test_the_simulator_agrees_with_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "real.json").write_text(json.dumps(result("light", "taper", 4.0)))
+    profile = {"name": "p", "num_pages": PROFILE.num_pages, "page_size": PROFILE.page_size}
+    serving = {"serving": {"factors": PROFILE.factors}}
+    (tmp_path / "p.json").write_text(json.dumps(profile | {"forms": PROFILE.forms} | serving))
+    monkeypatch.setattr(agreement, "ProcessPoolExecutor", InOneProcess)
+    found = agreement.main([str(tmp_path / "real.json"), "--profile", str(tmp_path / "p.json")])
+    (only,) = found["rows"]
+    assert only["agrees"]
+    assert only["goodput_off"] == 0.0
+    assert "agrees" in capsys.readouterr().out
+
+
+def test_other_requests_than_those_measured_are_refused() -> None:
+    real = result("light", "off", 2.0)
+    real["points"][0]["sha256"] = "other"
+    with pytest.raises(ValueError, match="not what it was"):
+        settings(real, PROFILE)
+
+
+def test_a_closed_loops_load_is_its_clients() -> None:
+    real = result("light", "off", 2.0)
+    clients = named("light", 3, 3.5, clients=2)
+    real["points"] = [{"load": 2, "seed": 3, "closed": True, "sha256": clients.digest}]
+    real["rows"][0]["load"] = 2
+    ((setting, policy),) = settings(real, replace(PROFILE, name="other"))
+    assert (setting.workload.clients, setting.drain, policy) == (2, 60.0, "off")

@@ -1,0 +1,78 @@
+"""Maps: one thing changes, and the cases say which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.load.workload import named
+from bench.simulate import maps
+from bench.simulate.maps import MAPS, MARGINS, Case, biased, capacity, cases, run, with_fanout, with_share
+from bench.simulate.simulation import Profile
+from scheduler.predictor import StepLoad
+from tests.bench.simulate.test_simulation import InOneProcess
+
+PROFILE = Profile.load("h200-qwen3-32b")
+LOAD = StepLoad(100, shared_kv=20_000, private_kv=10_000, items=110, raw_kv=90_000)
+
+
+def test_every_map_has_cases_for_every_seed_and_the_hour_for_one() -> None:
+    made = [*cases(MAPS, [1, 2])]
+    assert {case.map for case in made} == {*MAPS}
+    assert len(made) == len({*made})
+    assert all({case.seed for case in made if case.map == name} == {1, 2} for name in MAPS if name != "hour")
+    assert {case.seed for case in made if case.map == "hour"} == {1}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_share_of_requests_that_branch(share: float) -> None:
+    workload = named("headline", 1, 120.0, rate=2.0)
+    changed = with_share(workload, share)
+    assert [item.arrival for item in changed.items] == [item.arrival for item in workload.items]
+    parallel = sum(item.parallel for item in changed.items) / len(changed.items)
+    assert parallel == pytest.approx(share, abs=0.1)
+
+
+def test_wider_fanouts_offer_the_same_tokens() -> None:
+    for branches in (4, 32):
+        workload = with_fanout(1, branches, 400.0)
+        assert {len(item.stages[1]) for item in workload.items if item.parallel} == {branches}
+        assert sum(item.tokens for item in workload.items) / 400.0 == pytest.approx(maps.OFFERED, rel=0.2)
+
+
+def test_a_biased_predictor_stays_off_by_its_bias() -> None:
+    exact, low = biased(PROFILE, 0.0), biased(PROFILE, -0.2)
+    for _ in range(100):
+        low.observe(LOAD, 2 * exact.predict(LOAD))
+    assert low.predict(LOAD) == pytest.approx(0.8 * exact.predict(LOAD))
+    assert low.row_line(500) == pytest.approx(tuple(0.8 * part for part in exact.row_line(500)))
+    hot = PROFILE.factors[128] * PROFILE.latency().rows_seconds(100)
+    assert exact.rows_seconds(100) == pytest.approx(hot)
+
+
+def test_capacity_is_the_last_load_before_the_first_that_is_too_much() -> None:
+    def at(label: str, x: float, *attained: float) -> list[dict[str, Any]]:
+        return [{"map": "load", "label": label, "x": x, "attainment_stage": value} for value in attained]
+
+    rows = [*at("taper", 1.0, 1.0, 0.995), *at("taper", 1.2, 0.97, 1.0), *at("taper", 1.4, 1.0)]
+    rows += at("off", 1.0, 0.5)
+    assert capacity(rows, "load") == {"taper": 1.0, "off": None}
+
+
+def test_a_map_is_simulated_written_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(maps.simulator, "WARMUP", 0.0)
+    monkeypatch.setattr(maps.simulator, "WINDOW", 2.0)
+    monkeypatch.setattr(maps.simulator, "COOLDOWN", 0.0)
+    monkeypatch.setattr(maps, "ProcessPoolExecutor", InOneProcess)
+    out = tmp_path / "maps.json"
+    found = maps.main(["--maps", "margin", "--seeds", "1", "--json", str(out)])
+    assert json.loads(out.read_text()) == found
+    assert {row["label"] for row in found["rows"]} == {*MARGINS}
+    assert "quantile" in capsys.readouterr().out
+    again = run("h200-qwen3-32b", Case("margin", 0.8, "forgetting", 1))
+    assert again in found["rows"]

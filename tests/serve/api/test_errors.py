@@ -1,0 +1,105 @@
+"""An error looks the same on both sides of the wire."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2 as details_pb2
+from google.rpc.status_pb2 import Status
+
+from serve.api import errors
+from serve.api.errors import InvalidRequestError, OverloadedError, ServiceError, UnavailableError, Violation
+
+
+class Call:
+    """What gRPC gives a client when a call fails."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, trailing=()) -> None:
+        self._answer = code, message, trailing
+
+    def code(self):
+        return self._answer[0]
+
+    def details(self):
+        return self._answer[1]
+
+    def trailing_metadata(self):
+        return self._answer[2]
+
+
+def over_the_wire(error: ServiceError) -> ServiceError:
+    return errors.from_rpc(Call(*errors.status(error)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequestError.of(
+            [Violation("prompt", "too long")], reason="PROMPT_TOO_LONG", metadata={"got": "9"}
+        ),
+        OverloadedError("full", reason="QUEUE_FULL", retry_after=1.5),
+        UnavailableError("starting", reason="STARTING", retry_after=1.0),
+        errors.DuplicateRequestError("again", reason="DUPLICATE"),
+        errors.CancelledError("aborted", reason="ABORTED", request_id="r1"),
+        errors.InternalError("internal error", request_id="r1"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_nothing_is_lost_on_the_wire(error):
+    got = over_the_wire(error)
+    assert type(got) is type(error)
+    assert vars(got) | {"code": error.code} == vars(error) | {"code": error.code}
+    assert str(got) == str(error)
+
+
+def test_codes_of_their_own_are_kept():
+    got = errors.from_rpc(Call(grpc.StatusCode.UNIMPLEMENTED, "no such method", None))
+    assert (type(got), got.code, got.message) == (
+        ServiceError,
+        grpc.StatusCode.UNIMPLEMENTED,
+        "no such method",
+    )
+
+
+def test_overload_says_when_to_come_back_in_both_of_grpcs_ways():
+    _, _, trailing = errors.status(OverloadedError("full", reason="QUEUE_FULL", retry_after=0.25))
+    metadata = dict(trailing)
+    assert metadata["grpc-retry-pushback-ms"] == "250"
+    kinds = [detail.TypeName() for detail in Status.FromString(metadata["grpc-status-details-bin"]).details]
+    assert kinds == ["google.rpc.ErrorInfo", "google.rpc.RetryInfo"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "code"),
+    [
+        ("QUEUE_FULL", OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ("KV_FULL", OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ("SLO_UNATTAINABLE", OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ("STARTING", UnavailableError, grpc.StatusCode.UNAVAILABLE),
+        ("DRAINING", UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    ],
+)
+def test_refusals_of_the_engine_carry_their_reason_and_a_retry(reason, kind, code):
+    error = errors.refused(reason, "because")
+    assert (type(error), error.code, error.reason, error.message) == (kind, code, reason, "because")
+    assert error.retry_after == 1.0
+
+
+def test_a_duplicate_is_no_use_retrying():
+    error = errors.refused("DUPLICATE", "r1 is running")
+    assert (error.code, error.retry_after) == (grpc.StatusCode.ALREADY_EXISTS, None)
+
+
+def test_a_flood_of_violations_still_fits_into_a_status():
+    flood = [Violation(f"prompt.token_ids.ids[{i}]", "🙂" * 1000) for i in range(10_000)]
+    code, message, trailing = errors.status(InvalidRequestError.of(flood))
+    encoded = len(quote(message)) + sum(len(key) + len(value) * 4 // 3 for key, value in trailing)
+    assert encoded < 7000
+    bad = details_pb2.BadRequest()
+    rich = Status.FromString(dict(trailing)["grpc-status-details-bin"])
+    assert any(detail.Unpack(bad) for detail in rich.details)
+    shown = bad.field_violations
+    assert shown[-1].description == f"and {10_000 - len(shown) + 1} more"
+    assert code is grpc.StatusCode.INVALID_ARGUMENT

@@ -1,0 +1,103 @@
+"""Profiles: what fits this server, and whether it is to be believed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model.config import PRESETS
+from scheduler.predictor import StepLatencyModel
+from serve.config import ServerConfig
+from serve.engine import calibration, startup
+from serve.engine.calibration import conditions, load_profile, matching, shipped
+
+H200 = conditions("NVIDIA H200", PRESETS["qwen3-32b"], "bfloat16", "gpu")
+TINY = ["--model", "default", "--buckets", "4", "--num-pages", "64", "--compilation-cache", "None"]
+
+
+def test_every_shipped_profile_gives_every_form_of_the_predictor() -> None:
+    assert "h200-qwen3-32b" in shipped()
+    for name in shipped():
+        profile = load_profile(name)
+        for form in profile["forms"]:
+            model = StepLatencyModel.from_profile(profile, form=form)
+            assert 0.0 < model.rows_seconds(1) <= model.rows_seconds(model.buckets.largest)
+        assert {"hardware", "versions", "command", "shape", "serving"} <= profile.keys()
+
+
+def test_a_profile_fits_its_device_type_and_shape_whatever_the_models_name() -> None:
+    (found,) = matching(H200)
+    assert found["name"] == "h200-qwen3-32b"
+    assert not [*matching(H200 | {"device": "NVIDIA H100"})]
+    assert not [*matching(H200 | {"dtype": "float32"})]
+    assert not [*matching(conditions("NVIDIA H200", PRESETS["qwen3-8b"], "bfloat16", "gpu"))]
+
+
+def test_a_cpus_profile_is_taken_by_name_alone() -> None:
+    profile = load_profile("cpu-taper-tiny")
+    assert profile["device"] == "cpu"
+    assert not [*matching({"device": "cpu"})]
+
+
+def test_what_is_not_there_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="h200-qwen3-32b"):
+        load_profile("h300")
+
+
+# --- what a server starts with -----------------------------------------------------------------------------
+
+
+class TimedRunner:
+    """A runner whose steps were measured to take `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.model_config = PRESETS["qwen3-32b"]
+        self.dtype = type("Dtype", (), {"name": "bfloat16"})
+        self.config = type("Config", (), {"backend": "gpu"})
+        self.buckets = [8]
+        self._seconds = seconds
+
+    def measure(self) -> StepLatencyModel:
+        return StepLatencyModel({8: self._seconds})
+
+    def probe(self, bucket: int, pages_each: int):
+        from scheduler.predictor import StepLoad
+
+        return type("Plan", (), {"load": StepLoad(bucket, private_kv=512, items=8, raw_kv=512)})
+
+
+def started_with(seconds: float, device: str = "NVIDIA H200", **options: str) -> tuple[StepLatencyModel, str]:
+    return startup._latency(ServerConfig(**options), TimedRunner(seconds), device)  # type: ignore[arg-type]
+
+
+def test_a_server_starts_from_the_profile_that_fits() -> None:
+    model, source = started_with(0.0166)
+    assert source == "profile h200-qwen3-32b, staircase"
+    assert model.rows_seconds(8) == load_profile("h200-qwen3-32b")["forms"]["staircase"]["buckets"]["8"]
+    assert started_with(0.0166, predictor="linear")[1] == "profile h200-qwen3-32b, linear"
+
+
+def test_it_measures_where_none_fits_or_is_wanted_or_it_is_far_off() -> None:
+    for found in (
+        started_with(0.0166, device="NVIDIA H100"),
+        started_with(0.0166, profile="measure"),
+        started_with(0.0166 * 1.5),
+    ):
+        assert found[1] == "measured at start"
+
+
+def test_a_profile_that_was_asked_for_is_taken_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(load_profile("h200-qwen3-32b") | {"name": "mine"}))
+    assert started_with(1.0, device="any", profile=str(path))[1] == "profile mine, staircase"
+
+
+def test_a_form_for_comparison_needs_a_profile() -> None:
+    with pytest.raises(ValueError, match="linear predictor needs a profile"):
+        started_with(0.0166, device="any", predictor="linear")
+
+
+def test_profiles_are_where_the_package_says() -> None:
+    assert calibration.FOLDER.is_dir()

@@ -1,0 +1,264 @@
+"""The engine: cancels take effect at once, a drain finishes what runs, a crash is told to everybody."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from scheduler.events import Event, Finished, TokenEmitted
+from scheduler.predictor import StepLatencyModel
+from scheduler.program import Plan
+from scheduler.request import Request, Slo
+from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.step import Entry, Sample, StepPlan, StepResult
+from serve.engine.engine import Engine, Failed, Refused
+from serve.engine.runner import Runner
+from tests.serve.lab import NUM_PAGES, NUM_SLOTS, PAGE_SIZE, Letters, answer, run
+from tests.serve.loads import load, parallel, serial
+
+SLO = Slo(tpot=10.0, ttft=60.0)
+
+
+def scheduler(num_pages: int = NUM_PAGES, **settings: object) -> Scheduler:
+    sizes = {"num_pages": num_pages, "page_size": PAGE_SIZE, "num_slots": NUM_SLOTS, "max_context": 512}
+    latency = StepLatencyModel(dict.fromkeys((3, 8, 16, 32), 1e-3))
+    return Scheduler(SchedulerConfig(**(sizes | settings)), latency, Letters())  # type: ignore[arg-type]
+
+
+@dataclass
+class Device:
+    """Answers every sample with token 65, and calls `hook` before each step; `works` says of a step whether
+    the device is still at it when the host has come to wait for it."""
+
+    hook: Callable[[StepPlan], None] = lambda plan: None
+    works: Callable[[StepPlan], bool] = lambda plan: False
+
+    def launch(self, plan: StepPlan) -> Device:
+        self.hook(plan)
+        return Device.Flown(plan, self.works(plan))  # type: ignore[return-value]
+
+    @dataclass
+    class Flown:
+        plan: StepPlan
+        works: bool
+
+        def is_ready(self) -> bool:
+            return not self.works
+
+        def samples(self) -> tuple[Sample, ...]:
+            return tuple(Sample(65) for entry in self.plan.entries if entry.samples)
+
+
+class Listener:
+    """Collects a request's events and waits for its end."""
+
+    def __init__(self) -> None:
+        self.events: list[Event | Failed] = []
+        self.done = threading.Event()
+
+    def __call__(self, events: Sequence[Event | Failed]) -> None:
+        self.events += events
+        if isinstance(events[-1], Finished | Failed):
+            self.done.set()
+
+    def wait(self) -> list[Event | Failed]:
+        assert self.done.wait(60), "the request did not end"
+        return self.events
+
+
+def request(id: str, *stages: object, prompt: int = 5) -> Request:
+    return Request(id=id, prompt=tuple(range(70, 70 + prompt)), program=Plan(stages=stages), slo=SLO)  # type: ignore[arg-type]
+
+
+VICTIM = request("victim", serial(6), parallel("kv", 2, 14, 14), serial(6, (35, 36)), prompt=40)
+
+PHASES: dict[str, Callable[[list[Entry], int], bool]] = {
+    "queued": lambda mine, step: step == 4 and not mine,
+    "mid-prompt": lambda mine, step: any(not e.samples and e.ordinal > 0 for e in mine),
+    "serial decode": lambda mine, step: any(e.tokens is None and not e.path for e in mine),
+    "inside a fork": lambda mine, step: any(e.path for e in mine),
+    "between fork and join": lambda mine, step: any(e.path and e.ordinal > 8 for e in mine),
+    "after the join": lambda mine, step: any(not e.path and len(e.context) > 1 for e in mine),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_cancel_frees_everything_before_the_next_plan(exact_runner: Runner, phase: str) -> None:
+    mates = [r for r in load(SLO) if r.id.endswith("-0")][:4]
+    alone = {r.id: run(exact_runner, [r], policy="off").answers()[r.id] for r in mates}
+    steps: list[StepPlan] = []
+
+    class Cancelling:
+        def launch(self, plan: StepPlan) -> object:
+            assert submitted.wait(10)
+            steps.append(plan)
+            mine = [entry for entry in plan.entries if entry.request_id == "victim"]
+            if "victim" not in cancelled_at and PHASES[phase](mine, len(steps)):
+                cancelled_at["victim"] = len(steps)
+                live = sched.load()
+                assert engine.cancel("victim")
+                assert not engine.cancel("victim"), "a second cancel finds nothing"
+                sched.check()
+                freed = live.kv_used_tokens - sched.load().kv_used_tokens
+                assert freed > 0 if phase != "queued" else live.queued_requests > 0
+            return exact_runner.launch(plan)
+
+    cancelled_at: dict[str, int] = {}
+    submitted = threading.Event()
+    # Pages for the mates and, unless it is to stay queued, for the victim too.
+    sched = scheduler(23 if phase == "queued" else NUM_PAGES, max_chunk=7)
+    engine = Engine(sched, Cancelling())  # type: ignore[arg-type]
+    listeners = {r.id: Listener() for r in mates}
+    heard: list[Event | Failed] = []
+    engine.start()
+    for mate in mates:
+        engine.submit(mate, listeners[mate.id])
+    engine.submit(VICTIM, heard.extend)
+    submitted.set()
+    answers = {name: answer(listener.wait()) for name, listener in listeners.items()}  # type: ignore[arg-type]
+    engine.stop(drain=True, timeout=10)
+    assert cancelled_at, "the phase never came"
+    assert answers == alone
+    after = steps[cancelled_at["victim"] + 1 :]  # one more plan may have been made already
+    assert not [e for plan in after for e in plan.entries if e.request_id == "victim"]
+    assert not any(isinstance(event, Finished) for event in heard)
+    sched.check()
+    assert sched.load().kv_used_tokens == 0
+
+
+def test_a_drain_finishes_what_runs_and_refuses_what_comes() -> None:
+    listener, proceed = Listener(), threading.Event()
+    engine = Engine(scheduler(), Device(lambda plan: proceed.wait(10) and None))
+    engine.start()
+    engine.submit(request("r", serial(20)), listener)
+    stopping = threading.Thread(target=engine.stop, kwargs={"drain": True, "timeout": 30})
+    stopping.start()
+    while engine.state == "SERVING":
+        pass
+    with pytest.raises(Refused) as refusal:
+        engine.submit(request("late", serial(1)), Listener())
+    assert refusal.value.reason == "DRAINING"
+    proceed.set()
+    assert isinstance(listener.wait()[-1], Finished)
+    stopping.join(30)
+    assert engine.state == "STOPPED"
+
+
+def test_a_stop_without_drain_tells_those_that_run() -> None:
+    listener, started = Listener(), threading.Event()
+    engine = Engine(scheduler(), Device(lambda plan: started.set()))
+    engine.start()
+    engine.submit(request("r", serial(500)), listener)
+    assert started.wait(10)
+    engine.stop(drain=False, timeout=0)
+    assert isinstance(listener.wait()[-1], Failed)
+
+
+def test_a_crash_is_told_to_every_request() -> None:
+    def crash(plan: StepPlan) -> None:
+        if plan.step_id == 3:
+            raise RuntimeError("the device is gone")
+
+    listener = Listener()
+    engine = Engine(scheduler(), Device(crash))
+    engine.start()
+    engine.submit(request("r", serial(20)), listener)
+    last = listener.wait()[-1]
+    assert isinstance(last, Failed)
+    assert "the device is gone" in last.error
+    with pytest.raises(Refused):
+        engine.submit(request("late", serial(1)), Listener())
+    assert engine.state == "FAILED"
+
+
+def test_refusals_say_why() -> None:
+    engine = Engine(scheduler(num_pages=8), Device())
+    with pytest.raises(Refused) as refusal:
+        engine.submit(request("early", serial(1)), Listener())
+    assert refusal.value.reason == "STARTING"
+    engine.start()
+    with pytest.raises(Refused) as refusal:
+        engine.submit(request("large", serial(400)), Listener())
+    assert refusal.value.reason == "KV_FULL"
+    with pytest.raises(ValueError, match="after a kv join needs a prefix"):
+        engine.submit(request("odd", parallel("kv", 2, 2), serial(2)), Listener())
+    engine.stop(drain=True, timeout=5)
+
+
+def test_one_sink_call_carries_all_branches_of_a_step() -> None:
+    batches: list[Sequence[Event | Failed]] = []
+    done = threading.Event()
+
+    def sink(events: Sequence[Event | Failed]) -> None:
+        batches.append(events)
+        if isinstance(events[-1], Finished):
+            done.set()
+
+    results: list[StepResult] = []
+    engine = Engine(scheduler(policy="eager"), Device(), on_step=results.append)
+    engine.start()
+    engine.submit(request("r", parallel("none", 5, 5, 5, 5)), sink)
+    assert done.wait(30)
+    engine.stop(drain=True, timeout=5)
+    tokens = [sum(isinstance(event, TokenEmitted) for event in batch) for batch in batches]
+    assert sum(tokens) == 20
+    assert max(tokens) == 4
+    assert len(results) >= 5
+    assert all(result.seconds >= 0 for result in results)
+
+
+def batches_of_tokens(device: Device, hold: float, tokens: int) -> list[int]:
+    """How many tokens each call of the sink brings, by a clock that a launch takes 10 ms forward."""
+    now, counts, done = 0.0, [], threading.Event()
+
+    def launched(plan: StepPlan) -> None:
+        nonlocal now
+        now += 0.010
+
+    def sink(events: Sequence[Event | Failed]) -> None:
+        counts.append(sum(isinstance(event, TokenEmitted) for event in events))
+        if isinstance(events[-1], Finished):
+            done.set()
+
+    device.hook = launched
+    engine = Engine(scheduler(), device, hold=hold, clock=lambda: now)
+    engine.start()
+    engine.submit(request("r", serial(tokens)), sink)
+    assert done.wait(30)
+    engine.stop(drain=True, timeout=5)
+    return counts
+
+
+def test_where_the_host_does_not_keep_up_steps_are_published_together() -> None:
+    assert batches_of_tokens(Device(), 0.035, 18) == [3, 4, 4, 4, 3]
+    assert batches_of_tokens(Device(), 0.0, 5) == [1] * 5
+    assert batches_of_tokens(Device(works=lambda plan: True), 0.035, 5) == [1] * 5
+
+
+def test_the_host_keeps_up_when_it_had_to_wait_some_steps_in_a_row() -> None:
+    counts = batches_of_tokens(Device(works=lambda plan: plan.step_id != 4), 1.0, 12)
+    assert counts == [1] * 4 + [1 + Engine.IN_TIME] + [1] * (7 - Engine.IN_TIME)
+
+
+def test_an_id_is_taken_until_its_end_is_told() -> None:
+    engine, proceed = Engine(scheduler(), Device(lambda plan: proceed.wait(10) and None)), threading.Event()
+    engine.start()
+    listener = Listener()
+    engine.submit(request("r", serial(2)), listener)
+    with pytest.raises(Refused) as refusal:
+        engine.submit(request("r", serial(2)), Listener())
+    assert refusal.value.reason == "DUPLICATE"
+    proceed.set()
+    listener.wait()
+    engine.stop(drain=True, timeout=5)
+
+
+def test_the_policy_switches_while_requests_run() -> None:
+    engine = Engine(scheduler(policy="off"), Device())
+    engine.set_policy("cap:3")
+    assert engine.policy == "cap:3"
+    with pytest.raises(ValueError, match="unknown policy"):
+        engine.set_policy("fastest")

@@ -1,0 +1,97 @@
+"""Plans become arrays: rows in tree order, samples in plan order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from attention.layout import Capacity
+from model.sampling import branch_key
+from scheduler.predictor import StepLoad
+from scheduler.request import SamplingParams
+from scheduler.step import Entry, SegmentRead, SlotSetup, StepPlan
+from serve.engine.packing import step_inputs
+
+PREFIX = SegmentRead((7, 3), 6)  # pages of four positions: the second is half full
+
+
+def entry(
+    branch: int, own: SegmentRead, ordinal: int, tokens: tuple[int, ...] | None, **more: object
+) -> Entry:
+    rows = 1 if tokens is None else len(tokens)
+    fields = {
+        "request_id": "r",
+        "branch": branch,
+        "segment": branch,
+        "slot": branch,
+        "start": 6 + ordinal,
+        "ordinal": ordinal,
+        "rows": rows,
+        "tokens": tokens,
+        "context": (PREFIX,),
+        "own": own,
+        "samples": True,
+        "path": ((0, branch),),
+    }
+    return Entry(**(fields | more))  # type: ignore[arg-type]
+
+
+def step(*entries: Entry, slots: tuple[SlotSetup, ...] = ()) -> StepPlan:
+    rows = sum(entry.rows for entry in entries)
+    return StepPlan(0, entries, slots, (), 8, StepLoad(rows), 0.0, 0.0, 0.0)
+
+
+def test_two_branches_read_their_prefix_once_and_write_to_pages_of_their_own() -> None:
+    plan = step(
+        entry(2, SegmentRead((9,), 2), 1, None),
+        entry(1, SegmentRead((5, 1), 5), 3, (41, 42)),
+        slots=(SlotSetup(1, SamplingParams()),),
+    )
+    inputs = step_inputs(plan, Capacity.for_bucket(8, 16), page_size=4)
+    assert inputs.tokens.tolist() == [41, 42, -3], "page 5 comes before page 9"
+    assert inputs.positions.tolist() == [9, 10, 7]
+    assert inputs.write_page.tolist() == [5, 1, 9]
+    assert inputs.write_offset.tolist() == [3, 0, 1]
+    work = inputs.work
+    items = {
+        (tuple(work.page_ids[first : first + count].tolist()), tuple(rows.tolist()))
+        for (first, count), rows in zip(
+            work.item_pages[: work.num_items], work.item_rows[: work.num_items], strict=True
+        )
+    }
+    assert ((7, 3), (0, 3)) in items, "the prefix is one item for all three rows"
+    assert inputs.sample.row.tolist() == [2, 1], "samples come back in the plan's order"
+    assert inputs.sample.slot.tolist() == [2, 1]
+    assert inputs.sample.position.tolist() == [8, 11]
+    assert inputs.sample.count_fed.tolist() == [1, 0], "a slot's history already holds what is fed first"
+    assert inputs.sample.branch_key.tolist() == [branch_key(((0, 2),)), branch_key(((0, 1),))]
+
+
+def test_an_entry_that_does_not_sample_has_no_sample() -> None:
+    plan = step(entry(1, SegmentRead((5,), 2), 0, (41, 42), samples=False, slot=None))
+    inputs = step_inputs(plan, Capacity.for_bucket(8, 16), page_size=4)
+    assert inputs.sample.row.size == 0
+    assert inputs.tokens.dtype == np.int32
+
+
+def test_a_chunk_beside_decode_rows_is_written_in_order() -> None:
+    plan = step(
+        entry(3, SegmentRead((9,), 1), 0, None, slot=4),
+        entry(1, SegmentRead((5, 1, 8), 9), 2, tuple(range(40, 47)), samples=False, slot=None, context=()),
+        entry(2, SegmentRead((4,), 3), 2, (77,)),
+        slots=(SlotSetup(2, SamplingParams()),),
+    )
+    inputs = step_inputs(plan, Capacity.for_bucket(16, 16), page_size=4)
+    assert inputs.tokens.tolist() == [*range(40, 47), 77, -5]
+    assert inputs.positions.tolist() == [*range(8, 15), 8, 6]
+    assert inputs.write_page.tolist() == [5, 5, 1, 1, 1, 1, 8, 4, 9]
+    assert inputs.write_offset.tolist() == [2, 3, 0, 1, 2, 3, 0, 2, 0]
+    assert inputs.sample.row.tolist() == [8, 7]
+    assert inputs.sample.slot.tolist() == [4, 2]
+    assert inputs.sample.count_fed.tolist() == [1, 0]
+
+
+def test_more_rows_than_the_bucket_are_refused() -> None:
+    plan = step(entry(1, SegmentRead((5, 6, 8), 9), 0, tuple(range(9))))
+    with pytest.raises(ValueError, match="rows"):
+        step_inputs(plan, Capacity.for_bucket(8, 16), page_size=4)

@@ -1,0 +1,47 @@
+"""The table that the operator sees before serving begins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from model.config import PRESETS
+from scheduler.predictor import StepLatencyModel
+from serve.config import ServerConfig
+from serve.engine.ready import Ready
+from serve.engine.runner import RunnerConfig
+from tests.serve.engine.test_memory import PLAN
+
+READY = Ready(
+    model=PRESETS["qwen3-32b"],
+    dtype="bfloat16",
+    device="NVIDIA H200",
+    runner=RunnerConfig(num_pages=3968, page_size=64, buckets=(8, 64), num_slots=128, backend="gpu"),
+    memory=PLAN,
+    latency=StepLatencyModel({8: 0.0164, 64: 0.019}),
+    latency_source="profile h200-qwen3-32b, staircase",
+    load_seconds=6.9,
+    compile_seconds={64: 11.4, 8: 10.5},
+    seconds=51.4,
+)
+
+
+def test_the_table_says_how_the_memory_is_divided_and_what_each_bucket_took() -> None:
+    table = str(READY).splitlines()
+    assert table[0] == "qwen3-32b, bfloat16, on NVIDIA H200, attention by gpu"
+    assert "3968 pages of 64 tokens: 253952 tokens, 62.0 GiB" in table[2]
+    assert "128.0 GiB less weights 61.0, slots 1.0, 2 steps of 64 rows 2.0, reserve 2.0" in table[3]
+    assert [line.split() for line in table[-3:-1]] == [["8", "10.5", "16.40"], ["64", "11.4", "19.00"]]
+    assert table[-5].split(maxsplit=1) == ["steps", "profile h200-qwen3-32b, staircase"]
+    assert table[-1].endswith("ready after 51.4 s")
+
+
+def test_a_given_number_of_pages_needs_no_reasons() -> None:
+    assert "less weights" not in str(replace(READY, memory=None))
+
+
+def test_what_is_left_open_follows_the_platform() -> None:
+    cpu, gpu = (ServerConfig().for_platform(platform) for platform in ("cpu", "gpu"))
+    assert (cpu.dtype, cpu.page_size, max(cpu.buckets or ())) == ("float32", 16, 64)
+    assert (gpu.dtype, gpu.page_size, max(gpu.buckets or ())) == ("bfloat16", 64, 512)
+    chosen = ServerConfig(dtype="float32", page_size=32, buckets=(4,)).for_platform("gpu")
+    assert (chosen.dtype, chosen.page_size, chosen.buckets) == ("float32", 32, (4,))

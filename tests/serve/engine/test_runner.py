@@ -1,0 +1,113 @@
+"""The runner compiles before the first request and never after it, and keeps one cache."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scheduler.predictor import StepLoad
+from scheduler.program import Plan
+from scheduler.request import Request, SamplingParams, Slo
+from serve.engine.runner import Runner
+from tests.serve.lab import compiled_runner, run, tiny_model
+from tests.serve.loads import load, serial
+
+COMPILE = "/jax/core/compile/backend_compile_duration"
+
+
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """Every program that XLA compiles meanwhile, or fetches from the persistent cache."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == COMPILE:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def random_load(seed: int) -> list[Request]:
+    """The mixed load, with every sampling option in it, in random order and with random prompts."""
+    rng = random.Random(seed)
+    requests = load(Slo(tpot=rng.choice([0.003, 1.0]), ttft=60.0))
+    for index in range(6):
+        options = SamplingParams(
+            temperature=rng.choice([0.0, 0.5, 1.5]),
+            top_k=rng.choice([0, 5]),
+            top_p=rng.choice([1.0, 0.7]),
+            min_p=rng.choice([0.0, 0.05]),
+            repetition_penalty=rng.choice([1.0, 1.3]),
+            presence_penalty=rng.choice([0.0, 0.4]),
+            frequency_penalty=rng.choice([0.0, 0.4]),
+            logit_bias=rng.choice([(), ((4, 2.0),)]),
+            seed=rng.getrandbits(64),
+            logprobs=rng.random() < 0.5,
+            top_logprobs=rng.choice([0, 3]),
+        )
+        prompt = tuple(rng.randrange(131) for _ in range(rng.randrange(1, 60)))
+        plan = Plan(stages=(serial(rng.randrange(1, 20)),))
+        requests.append(Request(id=f"any-{index}", prompt=prompt, program=plan, sampling=options))
+    rng.shuffle(requests)
+    return requests
+
+
+def test_the_compile_counter_sees_a_compilation() -> None:
+    with counted_compilations() as compiled:
+        jax.jit(lambda x: x * 3 + 1)(jnp.arange(17)).block_until_ready()
+    assert compiled
+
+
+@pytest.mark.parametrize("policy", ["off", "eager", "taper"])
+def test_nothing_compiles_while_serving(runner: Runner, policy: str) -> None:
+    """Over a randomized load with every sampling option, preemptions included."""
+    with counted_compilations() as compiled:
+        record = run(runner, random_load(len(policy)), policy=policy, num_pages=40)
+    assert {plan.bucket for plan in record.plans} > {runner.buckets.largest}, "one bucket proves little"
+    assert compiled == []
+
+
+def test_the_gpu_kernels_serve_the_same_tokens(runner: Runner) -> None:
+    """Forks, joins, prompt chunks and preemption through tiles; the kernels are interpreted."""
+    kernels = compiled_runner(tiny_model(jnp.float32), (16,), backend="gpu-interpreted")
+    requests = load(Slo(tpot=1.0, ttft=60.0))
+    record = run(kernels, requests, policy="eager", num_pages=60)
+    assert record.preemptions() > 0
+    assert record.answers() == run(runner, requests, policy="eager").answers()
+
+
+def test_the_cache_is_donated_and_never_copied(runner: Runner) -> None:
+    before = runner.cache
+    run(runner, random_load(1)[:2])
+    assert all(page.is_deleted() for layer in before.layers for page in layer)
+
+
+def test_log_probabilities_come_with_the_sample(runner: Runner) -> None:
+    options = SamplingParams(logprobs=True, top_logprobs=3)
+    plan = Plan(stages=(serial(5),))
+    record = run(runner, [Request(id="r", prompt=(5, 6, 7), program=plan, sampling=options)])
+    samples = [event.sample for event in record.events["r"] if hasattr(event, "sample")]
+    assert len(samples) == 5
+    for sample in samples:
+        assert next(token for token, _ in sample.top) == sample.token, "greedy takes the likeliest token"
+        assert sample.logprob == pytest.approx(sample.top[0][1])
+        assert len(sample.top) == 3
+        assert np.all(np.diff([logprob for _, logprob in sample.top]) <= 0)
+
+
+def test_a_measured_staircase_is_positive_and_ascending(runner: Runner) -> None:
+    latency = runner.measure(repeats=1)
+    seconds = [latency.rows_seconds(bucket) for bucket in runner.buckets]
+    assert seconds[0] > 0
+    assert seconds == sorted(seconds)
+    assert latency.predict(StepLoad(3, private_kv=1000)) >= latency.rows_seconds(3)

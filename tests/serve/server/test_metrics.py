@@ -1,0 +1,93 @@
+"""Numbers that operators look at."""
+
+from __future__ import annotations
+
+import urllib.request
+
+from scheduler.predictor import StepLoad
+from scheduler.step import Entry, SegmentRead, StepPlan, StepResult
+from serve.server.metrics import Metrics
+from tests.serve.fakes import FakeEngine, finished
+
+
+def entry(request: str, branch: int, *, samples: bool = True) -> Entry:
+    return Entry(
+        request_id=request,
+        branch=branch,
+        segment=0,
+        slot=0,
+        start=0,
+        ordinal=0,
+        rows=1,
+        tokens=None,
+        context=(),
+        own=SegmentRead((0,), 1),
+        samples=samples,
+        path=(),
+    )
+
+
+def step(*entries: Entry) -> StepResult:
+    plan = StepPlan(
+        step_id=1,
+        entries=entries,
+        slots=(),
+        deferred=(),
+        bucket=8,
+        load=StepLoad(len(entries)),
+        predicted_seconds=0.02,
+        baseline_seconds=0.015,
+        budget_seconds=0.02,
+    )
+    return StepResult(plan, (), 0.03)
+
+
+def test_a_step_is_measured_against_its_prediction():
+    metrics = Metrics()
+    metrics.observe_step(step(entry("a", 0)))
+    value = metrics.registry.get_sample_value
+    assert value("taper_step_seconds_sum") == 0.03
+    assert value("taper_step_prediction_ratio_sum") == 1.5
+    assert round(value("taper_step_externality_seconds_sum") or 0, 6) == 0.005
+
+
+def test_width_counts_the_branches_of_each_request_that_advance():
+    metrics = Metrics()
+    metrics.observe_step(step(entry("a", 1), entry("a", 2), entry("b", 0), entry("c", 0, samples=False)))
+    assert metrics.registry.get_sample_value("taper_width_branches_count") == 2
+    assert metrics.registry.get_sample_value("taper_width_branches_sum") == 3
+
+
+def test_finished_requests_add_up():
+    metrics = Metrics()
+    for _ in range(2):
+        metrics.observe_finished(finished("r", 5))
+    value = metrics.registry.get_sample_value
+    tokens = {
+        kind: value("taper_tokens_total", {"kind": kind}) for kind in ("prompt", "cached", "completion")
+    }
+    assert tokens == {"prompt": 4, "cached": 2, "completion": 10}
+    assert value("taper_slo_total", {"target": "tpot", "met": "true"}) == 2
+    assert value("taper_slo_total", {"target": "ttft", "met": "false"}) == 2
+    assert value("taper_ttft_seconds_sum") == 1.0
+
+
+def test_load_is_read_when_it_is_scraped():
+    metrics, engine = Metrics(), FakeEngine()
+    metrics.watch_load(engine.load)
+    assert metrics.registry.get_sample_value("taper_running_requests") == 0
+    engine._sinks["r"] = print
+    assert metrics.registry.get_sample_value("taper_running_requests") == 1
+    assert metrics.registry.get_sample_value("taper_kv_used_tokens") == 10
+    assert metrics.registry.get_sample_value("taper_prediction_coverage") == 1.0
+
+
+def test_they_are_served_on_a_port_of_their_own():
+    metrics = Metrics()
+    metrics.count_request("OK")
+    port, stop = metrics.listen(0)
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+            assert b'taper_requests_total{code="OK"} 1.0' in response.read()
+    finally:
+        stop()

@@ -1,0 +1,410 @@
+"""Messages become requests, or every violation at once, by path."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from scheduler.program import (
+    MULTIVERSE,
+    BranchSpec,
+    ParallelStage,
+    Plan,
+    SerialStage,
+    TagProgram,
+    check_program,
+)
+from scheduler.request import Slo, Stopping
+from serve.api.errors import InvalidRequestError
+from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from serve.client.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
+from serve.server.requests import read_prompt, read_request
+from tests.serve.fakes import EOS, VOCAB, ByteTokenizer, served_model
+
+NAN, INF = float("nan"), float("inf")
+
+
+def read(message: pb.GenerateRequest, **model):
+    request = read_request(message, served_model(**model))
+    check_program(request.program)  # whatever passes here, the scheduler can run
+    return request
+
+
+def violations(message: pb.GenerateRequest, **model) -> dict[str, str]:
+    with pytest.raises(InvalidRequestError) as caught:
+        read_request(message, served_model(**model))
+    return {violation.field: violation.description for violation in caught.value.violations}
+
+
+# --- what passes -------------------------------------------------------------------------------------------
+
+
+def test_a_plain_request_is_one_serial_stage():
+    request = read(generate_request("ab", max_tokens=7, stop=["\n"]))
+    assert request.prompt == (257, 97, 98)
+    stop = Stopping(max_tokens=7, eos_ids=frozenset({EOS}), stop_strings=("\n",))
+    assert request.program == Plan(stages=(SerialStage(stopping=stop),))
+
+
+def test_nothing_but_a_prompt_is_needed():
+    request = read(pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[1, 2]))))
+    assert re.fullmatch(r"[0-9a-f]{32}", request.id)
+    assert request.prompt == (1, 2)
+    assert request.slo == Slo()
+    assert request.sampling.temperature == 0
+    assert request.program == Plan(
+        stages=(SerialStage(stopping=Stopping(max_tokens=256 - 56, eos_ids=frozenset({EOS}))),)
+    ), "the default limit, as far as the context reaches"
+
+
+def test_chats_go_through_the_models_template():
+    request = read(generate_request([{"role": "user", "content": "hi"}]))
+    assert bytes(request.prompt) == b"user: hi\n"
+
+
+def test_plans_keep_their_shape():
+    message = generate_request(
+        "go",
+        plan=[
+            serial("intro:", max_tokens=5),
+            parallel(
+                [
+                    "a",
+                    branch("b", label="second", max_tokens=3, then=[parallel(["x", "y"], join="none")]),
+                ],
+                join="kv",
+                max_tokens=4,
+            ),
+            serial([1, 2], stopping=stopping(6, stop_token_ids=[9], ignore_eos=True)),
+        ],
+    )
+
+    def ends(tokens: int) -> Stopping:
+        return Stopping(max_tokens=tokens, eos_ids=frozenset({EOS}))
+
+    nested = ParallelStage(
+        branches=(
+            BranchSpec(prefix=(120,), stopping=ends(200)),
+            BranchSpec(prefix=(121,), stopping=ends(200)),
+        ),
+        join="none",
+    )
+    assert read(message).program == Plan(
+        stages=(
+            SerialStage(prefix=tuple(b"intro:"), stopping=ends(5)),
+            ParallelStage(
+                branches=(
+                    BranchSpec(prefix=(97,), stopping=ends(4)),
+                    BranchSpec(prefix=(98,), label="second", stopping=ends(3), stages=(nested,)),
+                ),
+                join="kv",
+            ),
+            SerialStage(prefix=(1, 2), stopping=Stopping(max_tokens=6, stop_ids=frozenset({9}))),
+        )
+    )
+
+
+@pytest.mark.parametrize("join", ["kv", "reprefill"])
+def test_an_unspecified_join_is_the_models_own(join):
+    stage = read(generate_request("go", plan=[parallel(["a"])]), join=join).program.stages[0]
+    assert stage.join == join
+
+
+def test_sampling_is_inherited_field_by_field():
+    message = generate_request(
+        "go",
+        sampling=sampling(temperature=0.5, seed=2**64 - 1, top_k=5, logit_bias={3: -1.5}),
+        plan=[
+            serial(),
+            parallel(
+                [
+                    branch(
+                        sampling=sampling(temperature=1, top_p=0.5), then=[serial(sampling=sampling(top_k=0))]
+                    )
+                ]
+            ),
+        ],
+    )
+    request = read(message)
+    plain, fork = request.program.stages
+    assert plain.sampling is None
+    assert (request.sampling.temperature, request.sampling.top_k) == (0.5, 5)
+    assert request.sampling.seed == 2**64 - 1
+    own, nested = fork.branches[0].sampling, fork.branches[0].stages[0].sampling
+    assert (own.temperature, own.top_p, own.top_k) == (1, 0.5, 5)
+    assert (nested.temperature, nested.top_p, nested.top_k) == (1, 0.5, 0)
+    assert own.seed == nested.seed == request.sampling.seed
+    assert own.logit_bias == ((3, -1.5),)
+
+
+def test_without_a_seed_one_is_drawn_for_the_whole_request():
+    message = generate_request("go", plan=[parallel([branch(sampling=sampling(temperature=1))])])
+    first, second = read(message), read(message)
+    assert first.sampling.seed != second.sampling.seed
+    assert first.program.stages[0].branches[0].sampling.seed == first.sampling.seed
+
+
+def test_zero_is_not_unset():
+    given = read(generate_request("go", sampling=sampling(temperature=0, seed=0, top_k=0))).sampling
+    assert (given.temperature, given.seed, given.top_k) == (0, 0, 0)
+
+
+def test_targets_are_milliseconds_outside_and_seconds_inside():
+    request = read(generate_request("go", tpot_slo_ms=25), default_slo=Slo(tpot=1, ttft=2))
+    assert request.slo == Slo(tpot=0.025, ttft=2)
+
+
+def test_logprobs_are_asked_of_every_stage():
+    message = generate_request("go", logprobs=True, top_logprobs=2, plan=[serial(sampling=sampling(top_k=1))])
+    request = read(message)
+    for each in (request.sampling, request.program.stages[0].sampling):
+        assert (each.logprobs, each.top_logprobs) == (True, 2)
+
+
+@pytest.mark.parametrize("priority", [-100, 0, 100])
+def test_a_priority_is_kept(priority):
+    assert read(generate_request("go", priority=priority)).priority == priority
+
+
+def test_a_model_driven_request_takes_the_models_own_tags():
+    message = generate_request("go", plan=model_driven(max_tokens=50, branch_max_tokens=20, max_branches=3))
+    program = read(message, own_grammar="multiverse").program
+    assert isinstance(program, TagProgram)
+    assert program.grammar == MULTIVERSE
+    assert (program.stopping.max_tokens, program.branch_max_tokens, program.max_branches) == (50, 20, 3)
+
+
+TAGS = pb.ForkTags(
+    plan_open="<plan>",
+    label_open="* ",
+    label_close=" *",
+    plan_close="</plan>",
+    branch_open="<b {label}>",
+    branch_close="</b>",
+    join_open="<all>",
+    join=pb.JOIN_KV,
+)
+
+
+def test_a_client_can_bring_tags_of_its_own():
+    grammar = read(generate_request("go", plan=model_driven(fork_tags=TAGS))).program.grammar
+    assert (grammar.plan_open, grammar.branch_close, grammar.join) == ("<plan>", "</b>", "kv")
+    assert re.findall(grammar.outline, "* one * and\n* 2.1 *\n* not\nthis *") == ["one", "2.1"]
+
+
+def test_a_clients_tags_cannot_make_matching_slow():
+    grammar = read(generate_request("go", plan=model_driven(fork_tags=TAGS))).program.grammar
+    assert re.findall(grammar.outline, "* " + " " * 20_000) == []
+
+
+def test_top_k_of_the_whole_vocabulary_is_off():
+    assert read(generate_request("go", sampling=sampling(top_k=VOCAB))).sampling.top_k == 0
+
+
+def test_prompts_are_read_alone_for_tokenize():
+    assert read_prompt(pb.Prompt(text="a"), served_model()) == [257, 97]
+    with pytest.raises(InvalidRequestError, match="prompt: one of"):
+        read_prompt(pb.Prompt(), served_model())
+
+
+# --- what does not -----------------------------------------------------------------------------------------
+
+
+def of_sampling(**fields) -> pb.GenerateRequest:
+    return generate_request("go", sampling=sampling(**fields))
+
+
+def of_stopping(**fields) -> pb.GenerateRequest:
+    return generate_request("go", plan=[serial(stopping=pb.StoppingCriteria(**fields))])
+
+
+def of_tags(**changes) -> pb.GenerateRequest:
+    tags = pb.ForkTags()
+    tags.CopyFrom(TAGS)
+    for name, value in changes.items():
+        setattr(tags, name, value)
+    return generate_request("go", plan=model_driven(fork_tags=tags))
+
+
+STOPPING = "plan.stages[0].serial.stopping"
+BRANCHES = "plan.stages[0].parallel.branches"
+WRONG = [
+    (pb.GenerateRequest(), "prompt"),
+    (generate_request(""), None),  # its special token is a token
+    (generate_request([]), "prompt"),
+    (generate_request([1, VOCAB]), "prompt.token_ids.ids[1]"),
+    (generate_request([{"role": "robot", "content": "hi"}]), "prompt.chat.messages[0].role"),
+    (generate_request([{"role": "assistant", "content": "hi"}]), "prompt.chat.messages"),
+    (pb.GenerateRequest(prompt=pb.Prompt(chat=pb.Chat())), "prompt.chat.messages"),
+    (generate_request("go", request_id="no spaces"), "request_id"),
+    (generate_request("go", request_id="x" * 129), "request_id"),
+    (pb.GenerateRequest(prompt=pb.Prompt(text="go"), model="other"), "model"),
+    *((of_sampling(temperature=value), "sampling.temperature") for value in (-1, 0.001, 101, NAN, INF, -INF)),
+    *((of_sampling(top_p=value), "sampling.top_p") for value in (0, -0.1, 1.1, NAN)),
+    *((of_sampling(min_p=value), "sampling.min_p") for value in (-0.1, 1.1, NAN)),
+    *((of_sampling(repetition_penalty=value), "sampling.repetition_penalty") for value in (0, -1, INF)),
+    *((of_sampling(presence_penalty=value), "sampling.presence_penalty") for value in (-2.1, 2.1, NAN)),
+    *((of_sampling(frequency_penalty=value), "sampling.frequency_penalty") for value in (-2.1, 2.1, NAN)),
+    (of_sampling(logit_bias={VOCAB: 1.0}), f"sampling.logit_bias[{VOCAB}]"),
+    *((of_sampling(logit_bias={5: value}), "sampling.logit_bias[5]") for value in (101, -101, NAN, INF)),
+    (of_sampling(logit_bias=dict.fromkeys(range(65), 1.0)), "sampling.logit_bias"),
+    (of_stopping(max_tokens=0), f"{STOPPING}.max_tokens"),
+    (of_stopping(stop=["a", ""]), f"{STOPPING}.stop[1]"),
+    (of_stopping(stop=["é" * 129]), f"{STOPPING}.stop[0]"),
+    (of_stopping(stop=["a"] * 17), f"{STOPPING}.stop"),
+    (of_stopping(stop_token_ids=[1, VOCAB]), f"{STOPPING}.stop_token_ids[1]"),
+    *((generate_request("go", tpot_slo_ms=value), "slo.tpot_ms") for value in (0, -1, NAN, INF)),
+    *((generate_request("go", ttft_slo_ms=value), "slo.ttft_ms") for value in (0, -1, NAN, INF)),
+    (generate_request("go", logprobs=True, top_logprobs=9), "output.top_logprobs"),
+    (generate_request("go", top_logprobs=1), "output.top_logprobs"),
+    *(
+        (generate_request("go", interval_ms=value), "output.interval_ms")
+        for value in (-1, 60_001, NAN, INF, -INF)
+    ),
+    *((generate_request("go", interval_ms=value), None) for value in (0, 0.1, 60_000)),
+    *((generate_request("go", priority=value), "priority") for value in (-101, 101, 2**31 - 1)),
+    (generate_request("go", plan=[]), "plan.stages"),
+    (generate_request("go", plan=[pb.Stage()]), "plan.stages[0]"),
+    (generate_request("go", plan=[serial()] * 65), "plan.stages"),
+    (generate_request("go", plan=[parallel([])]), BRANCHES),
+    (generate_request("go", plan=[parallel([""] * 65)]), BRANCHES),
+    (generate_request("go", plan=[serial([VOCAB])]), "plan.stages[0].serial.prefix.token_ids.ids[0]"),
+    (
+        generate_request("go", plan=[parallel([branch(label="a"), branch(), branch(), branch(label="a")])]),
+        f"{BRANCHES}[3].label",
+    ),
+    (
+        generate_request("go", plan=[parallel(["a", branch(max_tokens=0)])]),
+        f"{BRANCHES}[1].stopping.max_tokens",
+    ),
+    (
+        generate_request("go", plan=[parallel([branch(sampling=sampling(top_p=0))])]),
+        f"{BRANCHES}[0].sampling.top_p",
+    ),
+    (
+        generate_request("go", plan=[parallel([branch(then=[serial(max_tokens=0)])])]),
+        f"{BRANCHES}[0].stages[0].serial.stopping.max_tokens",
+    ),
+    (generate_request("go", plan=[parallel(["a"], join="kv"), serial()]), "plan.stages[1]"),
+    (generate_request("go", plan=[parallel(["a"], join="none"), serial()]), "plan.stages[1]"),
+    (
+        generate_request("go", plan=[pb.Stage(parallel=pb.ParallelStage(branches=[branch()], join=9))]),
+        "plan.stages[0].parallel.join",
+    ),
+    (generate_request("go", plan=model_driven("unheard-of")), "model_driven.tag_set"),
+    (generate_request("go", plan=model_driven()), "model_driven.tag_set"),
+    (generate_request("go", plan=model_driven("multiverse", max_branches=0)), "model_driven.max_branches"),
+    (generate_request("go", plan=model_driven("multiverse", max_branches=65)), "model_driven.max_branches"),
+    (generate_request("go", plan=model_driven("multiverse", max_depth=5)), "model_driven.max_depth"),
+    (
+        generate_request("go", plan=model_driven("multiverse", max_tokens=0)),
+        "model_driven.stopping.max_tokens",
+    ),
+    (
+        generate_request("go", plan=model_driven("multiverse", branch_max_tokens=0)),
+        "model_driven.branch_max_tokens",
+    ),
+    (of_tags(plan_open=""), "model_driven.fork_tags.plan_open"),
+    (of_tags(join_open=""), "model_driven.fork_tags.join_open"),
+    (of_tags(join=pb.JOIN_NONE), "model_driven.fork_tags.join"),
+    (of_tags(branch_close="x" * 257), "model_driven.fork_tags.branch_close"),
+]
+
+
+@pytest.mark.parametrize(("message", "path"), WRONG, ids=[f"{i}-{path}" for i, (_, path) in enumerate(WRONG)])
+def test_what_is_wrong_is_named_by_its_path(message, path):
+    if path is None:
+        read(message)
+    else:
+        assert list(violations(message)) == [path]
+
+
+def test_everything_wrong_is_named_at_once():
+    message = generate_request(
+        [VOCAB],
+        request_id="?",
+        sampling=sampling(temperature=NAN, top_p=2),
+        plan=[serial(max_tokens=0), parallel([branch(max_tokens=0)])],
+    )
+    assert set(violations(message)) == {
+        "prompt.token_ids.ids[0]",
+        "request_id",
+        "sampling.temperature",
+        "sampling.top_p",
+        "plan.stages[0].serial.stopping.max_tokens",
+        "plan.stages[1].parallel.branches[0].stopping.max_tokens",
+    }
+
+
+def test_fields_of_a_newer_schema_are_refused_by_number():
+    newer = bytes([0x98, 0x06, 1])  # field 99, a varint
+    message = generate_request("go", plan=[serial("a"), serial("b")])
+    message.plan.stages[1].serial.MergeFromString(newer)
+    message.MergeFromString(newer)
+    assert list(violations(message)) == ["99", "plan.stages[1].serial.99"]
+
+
+def test_forks_can_be_nested_only_so_deep():
+    plan = [parallel(["a"])]
+    for _ in range(20):
+        plan = [parallel([branch(then=plan)])]
+    (path,) = violations(generate_request("go", plan=plan))
+    assert path == "plan.stages[0]" + ".parallel.branches[0].stages[0]" * 4 + ".parallel"
+
+
+def test_branches_are_counted_over_the_whole_request():
+    plan = [parallel([""] * 40), parallel([""] * 40)]
+    assert list(violations(generate_request("go", plan=plan))) == ["plan.stages[1].parallel.branches"]
+
+
+def test_chat_is_refused_where_the_model_has_no_template():
+    class Plain(ByteTokenizer):
+        supports_chat = False
+
+    message = generate_request([{"role": "user", "content": "hi"}])
+    assert list(violations(message, tokenizer=Plain())) == ["prompt.chat"]
+
+
+# --- the context -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plan", "path"),
+    [
+        (200, None, "prompt"),
+        (150, [serial([1] * 49), serial([1])], "plan.stages[1].serial.prefix"),
+        (150, [parallel([branch([1] * 25), branch([1] * 25)], join="reprefill")], "plan.stages[0].parallel"),
+        (
+            150,
+            [parallel([branch([1] * 25), branch([1] * 50)], join="kv")],
+            "plan.stages[0].parallel.branches[1].prefix",
+        ),
+    ],
+)
+def test_what_leaves_no_room_for_a_token_is_refused_with_limit_and_got(prompt, plan, path):
+    message = generate_request([1] * prompt, plan=plan)
+    with pytest.raises(InvalidRequestError) as caught:
+        read_request(message, served_model())
+    assert [violation.field for violation in caught.value.violations] == [path]
+    assert caught.value.reason == "PROMPT_TOO_LONG"
+    assert caught.value.metadata == {"limit": "199", "got": "200"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plan"),
+    [
+        (199, None),
+        (150, [serial([1] * 49)]),
+        (150, [parallel([branch([1] * 24), branch([1] * 25)], join="reprefill")]),
+        (149, [parallel([branch([1] * 49), branch([1] * 49)], join="kv"), serial([1])]),
+        (150, [parallel([branch([1] * 49), branch([1] * 49)], join="none")]),
+    ],
+)
+def test_one_position_for_the_answer_is_room_enough(prompt, plan):
+    read(generate_request([1] * prompt, plan=plan))
+
+
+def test_a_large_limit_is_ended_by_the_context():
+    request = read(generate_request("go", max_tokens=2**32 - 1))
+    assert request.program.stages[0].stopping.max_tokens == 200

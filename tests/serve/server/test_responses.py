@@ -1,0 +1,196 @@
+"""Events become messages: in order, whole text, one delta for each branch."""
+
+from __future__ import annotations
+
+from google.protobuf.json_format import MessageToDict
+
+from scheduler.events import (
+    BranchInfo,
+    Joined,
+    StageFinished,
+    StageStarted,
+    Started,
+    TokenEmitted,
+    WidthChanged,
+)
+from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
+from scheduler.request import FinishReason, Request, Stopping
+from scheduler.step import Sample
+from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from serve.server.responses import ResponseWriter, stop_strings
+from serve.text.detokenizer import Speller
+from tests.serve.fakes import EOS, ByteTokenizer, finished
+
+STOP = Stopping(max_tokens=9, stop_strings=("##",))
+
+
+def writer(stopping: Stopping = STOP, **options) -> ResponseWriter:
+    request = Request(id="r", prompt=(1, 2), program=Plan(stages=(SerialStage(stopping=stopping),)))
+    return ResponseWriter(
+        request, pb.OutputOptions(**options), Speller(ByteTokenizer(), skip_special_tokens=True)
+    )
+
+
+def begins(*branches: int, stage: int = 0, prefix: bytes = b"") -> StageStarted:
+    infos = tuple(BranchInfo(branch, 0, f"b{branch}" if branch else "", tuple(prefix)) for branch in branches)
+    return StageStarted("r", stage, infos)
+
+
+def tokens(branch: int, text: bytes, count: int) -> list[TokenEmitted]:
+    return [
+        TokenEmitted("r", branch, Sample(byte, -0.5, ((7, -1.0),)), count + i) for i, byte in enumerate(text)
+    ]
+
+
+def ends(branch: int, reason=FinishReason.MAX_TOKENS, *, stop=None, count=0, final=True) -> StageFinished:
+    return StageFinished("r", 0, branch, reason, stop, count, final)
+
+
+def told(message: pb.GenerateResponse) -> list[tuple[str, dict]]:
+    events = [MessageToDict(event, preserving_proto_field_name=True) for event in message.events]
+    return [(kind, fields) for event in events for kind, fields in event.items()]
+
+
+def test_a_request_is_told_in_order():
+    message = writer().write(
+        [
+            Started("r", 3, 2),
+            begins(0, stage=0),
+            *tokens(0, b"a", 1),
+            ends(0, final=False),
+            begins(1, 2, stage=1, prefix=b"- "),
+            WidthChanged("r", 1, 2),
+            *tokens(1, b"b", 1),
+            ends(1, FinishReason.EOS, stop=EOS, count=1),
+            ends(2, FinishReason.CONTEXT),
+            Joined("r", 1, (1, 2)),
+            begins(0, stage=2),
+            ends(0, FinishReason.STOP, stop="##", count=1),
+            finished("r", 2),
+        ]
+    )
+    assert told(message) == [
+        ("started", {"request_id": "r", "prompt_tokens": 3, "cached_tokens": 2}),
+        ("stage_started", {"branches": [{}]}),
+        ("delta", {"text": "a", "completion_tokens": 1}),
+        (
+            "stage_started",
+            {
+                "stage": 1,
+                "branches": [
+                    {"branch_id": 1, "label": "b1", "prefix": "- "},
+                    {"branch_id": 2, "label": "b2", "prefix": "- "},
+                ],
+            },
+        ),
+        ("width_changed", {"width": 1, "wanted": 2}),
+        ("delta", {"branch_id": 1, "text": "b", "completion_tokens": 1}),
+        (
+            "branch_finished",
+            {
+                "branch_id": 1,
+                "finish_reason": "FINISH_REASON_EOS",
+                "stop_token_id": EOS,
+                "completion_tokens": 1,
+            },
+        ),
+        ("branch_finished", {"branch_id": 2, "finish_reason": "FINISH_REASON_CONTEXT"}),
+        ("joined", {"stage": 1, "branch_ids": [1, 2]}),
+        ("stage_started", {"stage": 2, "branches": [{}]}),
+        (
+            "branch_finished",
+            {"finish_reason": "FINISH_REASON_STOP", "stop_string": "##", "completion_tokens": 1},
+        ),
+        (
+            "finished",
+            {
+                "usage": {
+                    "prompt_tokens": 3,
+                    "cached_tokens": 1,
+                    "completion_tokens": 2,
+                    "critical_path_tokens": 2,
+                },
+                "timing": {
+                    "queue_time": "0.250s",
+                    "time_to_first_token": "0.500s",
+                    "time_per_output_token": "0.010s",
+                    "total_time": "1.500s",
+                    "tpot_slo_met": True,
+                },
+            },
+        ),
+    ]
+
+
+def test_every_finish_reason_has_a_name_on_the_wire():
+    for reason in FinishReason:
+        (event,) = writer().write([begins(0), ends(0, reason)]).events[1:]
+        name = pb.FinishReason.Name(event.branch_finished.finish_reason)
+        assert name == f"FINISH_REASON_{reason.name}"
+
+
+def test_a_branchs_tokens_are_one_delta_however_they_interleave():
+    message = writer().write(
+        [
+            begins(1, 2),
+            *(t for pair in zip(tokens(1, b"abc", 1), tokens(2, b"xyz", 1), strict=True) for t in pair),
+        ]
+    )
+    assert told(message)[1:] == [
+        ("delta", {"branch_id": 1, "text": "abc", "completion_tokens": 3}),
+        ("delta", {"branch_id": 2, "text": "xyz", "completion_tokens": 3}),
+    ]
+
+
+def test_a_delta_never_crosses_from_one_stage_into_the_next():
+    message = writer().write(
+        [begins(0), *tokens(0, b"a", 1), ends(0, final=False), begins(0, stage=1), *tokens(0, b"b", 2)]
+    )
+    assert [kind for kind, _ in told(message)] == ["stage_started", "delta", "stage_started", "delta"]
+
+
+def test_ids_and_logprobs_come_when_asked_for():
+    message = writer(token_ids=True, logprobs=True).write([begins(0), *tokens(0, b"a", 1)])
+    _, (_, delta) = told(message)
+    assert delta == {
+        "text": "a",
+        "token_ids": [97],
+        "logprobs": [{"token_id": 97, "logprob": -0.5, "top": [{"token_id": 7, "logprob": -1.0}]}],
+        "completion_tokens": 1,
+    }
+
+
+def test_the_prompt_is_echoed_when_asked_for():
+    (event,) = writer(prompt_token_ids=True).write([Started("r", 2, 0)]).events
+    assert list(event.started.prompt_token_ids) == [1, 2]
+
+
+def test_held_text_comes_before_the_branch_finishes():
+    stream = writer()
+    first = stream.write([begins(0), *tokens(0, b"a#", 1)])
+    last = stream.write([ends(0, count=2)])
+    assert told(first)[1] == ("delta", {"text": "a", "completion_tokens": 2})
+    assert [kind for kind, _ in told(last)] == ["delta", "branch_finished"]
+    assert last.events[0].delta.text == "#"
+
+
+def test_a_stop_string_is_cut_or_kept():
+    for include, expected in ((False, "a"), (True, "a##")):
+        stream = writer(include_stop=include)
+        events = [begins(0), *tokens(0, b"a##", 1), ends(0, FinishReason.STOP, stop="##", count=3)]
+        assert "".join(event.delta.text for event in stream.write(events).events) == expected
+
+
+def test_a_token_without_text_yet_is_counted():
+    message = writer().write([begins(0), *tokens(0, "é".encode()[:1], 1)])
+    assert told(message)[1] == ("delta", {"completion_tokens": 1})
+
+
+def test_stop_strings_are_those_of_all_stages():
+    def stop(text: str) -> Stopping:
+        return Stopping(max_tokens=1, stop_strings=(text, "common"))
+
+    nested = BranchSpec(stopping=stop("b"), stages=(SerialStage(stopping=stop("c")),))
+    plan = Plan(stages=(SerialStage(stopping=stop("a")), ParallelStage(branches=(nested,))))
+    request = Request(id="r", prompt=(1,), program=plan)
+    assert stop_strings(request) == ("a", "common", "b", "c")
