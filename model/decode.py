@@ -32,15 +32,16 @@ from model.decoder import Decoder, ModelStructure
 from model.kv_cache import KVCache
 from model.sampling import (
     SampleInputs,
-    Sampling,
     SlotState,
     assign,
     branch_key,
     pack_assignments,
     sample,
     sampler_for,
+    uses_of,
 )
 from model.tokenizer import Tokenizer
+from scheduler.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32
@@ -70,7 +71,7 @@ def generate(
     *,
     max_tokens: int,
     branches: int = 1,
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
     eos_ids: Sequence[int] = (),
     page_size: int = 16,
     backend: str | None = None,
@@ -85,7 +86,7 @@ def generate(
       ValueError: an empty prompt, an id outside the vocabulary, more tokens than the model's context, or a
         seed of more than 64 bits.
     """
-    sampling = replace(sampling or Sampling(), logprobs=False)
+    sampling = replace(sampling or SamplingParams(), logprobs=False)
     _check(model, prompts, max_tokens, branches)
     if not 0 <= sampling.seed < 2**64:
         raise ValueError(f"a seed has 64 bits: 0..{2**64 - 1}, not {sampling.seed}")
@@ -95,7 +96,7 @@ def generate(
     slots = _slots(model, prompts, branches, sampling)
     structure, weights = model.split()
     arguments = weights, cache, slots, plan.arrays
-    program = compile_generation(structure, _Shapes.of(arguments), backend, sampler_for(sampling.uses))
+    program = compile_generation(structure, _Shapes.of(arguments), backend, sampler_for(uses_of(sampling)))
     started = time.perf_counter()
     tokens, *_ = program(*arguments)
     tokens = np.asarray(tokens)
@@ -253,7 +254,9 @@ def _prompt_rows(
     return Rows(tokens, positions, page, offset, work)
 
 
-def _slots(model: Decoder, prompts: Sequence[Sequence[int]], branches: int, sampling: Sampling) -> SlotState:
+def _slots(
+    model: Decoder, prompts: Sequence[Sequence[int]], branches: int, sampling: SamplingParams
+) -> SlotState:
     """A slot for each branch, whose last token is its prompt's last."""
     count, vocab, bias = len(prompts) * branches, model.config.vocab_size, max(1, len(sampling.logit_bias))
     slots = SlotState.create(count, vocab, bias)
@@ -429,7 +432,7 @@ def _report(command: Decode) -> str:
         prompts,
         max_tokens=command.max_tokens,
         branches=command.branches,
-        sampling=Sampling(
+        sampling=SamplingParams(
             temperature=command.temperature,
             top_k=command.top_k,
             top_p=command.top_p,

@@ -14,13 +14,14 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from scheduler.sampling import OPTIONS, Option, SamplingParams
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, UInt
@@ -35,55 +36,35 @@ USES_ALL = USES_RANDOM | USES_TOP | USES_PENALTIES | USES_BIAS | USES_LOGPROBS
 # The sets of options that a server compiles a sampler for, the cheapest first.
 SAMPLERS = (0, USES_RANDOM | USES_TOP, USES_ALL)
 
-# Words of an assignment: slot, top-k, the two halves of the seed, six floats; then bias ids and bias values.
-_FIXED_WORDS = 10
+# Words of an assignment: slot, the two halves of the seed, OPTIONS; then bias ids and bias values.
+_FIRST_OPTION = 3
+_FIXED_WORDS = _FIRST_OPTION + len(OPTIONS)
+_OFF = {option.name: option.off for option in OPTIONS}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How one slot chooses; the defaults are greedy. `seed` has 64 bits, `logit_bias` (id, bias) pairs."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int = 0
-    logprobs: bool = False
-
-    @property
-    def uses(self) -> int:
-        """The USES_ bits of this slot; a step's are the union over its samples."""
-        random = self.temperature > 0
-        cuts = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
-        return (
-            USES_RANDOM * random
-            | USES_TOP * (random and cuts)
-            | USES_PENALTIES * penalties
-            | USES_BIAS * bool(self.logit_bias)
-            | USES_LOGPROBS * self.logprobs
-        )
+def uses_of(params: SamplingParams) -> int:
+    """The USES_ bits of a slot with these options; a step's are the union over its samples."""
+    random = params.temperature > 0
+    cuts = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return (
+        USES_RANDOM * random
+        | USES_TOP * (random and cuts)
+        | USES_PENALTIES * params.uses_penalties
+        | USES_BIAS * bool(params.logit_bias)
+        | USES_LOGPROBS * params.logprobs
+    )
 
 
 class SlotState(NamedTuple):
     """What the device remembers of each slot. Unused bias entries have id `vocab`, which is out of range.
 
+    options          of each of OPTIONS, by its name, the slots' values: int32 or float32
     given_seen       tokens that occur in what the slot was given (its prompt)
     generated_count  how often each token was generated
     """
 
     last_token: Int[Array, " slots"]
-    temperature: Float[Array, " slots"]
-    top_k: Int[Array, " slots"]
-    top_p: Float[Array, " slots"]
-    min_p: Float[Array, " slots"]
-    repetition: Float[Array, " slots"]
-    presence: Float[Array, " slots"]
-    frequency: Float[Array, " slots"]
+    options: dict[str, Array]
     seed: UInt[Array, "slots 2"]
     bias_id: Int[Array, "slots bias"]
     bias_value: Float[Array, "slots bias"]
@@ -95,13 +76,7 @@ class SlotState(NamedTuple):
         """All slots greedy, with nothing counted."""
         return cls(
             last_token=jnp.zeros(slots, jnp.int32),
-            temperature=jnp.zeros(slots, jnp.float32),
-            top_k=jnp.zeros(slots, jnp.int32),
-            top_p=jnp.ones(slots, jnp.float32),
-            min_p=jnp.zeros(slots, jnp.float32),
-            repetition=jnp.ones(slots, jnp.float32),
-            presence=jnp.zeros(slots, jnp.float32),
-            frequency=jnp.zeros(slots, jnp.float32),
+            options={option.name: jnp.full(slots, option.off, _dtype(option)) for option in OPTIONS},
             seed=jnp.zeros((slots, 2), jnp.uint32),
             bias_id=jnp.full((slots, max_bias), vocab, jnp.int32),
             bias_value=jnp.zeros((slots, max_bias), jnp.float32),
@@ -188,8 +163,16 @@ def _best(logits: Float[Array, "samples vocab"]) -> Int[Array, " samples"]:
     return lax.argmax(logits, 1, jnp.int32)
 
 
+def _dtype(option: Option) -> type[np.int32 | np.float32]:
+    return np.int32 if isinstance(option.off, int) else np.float32
+
+
 def _of_slot(values: Array, slot: Int[Array, " samples"], padding: int | float) -> Array:
     return values.at[slot].get(mode="fill", fill_value=padding)
+
+
+def _option(name: str, slots: SlotState, slot: Int[Array, " samples"]) -> Array:
+    return _of_slot(slots.options[name], slot, _OFF[name])
 
 
 def _add_bias(
@@ -206,21 +189,21 @@ def _penalize(
 ) -> Float[Array, "samples vocab"]:
     """Repetition as in CTRL (arXiv 1909.05858), presence and frequency as in OpenAI's API."""
 
-    def of_slot(values: Array, padding: int | float) -> Array:
-        return _of_slot(values, slot, padding).astype(logits.dtype)[:, None]
+    def penalty(kind: str) -> Array:
+        return _option(f"{kind}_penalty", slots, slot).astype(logits.dtype)[:, None]
 
     count = _of_slot(slots.generated_count, slot, 0)
     generated = count > 0
     repeated = generated | _of_slot(slots.given_seen, slot, 0)
-    repetition = of_slot(slots.repetition, 1)
+    repetition = penalty("repetition")
     logits = jnp.where(repeated, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
-    return logits - of_slot(slots.frequency, 0) * count - of_slot(slots.presence, 0) * generated
+    return logits - penalty("frequency") * count - penalty("presence") * generated
 
 
 def _draw(
     logits: Float[Array, "samples vocab"], slots: SlotState, inputs: SampleInputs, *, cut: bool
 ) -> Int[Array, " samples"]:
-    temperature = _of_slot(slots.temperature, inputs.slot, 0)
+    temperature = _option("temperature", slots, inputs.slot)
     scaled = _scale(logits, temperature)
     if cut:
         scaled = _cut(scaled, slots, inputs.slot)
@@ -254,9 +237,9 @@ def _cut(
     scaled: Float[Array, "samples vocab"], slots: SlotState, slot: Int[Array, " samples"]
 ) -> Float[Array, "samples vocab"]:
     """Drops what top-k, top-p (of the mass that top-k left) and min-p exclude."""
-    top_k = _of_slot(slots.top_k, slot, 0)
-    top_p = _of_slot(slots.top_p, slot, 1).astype(scaled.dtype)
-    min_p = _of_slot(slots.min_p, slot, 0).astype(scaled.dtype)
+    top_k = _option("top_k", slots, slot)
+    top_p = _option("top_p", slots, slot).astype(scaled.dtype)
+    min_p = _option("min_p", slots, slot).astype(scaled.dtype)
     keys = _ordered_bits(scaled)
     found = _threshold(keys, jnp.ones_like(scaled), top_k.astype(scaled.dtype))
     at_least = jnp.where(top_k > 0, found, 0)
@@ -315,62 +298,60 @@ def _no_logprobs(samples: int, top: int) -> tuple[Array, Array, Array]:
 
 
 def pack_assignments(
-    assignments: Sequence[tuple[int, Sampling]], *, capacity: int, slots: int, vocab: int, max_bias: int
+    assignments: Sequence[tuple[int, SamplingParams]],
+    *,
+    capacity: int,
+    slots: int,
+    vocab: int,
+    max_bias: int,
 ) -> np.ndarray:
-    """(slot, sampling) pairs as the int32 vector that `assign` reads; floats travel as their bits.
+    """(slot, options) pairs as the int32 vector that `assign` reads; floats travel as their bits.
 
     Raises ValueError for more than `capacity` pairs or more than `max_bias` biases of one slot.
     """
-    if len(assignments) > capacity:
-        raise ValueError(f"{len(assignments)} slots to assign in one call, at most {capacity}")
-    packed = np.zeros((capacity, _FIXED_WORDS + 2 * max_bias), np.int32)
-    packed[:, 0] = slots
-    packed[:, _FIXED_WORDS : _FIXED_WORDS + max_bias] = vocab
-    for words, (slot, sampling) in zip(packed, assignments, strict=False):
-        biases = len(sampling.logit_bias)
+    count = len(assignments)
+    if count > capacity:
+        raise ValueError(f"{count} slots to assign in one call, at most {capacity}")
+    words = np.zeros((capacity, _FIXED_WORDS + 2 * max_bias), np.int32)
+    words[:, 0] = slots
+    words[:, _FIXED_WORDS : _FIXED_WORDS + max_bias] = vocab
+    for column, option in enumerate(OPTIONS, _FIRST_OPTION):
+        values = [getattr(params, option.name) for _, params in assignments]
+        words.view(_dtype(option))[:count, column] = values
+    for row, (slot, params) in zip(words, assignments, strict=False):
+        biases = len(params.logit_bias)
         if biases > max_bias:
             raise ValueError(f"{biases} logit biases in one request, at most {max_bias}")
-        words[:2] = slot, sampling.top_k
-        words[2:4].view(np.uint32)[:] = sampling.seed >> 32, sampling.seed & 0xFFFFFFFF
-        words[4:_FIXED_WORDS].view(np.float32)[:] = (
-            sampling.temperature,
-            sampling.top_p,
-            sampling.min_p,
-            sampling.repetition_penalty,
-            sampling.presence_penalty,
-            sampling.frequency_penalty,
-        )
+        row[0] = slot
+        row[1:_FIRST_OPTION].view(np.uint32)[:] = params.seed >> 32, params.seed & 0xFFFFFFFF
         if biases:
-            ids, values = zip(*sampling.logit_bias, strict=True)
-            words[_FIXED_WORDS:][:biases] = ids
-            words[_FIXED_WORDS + max_bias :].view(np.float32)[:biases] = values
-    return packed.reshape(-1)
+            ids, values = zip(*params.logit_bias, strict=True)
+            row[_FIXED_WORDS:][:biases] = ids
+            row[_FIXED_WORDS + max_bias :].view(np.float32)[:biases] = values
+    return words.reshape(-1)
 
 
 def assign(slots: SlotState, packed: Int[Array, " words"]) -> SlotState:
     """Gives slots new options and clears their counts; `packed` is made by `pack_assignments`."""
     max_bias = slots.bias_id.shape[1]
     words = packed.reshape(-1, _FIXED_WORDS + 2 * max_bias)
-    slot, top_k = words[:, 0], words[:, 1]
-    seed = lax.bitcast_convert_type(words[:, 2:4], jnp.uint32)
-    floats = lax.bitcast_convert_type(words[:, 4:_FIXED_WORDS], jnp.float32)
+    slot = words[:, 0]
     bias_id, bias_bits = jnp.split(words[:, _FIXED_WORDS:], 2, axis=1)
 
     def put(values: Array, new: Array | bool | int) -> Array:
+        if isinstance(new, jax.Array):
+            new = lax.bitcast_convert_type(new, values.dtype)
         return values.at[slot].set(new, mode="drop")
 
     return SlotState(
         last_token=slots.last_token,
-        temperature=put(slots.temperature, floats[:, 0]),
-        top_k=put(slots.top_k, top_k),
-        top_p=put(slots.top_p, floats[:, 1]),
-        min_p=put(slots.min_p, floats[:, 2]),
-        repetition=put(slots.repetition, floats[:, 3]),
-        presence=put(slots.presence, floats[:, 4]),
-        frequency=put(slots.frequency, floats[:, 5]),
-        seed=put(slots.seed, seed),
+        options={
+            option.name: put(slots.options[option.name], words[:, column])
+            for column, option in enumerate(OPTIONS, _FIRST_OPTION)
+        },
+        seed=put(slots.seed, words[:, 1:_FIRST_OPTION]),
         bias_id=put(slots.bias_id, bias_id),
-        bias_value=put(slots.bias_value, lax.bitcast_convert_type(bias_bits, jnp.float32)),
+        bias_value=put(slots.bias_value, bias_bits),
         given_seen=put(slots.given_seen, False),
         generated_count=put(slots.generated_count, 0),
     )

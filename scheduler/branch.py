@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from scheduler.events import BranchInfo
 from scheduler.program import Cursor, Fork
-from scheduler.request import SamplingParams, Stopping
+from scheduler.request import Stopping
+from scheduler.sampling import SamplingParams
 from scheduler.segment import Segment, text
 from scheduler.step import Entry
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from scheduler.request import FinishReason, SamplingParams, Stopping
+from scheduler.request import FinishReason, Stopping
+from scheduler.sampling import SamplingParams
 
 
 class Codec(Protocol):

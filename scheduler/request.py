@@ -1,4 +1,4 @@
-"""What is being served: a request, its targets, and how its tokens are chosen and ended.
+"""What is being served: a request, its targets, and what ends its tokens.
 
 All of it is frozen: the scheduler's own state about a request lives in `scheduler.live_request`.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from scheduler.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from scheduler.program import Plan, TagProgram
@@ -22,27 +24,6 @@ class FinishReason(enum.Enum):
     CONTEXT = "context"
     BRANCH_CLOSED = "branch_closed"  # the model closed it with its tag
     FORKED = "forked"  # it ended in its branches: nothing follows their stage
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How the next token is drawn; the defaults are greedy. Ranges are checked where requests enter."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int = 0
-    logprobs: bool = False
-    top_logprobs: int = 0
-
-    @property
-    def uses_penalties(self) -> bool:
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from scheduler.predictor import StepLoad
-from scheduler.request import SamplingParams
+from scheduler.sampling import SamplingParams
 
 
 class SegmentRead(NamedTuple):

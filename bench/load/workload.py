@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage
-from scheduler.request import Request, SamplingParams, Slo, Stopping
+from scheduler.request import Request, Slo, Stopping
+from scheduler.sampling import SamplingParams
 
 FORMAT = 1
 BURST_PERIOD, BURST_SECONDS, BURST, LULL = 45.0, 15.0, 1.6, 0.7

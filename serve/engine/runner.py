@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
@@ -24,11 +24,11 @@ import numpy as np
 
 from model.decoder import Decoder
 from model.kv_cache import KVCache, bytes_per_page
-from model.sampling import SampleOutputs, Sampling, SlotState, assign, count_history, pack_assignments
+from model.sampling import SampleOutputs, SlotState, assign, count_history, pack_assignments, uses_of
 from model.step import StepLayout, StepProgram, compile_step
 from scheduler.buckets import Buckets
 from scheduler.predictor import StepLatencyModel, StepLoad
-from scheduler.request import SamplingParams
+from scheduler.sampling import SamplingParams
 from scheduler.step import Entry, Sample, SegmentRead, SlotSetup, StepPlan
 from serve.engine.memory import MemoryPlan
 from serve.engine.packing import step_inputs
@@ -94,8 +94,8 @@ class Runner:
         )
         self.dtype = model.dtype
         self._programs: dict[int, StepProgram] = {}
-        self._sampling = [Sampling()] * config.num_slots  # what each slot was last set to
-        self._params = [SamplingParams()] * config.num_slots
+        self._params = [SamplingParams()] * config.num_slots  # what each slot was last set to
+        self._uses = [0] * config.num_slots  # and the sampler's bits of it
 
     # --- start-up --------------------------------------------------------------------------------------
 
@@ -237,7 +237,7 @@ class Runner:
             self._set_slots(plan.slots)
             uses = 0
             for slot in sampled:
-                uses |= self._sampling[slot].uses
+                uses |= self._uses[slot]
             program, packed = self.packed(plan)
             self.cache, self.slots, outputs = program(self.weights, self.cache, self.slots, packed, uses)
         return StepHandle(outputs, [self._params[slot] for slot in sampled])
@@ -261,9 +261,9 @@ class Runner:
     def _assignments(self, setups: Sequence[SlotSetup]) -> np.ndarray:
         for setup in setups:
             self._params[setup.slot] = setup.sampling
-            self._sampling[setup.slot] = _sampling(setup.sampling)
+            self._uses[setup.slot] = uses_of(setup.sampling)
         return pack_assignments(
-            [(setup.slot, self._sampling[setup.slot]) for setup in setups],
+            [(setup.slot, setup.sampling) for setup in setups],
             capacity=self.ASSIGNMENTS,
             slots=self.config.num_slots,
             vocab=self.model_config.vocab_size,
@@ -273,11 +273,6 @@ class Runner:
     def _precision(self) -> AbstractContextManager[Any]:
         """64-bit types are a per-thread setting of JAX: on exactly where the model is float64."""
         return jax.enable_x64(self.dtype == jnp.float64)
-
-
-def _sampling(params: SamplingParams) -> Sampling:
-    shared = {field.name for field in fields(Sampling)}
-    return Sampling(**{f.name: getattr(params, f.name) for f in fields(params) if f.name in shared})
 
 
 def _bytes(tree: Any) -> int:

@@ -27,7 +27,8 @@ from scheduler.program import (
     TagGrammar,
     TagProgram,
 )
-from scheduler.request import Request, SamplingParams, Slo, Stopping
+from scheduler.request import Request, Slo, Stopping
+from scheduler.sampling import SamplingParams
 from serve.api.errors import InvalidRequestError, Violation
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 

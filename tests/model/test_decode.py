@@ -15,8 +15,9 @@ from model import decode
 from model.checkpoint import load_model
 from model.decode import generate
 from model.decoder import Decoder
-from model.sampling import Sampling, branch_key
+from model.sampling import branch_key
 from model.weights import hf_tensors
+from scheduler.sampling import SamplingParams
 from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
 from tests.model.dense import dense_greedy, dense_logits
 
@@ -70,7 +71,7 @@ def test_every_branch_of_every_prompt_is_the_dense_continuation(
 def test_the_gpu_kernels_generate_the_same(golden_folder: Callable[[str], Path]) -> None:
     """Prompts of 1, 22 and 9 tokens, three branches of each on shared tiles; the kernels are interpreted."""
     model = load_model(str(golden_folder("qwen3-gqa8-untied-sharded")), jnp.float32)
-    sampling = Sampling(temperature=0.8, seed=5)
+    sampling = SamplingParams(temperature=0.8, seed=5)
     ours, theirs = (
         generate(model, PROMPTS, max_tokens=5, branches=3, sampling=sampling, page_size=4, backend=backend)
         for backend in ("gpu-interpreted", "xla")
@@ -82,7 +83,7 @@ def test_the_gpu_kernels_generate_the_same(golden_folder: Callable[[str], Path])
 def test_draws_are_keyed_by_seed_path_and_position(model: Decoder, branches: int) -> None:
     """Drawn again from the dense oracle's logits. One branch is the trunk; several are a stage's children."""
     seed, temperature = 2**63 + 12345, 0.7
-    sampling = Sampling(temperature=temperature, seed=seed)
+    sampling = SamplingParams(temperature=temperature, seed=seed)
     generation = generate(model, PROMPTS, max_tokens=TOKENS, branches=branches, sampling=sampling)
     tensors = hf_tensors(model)
     for prompt, answers in zip(PROMPTS, generation.ids, strict=True):
@@ -99,7 +100,7 @@ def test_draws_are_keyed_by_seed_path_and_position(model: Decoder, branches: int
 
 
 def test_penalties_count_the_prompt_and_what_was_generated(model: Decoder) -> None:
-    sampling = Sampling(repetition_penalty=1e6, frequency_penalty=1e6)
+    sampling = SamplingParams(repetition_penalty=1e6, frequency_penalty=1e6)
     generation = generate(model, PROMPTS, max_tokens=TOKENS, sampling=sampling)
     for prompt, [ids] in zip(PROMPTS, generation.ids, strict=True):
         assert len(set(ids)) == len(ids)
@@ -115,9 +116,11 @@ def test_a_branch_ends_before_the_end_of_sequence_token(model: Decoder, greedy: 
 
 
 def test_prompts_of_other_lengths_and_other_options_use_the_same_program(model: Decoder) -> None:
-    generate(model, PROMPTS, max_tokens=TOKENS, eos_ids=(1,), sampling=Sampling(temperature=0.5, top_p=0.9))
+    generate(
+        model, PROMPTS, max_tokens=TOKENS, eos_ids=(1,), sampling=SamplingParams(temperature=0.5, top_p=0.9)
+    )
     compiled = decode.compile_generation.cache_info().misses
-    others, sampling = [[4], [5, 6], [7, 8, 9]], Sampling(temperature=1.0, top_k=3)
+    others, sampling = [[4], [5, 6], [7, 8, 9]], SamplingParams(temperature=1.0, top_k=3)
     generate(model, others, max_tokens=TOKENS, eos_ids=(2, 3), sampling=sampling)
     assert decode.compile_generation.cache_info().misses == compiled
 
@@ -148,7 +151,7 @@ def test_the_donated_cache_is_not_copied(model: Decoder, monkeypatch: pytest.Mon
         ([[1] * 500], {}, "context, 512"),
         ([[1]], {"max_tokens": 0}, "at least one token"),
         ([[1]], {"branches": 0}, "one branch"),
-        ([[1]], {"sampling": Sampling(seed=2**64)}, "64 bits"),
+        ([[1]], {"sampling": SamplingParams(seed=2**64)}, "64 bits"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(

@@ -23,7 +23,6 @@ from model.sampling import (
     USES_TOP,
     SampleInputs,
     SampleOutputs,
-    Sampling,
     SlotState,
     assign,
     branch_key,
@@ -31,7 +30,9 @@ from model.sampling import (
     pack_assignments,
     sample,
     sampler_for,
+    uses_of,
 )
+from scheduler.sampling import SamplingParams
 
 VOCAB = 101
 SLOTS = 12
@@ -44,8 +45,8 @@ run_sample = jax.jit(sample, static_argnames=("uses", "max_top_logprobs"))
 run_assign = jax.jit(assign)
 run_count = jax.jit(count_history)
 
-GREEDY = Sampling()
-WARM = Sampling(temperature=0.8, seed=3)
+GREEDY = SamplingParams()
+WARM = SamplingParams(temperature=0.8, seed=3)
 
 
 @pytest.fixture(params=["float32", "float64"])
@@ -65,7 +66,7 @@ class Row:
     """One sample of a test: what the slot uses, what it has seen, and where it stands."""
 
     logits: np.ndarray
-    sampling: Sampling = GREEDY
+    sampling: SamplingParams = GREEDY
     path: tuple[tuple[int, int], ...] = ()
     position: int = 7
     given: tuple[int, ...] = ()
@@ -118,7 +119,7 @@ def choose(
     )
     logits = np.stack([row.logits for row in rows] + [rows[0].logits] * padding)
     fed = padded([row.fed or 0 for row in rows], 5)
-    uses = reduce(or_, (row.sampling.uses for row in rows))
+    uses = reduce(or_, (uses_of(row.sampling) for row in rows))
     sampler = sampler_for(uses) if sampler is None else sampler
     state, outputs = run_sample(logits, fed, prepare(rows, slots), inputs, uses=sampler, max_top_logprobs=TOP)
     return state, jax.tree.map(lambda array: np.asarray(array)[: len(rows)], outputs)
@@ -157,7 +158,7 @@ def penalized(row: Row) -> np.ndarray:
     return logits
 
 
-def kept_tokens(logits: np.ndarray, s: Sampling) -> list[int]:
+def kept_tokens(logits: np.ndarray, s: SamplingParams) -> list[int]:
     """Top-k, top-p and min-p by sorting, most likely token first."""
     order = np.argsort(-logits, kind="stable")
     order = order[: s.top_k or None]
@@ -178,17 +179,19 @@ def expected(row: Row) -> int:
 
 OPTIONS = {
     "greedy": GREEDY,
-    "temperature": Sampling(temperature=1.7),
-    "top-k": Sampling(temperature=1.5, top_k=4),
-    "top-p": Sampling(temperature=1.5, top_p=0.6),
-    "min-p": Sampling(temperature=1.5, min_p=0.2),
-    "all cuts": Sampling(temperature=2.0, top_k=20, top_p=0.9, min_p=0.05),
-    "repetition": Sampling(repetition_penalty=3.0),
-    "presence": Sampling(presence_penalty=4.0),
-    "frequency": Sampling(frequency_penalty=2.5),
-    "negative penalties": Sampling(repetition_penalty=0.5, presence_penalty=-2.0, frequency_penalty=-1.0),
-    "bias": Sampling(logit_bias=((3, 9.0), (50, -2.0), (100, 8.5))),
-    "everything": Sampling(
+    "temperature": SamplingParams(temperature=1.7),
+    "top-k": SamplingParams(temperature=1.5, top_k=4),
+    "top-p": SamplingParams(temperature=1.5, top_p=0.6),
+    "min-p": SamplingParams(temperature=1.5, min_p=0.2),
+    "all cuts": SamplingParams(temperature=2.0, top_k=20, top_p=0.9, min_p=0.05),
+    "repetition": SamplingParams(repetition_penalty=3.0),
+    "presence": SamplingParams(presence_penalty=4.0),
+    "frequency": SamplingParams(frequency_penalty=2.5),
+    "negative penalties": SamplingParams(
+        repetition_penalty=0.5, presence_penalty=-2.0, frequency_penalty=-1.0
+    ),
+    "bias": SamplingParams(logit_bias=((3, 9.0), (50, -2.0), (100, 8.5))),
+    "everything": SamplingParams(
         temperature=1.2,
         top_k=30,
         top_p=0.95,
@@ -201,7 +204,7 @@ OPTIONS = {
 }
 
 
-def rows_with(options: Sampling, dtype: np.dtype, count: int = SLOTS) -> list[Row]:
+def rows_with(options: SamplingParams, dtype: np.dtype, count: int = SLOTS) -> list[Row]:
     """Rows that differ in all they may differ in; favourites are among what was given and generated."""
     rows = []
     for i, logits in enumerate(random_logits(dtype, rows=count)):
@@ -234,14 +237,14 @@ def test_rows_with_different_options_share_a_batch(dtype):
 @pytest.mark.parametrize(
     ("cuts", "survivors"),
     [
-        (Sampling(temperature=1.0, top_k=0), 101),
-        (Sampling(temperature=1.0, top_k=1), 1),
-        (Sampling(temperature=1.0, top_k=3), 3),
-        (Sampling(temperature=1.0, top_k=1000), 101),
-        (Sampling(temperature=1.0, top_p=1e-30), 1),
-        (Sampling(temperature=1.0, top_p=0.999999), 101),
-        (Sampling(temperature=1.0, min_p=1.0), 1),
-        (Sampling(temperature=1e-30), 1),
+        (SamplingParams(temperature=1.0, top_k=0), 101),
+        (SamplingParams(temperature=1.0, top_k=1), 1),
+        (SamplingParams(temperature=1.0, top_k=3), 3),
+        (SamplingParams(temperature=1.0, top_k=1000), 101),
+        (SamplingParams(temperature=1.0, top_p=1e-30), 1),
+        (SamplingParams(temperature=1.0, top_p=0.999999), 101),
+        (SamplingParams(temperature=1.0, min_p=1.0), 1),
+        (SamplingParams(temperature=1e-30), 1),
     ],
 )
 def test_a_cut_at_its_edge_keeps_what_it_should(cuts, survivors, dtype):
@@ -254,13 +257,13 @@ def test_a_cut_at_its_edge_keeps_what_it_should(cuts, survivors, dtype):
 
 def test_equally_likely_tokens_are_kept_or_dropped_together(dtype):
     logits = few([1, 2, 2, 2, 0, -5, -5], dtype)
-    for cut in (Sampling(temperature=1.0, top_k=2), Sampling(temperature=1.0, top_p=0.4)):
+    for cut in (SamplingParams(temperature=1.0, top_k=2), SamplingParams(temperature=1.0, top_p=0.4)):
         seen = tokens_of_one_slot([Row(logits=logits, sampling=cut, position=i) for i in range(100)])
         assert set(seen) == {1, 2, 3}
 
 
 def test_a_forbidden_token_is_never_drawn(dtype):
-    ban = Sampling(temperature=5.0, logit_bias=((1, float("-inf")),), repetition_penalty=1.5)
+    ban = SamplingParams(temperature=5.0, logit_bias=((1, float("-inf")),), repetition_penalty=1.5)
     logits = few([0, 4, 0.5], dtype)
     assert set(tokens_of_one_slot([Row(logits=logits, sampling=ban, position=i) for i in range(100)])) == {
         0,
@@ -269,7 +272,7 @@ def test_a_forbidden_token_is_never_drawn(dtype):
 
 
 def test_a_row_without_any_possible_token_gives_a_token_all_the_same(dtype):
-    ban = Sampling(temperature=1.0, top_p=0.5, min_p=0.5, top_k=2)
+    ban = SamplingParams(temperature=1.0, top_p=0.5, min_p=0.5, top_k=2)
     row = Row(logits=np.full(VOCAB, -np.inf, dtype), sampling=ban)
     assert 0 <= tokens([row])[0] < VOCAB
 
@@ -286,12 +289,14 @@ def tokens_of_one_slot(rows: Sequence[Row]) -> list[int]:
         count_fed=zeros,
     )
     logits = np.broadcast_to(first.logits, (MANY, VOCAB))
-    uses, state = sampler_for(first.sampling.uses), prepare([first], [0])
+    uses, state = sampler_for(uses_of(first.sampling)), prepare([first], [0])
     outputs = run_sample(logits, zeros, state, inputs, uses=uses, max_top_logprobs=TOP)[1]
     return np.asarray(outputs.token)[: len(rows)].tolist()
 
 
-@pytest.mark.parametrize("options", [Sampling(temperature=0.9), Sampling(temperature=1.4, top_p=0.8)])
+@pytest.mark.parametrize(
+    "options", [SamplingParams(temperature=0.9), SamplingParams(temperature=1.4, top_p=0.8)]
+)
 def test_draws_follow_the_distribution(options, dtype):
     logits = few(random_logits(dtype, seed=4)[0, :11] / 2, dtype)
     draws = 8 * MANY
@@ -361,7 +366,7 @@ def test_branch_keys_are_the_same_in_another_process():
 
 
 def test_log_probabilities_are_of_the_raw_logits(dtype):
-    biased = Sampling(temperature=2.0, top_k=2, logit_bias=((6, 30.0),), logprobs=True)
+    biased = SamplingParams(temperature=2.0, top_k=2, logit_bias=((6, 30.0),), logprobs=True)
     logits = random_logits(dtype, rows=3)
     outputs = choose([Row(logits=row, sampling=biased) for row in logits])[1]
     wide = logits.astype(np.float64)
@@ -393,7 +398,7 @@ def test_the_chosen_token_becomes_the_slots_last_and_padding_writes_nowhere(dtyp
 
 def test_a_fed_token_counts_before_the_choice(dtype):
     logits = few([5, 4, 3], dtype)
-    shy = Sampling(presence_penalty=2.0)
+    shy = SamplingParams(presence_penalty=2.0)
     assert tokens([Row(logits=logits, sampling=shy), Row(logits=logits, sampling=shy, fed=0)]) == [0, 1]
 
 
@@ -406,28 +411,28 @@ def test_a_new_assignment_forgets_the_counts_and_leaves_other_slots_alone():
     assert not np.any(state.generated_count[2])
     assert np.flatnonzero(state.given_seen[5]).tolist() == [1, 2]
     assert state.generated_count[5, 3] == 2
-    np.testing.assert_allclose(np.asarray(state.temperature)[[2, 5]], [0.8, 0])
+    np.testing.assert_allclose(np.asarray(state.options["temperature"])[[2, 5]], [0.8, 0])
     assert state.seed[2].tolist() == [0, 3]
 
 
 def test_an_assignment_beyond_its_capacity_is_refused():
-    def pack(sampling: Sampling, count: int):
+    def pack(sampling: SamplingParams, count: int):
         pairs = [(i, sampling) for i in range(count)]
         return pack_assignments(pairs, capacity=2, slots=SLOTS, vocab=VOCAB, max_bias=1)
 
     with pytest.raises(ValueError, match="3 slots to assign in one call, at most 2"):
         pack(GREEDY, 3)
     with pytest.raises(ValueError, match="2 logit biases in one request, at most 1"):
-        pack(Sampling(logit_bias=((1, 1.0), (2, 1.0))), 1)
+        pack(SamplingParams(logit_bias=((1, 1.0), (2, 1.0))), 1)
 
 
 def test_what_a_slot_uses():
-    assert GREEDY.uses == 0
-    assert Sampling(top_k=3, top_p=0.5).uses == 0
-    assert WARM.uses == USES_RANDOM
-    assert replace(WARM, min_p=0.1).uses == USES_RANDOM | USES_TOP
-    assert Sampling(presence_penalty=-1.0).uses == USES_PENALTIES
-    assert Sampling(logit_bias=((0, 0.0),), logprobs=True).uses == USES_BIAS | USES_LOGPROBS
+    assert uses_of(GREEDY) == 0
+    assert uses_of(SamplingParams(top_k=3, top_p=0.5)) == 0
+    assert uses_of(WARM) == USES_RANDOM
+    assert uses_of(replace(WARM, min_p=0.1)) == USES_RANDOM | USES_TOP
+    assert uses_of(SamplingParams(presence_penalty=-1.0)) == USES_PENALTIES
+    assert uses_of(SamplingParams(logit_bias=((0, 0.0),), logprobs=True)) == USES_BIAS | USES_LOGPROBS
 
 
 def test_the_cheapest_sampler_that_suffices_is_taken():
@@ -445,7 +450,7 @@ def test_a_sampler_with_more_options_chooses_the_same(sampling, dtype):
     ]
     chosen = tokens(rows)
     for sampler in SAMPLERS:
-        if sampling.uses & ~sampler == 0:
+        if uses_of(sampling) & ~sampler == 0:
             assert tokens(rows, sampler=sampler) == chosen
 
 

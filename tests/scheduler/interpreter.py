@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass, field
 
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
-from scheduler.request import FinishReason, Request, SamplingParams, Stopping
+from scheduler.request import FinishReason, Request, Stopping
+from scheduler.sampling import SamplingParams
 from tests.scheduler.alphabet import Alphabet
 from tests.scheduler.symbolic import Path, SymbolicModel
 

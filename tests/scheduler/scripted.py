@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from scheduler.request import SamplingParams
+from scheduler.sampling import SamplingParams
 from tests.scheduler.alphabet import ID, tokens
 from tests.scheduler.symbolic import Path, SymbolicModel
 

@@ -16,7 +16,8 @@ from scheduler.program import (
     Stage,
     TagProgram,
 )
-from scheduler.request import Request, SamplingParams, Slo, Stopping
+from scheduler.request import Request, Slo, Stopping
+from scheduler.sampling import SamplingParams
 from scheduler.slack import ControllerConfig
 from tests.scheduler.alphabet import EOS, GRAMMARS, LETTERS, STOP
 from tests.scheduler.world import Setting

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from scheduler.request import SamplingParams
+from scheduler.sampling import SamplingParams
 from scheduler.step import Entry, Sample, SegmentRead, SlotSetup, StepPlan
 
 Path = tuple[tuple[int, int], ...]

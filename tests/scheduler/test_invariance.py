@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from scheduler.footprint import worst_case_pages
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
-from scheduler.request import FinishReason, Request, SamplingParams, Stopping
+from scheduler.request import FinishReason, Request, Stopping
+from scheduler.sampling import SamplingParams
 from tests.scheduler.alphabet import FOLLOWS, LETTERS, PLAIN, TALKATIVE
 from tests.scheduler.interpreter import Answer
 from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving, tag_programs

@@ -16,7 +16,8 @@ from scheduler.events import (
     WidthChanged,
 )
 from scheduler.program import MULTIVERSE, BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
-from scheduler.request import FinishReason, Request, SamplingParams, Slo, Stopping
+from scheduler.request import FinishReason, Request, Slo, Stopping
+from scheduler.sampling import SamplingParams
 from tests.scheduler.alphabet import EOS, ID, LETTERS, STOP, tokens
 from tests.scheduler.symbolic import SymbolicModel
 from tests.scheduler.world import Setting, World, serve

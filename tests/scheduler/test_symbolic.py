@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scheduler.predictor import StepLoad
-from scheduler.request import SamplingParams
+from scheduler.sampling import SamplingParams
 from scheduler.step import Entry, SegmentRead, SlotSetup, StepPlan
 from tests.scheduler.alphabet import LETTERS
 from tests.scheduler.symbolic import SymbolicDevice, SymbolicModel

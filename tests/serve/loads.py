@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
-from scheduler.request import Request, SamplingParams, Slo, Stopping
+from scheduler.request import Request, Slo, Stopping
+from scheduler.sampling import SamplingParams
 
 SYSTEM = tuple(range(40, 61))  # five full pages that several prompts begin with
 

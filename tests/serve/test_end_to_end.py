@@ -15,7 +15,7 @@ from rich.console import Console
 
 from model import decode
 from model.checkpoint import load_model
-from model.sampling import Sampling
+from scheduler.sampling import SamplingParams
 from serve.client.answer import BranchFinished, Delta, Finished, Joined, StageStarted, Started
 from serve.client.client import Client, branch, parallel, sampling, serial, stopping
 from serve.demo import POLICIES, Demo, compare
@@ -92,7 +92,7 @@ def test_the_server_and_the_offline_decode_loop_agree(address: str) -> None:
     prompt, tokens, seed = [40, 101, 77, 212, 9], 12, 5
     model = load_model("default", jnp.float32)
     for temperature, width in ((0.0, 1), (0.9, 1), (0.9, 3)):
-        options = Sampling(temperature=temperature, seed=seed)
+        options = SamplingParams(temperature=temperature, seed=seed)
         expected = decode.generate(model, [prompt], max_tokens=tokens, branches=width, sampling=options).ids[
             0
         ]

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.request import SamplingParams, Slo
+from scheduler.request import Slo
+from scheduler.sampling import SamplingParams
 from scheduler.step import Sample
 from serve.engine.runner import Runner
 from tests.serve.lab import Answer, run, samples

@@ -15,7 +15,8 @@ import pytest
 from model.weights import hf_tensors
 from scheduler.events import Finished, Joined
 from scheduler.program import ParallelStage, Plan, SerialStage
-from scheduler.request import Request, SamplingParams, Slo
+from scheduler.request import Request, Slo
+from scheduler.sampling import SamplingParams
 from serve.engine.runner import Runner
 from tests.model.dense import dense_logits
 from tests.serve.lab import Run, run, tiny_model

@@ -8,7 +8,7 @@ import pytest
 from attention.layout import Capacity
 from model.sampling import branch_key
 from scheduler.predictor import StepLoad
-from scheduler.request import SamplingParams
+from scheduler.sampling import SamplingParams
 from scheduler.step import Entry, SegmentRead, SlotSetup, StepPlan
 from serve.engine.packing import step_inputs
 

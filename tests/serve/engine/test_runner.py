@@ -13,7 +13,8 @@ import pytest
 
 from scheduler.predictor import StepLoad
 from scheduler.program import Plan
-from scheduler.request import Request, SamplingParams, Slo
+from scheduler.request import Request, Slo
+from scheduler.sampling import SamplingParams
 from serve.engine.runner import Runner
 from tests.serve.lab import compiled_runner, run, tiny_model
 from tests.serve.loads import load, serial
