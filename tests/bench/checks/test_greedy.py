@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from bench.checks.greedy import compare_tokens, greedy_here, greedy_of_transformers, random_prompts
+from bench.checks.scale import SCALES
+from model.decoder import Decoder
+from model.sharding import ON_ONE_DEVICE
+from model.weights import hf_tensors, random_weights, save_hf
+
+TINY = SCALES["tiny"]
+
+
+def test_tokens_count_up_to_a_branchs_first_difference() -> None:
+    ours = [[[1, 2, 3, 4], [5, 6, 7, 8]]]
+    assert compare_tokens(ours, [[[1, 9, 3, 4], [5, 6, 7, 8]]]) == {"same": 5, "tokens": 8, "ok": False}
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_continues_as_we_do(tmp_path: Path) -> None:
+    config = TINY.greedy[0]
+    save_hf(tmp_path, config, hf_tensors(random_weights(Decoder(config, jnp.float32), 5, ON_ONE_DEVICE)))
+    prompts = random_prompts(TINY, config, 5)
+    ours = greedy_here(tmp_path, prompts, TINY, None)
+    theirs = greedy_of_transformers(tmp_path, prompts, TINY)
+    assert theirs is not None
+    assert ours == theirs
