@@ -1,4 +1,4 @@
-"""`taper-decode`: a whole generation in one jitted loop on the device. No scheduler, no server.
+"""Offline decoding: a whole generation in one jitted loop on the device. No scheduler, no server.
 
 It is the server's independent oracle: it lays out its own pages, and plans once, for the final lengths.
 Each prompt but for its last token is read first, into pages that all of its branches share. Then every
@@ -8,25 +8,20 @@ Inside the loop only how far the branches' pages are filled changes.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import lax
 
 import attention
-from attention import BACKENDS, Read, Reads, Segment, TileList, WorkList, default_backend
+from attention import Read, Reads, Segment, TileList, WorkList, default_backend
 from attention.tiles import refilled
-from model.checkpoint import LoadFormat, load_model, model_folder
 from model.config import ModelConfig
 from model.decoder import Decoder, ModelStructure
 from model.kv_cache import KVCache
@@ -40,7 +35,6 @@ from model.sampling import (
     sampler_for,
     uses_of,
 )
-from model.tokenizer import Tokenizer
 from scheduler.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -365,115 +359,3 @@ def compile_generation(
     loop = partial(decode_loop, structure=structure, backend=backend, uses=uses)
     arguments = jax.tree.unflatten(shapes.treedef, shapes.leaves)
     return jax.jit(loop, donate_argnums=(1, 2)).lower(*arguments).compile()
-
-
-# --- the command --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decode:
-    """Generate offline: one jitted loop on the device, no server."""
-
-    model: str = "default"
-    """`default` (the embedded tiny model), the name of a preset, or a model folder."""
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to continue; repeat it for more prompts."""
-    prompt_ids: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Token ids to continue, such as 1,2,3; repeat it for more prompts. They come after the texts."""
-    max_tokens: int = 64
-    """Most tokens of each branch."""
-    branches: int = 1
-    """Continuations of each prompt, which share the prompt's KV pages."""
-    seed: int = 0
-    """Same seed, same tokens."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_k: int = 0
-    """Draw from the likeliest tokens only; 0 is off."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that have this much probability together."""
-    min_p: float = 0.0
-    """Draw from the tokens that are at least this likely, relative to the likeliest."""
-    ignore_eos: bool = False
-    """Go on after an end-of-sequence token."""
-    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
-    """Type of weights, activations and KV pages."""
-    load_format: LoadFormat = "auto"
-    """`random` makes weights on the device instead of reading them."""
-    weights_seed: int = 0
-    """Seed of random weights."""
-    attention: str = "auto"
-    """Attention backend; `auto` picks by device, `reference` is the oracle."""
-    page_size: int = 16
-    """KV positions in a page."""
-    json: bool = False
-    """Print one JSON object instead of text."""
-
-
-def main(args: list[str] | None = None) -> None:
-    command = tyro.cli(Decode, prog="taper-decode", description=Decode.__doc__, args=args)
-    try:
-        with jax.enable_x64(command.dtype == "float64"):
-            print(_report(command))
-    except (OSError, ValueError) as error:
-        sys.exit(f"taper-decode: {error}")
-
-
-def _report(command: Decode) -> str:
-    if command.attention not in ("auto", *BACKENDS):
-        raise ValueError(f"--attention must be auto or one of {', '.join(BACKENDS)}")
-    tokenizer = _tokenizer(command.model)
-    prompts = _prompts(command, tokenizer)
-    model = load_model(
-        command.model, jnp.dtype(command.dtype), command.load_format, seed=command.weights_seed
-    )
-    generation = generate(
-        model,
-        prompts,
-        max_tokens=command.max_tokens,
-        branches=command.branches,
-        sampling=SamplingParams(
-            temperature=command.temperature,
-            top_k=command.top_k,
-            top_p=command.top_p,
-            min_p=command.min_p,
-            seed=command.seed,
-        ),
-        eos_ids=() if command.ignore_eos else (tokenizer and tokenizer.eos_ids) or model.config.eos_ids,
-        page_size=command.page_size,
-        backend=None if command.attention == "auto" else command.attention,
-    )
-    answers = [
-        [
-            {"token_ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True) if tokenizer else ""}
-            for ids in branches
-        ]
-        for branches in generation.ids
-    ]
-    if command.json:
-        prompts_json = [{"branches": branches} for branches in answers]
-        return json.dumps({"prompts": prompts_json, "tokens_per_second": generation.tokens_per_second})
-    lines = []
-    for number, branches in enumerate(answers, 1):
-        for letter, branch in enumerate(branches, 1):
-            text = branch["text"] if tokenizer else " ".join(map(str, branch["token_ids"]))
-            lines += [f"--- prompt {number}, branch {letter}", text]
-    return "\n".join([*lines, f"--- {generation.tokens_per_second:.1f} tokens/s"])
-
-
-def _tokenizer(name: str) -> Tokenizer | None:
-    """The model folder's tokenizer, if it has one. A preset's random weights go with the embedded one."""
-    folder = model_folder(name) or Path(__file__).parent / "tiny"
-    return Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
-
-
-def _prompts(command: Decode, tokenizer: Tokenizer | None) -> list[list[int]]:
-    if not command.prompt and not command.prompt_ids:
-        raise ValueError("give a --prompt or --prompt-ids")
-    if command.prompt and tokenizer is None:
-        raise ValueError(f"{command.model} has no tokenizer.json: give --prompt-ids")
-    texts = [tokenizer.encode(text, add_special_tokens=True) for text in command.prompt] if tokenizer else []
-    try:
-        return texts + [[int(word) for word in ids.split(",")] for ids in command.prompt_ids]
-    except ValueError as error:
-        raise ValueError(f"--prompt-ids takes numbers with commas between them: {error}") from error

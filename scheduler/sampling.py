@@ -31,13 +31,13 @@ class SamplingParams:
     min_p: float = option(0.0, 0, 1)
     """Draw from the tokens that are at least this likely, relative to the likeliest."""
     repetition_penalty: float = option(1.0, 0.01, 100)
-    """Divides the logits of tokens that occurred in the prompt or the answer; 1 is off."""
+    """More than 1 makes the tokens of the prompt and of the answer less likely; 1 is off."""
     presence_penalty: float = option(0.0, -2, 2)
-    """Taken from the logits of tokens that were generated; 0 is off."""
+    """Taken from the logits of tokens that the answer has; 0 is off."""
     frequency_penalty: float = option(0.0, -2, 2)
-    """Taken from the logits of generated tokens for each time that they were; 0 is off."""
+    """Taken from a token's logit for each time that the answer has it; 0 is off."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token id, what is added to its logit) pairs."""
+    """Token ids, each with what is added to its logit."""
     seed: int = 0
     """Same seed, same tokens."""
     logprobs: bool = False

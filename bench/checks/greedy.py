@@ -48,7 +48,7 @@ def greedy_on_cpu(folder: Path, prompts: Sequence[Sequence[int]], scale: Scale) 
     """What taper-decode says where JAX sees nothing but the CPU."""
     ids = [word for prompt in prompts for word in ("--prompt-ids", ",".join(map(str, prompt)))]
     sizes = ["--max-tokens", str(scale.new_tokens), "--branches", str(scale.branches)]
-    command = [sys.executable, "-c", "from model.decode import main; main()", "--model", str(folder)]
+    command = [sys.executable, "-c", "from model.decode_command import main; main()", "--model", str(folder)]
     command += [*ids, *sizes, "--ignore-eos", "--attention", "xla", "--json"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

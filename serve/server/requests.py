@@ -28,7 +28,7 @@ from scheduler.program import (
     TagProgram,
 )
 from scheduler.request import Request, Slo, Stopping
-from scheduler.sampling import SamplingParams
+from scheduler.sampling import OPTIONS, Option, SamplingParams
 from serve.api.errors import InvalidRequestError, Violation
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 
@@ -429,12 +429,7 @@ class _Reader:
     def _read_sampling(self, given: pb.SamplingParams, base: SamplingParams, path: str) -> SamplingParams:
         """`base` with the fields that were set."""
         model = self._model
-        temperature = self._number(given, "temperature", path, base.temperature, 0, 100)
-        if 0 < temperature < 0.01 - _SLACK:
-            self._wrong(f"{path}.temperature", f"0 (greedy) or 0.01 to 100 are possible, got {temperature:g}")
-        top_p = self._number(given, "top_p", path, base.top_p, 0, 1)
-        if top_p == 0:
-            self._wrong(f"{path}.top_p", "must be more than 0")
+        numbers = {option.name: self._option(option, given, base, path) for option in OPTIONS}
         if len(given.logit_bias) > model.max_logit_bias:
             most, count = model.max_logit_bias, len(given.logit_bias)
             self._wrong(f"{path}.logit_bias", f"at most {most} are possible, got {count}")
@@ -444,21 +439,26 @@ class _Reader:
                 self._wrong(name, f"the id is not less than {model.vocab_size}, the vocabulary")
             if not -100 <= bias <= 100:
                 self._wrong(name, f"-100 to 100 are possible, got {bias:g}")
-        top_k = given.top_k if given.HasField("top_k") else base.top_k
         return replace(
             base,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=0 if top_k >= model.vocab_size else top_k,  # all of it: off
-            min_p=self._number(given, "min_p", path, base.min_p, 0, 1),
-            repetition_penalty=self._number(
-                given, "repetition_penalty", path, base.repetition_penalty, 0.01, 100
-            ),
-            presence_penalty=self._number(given, "presence_penalty", path, base.presence_penalty, -2, 2),
-            frequency_penalty=self._number(given, "frequency_penalty", path, base.frequency_penalty, -2, 2),
+            **numbers,
             seed=given.seed if given.HasField("seed") else base.seed,
             logit_bias=tuple(sorted(given.logit_bias.items())) or base.logit_bias,
         )
+
+    def _option(
+        self, option: Option, given: pb.SamplingParams, base: SamplingParams, path: str
+    ) -> int | float:
+        """A number among the options, in its range and outside of the gap that it may have there."""
+        name = option.name
+        value = self._number(given, name, path, getattr(base, name), option.low, option.high)
+        if name == "temperature" and 0 < value < 0.01 - _SLACK:
+            self._wrong(f"{path}.{name}", f"0 (greedy) or 0.01 to 100 are possible, got {value:g}")
+        if name == "top_p" and value == 0:
+            self._wrong(f"{path}.{name}", "must be more than 0")
+        if name == "top_k" and value >= self._model.vocab_size:
+            return 0  # all of it: off
+        return value
 
     # --- checks ----------------------------------------------------------------------------------------
 

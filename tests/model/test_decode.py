@@ -1,8 +1,7 @@
-"""The offline decode loop, against the dense oracle, transformers' goldens and itself."""
+"""The offline decode loop, against the dense oracle and itself."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from model.decoder import Decoder
 from model.sampling import branch_key
 from model.weights import hf_tensors
 from scheduler.sampling import SamplingParams
-from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
 from tests.model.dense import dense_greedy, dense_logits
 
 NAME = "qwen3-gqa2-untied-wide-heads-bf16"
@@ -36,26 +34,6 @@ def greedy(model: Decoder) -> list[list[int]]:
     """What the dense oracle goes on with after each prompt."""
     tensors = hf_tensors(model)
     return [dense_greedy(tensors, model.config, prompt, TOKENS) for prompt in PROMPTS]
-
-
-def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    decode.main(list(options))
-    return capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_the_command_goes_on_as_transformers_does(
-    name: str, golden_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    prompt = ",".join(map(str, CHECKPOINTS[name].prompt))
-    dtype = "float64" if name == "qwen3-gqa1-tied" else "float32"
-    length = str(GREEDY_TOKENS)
-    folder = str(golden_folder(name))
-    out = run(
-        capsys, "--model", folder, "--prompt-ids", prompt, "--max-tokens", length, "--dtype", dtype, "--json"
-    )
-    [answer] = json.loads(out)["prompts"]
-    assert answer["branches"][0]["token_ids"] == Golden.load(name).greedy.tolist()
 
 
 @pytest.mark.parametrize(("page_size", "backend"), [(4, "xla"), (16, "xla"), (4, "reference")])
@@ -159,36 +137,3 @@ def test_what_cannot_be_generated_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **({"max_tokens": 20} | options))
-
-
-def test_json_has_ids_and_text_of_every_branch(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--max-tokens", "5", "--branches", "2", "--temperature", "0.9", "--seed", "3", "--ignore-eos")
-    prompts = ("--prompt", "The sun", "--prompt", "A", "--prompt-ids", "5,6,7")
-    answer = json.loads(run(capsys, *prompts, *options, "--json"))
-    assert list(answer) == ["prompts", "tokens_per_second"]
-    assert [list(prompt) for prompt in answer["prompts"]] == [["branches"]] * 3
-    branches = [branch for prompt in answer["prompts"] for branch in prompt["branches"]]
-    assert [list(branch) for branch in branches] == [["token_ids", "text"]] * 6
-    assert [len(branch["token_ids"]) for branch in branches] == [5] * 6
-    assert all(branch["text"] for branch in branches)
-    text = run(capsys, *prompts, *options)
-    assert all(branch["text"] in text for branch in branches)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "--prompt"),
-        (["--prompt-ids", "1,x"], "numbers with commas"),
-        (["--prompt", "a", "--attention", "magic"], "auto or one of reference, xla"),
-        (["--prompt", "a", "--model", "nowhere"], "no model"),
-    ],
-)
-def test_the_command_says_what_is_wrong(options: list[str], message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
-        decode.main(options)
-
-
-def test_a_folder_without_a_tokenizer_takes_ids_only(golden_folder: Callable[[str], Path]) -> None:
-    with pytest.raises(SystemExit, match="--prompt-ids"):
-        decode.main(["--model", str(golden_folder(NAME)), "--prompt", "a"])

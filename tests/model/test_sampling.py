@@ -32,7 +32,7 @@ from model.sampling import (
     sampler_for,
     uses_of,
 )
-from scheduler.sampling import SamplingParams
+from scheduler.sampling import OPTIONS, SamplingParams
 
 VOCAB = 101
 SLOTS = 12
@@ -177,7 +177,7 @@ def expected(row: Row) -> int:
     return max(kept, key=lambda token: scores[token])
 
 
-OPTIONS = {
+CASES = {
     "greedy": GREEDY,
     "temperature": SamplingParams(temperature=1.7),
     "top-k": SamplingParams(temperature=1.5, top_k=4),
@@ -223,14 +223,14 @@ def rows_with(options: SamplingParams, dtype: np.dtype, count: int = SLOTS) -> l
     return rows
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_each_option_agrees_with_numpy(options, dtype):
     rows = rows_with(options, dtype)
     assert tokens(rows) == [expected(row) for row in rows]
 
 
 def test_rows_with_different_options_share_a_batch(dtype):
-    rows = [replace(rows_with(options, dtype)[i], position=i) for i, options in enumerate(OPTIONS.values())]
+    rows = [replace(rows_with(options, dtype)[i], position=i) for i, options in enumerate(CASES.values())]
     assert tokens(rows) == [expected(row) for row in rows]
 
 
@@ -347,7 +347,7 @@ def test_the_same_seed_draws_the_same_noise_in_every_dtype():
 
 
 def test_a_choice_ignores_batch_size_padding_slots_and_the_other_rows(float64):
-    rows = [replace(rows_with(options, float64)[i], position=i) for i, options in enumerate(OPTIONS.values())]
+    rows = [replace(rows_with(options, float64)[i], position=i) for i, options in enumerate(CASES.values())]
     alone = [tokens([row], slots=[3], samples=1)[0] for row in rows]
     shuffle = np.random.default_rng(5)
     order = shuffle.permutation(len(rows))
@@ -413,6 +413,18 @@ def test_a_new_assignment_forgets_the_counts_and_leaves_other_slots_alone():
     assert state.generated_count[5, 3] == 2
     np.testing.assert_allclose(np.asarray(state.options["temperature"])[[2, 5]], [0.8, 0])
     assert state.seed[2].tolist() == [0, 3]
+
+
+def test_every_option_reaches_its_slot_and_padding_reaches_none():
+    values = {option.name: option.off + 1 + i for i, option in enumerate(OPTIONS)}
+    state = prepare(
+        [Row(logits=random_logits(np.dtype("float32"))[0], sampling=SamplingParams(**values))], [7]
+    )
+    for option in OPTIONS:
+        column = np.full(SLOTS, option.off, state.options[option.name].dtype)
+        column[7] = values[option.name]
+        np.testing.assert_array_equal(state.options[option.name], column)
+        assert np.issubdtype(column.dtype, np.integer) == isinstance(option.off, int)
 
 
 def test_an_assignment_beyond_its_capacity_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 
 import pytest
@@ -16,6 +18,7 @@ from scheduler.program import (
     check_program,
 )
 from scheduler.request import Slo, Stopping
+from scheduler.sampling import OPTIONS
 from serve.api.errors import InvalidRequestError
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
@@ -318,6 +321,19 @@ def test_what_is_wrong_is_named_by_its_path(message, path):
         read(message)
     else:
         assert list(violations(message)) == [path]
+
+
+def test_the_wire_has_every_sampling_option_and_its_range_is_checked():
+    numbers = {option.name for option in OPTIONS}
+    wire = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
+    assert wire == numbers | {"seed", "logit_bias"} == set(inspect.signature(sampling).parameters)
+    for option in OPTIONS:
+        if math.isfinite(option.high):
+            assert list(violations(of_sampling(**{option.name: option.high + 1}))) == [
+                f"sampling.{option.name}"
+            ]
+            request = read(of_sampling(**{option.name: option.high}))
+            assert getattr(request.sampling, option.name) == option.high
 
 
 def test_everything_wrong_is_named_at_once():

@@ -1,0 +1,123 @@
+"""`taper-decode`: continues texts or token ids offline, and prints what the branches say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from attention import BACKENDS
+from model.checkpoint import LoadFormat, load_model, model_folder
+from model.decode import generate
+from model.tokenizer import Tokenizer
+from scheduler.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sampling(SamplingParams):
+    """How the tokens are drawn."""
+
+    # The loop reports no log-probabilities.
+
+    logprobs: tyro.conf.Suppress[bool] = False
+    top_logprobs: tyro.conf.Suppress[int] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decode:
+    """Generate offline: one jitted loop on the device, no server."""
+
+    model: str = "default"
+    """`default` (the embedded tiny model), the name of a preset, or a model folder."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue; repeat it for more prompts."""
+    prompt_ids: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Token ids to continue, such as 1,2,3; repeat it for more prompts. They come after the texts."""
+    max_tokens: int = 64
+    """Most tokens of each branch."""
+    branches: int = 1
+    """Continuations of each prompt, which share the prompt's KV pages."""
+    sampling: tyro.conf.OmitArgPrefixes[_Sampling] = _Sampling()
+    ignore_eos: bool = False
+    """Go on after an end-of-sequence token."""
+    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
+    """Type of weights, activations and KV pages."""
+    load_format: LoadFormat = "auto"
+    """`random` makes weights on the device instead of reading them."""
+    weights_seed: int = 0
+    """Seed of random weights."""
+    attention: str = "auto"
+    """Attention backend; `auto` picks by device, `reference` is the oracle."""
+    page_size: int = 16
+    """KV positions in a page."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def main(args: list[str] | None = None) -> None:
+    command = tyro.cli(Decode, prog="taper-decode", description=Decode.__doc__, args=args)
+    try:
+        with jax.enable_x64(command.dtype == "float64"):
+            print(_report(command))
+    except (OSError, ValueError) as error:
+        sys.exit(f"taper-decode: {error}")
+
+
+def _report(command: Decode) -> str:
+    if command.attention not in ("auto", *BACKENDS):
+        raise ValueError(f"--attention must be auto or one of {', '.join(BACKENDS)}")
+    tokenizer = _tokenizer(command.model)
+    prompts = _prompts(command, tokenizer)
+    model = load_model(
+        command.model, jnp.dtype(command.dtype), command.load_format, seed=command.weights_seed
+    )
+    generation = generate(
+        model,
+        prompts,
+        max_tokens=command.max_tokens,
+        branches=command.branches,
+        sampling=command.sampling,
+        eos_ids=() if command.ignore_eos else (tokenizer and tokenizer.eos_ids) or model.config.eos_ids,
+        page_size=command.page_size,
+        backend=None if command.attention == "auto" else command.attention,
+    )
+    answers = [
+        [
+            {"token_ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True) if tokenizer else ""}
+            for ids in branches
+        ]
+        for branches in generation.ids
+    ]
+    if command.json:
+        prompts_json = [{"branches": branches} for branches in answers]
+        return json.dumps({"prompts": prompts_json, "tokens_per_second": generation.tokens_per_second})
+    lines = []
+    for number, branches in enumerate(answers, 1):
+        for letter, branch in enumerate(branches, 1):
+            text = branch["text"] if tokenizer else " ".join(map(str, branch["token_ids"]))
+            lines += [f"--- prompt {number}, branch {letter}", text]
+    return "\n".join([*lines, f"--- {generation.tokens_per_second:.1f} tokens/s"])
+
+
+def _tokenizer(name: str) -> Tokenizer | None:
+    """The model folder's tokenizer, if it has one. A preset's random weights go with the embedded one."""
+    folder = model_folder(name) or Path(__file__).parent / "tiny"
+    return Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+
+
+def _prompts(command: Decode, tokenizer: Tokenizer | None) -> list[list[int]]:
+    if not command.prompt and not command.prompt_ids:
+        raise ValueError("give a --prompt or --prompt-ids")
+    if command.prompt and tokenizer is None:
+        raise ValueError(f"{command.model} has no tokenizer.json: give --prompt-ids")
+    texts = [tokenizer.encode(text, add_special_tokens=True) for text in command.prompt] if tokenizer else []
+    try:
+        return texts + [[int(word) for word in ids.split(",")] for ids in command.prompt_ids]
+    except ValueError as error:
+        raise ValueError(f"--prompt-ids takes numbers with commas between them: {error}") from error

@@ -1,0 +1,75 @@
+"""`taper-decode`, against transformers' goldens; and what it says of a command that it cannot run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tyro
+
+from model.decode_command import Decode, main
+from scheduler.sampling import OPTIONS, SamplingParams
+from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    main(list(options))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_command_goes_on_as_transformers_does(
+    name: str, golden_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = ",".join(map(str, CHECKPOINTS[name].prompt))
+    dtype = "float64" if name == "qwen3-gqa1-tied" else "float32"
+    length = str(GREEDY_TOKENS)
+    folder = str(golden_folder(name))
+    out = run(
+        capsys, "--model", folder, "--prompt-ids", prompt, "--max-tokens", length, "--dtype", dtype, "--json"
+    )
+    [answer] = json.loads(out)["prompts"]
+    assert answer["branches"][0]["token_ids"] == Golden.load(name).greedy.tolist()
+
+
+def test_json_has_ids_and_text_of_every_branch(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--max-tokens", "5", "--branches", "2", "--temperature", "0.9", "--seed", "3", "--ignore-eos")
+    prompts = ("--prompt", "The sun", "--prompt", "A", "--prompt-ids", "5,6,7")
+    answer = json.loads(run(capsys, *prompts, *options, "--json"))
+    assert list(answer) == ["prompts", "tokens_per_second"]
+    assert [list(prompt) for prompt in answer["prompts"]] == [["branches"]] * 3
+    branches = [branch for prompt in answer["prompts"] for branch in prompt["branches"]]
+    assert [list(branch) for branch in branches] == [["token_ids", "text"]] * 6
+    assert [len(branch["token_ids"]) for branch in branches] == [5] * 6
+    assert all(branch["text"] for branch in branches)
+    text = run(capsys, *prompts, *options)
+    assert all(branch["text"] in text for branch in branches)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--prompt"),
+        (["--prompt-ids", "1,x"], "numbers with commas"),
+        (["--prompt", "a", "--attention", "magic"], "auto or one of reference, xla"),
+        (["--prompt", "a", "--model", "nowhere"], "no model"),
+    ],
+)
+def test_the_command_says_what_is_wrong(options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(options)
+
+
+def test_a_folder_without_a_tokenizer_takes_ids_only(golden_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(SystemExit, match="--prompt-ids"):
+        main(["--model", str(golden_folder("qwen3-gqa1-tied")), "--prompt", "a"])
+
+
+def test_every_number_among_the_sampling_options_is_a_flag_and_off_by_default() -> None:
+    given = {option.name: option.off + 1 for option in OPTIONS}
+    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    taken, untouched = tyro.cli(Decode, args=flags).sampling, tyro.cli(Decode, args=[]).sampling
+    assert {name: getattr(taken, name) for name in given} == given
+    assert all(getattr(untouched, name) == getattr(SamplingParams(), name) for name in given)
