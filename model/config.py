@@ -1,8 +1,8 @@
-"""ModelConfig: the shape of a decoder-only model, read from a Hugging Face `config.json`.
+"""ModelConfig: the architecture and shape of a decoder-only model, read from a Hugging Face `config.json`.
 
-Qwen3 (dense) and Llama-type checkpoints differ only by the values in here. What a checkpoint asks for and
-the model does not implement (sliding windows, biases, experts, other rope scalings) is refused by name:
-a silent approximation would look like a bad model.
+Checkpoints differ only by the values in here. What a checkpoint asks for and the model does not implement
+(sliding windows, biases, experts, other rope scalings) is refused by name: a silent approximation would look
+like a bad model.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from model.architecture import ARCHITECTURES
 
 
 class UnsupportedModelError(ValueError):
@@ -30,13 +32,15 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """One model's shape. Sizes are in elements, `max_context` in tokens.
+    """One model's architecture, by its name in ARCHITECTURES, and shape. Sizes are in elements, `max_context`
+    in tokens.
 
     `join` is the join the model was trained for ("kv" or "reprefill"), `tag_grammar` the name of the tag
     grammar its own text forks by, or None. Both live under the key "taper" of config.json.
     """
 
     name: str
+    architecture: str = "qwen3"
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -48,7 +52,6 @@ class ModelConfig:
     rope_scaling: Llama3Scaling | None = None
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
-    qk_norm: bool = True
     max_context: int
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
@@ -56,6 +59,9 @@ class ModelConfig:
     tag_grammar: str | None = None
 
     def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise UnsupportedModelError(f"architecture {self.architecture!r} (supported: {known})")
         if self.num_heads % self.num_kv_heads:
             raise UnsupportedModelError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly"
@@ -78,7 +84,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """Reads a Hugging Face config of type qwen3 or llama, as transformers 4 and 5 write it.
+        """Reads a Hugging Face config of one of ARCHITECTURES, as transformers 4 and 5 write it.
 
         Raises UnsupportedModelError, naming every key at fault at once.
         """
@@ -88,6 +94,7 @@ class ModelConfig:
         taper = config.get("taper", {})
         return cls(
             name=config.get("_name_or_path") or config["model_type"],
+            architecture=config["model_type"],
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
             num_layers=config["num_hidden_layers"],
@@ -99,7 +106,6 @@ class ModelConfig:
             rope_scaling=scaling,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             tie_embeddings=config.get("tie_word_embeddings", False),
-            qk_norm=config["model_type"] == "qwen3",
             max_context=config["max_position_embeddings"],
             eos_ids=_as_ids(config.get("eos_token_id")),
             bos_id=config.get("bos_token_id"),
@@ -119,8 +125,8 @@ class ModelConfig:
         rotary = {"rope_theta": self.rope_theta, **(scaling or {"rope_type": "default"})}
         return {
             "_name_or_path": self.name,
-            "architectures": ["Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"],
-            "model_type": "qwen3" if self.qk_norm else "llama",
+            "architectures": [ARCHITECTURES[self.architecture].hf_class],
+            "model_type": self.architecture,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_layers,
@@ -165,8 +171,9 @@ def _rotary(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     """Lists everything in the config that would need code which this model does not have."""
     faults = []
-    if config.get("model_type") not in ("qwen3", "llama"):
-        faults.append(f"model_type {config.get('model_type')!r} (supported: qwen3, llama)")
+    if config.get("model_type") not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        faults.append(f"model_type {config.get('model_type')!r} (supported: {known})")
     if config.get("hidden_act", "silu") != "silu":
         faults.append(f"hidden_act {config['hidden_act']!r} (supported: silu)")
     for flag in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):

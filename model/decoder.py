@@ -1,4 +1,4 @@
-"""Decoder: a dense decoder (Qwen3 and, without QK-norm, Llama) over a paged KV cache.
+"""Decoder: a dense decoder of any family in model/architecture.py, over a paged KV cache.
 
 NNX describes the model; what runs is the model split once (`Decoder.split`) into its structure, which is
 static, and a flat tuple of arrays, which every compiled program takes first.

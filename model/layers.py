@@ -1,4 +1,4 @@
-"""The layers of a Qwen3-type decoder, and Parameter: an array's shape, axes and scale in one definition.
+"""The layers of the decoder, and Parameter: an array's shape, axes and scale in one definition.
 
 Modules are built *abstract*: their parameters hold a jax.ShapeDtypeStruct until model/weights.py or
 model/checkpoint.py puts arrays in their place, so describing a 32B model costs nothing. Matrices are kept
@@ -21,6 +21,7 @@ from flax import nnx
 
 from attention import HeadNorms, Places, enter, shared_prefix_attention
 from attention.heads import rms_norm
+from model.architecture import ARCHITECTURES
 from model.config import Llama3Scaling, ModelConfig
 
 if TYPE_CHECKING:
@@ -98,8 +99,9 @@ class Attention(nnx.Module):
         self.k = parameter((embed, kv_heads, size), ("embed", "kv_heads", "head_dim"), dtype, fan_in=embed)
         self.v = parameter((embed, kv_heads, size), ("embed", "kv_heads", "head_dim"), dtype, fan_in=embed)
         self.o = parameter((heads, size, embed), ("heads", "head_dim", "embed"), dtype, fan_in=heads * size)
-        self.q_norm = RMSNorm(size, "head_dim", config.rms_norm_eps, dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(size, "head_dim", config.rms_norm_eps, dtype) if config.qk_norm else None
+        normed = ARCHITECTURES[config.architecture].qk_norm
+        self.q_norm = RMSNorm(size, "head_dim", config.rms_norm_eps, dtype) if normed else None
+        self.k_norm = RMSNorm(size, "head_dim", config.rms_norm_eps, dtype) if normed else None
         self.scale = size**-0.5
 
     def __call__(

@@ -133,7 +133,7 @@ def _config(reader: GGUFReader, name: str) -> ModelConfig:
         rope_theta=_value(reader, "llama.rope.freq_base"),
         rms_norm_eps=float(f"{_value(reader, 'llama.attention.layer_norm_rms_epsilon'):.6g}"),
         tie_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
-        qk_norm=False,
+        architecture="llama",
         max_context=_value(reader, "llama.context_length"),
         eos_ids=(_value(reader, "tokenizer.ggml.eos_token_id"),),
         bos_id=_value(reader, "tokenizer.ggml.bos_token_id"),

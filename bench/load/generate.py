@@ -216,7 +216,7 @@ def run_transformers(load: Load, setting: str) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     skipped = ("architectures", "taper", "_name_or_path", "model_type", "eos_token_id")
     shape = {key: value for key, value in load.config.to_hf().items() if key not in skipped}
-    config = transformers.AutoConfig.for_model("qwen3", **shape)
+    config = transformers.AutoConfig.for_model(load.config.architecture, **shape)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, load.dtype), attn_implementation=attention

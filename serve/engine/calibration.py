@@ -36,7 +36,7 @@ def shipped() -> list[str]:
 def conditions(device: str, model: ModelConfig, dtype: str, backend: str) -> dict[str, Any]:
     """What a step's time depends on besides its load."""
     sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
-    shape = {size: getattr(model, size) for size in (*sizes, "vocab_size", "tie_embeddings", "qk_norm")}
+    shape = {size: getattr(model, size) for size in (*sizes, "vocab_size", "tie_embeddings", "architecture")}
     return {"device": device, "dtype": dtype, "backend": backend, "shape": shape}
 
 

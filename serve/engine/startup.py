@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend
     )
     served = ServedModel(
         name=model.config.name,
-        architecture=cast(Literal["qwen3", "llama"], "qwen3" if model.config.qk_norm else "llama"),
+        architecture=model.config.architecture,
         tokenizer=tokenizer,
         vocab_size=model.config.vocab_size,
         max_context=max_context,

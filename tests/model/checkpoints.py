@@ -89,7 +89,7 @@ _QWEN3 = ModelConfig(
     tie_embeddings=True,
     max_context=512,
 )
-_LLAMA = replace(_QWEN3, name="llama-golden", qk_norm=False, rms_norm_eps=1e-5)
+_LLAMA = replace(_QWEN3, name="llama-golden", architecture="llama", rms_norm_eps=1e-5)
 
 CHECKPOINTS = {
     "qwen3-gqa1-tied": Checkpoint(config=replace(_QWEN3, num_kv_heads=4), seed=3),

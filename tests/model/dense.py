@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from model.architecture import ARCHITECTURES
 from model.config import ModelConfig
 
 
@@ -50,7 +51,7 @@ def dense_logits(
         q = (x @ weight(f"{layer}.self_attn.q_proj").T).reshape(n, heads, size)
         k = (x @ weight(f"{layer}.self_attn.k_proj").T).reshape(n, kv_heads, size)
         v = (x @ weight(f"{layer}.self_attn.v_proj").T).reshape(n, kv_heads, size)
-        if config.qk_norm:
+        if ARCHITECTURES[config.architecture].qk_norm:
             q, k = norm(q, f"{layer}.self_attn.q_norm"), norm(k, f"{layer}.self_attn.k_norm")
         q, k = rotate(q), rotate(k)
         k, v = (np.repeat(each, heads // kv_heads, axis=1) for each in (k, v))

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.architecture import ARCHITECTURES, Architecture
 from model.config import PRESETS, Llama3Scaling, ModelConfig, UnsupportedModelError
 from model.decoder import Decoder
+from model.weights import parameters
 
 # Parameters of the published checkpoints, a tied head counted once.
 PUBLISHED_PARAMETERS = {
@@ -48,9 +50,9 @@ LLAMA3_SCALING = {
 
 
 def test_presets_have_the_published_number_of_parameters() -> None:
-    for name, parameters in PUBLISHED_PARAMETERS.items():
+    for name, published in PUBLISHED_PARAMETERS.items():
         weights = Decoder(PRESETS[name], np.float32).split()[1]
-        assert sum(int(np.prod(weight.shape)) for weight in weights) == parameters, name
+        assert sum(int(np.prod(weight.shape)) for weight in weights) == published, name
     assert PRESETS.keys() == PUBLISHED_PARAMETERS.keys()
 
 
@@ -61,7 +63,7 @@ def test_presets_have_the_published_number_of_parameters() -> None:
         replace(PRESETS["qwen3-8b"], join="kv", tag_grammar="multiverse"),
         replace(
             PRESETS["qwen3-8b"],
-            qk_norm=False,
+            architecture="llama",
             bos_id=None,
             rope_scaling=Llama3Scaling(
                 factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_context=8192
@@ -73,9 +75,9 @@ def test_a_config_survives_its_hugging_face_form(config: ModelConfig) -> None:
     assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
-def test_a_llama_config_means_no_qk_norm_and_its_own_rotary_base() -> None:
+def test_a_llama_config_is_of_its_architecture_and_has_its_own_rotary_base() -> None:
     config = ModelConfig.from_hf(LLAMA)
-    assert not config.qk_norm
+    assert config.architecture == "llama"
     assert config.rope_theta == 100000.0
     assert config.head_dim == 64
     assert (config.bos_id, config.eos_ids) == (1, (2,))
@@ -112,6 +114,20 @@ def test_rotary_settings_are_read_as_either_major_version_of_transformers_writes
 def test_what_is_not_implemented_is_refused_by_name(extra: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedModelError, match=named):
         ModelConfig.from_hf(LLAMA | extra)
+
+
+def test_an_architecture_that_is_not_in_the_table_is_refused_with_those_that_are() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2' \(supported: qwen3, llama\)"):
+        replace(PRESETS["qwen3-0.6b"], architecture="gpt2")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_a_decoder_has_what_its_architecture_has(architecture: Architecture) -> None:
+    config = replace(PRESETS["qwen3-0.6b"], architecture=architecture.name, num_layers=1)
+    names = {".".join(map(str, path)) for path, _ in parameters(Decoder(config, np.float32))}
+    assert ("layers.0.attention.q_norm.scale" in names) == architecture.qk_norm
+    assert ("layers.0.attention.k_norm.scale" in names) == architecture.qk_norm
+    assert config.to_hf()["architectures"] == [architecture.hf_class]
 
 
 def test_all_faults_are_named_at_once() -> None:
