@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +30,30 @@ if TYPE_CHECKING:
     from attention import TileList, WorkList
 
 
-def parameter(shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any, *, fan_in: int) -> nnx.Param:
+class Parts(NamedTuple):
+    """A parameter that checkpoints store in several tensors: they lie side by side along `axis`."""
+
+    axis: int
+    sizes: tuple[int, ...]
+
+
+def parameter(
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    dtype: Any,
+    *,
+    fan_in: int,
+    parts: Parts | None = None,
+) -> nnx.Param:
     """A parameter without a value yet: its shape, logical axes and dtype.
 
     `fan_in` is how many inputs each output sums: random weights have standard deviation 1/sqrt(fan_in).
-    A `fan_in` of 0 marks a norm's scale, which starts at one.
+    A `fan_in` of 0 marks a norm's scale, which starts at one. The names of its tensors in a checkpoint, or
+    of its `parts`, are in model/hf_tensor.py.
     """
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and axes {axes} differ in length")
-    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, fan_in=fan_in)
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, fan_in=fan_in, parts=parts)
 
 
 def wide(dtype: Any) -> Any:

@@ -8,11 +8,9 @@ ever exists on the host or on the device.
 from __future__ import annotations
 
 import json
-import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,65 +25,12 @@ from safetensors.numpy import save_file
 
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.hf_tensor import ParameterPath, Source
 from model.sharding import Placement
-
-ParameterPath = tuple[Any, ...]
 
 
 class WeightsError(ValueError):
     """The tensors on disk are not the tensors of the model. Lists every fault at once."""
-
-
-# Hugging Face's name of each parameter, and how many of its first axes are inputs: matrices are stored the
-# other way round there, [out …, in …]. 0: stored as it is.
-_LAYER_NAMES = {
-    ("attention_norm", "scale"): ("input_layernorm", 0),
-    ("attention", "q"): ("self_attn.q_proj", 1),
-    ("attention", "k"): ("self_attn.k_proj", 1),
-    ("attention", "v"): ("self_attn.v_proj", 1),
-    ("attention", "o"): ("self_attn.o_proj", 2),
-    ("attention", "q_norm", "scale"): ("self_attn.q_norm", 0),
-    ("attention", "k_norm", "scale"): ("self_attn.k_norm", 0),
-    ("mlp_norm", "scale"): ("post_attention_layernorm", 0),
-    ("mlp", "gate"): ("mlp.gate_proj", 1),
-    ("mlp", "up"): ("mlp.up_proj", 1),
-    ("mlp", "down"): ("mlp.down_proj", 1),
-}
-_OTHER_NAMES = {
-    ("embedding",): ("model.embed_tokens", 0),
-    ("final_norm", "scale"): ("model.norm", 0),
-    ("head",): ("lm_head", 1),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class HfTensor:
-    """A parameter as Hugging Face stores it: a 2-D (or 1-D) tensor [out, in].
-
-    `view` splits that shape into our axes without moving data; `to_ours` then permutes them into our order.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    view: tuple[int, ...]
-    to_ours: tuple[int, ...]
-
-    @classmethod
-    def of(cls, path: ParameterPath, shape: tuple[int, ...]) -> HfTensor:
-        if path[0] == "layers":
-            name, inputs = _LAYER_NAMES[path[2:]]
-            name = f"model.layers.{path[1]}.{name}"
-        else:
-            name, inputs = _OTHER_NAMES[path]
-        axes = range(len(shape))
-        to_theirs = (*axes[inputs:], *axes[:inputs])
-        view = tuple(shape[axis] for axis in to_theirs)
-        flat = (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else shape
-        return cls(f"{name}.weight", flat, view, tuple(to_theirs.index(axis) for axis in axes))
-
-    def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """Our array in Hugging Face's layout, contiguous."""
-        return np.ascontiguousarray(array.transpose(np.argsort(self.to_ours))).reshape(self.shape)
 
 
 def parameters(model: Decoder) -> Iterator[tuple[ParameterPath, nnx.Param]]:
@@ -151,31 +96,43 @@ def load_safetensors(model: Decoder, folder: Path, placement: Placement) -> Deco
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, "np")) for path in _safetensors_files(folder)]
         holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
-        wanted = {path: HfTensor.of(path, param.shape) for path, param in parameters(model)}
+        wanted = {path: Source.of(path, param) for path, param in parameters(model)}
         optional = {"lm_head.weight"} if model.config.tie_embeddings else set()
         found = {
             name: tuple(file.get_slice(name).get_shape())
             for name, file in holder.items()
             if name not in optional and not name.endswith("rotary_emb.inv_freq")
         }
-        check_tensors({tensor.name: tensor.shape for tensor in wanted.values()}, found, folder)
+        check_tensors(_shapes(wanted.values()), found, folder)
 
         def make(path: ParameterPath, param: nnx.Param) -> jax.Array:
-            tensor = wanted[path]
-            stored = holder[tensor.name].get_tensor(tensor.name).reshape(tensor.view)
             # Sent as stored and permuted on the device, where it is fast; no byte moves between devices.
-            axes = param.get_metadata("axes")
-            stored_axes = [axes[axis] for axis in np.argsort(tensor.to_ours)]
-            sent = jax.device_put(stored, placement.sharding(stored_axes))
-            permute = _permute(tensor.to_ours, param.get_value().dtype, placement.sharding(axes))
-            return permute(sent)
+            axes, source, sent = param.get_metadata("axes"), wanted[path], []
+            for tensor in source.tensors:
+                stored = holder[tensor.name].get_tensor(tensor.name).reshape(tensor.view)
+                sent.append(jax.device_put(stored, placement.sharding(tensor.stored_axes(axes))))
+            permutations = tuple(tensor.to_ours for tensor in source.tensors)
+            join = _join(permutations, source.axis, param.get_value().dtype, placement.sharding(axes))
+            return join(*sent)
 
         return _fill(model, make)
 
 
+def _shapes(sources: Iterable[Source]) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape for source in sources for tensor in source.tensors}
+
+
 @lru_cache
-def _permute(axes: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda stored: stored.astype(dtype).transpose(axes), out_shardings=sharding)
+def _join(
+    permutations: tuple[tuple[int, ...], ...], axis: int, dtype: Any, sharding: Sharding
+) -> Callable[..., jax.Array]:
+    """A program that turns tensors as they are stored into the parameter that they are together."""
+
+    def join(*stored: jax.Array) -> jax.Array:
+        parts = [part.astype(dtype).transpose(axes) for part, axes in zip(stored, permutations, strict=True)]
+        return jnp.concatenate(parts, axis)
+
+    return jax.jit(join, out_shardings=sharding)
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -215,8 +172,7 @@ def hf_tensors(model: Decoder) -> dict[str, np.ndarray]:
     """The model's weights on the host, under Hugging Face's names and in its layout."""
     tensors = {}
     for path, param in parameters(model):
-        tensor = HfTensor.of(path, param.shape)
-        tensors[tensor.name] = tensor.to_hf(np.asarray(param.get_value()))
+        tensors |= Source.of(path, param).split(np.asarray(param.get_value()))
     return tensors
 
 
@@ -226,8 +182,8 @@ def save_hf(folder: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray]
     `tensors` is what `hf_tensors` gives. Raises WeightsError if these are not the config's tensors.
     """
     model = Decoder(config, jnp.float32)
-    expected = [HfTensor.of(path, param.shape) for path, param in parameters(model)]
-    check_tensors({t.name: t.shape for t in expected}, {name: t.shape for name, t in tensors.items()}, folder)
+    expected = _shapes(Source.of(path, param) for path, param in parameters(model))
+    check_tensors(expected, {name: t.shape for name, t in tensors.items()}, folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(next(iter(tensors.values())).dtype)
     (folder / "config.json").write_text(json.dumps(config.to_hf() | {"dtype": dtype}, indent=2) + "\n")

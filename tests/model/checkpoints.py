@@ -17,7 +17,8 @@ import numpy as np
 
 from model.config import Llama3Scaling, ModelConfig
 from model.decoder import Decoder
-from model.weights import HfTensor, parameters, save_hf
+from model.hf_tensor import Source
+from model.weights import parameters, save_hf
 
 GOLDENS = Path(__file__).parent / "goldens"
 PROMPT_TOKENS = 24
@@ -42,7 +43,7 @@ class Checkpoint:
         """The weights under Hugging Face's names; of a scale at which greedy choices are clear-cut."""
         tensors = {}
         for path, param in parameters(Decoder(self.config, np.float32)):
-            tensor = HfTensor.of(path, param.shape)
+            (tensor,) = Source.of(path, param).tensors
             stream = np.random.RandomState(zlib.crc32(tensor.name.encode()) ^ self.seed)
             values = stream.standard_normal(tensor.shape)
             if len(tensor.shape) == 1:

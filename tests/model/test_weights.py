@@ -6,14 +6,17 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from model import weights
 from model.decoder import Decoder
 from model.sharding import ON_ONE_DEVICE
 from model.weights import WeightsError, hf_tensors, load_safetensors, parameters, random_weights, save_hf
@@ -35,6 +38,39 @@ def test_what_is_loaded_is_what_was_saved(name: str, golden_folder: Callable[[st
     assert loaded.keys() == tensors.keys()
     for key, tensor in tensors.items():
         np.testing.assert_array_equal(loaded[key], tensor.astype(np.float32), err_msg=key)
+
+
+def test_every_tensor_is_read_once(
+    golden_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    class Counting:
+        """A file that notes what is read of it; the shapes that are looked up first cost nothing."""
+
+        def __init__(self, path: Path, framework: str) -> None:
+            self._context = safe_open(path, framework)
+
+        def __enter__(self) -> Counting:
+            self._file = self._context.__enter__()
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self._context.__exit__(*error)
+
+        def keys(self) -> list[str]:
+            return self._file.keys()
+
+        def get_slice(self, name: str) -> Any:
+            return self._file.get_slice(name)
+
+        def get_tensor(self, name: str) -> np.ndarray:
+            read.append(name)
+            return self._file.get_tensor(name)
+
+    monkeypatch.setattr(weights, "safe_open", Counting)
+    load(golden_folder(SHARDED), SHARDED)
+    assert sorted(read) == sorted(CHECKPOINTS[SHARDED].tensors())
 
 
 def test_weights_are_cast_to_the_dtype_of_the_model(golden_folder: Callable[[str], Path]) -> None:
