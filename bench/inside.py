@@ -11,7 +11,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as taper-serv
 
 import tyro
 
-from scheduler.step import StepResult
+from scheduler.step import FinishedStep
 from serve.config import ServerConfig
 from serve.engine import startup
 from serve.engine.engine import Engine
@@ -20,16 +20,16 @@ from serve.engine.step_log import StepLog
 
 
 def start(
-    arguments: Sequence[str], on_step: Callable[[StepResult], None] = lambda result: None
+    arguments: Sequence[str], on_step: Callable[[FinishedStep], None] = lambda finished: None
 ) -> tuple[Engine, Runner, str]:
     """The engine that taper-serve would serve with, its runner, and what getting ready came to."""
     config = tyro.cli(ServerConfig, prog="taper-serve", args=[*arguments])
     steps = StepLog(Path(config.step_log)) if config.step_log else None
 
-    def observe(result: StepResult) -> None:
-        on_step(result)
+    def observe(finished: FinishedStep) -> None:
+        on_step(finished)
         if steps:
-            steps.observe_step(result)
+            steps.observe_step(finished)
 
     backend = startup.load(config, observe)
     return backend.engine, cast(Runner, backend.engine.runner), backend.summary

@@ -95,6 +95,15 @@ class PagePool:
     def owned(self) -> int:
         return self.num_pages - self.available
 
+    @property
+    def free(self) -> frozenset[int]:
+        """The pages that nobody owns and the cache does not keep."""
+        return frozenset(self._free)
+
+    def owners(self, page: int) -> int:
+        """How many segments hold `page`."""
+        return self._owners[page]
+
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` positions of one segment."""
         return -(-tokens // self.page_size)

@@ -1,6 +1,6 @@
 """The scheduler: which tokens the next step computes.
 
-    schedule(now) -> StepPlan       decides, takes pages, advances what is *computed*
+    schedule(now) -> ScheduledStep  decides, takes pages, advances what is *computed*
     update(result, now) -> [Event]  learns the sampled tokens, forks, joins and finishes
 
 One step may be in flight while the next is planned. There are no phases: a prompt being read, a seed, a
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -29,7 +29,7 @@ from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.program import Codec, check_program, longest_first_prefix
 from scheduler.request import Request
 from scheduler.slack import ControllerConfig, pace, prompt_deadline, slack
-from scheduler.step import StepPlan, StepResult
+from scheduler.step import Forecast, ScheduledStep, Step, StepResult
 
 
 class RejectedError(Exception):
@@ -77,13 +77,14 @@ class SchedulerLoad:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A launched step: its plan and when it should end.
+    """A launched step and when it should end.
 
     sampling  the requests that it should give a token
     widths    for each request in it, how many branches advance, and how many were ready
     """
 
-    plan: StepPlan
+    step: Step
+    load: StepLoad
     end: float
     sampling: set[LiveRequest]
     widths: dict[LiveRequest, tuple[int, int]]
@@ -105,7 +106,7 @@ _Candidate = tuple[LiveRequest, Branch]
 
 
 class Scheduler:
-    """Requests in, step plans out; holds every page and slot. Not thread-safe; has no clock.
+    """Requests in, steps out; holds every page and slot. Not thread-safe; has no clock.
 
     A request waits (`_queue`), runs (`_running`), perhaps waits again without its pages (`_preempted`), and
     is gone.
@@ -179,6 +180,25 @@ class Scheduler:
         self.policy = policy(name)
 
     @property
+    def live(self) -> Mapping[str, LiveRequest]:
+        """Every request that has not ended, by its id."""
+        return self._live
+
+    @property
+    def running(self) -> Sequence[LiveRequest]:
+        """The requests that run, the oldest first."""
+        return self._running
+
+    @property
+    def preempted(self) -> Sequence[LiveRequest]:
+        """The requests that run no more and not yet again, the oldest first."""
+        return self._preempted
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
     def idle(self) -> bool:
         """Nothing is queued, running or in flight."""
         return not self._live and not self._flights
@@ -207,7 +227,7 @@ class Scheduler:
 
     # --- planning --------------------------------------------------------------------------------------
 
-    def schedule(self, now: float) -> StepPlan | None:
+    def schedule(self, now: float) -> ScheduledStep | None:
         """The next step, as of the predicted end of the step in flight; None if nothing can advance."""
         start = max([now, *(flight.end for flight in self._flights)])
         self._start_queued(start)
@@ -361,7 +381,7 @@ class Scheduler:
             if rows:
                 draft.add(turn.live, turn.branch, rows)
 
-    def _launch(self, draft: StepDraft, turns: list[_Turn]) -> StepPlan:
+    def _launch(self, draft: StepDraft, turns: list[_Turn]) -> ScheduledStep:
         self._steps += 1
         widths: dict[LiveRequest, tuple[int, int]] = {}
         deferred: list[tuple[str, int]] = []
@@ -372,34 +392,31 @@ class Scheduler:
                 deferred += [(turn.live.request.id, branch) for branch in waiting]
                 if advanced:
                     widths[turn.live] = (len(advanced), len(turn.ready))
-        plan = StepPlan(
-            step_id=draft.step_id,
-            entries=draft.entries,
-            slots=tuple(draft.slots),
-            deferred=tuple(deferred),
-            bucket=draft.bucket,
+        step = Step(draft.step_id, draft.entries, tuple(draft.slots), draft.bucket)
+        forecast = Forecast(
             load=draft.load,
-            predicted_seconds=draft.seconds(),
+            seconds=draft.seconds(),
             baseline_seconds=draft.baseline,
             budget_seconds=draft.budget,
+            deferred=tuple(deferred),
         )
-        self._flights.append(_Flight(plan, draft.start + plan.predicted_seconds, draft.sampling, widths))
-        return plan
+        end = draft.start + forecast.seconds
+        self._flights.append(_Flight(step, forecast.load, end, draft.sampling, widths))
+        return ScheduledStep(step, forecast)
 
     # --- results ---------------------------------------------------------------------------------------
 
     def update(self, result: StepResult, now: float) -> list[Event]:
         """Take in a finished step, in the order of launching; the events are in the order of occurrence."""
         flight = self._flights.popleft()
-        plan = flight.plan
-        assert plan is result.plan, "steps must be updated in the order in which they were scheduled"
-        self.latency.observe(plan.load, result.seconds)
+        assert flight.step is result.step, "steps must be updated in the order in which they were scheduled"
+        self.latency.observe(flight.load, result.seconds)
         events: list[Event] = []
         for live, (width, wanted) in flight.widths.items():
             if self._live.get(live.request.id) is live:
                 events += live.width_changed(width, wanted)
         samples = iter(result.samples)
-        for entry in plan.entries:
+        for entry in flight.step.entries:
             sample = next(samples) if entry.samples else None
             live = self._live.get(entry.request_id)
             if live is None:

@@ -1,4 +1,4 @@
-"""The contract between the scheduler and whoever runs its steps: StepPlan out, StepResult back."""
+"""The contract between the scheduler and whoever runs its steps: a Step out, a StepResult back."""
 
 from __future__ import annotations
 
@@ -66,29 +66,46 @@ class SlotSetup:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step: rows to compute, in the order in which their samples come back.
+class Step:
+    """What a runner runs: rows to compute, in the order in which their samples come back.
 
-    deferred           runnable branches that sit this step out, as (request id, branch)
-    bucket             padded row count
-    load               what the step's time depends on (scheduler.predictor)
-    predicted_seconds  predict(load); baseline_seconds, predict(the forced part of it)
-    budget_seconds     what predicted_seconds may reach by adding extra work
+    slots   slots that change hands before it
+    bucket  padded row count
     """
 
     step_id: int
     entries: tuple[Entry, ...]
     slots: tuple[SlotSetup, ...]
-    deferred: tuple[tuple[str, int], ...]
     bucket: int
-    load: StepLoad
-    predicted_seconds: float
-    baseline_seconds: float
-    budget_seconds: float
 
     @property
     def rows(self) -> int:
-        return self.load.rows
+        return sum(entry.rows for entry in self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What the controller thought of a step when it was planned.
+
+    load              what the step's time depends on (scheduler.predictor)
+    seconds           predict(load); baseline_seconds, predict(the forced part of it)
+    budget_seconds    what `seconds` may reach by adding extra work
+    deferred          runnable branches that sit the step out, as (request id, branch)
+    """
+
+    load: StepLoad
+    seconds: float
+    baseline_seconds: float
+    budget_seconds: float
+    deferred: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """What the scheduler decided: what to run, and what it expects of it."""
+
+    step: Step
+    forecast: Forecast
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +119,17 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step produced: one sample for each entry that samples, in plan order, and when it ended."""
+    """What a step produced: one sample for each entry that samples, in their order, and how long it took."""
 
-    plan: StepPlan
+    step: Step
     samples: tuple[Sample, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """A step that has run: what it was, what was expected of it, and the seconds that it took."""
+
+    step: Step
+    forecast: Forecast
     seconds: float

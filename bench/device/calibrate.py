@@ -29,7 +29,7 @@ import numpy as np
 from bench.arguments import split
 from bench.result import write
 from scheduler.predictor import StepLatencyModel, StepLoad
-from scheduler.step import Entry, SegmentRead, StepPlan
+from scheduler.step import Entry, SegmentRead, Step
 from serve.engine.calibration import conditions
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def shapes(buckets: Sequence[int], num_pages: int, page_size: int) -> Iterator[S
                         yield Shape(bucket, rows, width, min(left, max(least, wanted)), chunk, before)
 
 
-def probe(shape: Shape, page_size: int) -> StepPlan:
-    """A step of that shape. Its pages are all different, the shared prefixes' apart."""
+def probe(shape: Shape, page_size: int) -> tuple[Step, StepLoad]:
+    """A step of that shape, and its load. Its pages are all different, the shared prefixes' apart."""
     free = itertools.count()
     groups = -(-shape.rows // shape.width)
     each = shape.pages // groups
@@ -96,17 +96,7 @@ def probe(shape: Shape, page_size: int) -> StepPlan:
         entries.append(_entry(len(entries), shape.before, shape.chunk, (), own))
         later = sum(range(shape.before + 2, length + 1))  # what the rows after the first see
         load = load.plus(StepLoad(shape.chunk, 0, length, 1, later, length))
-    return StepPlan(
-        step_id=-1,
-        entries=tuple(entries),
-        slots=(),
-        deferred=(),
-        bucket=shape.bucket,
-        load=load,
-        predicted_seconds=0.0,
-        baseline_seconds=0.0,
-        budget_seconds=0.0,
-    )
+    return Step(-1, tuple(entries), slots=(), bucket=shape.bucket), load
 
 
 def _pages(free: Iterator[int], count: int, page_size: int) -> SegmentRead:
@@ -151,23 +141,24 @@ def measure(runner: Runner, budget_seconds: float, repeats: int = 4, seed: int =
     """
     config = runner.config
     made = shapes(config.buckets, config.num_pages, config.page_size)
-    plans = [plan for plan in (probe(shape, config.page_size) for shape in made) if _fits(plan, runner)]
-    times: list[list[float]] = [[] for _ in plans]
+    probes = [probe(shape, config.page_size) for shape in made]
+    probes = [(step, load) for step, load in probes if _fits(step, runner)]
+    times: list[list[float]] = [[] for _ in probes]
     rng, began = np.random.default_rng(seed), time.perf_counter()
     while not times[0] or time.perf_counter() - began < budget_seconds:
         for bucket in rng.permutation(config.buckets).tolist():
-            of_bucket = [index for index, plan in enumerate(plans) if plan.bucket == bucket]
-            runner.seconds(plans[of_bucket[0]], SETTLING)
+            of_bucket = [index for index, (step, _) in enumerate(probes) if step.bucket == bucket]
+            runner.seconds(probes[of_bucket[0]][0], SETTLING)
             for index in rng.permutation(of_bucket).tolist():
-                times[index].append(runner.seconds(plans[index], repeats))
+                times[index].append(runner.seconds(probes[index][0], repeats))
     return [
-        Point(plan.bucket, plan.load, float(np.median(seconds)))
-        for plan, seconds in zip(plans, times, strict=True)
+        Point(step.bucket, load, float(np.median(seconds)))
+        for (step, load), seconds in zip(probes, times, strict=True)
     ]
 
 
-def _fits(plan: StepPlan, runner: Runner) -> bool:
-    longest = max(entry.start + entry.rows for entry in plan.entries)
+def _fits(step: Step, runner: Runner) -> bool:
+    longest = max(entry.start + entry.rows for entry in step.entries)
     return longest < runner.model_config.max_context
 
 

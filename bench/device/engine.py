@@ -29,7 +29,7 @@ from bench.load.workload import Item
 from model.kv_cache import bytes_per_page
 from scheduler.events import Event, Finished
 from scheduler.request import Slo
-from scheduler.step import StepPlan, StepResult
+from scheduler.step import FinishedStep
 from serve.engine.engine import Engine
 from serve.engine.runner import Runner
 
@@ -53,7 +53,6 @@ class HostTimes:
 
     def __init__(self, engine: Engine, runner: Runner) -> None:
         self.calls: defaultdict[str, list[float]] = defaultdict(list)
-        self.plans: list[StepPlan] = []
         self._time(engine.scheduler, "schedule")
         self._time(engine.scheduler, "update")
         self._time(runner, "launch")
@@ -66,7 +65,6 @@ class HostTimes:
             result = function(*arguments)
             self.calls[name].append(time.perf_counter() - started)
             if name == "launch":
-                self.plans.append(arguments[0])
                 self._time(result, "samples")
             return result
 
@@ -99,9 +97,9 @@ def serve_all(engine: Engine, items: Sequence[Item]) -> float:
     return time.perf_counter() - started
 
 
-def steady(results: Sequence[StepResult], count: int) -> list[StepResult]:
+def steady(results: Sequence[FinishedStep], count: int) -> list[FinishedStep]:
     """Steps in which `count` requests advance by one token each, after another such step."""
-    full = [len(result.plan.entries) == result.plan.rows == count for result in results]
+    full = [len(result.step.entries) == result.step.rows == count for result in results]
     return [results[i] for i in range(1, len(results)) if full[i] and full[i - 1]]
 
 
@@ -137,7 +135,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = parser.parse_args(own)
     copy = hardware.copy_tb_s(2**28 if jax.default_backend() == "cpu" else 2**31)
     started = time.perf_counter()
-    results: list[StepResult] = []
+    results: list[FinishedStep] = []
     engine, runner, summary = inside.start(server, results.append)
     ready = time.perf_counter() - started
     print(summary, flush=True)
@@ -150,8 +148,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     full = steady(results, options.requests)
     if not full:
         raise SystemExit("no steady steps: give more new tokens")
-    plan = next(plan for plan in reversed(times.plans) if plan is full[len(full) // 2].plan)
-    device = runner.seconds(plan, repeats=100)
+    typical = full[len(full) // 2]
+    device = runner.seconds(typical.step, repeats=100)
     weights = runner.weight_bytes
     kv_token = bytes_per_page(runner.model_config, 1, runner.dtype)
 
@@ -163,12 +161,12 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         for tokens in options.kv_levels:
             pages = -(-tokens // runner.config.page_size)
             if bucket * pages <= runner.config.num_pages:
-                probe = runner.probe(bucket, pages)
-                step = 1e3 * runner.seconds(probe, repeats=30)
-                floor = floor_ms(probe.load.kv_tokens)
+                step = 1e3 * runner.seconds(runner.probe(bucket, pages), repeats=30)
+                kv_tokens = runner.probe_load(bucket, pages).kv_tokens
+                floor = floor_ms(kv_tokens)
                 row = {
                     "bucket": bucket,
-                    "kv_tokens": probe.load.kv_tokens,
+                    "kv_tokens": kv_tokens,
                     "step_ms": step,
                     "floor_ms": floor,
                 }
@@ -187,7 +185,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "wall": _spread([step.seconds for step in full]),
         "device_ms": 1e3 * device,
         "wall_over_device": statistics.median(step.seconds for step in full) / device,
-        "floor_ms": floor_ms(plan.load.kv_tokens),
+        "floor_ms": floor_ms(typical.forecast.load.kv_tokens),
         "host": times.summary(),
         "compilations": compilations.count,
         "buckets": buckets,

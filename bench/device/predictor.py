@@ -32,7 +32,7 @@ from bench.result import write
 from scheduler.events import Event, Finished
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.request import Slo
-from scheduler.step import StepResult
+from scheduler.step import FinishedStep
 from serve.engine.engine import Engine
 from serve.engine.runner import Runner
 
@@ -46,11 +46,11 @@ REPEATS = 4  # of a step that is run again
 class Recorder:
     """Finished steps, when they ended, and the margin that was kept for them."""
 
-    results: list[StepResult] = field(default_factory=list)
+    results: list[FinishedStep] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
 
-    def on_step(self, result: StepResult) -> None:
+    def on_step(self, result: FinishedStep) -> None:
         self.results.append(result)
         self.ends.append(time.monotonic())
 
@@ -64,7 +64,7 @@ class Recorder:
 
         latency.observe = observe  # type: ignore[method-assign]
 
-    def after(self, begin: float) -> list[tuple[StepResult, float]]:
+    def after(self, begin: float) -> list[tuple[FinishedStep, float]]:
         """The steps that ended later, each with its margin."""
         known = zip(self.results, self.ends, self.margins, strict=False)
         return [(result, margin) for result, end, margin in known if end > begin]
@@ -110,12 +110,12 @@ def errors_of(
     }
 
 
-def summarize(steps: Sequence[tuple[StepResult, float]]) -> dict[str, Any]:
+def summarize(steps: Sequence[tuple[FinishedStep, float]]) -> dict[str, Any]:
     """Predictions against measured times, over all steps and by bucket."""
-    predicted = [result.plan.predicted_seconds for result, _ in steps]
+    predicted = [result.forecast.seconds for result, _ in steps]
     taken = [result.seconds for result, _ in steps]
     within = [t <= p * (1.0 + margin) for p, t, (_, margin) in zip(predicted, taken, steps, strict=True)]
-    buckets = np.array([result.plan.bucket for result, _ in steps])
+    buckets = np.array([result.step.bucket for result, _ in steps])
     by_bucket = {
         str(bucket): errors_of(np.array(predicted)[buckets == bucket], np.array(taken)[buckets == bucket])
         for bucket in np.unique(buckets).tolist()
@@ -130,23 +130,25 @@ def summarize(steps: Sequence[tuple[StepResult, float]]) -> dict[str, Any]:
     }
 
 
-def against_device(runner: Runner, results: Sequence[StepResult], replays: int, seed: int) -> dict[str, Any]:
+def against_device(
+    runner: Runner, results: Sequence[FinishedStep], replays: int, seed: int
+) -> dict[str, Any]:
     """Runs some of the steps again, and compares what was predicted and what they took then."""
     chosen = np.random.default_rng(seed).permutation(len(results))[:replays]
     again = [results[index] for index in sorted(chosen.tolist())]
-    device = [runner.seconds(result.plan, REPEATS) for result in again]
+    device = [runner.seconds(result.step, REPEATS) for result in again]
     return {
-        "predicted": errors_of([result.plan.predicted_seconds for result in again], device),
+        "predicted": errors_of([result.forecast.seconds for result in again], device),
         "end_to_end": errors_of(device, [result.seconds for result in again]),
     }
 
 
-def serving(results: Sequence[StepResult], still: StepLatencyModel) -> dict[str, Any]:
+def serving(results: Sequence[FinishedStep], still: StepLatencyModel) -> dict[str, Any]:
     """What the simulator needs: see bench.simulate.simulation.Profile. `still`: without corrections."""
     ratios: dict[int, list[float]] = {}
     for result in results:
-        ratio = result.seconds / still.predict(result.plan.load)
-        ratios.setdefault(result.plan.bucket, []).append(ratio)
+        ratio = result.seconds / still.predict(result.forecast.load)
+        ratios.setdefault(result.step.bucket, []).append(ratio)
     known = {bucket: float(np.median(found)) for bucket, found in ratios.items() if len(found) >= ENOUGH}
     factors = {bucket: _nearest(known, bucket) for bucket in still.buckets} if known else {}
     left = [ratio / factors[bucket] - 1.0 for bucket in known for ratio in ratios[bucket]]

@@ -22,15 +22,14 @@ import attention
 from attention import Reads
 from bench import hardware
 from bench.device.shapes import WIDE_HEADS, Shape
-from scheduler.predictor import StepLoad
-from scheduler.step import Entry, SegmentRead, StepPlan
+from scheduler.step import Entry, SegmentRead, Step
 from serve.engine.packing import step_inputs
 
 # groups, width, prefix and tail tokens: the last two are 295k tokens by row, and as many different ones.
 CASES = ((64, 1, 0, 4096), (8, 8, 2048, 192), (32, 16, 512, 64), (32, 16, 4096, 320))
 
 
-def plan_of(shape: Shape, seed: int = 0) -> StepPlan:
+def step_of(shape: Shape, seed: int = 0) -> Step:
     """A step in which every branch of the shape decodes; pages lie in random order."""
     free = np.random.default_rng(seed).permutation(shape.pages).tolist()
 
@@ -57,7 +56,7 @@ def plan_of(shape: Shape, seed: int = 0) -> StepPlan:
     for group in range(shape.groups):
         context = (segment(shape.prefix),) if shape.prefix else ()
         entries += [entry(group * shape.width + branch, context) for branch in range(shape.width)]
-    return StepPlan(0, tuple(entries), (), (), shape.rows, StepLoad(shape.rows), 0.0, 0.0, 0.0)
+    return Step(0, tuple(entries), (), shape.rows)
 
 
 def microseconds(call: Callable[[], Any], repeats: int) -> float:
@@ -71,7 +70,7 @@ def microseconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def measure(shape: Shape, backend: str, repeats: int) -> dict[str, Any]:
-    plan = plan_of(shape)
+    step = step_of(shape)
     capacity = attention.capacity(
         backend,
         shape.rows,
@@ -81,13 +80,13 @@ def measure(shape: Shape, backend: str, repeats: int) -> dict[str, Any]:
         page_size=shape.page,
         pages_per_read=shape.longest,
     )
-    entries = plan.entries
+    entries = step.entries
     reads = Reads(*zip(*((e.context, e.own, e.rows, e.ordinal) for e in entries), strict=True))
     return {
         **{name: getattr(shape, name) for name in ("groups", "width", "prefix", "tail", "page", "rows")},
         "backend": backend,
         "plan_us": microseconds(lambda: attention.plan(reads, capacity, shape.page), repeats),
-        "step_inputs_us": microseconds(lambda: step_inputs(plan, capacity, shape.page), repeats),
+        "step_inputs_us": microseconds(lambda: step_inputs(step, capacity, shape.page), repeats),
     }
 
 

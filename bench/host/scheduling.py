@@ -26,7 +26,7 @@ from scheduler.predictor import StepLatencyModel
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
 from scheduler.request import Request, Slo, Stopping
 from scheduler.scheduler import Scheduler, SchedulerConfig
-from scheduler.step import Sample, StepPlan, StepResult
+from scheduler.step import Sample, ScheduledStep, StepResult
 
 CASES = ((64, 8, 10_000), (512, 8, 300))  # requests, branches of each, plans
 PROMPT = 1024
@@ -82,7 +82,7 @@ def scheduler(requests: int, branches: int) -> Scheduler:
 def times(requests: int, branches: int, plans: int) -> dict[str, list[float]]:
     """Seconds of each of so many steps after all requests have forked: planner, plan, update."""
     made = scheduler(requests, branches)
-    flying: deque[StepPlan] = deque()
+    flying: deque[ScheduledStep] = deque()
     seconds: dict[str, list[float]] = {"planner": [], "plan": [], "update": []}
     now, steady = 0.0, False
     gc.collect()
@@ -94,15 +94,15 @@ def times(requests: int, branches: int, plans: int) -> dict[str, list[float]]:
         setattr(made, decision, watches["planner"].on(getattr(made, decision)))
     schedule, update = watches["plan"].on(made.schedule), watches["update"].on(made.update)
     while len(seconds["plan"]) < plans:
-        plan = schedule(now)
-        if plan is not None:
-            flying.append(plan)
+        scheduled = schedule(now)
+        if scheduled is not None:
+            flying.append(scheduled)
             if len(flying) < 2:
                 continue
         landed = flying.popleft()
-        now += landed.predicted_seconds
-        samples = (Sample(0),) * sum(entry.samples for entry in landed.entries)
-        update(StepResult(landed, samples, landed.predicted_seconds), now)
+        now += landed.forecast.seconds
+        samples = (Sample(0),) * sum(entry.samples for entry in landed.step.entries)
+        update(StepResult(landed.step, samples, landed.forecast.seconds), now)
         taken = {name: watch.take() for name, watch in watches.items()}
         steady = steady or made.load().running_branches == requests * branches
         if steady:

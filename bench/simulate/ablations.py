@@ -95,7 +95,7 @@ class DeadlinePerBranch(Scheduler):
         expected = {
             (entry.request_id, entry.branch): flight.end
             for flight in self._flights
-            for entry in flight.plan.entries
+            for entry in flight.step.entries
             if entry.samples
         }
         due: list[float] = []
@@ -112,11 +112,7 @@ class StampedAtPlanning(Scheduler):
     """A deadline counts from when the step of the last token was planned to begin."""
 
     def _deadlines(self, decoding: Sequence[LiveRequest]) -> list[float]:
-        begun = {
-            live: flight.end - flight.plan.predicted_seconds
-            for flight in self._flights
-            for live in flight.sampling
-        }
+        begun = {live: flight.end - flight.seconds for flight in self._flights for live in flight.sampling}
         return [live.deadline(self.config.controller, begun.get(live)) for live in decoding]
 
 

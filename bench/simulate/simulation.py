@@ -35,7 +35,7 @@ from scheduler.predictor import Costs, StepLatencyModel
 from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.slack import ControllerConfig
-from scheduler.step import Sample, StepPlan, StepResult
+from scheduler.step import Sample, ScheduledStep, StepResult
 from serve.engine.calibration import load_profile
 
 TTFT_SLO = 5.0
@@ -182,7 +182,7 @@ class Simulation:
 
     def run(self) -> None:
         """Serve until every request of the window is answered."""
-        flying: tuple[StepPlan, float, float] | None = None  # plan, begin, end
+        flying: tuple[ScheduledStep, float, float] | None = None  # step, begin, end
         for _ in range(self.setting.workload.clients or 0):
             self._send_next(0.0)
         while True:
@@ -192,13 +192,13 @@ class Simulation:
                     return
                 self.now = max(self.now, self._waiting[0][1].arrival)
                 continue
-            plan = self._plan()
-            if plan is None and flying is None:
+            scheduled = self._schedule()
+            if scheduled is None and flying is None:
                 raise RuntimeError("requests are live, but no step can advance any of them")
             launched = None
-            if plan is not None:
+            if scheduled is not None:
                 begin = max(self.now, flying[2] if flying else self.now)
-                launched = (plan, begin, begin + self._duration(plan))
+                launched = (scheduled, begin, begin + self._duration(scheduled))
             if flying is not None:
                 self._finish(*flying)
             flying = launched
@@ -206,25 +206,26 @@ class Simulation:
             if over >= 0.0 and (not self._to_measure or over > self.setting.drain):
                 return
 
-    def _plan(self) -> StepPlan | None:
+    def _schedule(self) -> ScheduledStep | None:
         began = time.perf_counter()
-        plan = self.scheduler.schedule(self.now)
+        scheduled = self.scheduler.schedule(self.now)
         self.planning += time.perf_counter() - began
-        return plan
+        return scheduled
 
-    def _duration(self, plan: StepPlan) -> float:
-        seconds = self._device.predict(plan.load) * self.profile.factors.get(plan.bucket, 1.0)
+    def _duration(self, scheduled: ScheduledStep) -> float:
+        seconds = self._device.predict(scheduled.forecast.load)
+        seconds *= self.profile.factors.get(scheduled.step.bucket, 1.0)
         if self.profile.noise:
             seconds *= 1.0 + float(np.interp(self._noise.random(), self._quantiles, self.profile.noise))
         return seconds
 
-    def _finish(self, plan: StepPlan, begin: float, end: float) -> None:
+    def _finish(self, scheduled: ScheduledStep, begin: float, end: float) -> None:
         self.now = end
-        sampling = Counter(entry.request_id for entry in plan.entries if entry.samples)
+        sampling = Counter(entry.request_id for entry in scheduled.step.entries if entry.samples)
         samples = (self.TOKEN,) * sampling.total()
-        events = self.scheduler.update(StepResult(plan, samples, end - begin), end)
+        events = self.scheduler.update(StepResult(scheduled.step, samples, end - begin), end)
         self.steps += 1
-        error = 1.0 - plan.predicted_seconds / (end - begin)
+        error = 1.0 - scheduled.forecast.seconds / (end - begin)
         self.error_sums[0] += error
         self.error_sums[1] += abs(error)
         if self.setting.warmup <= end < self.setting.end:

@@ -51,6 +51,6 @@ def matching(wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def misses(model: StepLatencyModel, measured: StepLatencyModel, runner: Runner) -> dict[int, float]:
     """For each bucket, by what share its probe was measured to take longer than `model` says."""
     return {
-        bucket: measured.rows_seconds(bucket) / model.predict(runner.probe(bucket, 1).load) - 1.0
+        bucket: measured.rows_seconds(bucket) / model.predict(runner.probe_load(bucket, 1)) - 1.0
         for bucket in runner.buckets
     }

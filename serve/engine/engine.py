@@ -23,7 +23,7 @@ import structlog
 from scheduler.events import Event, Finished, TokenEmitted
 from scheduler.request import Request
 from scheduler.scheduler import RejectedError, Scheduler
-from scheduler.step import Sample, StepPlan, StepResult
+from scheduler.step import FinishedStep, Sample, ScheduledStep, Step, StepResult
 from serve.engine.collector import Collector
 
 log = structlog.get_logger("taper")
@@ -78,20 +78,20 @@ class Handle(Protocol):
 class StepRunner(Protocol):
     """What the engine needs of a runner."""
 
-    def launch(self, plan: StepPlan) -> Handle: ...
+    def launch(self, step: Step) -> Handle: ...
 
 
 class _Launched:
     """A step in flight and when it was launched."""
 
-    def __init__(self, plan: StepPlan, handle: Handle, at: float) -> None:
-        self.plan = plan
+    def __init__(self, scheduled: ScheduledStep, handle: Handle, at: float) -> None:
+        self.scheduled = scheduled
         self.handle = handle
         self.at = at
 
 
 class Engine:
-    """Runs a scheduler's plans.
+    """Runs a scheduler's steps.
 
     `on_step` is told of every finished step, from the engine's thread. `collector` takes over the process's
     garbage collection. Events wait for up to `hold` seconds where the host does not keep up with the device.
@@ -105,7 +105,7 @@ class Engine:
         scheduler: Scheduler,
         runner: StepRunner,
         *,
-        on_step: Callable[[StepResult], None] | None = None,
+        on_step: Callable[[FinishedStep], None] | None = None,
         collector: Collector | None = None,
         hold: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
@@ -233,8 +233,8 @@ class Engine:
                     self._wake.wait()
                 if flying is None and (self.state == "STOPPED" or self.scheduler.idle):
                     return
-                plan = self.scheduler.schedule(self._clock()) if self.state != "STOPPED" else None
-            launched = _Launched(plan, self.runner.launch(plan), self._clock()) if plan else None
+                next_step = self.scheduler.schedule(self._clock()) if self.state != "STOPPED" else None
+            launched = self._launch(next_step) if next_step else None
             if flying is not None:
                 ended = self._finish(flying, ended)
             elif launched is None:
@@ -243,15 +243,20 @@ class Engine:
             if flying is None:
                 self._publish()
 
-    def _finish(self, step: _Launched, previous_end: float) -> float:
+    def _launch(self, scheduled: ScheduledStep) -> _Launched:
+        handle = self.runner.launch(scheduled.step)
+        return _Launched(scheduled, handle, self._clock())
+
+    def _finish(self, launched: _Launched, previous_end: float) -> float:
         """Wait for a step, learn from it and publish its events; returns when it ended.
 
         Steps run one after the other: a step's time counts from the end of the one before it.
         """
-        self._waits = 0 if step.handle.is_ready() else self._waits + 1
-        samples = step.handle.samples()
+        scheduled = launched.scheduled
+        self._waits = 0 if launched.handle.is_ready() else self._waits + 1
+        samples = launched.handle.samples()
         now = self._clock()
-        result = StepResult(step.plan, samples, now - max(step.at, previous_end))
+        result = StepResult(scheduled.step, samples, now - max(launched.at, previous_end))
         with self._wake:
             events = self.scheduler.update(result, now)
             self._steps += 1
@@ -262,7 +267,7 @@ class Engine:
         if self._waits >= self.IN_TIME or now - self._published >= self._hold:
             self._publish()
         if self._on_step is not None:
-            self._on_step(result)
+            self._on_step(FinishedStep(scheduled.step, scheduled.forecast, result.seconds))
         if self._collector is not None:
             self._collector.busy(now)
         return now

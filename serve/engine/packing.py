@@ -1,4 +1,4 @@
-"""StepPlan -> StepInputs: rows in tree order, and where each reads, writes and samples. NumPy only."""
+"""Step -> StepInputs: rows in tree order, and where each reads, writes and samples. NumPy only."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import attention
 from attention import Capacity, Reads, TileCapacity
 from model.sampling import SampleInputs, branch_key
 from model.step import StepInputs
-from scheduler.step import Entry, StepPlan
+from scheduler.step import Entry, Step
 
 _branch_key = lru_cache(maxsize=65536)(branch_key)
 
 
-def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: int) -> StepInputs:
-    """The arrays of a step, not yet padded. Samples are in the plan's order; rows are in tree order."""
-    columns = _Columns(plan.entries)
+def step_inputs(step: Step, capacity: Capacity | TileCapacity, page_size: int) -> StepInputs:
+    """The arrays of a step, not yet padded. Samples are in the step's order; rows are in tree order."""
+    columns = _Columns(step.entries)
     order, work = attention.plan(columns.reads, capacity, page_size)
     count = columns.rows[order]
     end = count.cumsum()
@@ -28,7 +28,7 @@ def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: in
     ordinal = columns.ordinal[entry] + index
     tokens, write_page = columns.first_token[entry], columns.last_page[entry]
     for place in (count > 1).nonzero()[0].tolist():
-        chunk, rows = plan.entries[order[place]], slice(end[place] - count[place], end[place])
+        chunk, rows = step.entries[order[place]], slice(end[place] - count[place], end[place])
         assert chunk.tokens is not None, "only one row can feed the slot's last token"
         tokens[rows] = chunk.tokens
         write_page[rows] = np.array(chunk.own.pages)[ordinal[rows] // page_size]
@@ -37,7 +37,7 @@ def step_inputs(plan: StepPlan, capacity: Capacity | TileCapacity, page_size: in
     last_row[order] = end - 1
     sampled = columns.samples.nonzero()[0]
     slot = columns.slot[sampled]
-    new_slots = [setup.slot for setup in plan.slots]
+    new_slots = [setup.slot for setup in step.slots]
     return StepInputs(
         tokens=_int32(tokens),
         positions=_int32(columns.start[entry] + index),

@@ -29,7 +29,7 @@ from model.step import StepLayout, StepProgram, compile_step
 from scheduler.buckets import Buckets
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.sampling import SamplingParams
-from scheduler.step import Entry, Sample, SegmentRead, SlotSetup, StepPlan
+from scheduler.step import Entry, Sample, SegmentRead, SlotSetup, Step
 from serve.engine.memory import MemoryPlan
 from serve.engine.packing import step_inputs
 
@@ -65,7 +65,7 @@ class StepHandle:
         return cast(Any, self._outputs.token).is_ready()  # which jax's stubs do not know
 
     def samples(self) -> tuple[Sample, ...]:
-        """Wait for the step; its sampled tokens, in the plan's order."""
+        """Wait for the step; its sampled tokens, in the step's order."""
         tokens = np.asarray(self._outputs.token)[: len(self._wanted)].tolist()
         if not any(sampling.logprobs for sampling in self._wanted):
             return tuple(Sample(token) for token in tokens)
@@ -78,7 +78,7 @@ class StepHandle:
 
 
 class Runner:
-    """The device's side of a server: `launch` takes StepPlans, in order."""
+    """The device's side of a server: `launch` takes Steps, in order."""
 
     ASSIGNMENTS = 16  # slots that one call of the assign program sets
     HISTORY = 512  # known tokens that one call of the history program counts
@@ -173,12 +173,12 @@ class Runner:
         more = self.seconds(self.probe(largest, pages_each), repeats) - seconds[largest]
         return StepLatencyModel(seconds, more / kv_tokens if kv_tokens else 0.0)
 
-    def seconds(self, plan: StepPlan, repeats: int) -> float:
+    def seconds(self, step: Step, repeats: int) -> float:
         """Median time of a step on the device: from the end of one to the end of the next, in a queue of two.
 
-        It is greedy whatever the plan's slots want, and writes to the plan's pages and slots.
+        It is greedy whatever the step's slots want, and writes to the step's pages and slots.
         """
-        program, packed = self.packed(plan)
+        program, packed = self.packed(step)
         packed = jax.device_put(packed)
 
         def launch() -> SampleOutputs:
@@ -194,7 +194,7 @@ class Runner:
         jax.block_until_ready(flying)
         return statistics.median(end - start for start, end in pairwise(ends))
 
-    def probe(self, bucket: int, pages_each: int) -> StepPlan:
+    def probe(self, bucket: int, pages_each: int) -> Step:
         """A step of `bucket` decode rows with `pages_each` full pages each."""
         config = self.config
         length = pages_each * config.page_size
@@ -216,36 +216,31 @@ class Runner:
                 path=(),
             )
 
-        return StepPlan(
-            step_id=-1,
-            entries=tuple(entry(row) for row in range(bucket)),
-            slots=(),
-            deferred=(),
-            bucket=bucket,
-            load=StepLoad(bucket, private_kv=bucket * length, items=bucket, raw_kv=bucket * length),
-            predicted_seconds=0.0,
-            baseline_seconds=0.0,
-            budget_seconds=0.0,
-        )
+        return Step(-1, tuple(entry(row) for row in range(bucket)), slots=(), bucket=bucket)
+
+    def probe_load(self, bucket: int, pages_each: int) -> StepLoad:
+        """What `probe` computes and reads."""
+        positions = bucket * pages_each * self.config.page_size
+        return StepLoad(bucket, private_kv=positions, items=bucket, raw_kv=positions)
 
     # --- steps -----------------------------------------------------------------------------------------
 
-    def launch(self, plan: StepPlan) -> StepHandle:
+    def launch(self, step: Step) -> StepHandle:
         """Start a step, after giving slots that change hands to their new branches."""
-        sampled = [entry.slot for entry in plan.entries if entry.slot is not None]
+        sampled = [entry.slot for entry in step.entries if entry.slot is not None]
         with self._precision():
-            self._set_slots(plan.slots)
+            self._set_slots(step.slots)
             uses = 0
             for slot in sampled:
                 uses |= self._uses[slot]
-            program, packed = self.packed(plan)
+            program, packed = self.packed(step)
             self.cache, self.slots, outputs = program(self.weights, self.cache, self.slots, packed, uses)
         return StepHandle(outputs, [self._params[slot] for slot in sampled])
 
-    def packed(self, plan: StepPlan) -> tuple[StepProgram, np.ndarray]:
-        """The program of a plan's bucket, and what it is told."""
-        program = self._programs[plan.bucket]
-        return program, program.layout.pack(step_inputs(plan, program.layout.capacity, self.config.page_size))
+    def packed(self, step: Step) -> tuple[StepProgram, np.ndarray]:
+        """The program of a step's bucket, and what it is told."""
+        program = self._programs[step.bucket]
+        return program, program.layout.pack(step_inputs(step, program.layout.capacity, self.config.page_size))
 
     def _set_slots(self, setups: Sequence[SlotSetup]) -> None:
         for start in range(0, len(setups), self.ASSIGNMENTS):

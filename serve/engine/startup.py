@@ -22,7 +22,7 @@ from scheduler.program import GRAMMARS
 from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.slack import ControllerConfig
-from scheduler.step import StepResult
+from scheduler.step import FinishedStep
 from serve.config import ServerConfig
 from serve.engine.calibration import MOST_OFF, conditions, load_profile, matching, misses
 from serve.engine.collector import Collector
@@ -38,7 +38,7 @@ log = structlog.get_logger("taper")
 NOMINAL_PAGES = 2048  # on a device that does not say how much memory it has; and to size a step with
 
 
-def load(config: ServerConfig, on_step: Callable[[StepResult], None]) -> Backend:
+def load(config: ServerConfig, on_step: Callable[[FinishedStep], None]) -> Backend:
     """Load the model while every program compiles, measure their times and start the engine.
 
     Raises what is wrong with the config or the model folder, before anything is served.

@@ -1,6 +1,6 @@
 """A file with a line for every step: what it held, what it was predicted to take, and what it took.
 
-One JSON object a line, with the fields of `Step`. Times are in seconds, `ended` by the monotonic clock.
+One JSON object a line, with the fields of `StepRecord`. Times are in seconds, `ended` by the monotonic clock.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from scheduler.predictor import StepLoad
-from scheduler.step import StepPlan, StepResult
+from scheduler.step import FinishedStep
 
 
-class Step(NamedTuple):
+class StepRecord(NamedTuple):
     """A finished step.
 
     requests, branches    that it should give a token
@@ -37,21 +37,21 @@ class Step(NamedTuple):
     seconds: float
 
     @classmethod
-    def of(cls, result: StepResult, ended: float) -> Step:
-        plan: StepPlan = result.plan
-        sampling = [entry.request_id for entry in plan.entries if entry.samples]
-        budget = plan.budget_seconds
+    def of(cls, finished: FinishedStep, ended: float) -> StepRecord:
+        step, forecast = finished.step, finished.forecast
+        sampling = [entry.request_id for entry in step.entries if entry.samples]
+        budget = forecast.budget_seconds
         return cls(
             ended,
-            plan.bucket,
-            plan.load,
+            step.bucket,
+            forecast.load,
             len(set(sampling)),
             len(sampling),
-            len(plan.deferred),
-            plan.predicted_seconds,
-            plan.baseline_seconds,
+            len(forecast.deferred),
+            forecast.seconds,
+            forecast.baseline_seconds,
             budget if budget < float("inf") else None,
-            result.seconds,
+            finished.seconds,
         )
 
 
@@ -65,9 +65,9 @@ class StepLog:
         self._clock = clock
         self._flushed = clock()
 
-    def observe_step(self, result: StepResult) -> None:
+    def observe_step(self, finished: FinishedStep) -> None:
         now = self._clock()
-        step = Step.of(result, now)
+        step = StepRecord.of(finished, now)
         record = step._asdict() | {"load": step.load._asdict()}
         self._file.write(json.dumps(record) + "\n")
         if now - self._flushed > self.FLUSH_SECONDS:
@@ -78,9 +78,9 @@ class StepLog:
         self._file.close()
 
 
-def read_steps(lines: Iterable[str]) -> Iterator[Step]:
+def read_steps(lines: Iterable[str]) -> Iterator[StepRecord]:
     """The steps of a log, as far as their lines are whole."""
     for line in lines:
         if line.endswith("\n"):
             record = json.loads(line)
-            yield Step(**record | {"load": StepLoad(**record["load"])})
+            yield StepRecord(**record | {"load": StepLoad(**record["load"])})

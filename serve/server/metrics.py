@@ -16,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Met
 from prometheus_client.utils import floatToGoString
 
 from scheduler.events import Finished
-from scheduler.step import StepResult
+from scheduler.step import FinishedStep
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 2, 4)
@@ -93,13 +93,13 @@ class Metrics:
         )
         self._width = histogram("width_branches", "Branches of a request that advance in a step", _WIDTHS)
 
-    def observe_step(self, result: StepResult) -> None:
-        plan = result.plan
-        self._step.observe(result.seconds)
-        if plan.predicted_seconds > 0:
-            self._ratio.observe(result.seconds / plan.predicted_seconds)
-        self._externality.observe(max(0.0, plan.predicted_seconds - plan.baseline_seconds))
-        for width in Tally(entry.request_id for entry in plan.entries if entry.samples).values():
+    def observe_step(self, finished: FinishedStep) -> None:
+        forecast, seconds = finished.forecast, finished.seconds
+        self._step.observe(seconds)
+        if forecast.seconds > 0:
+            self._ratio.observe(seconds / forecast.seconds)
+        self._externality.observe(max(0.0, forecast.seconds - forecast.baseline_seconds))
+        for width in Tally(entry.request_id for entry in finished.step.entries if entry.samples).values():
             self._width.observe(width)
 
     def observe_finished(self, event: Finished) -> None:

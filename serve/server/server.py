@@ -28,7 +28,7 @@ from grpc_reflection.v1alpha import reflection
 
 from scheduler.events import Finished
 from scheduler.request import Request
-from scheduler.step import StepResult
+from scheduler.step import FinishedStep
 from serve.api.errors import (
     CancelledError,
     DuplicateRequestError,
@@ -95,7 +95,7 @@ class Backend:
     summary: str = ""
 
 
-Load = Callable[[ServerConfig, Callable[[StepResult], None]], Backend]
+Load = Callable[[ServerConfig, Callable[[FinishedStep], None]], Backend]
 """Loads, compiles and starts everything; may take minutes. It is handed what every step is reported to."""
 
 
@@ -416,10 +416,10 @@ async def serve(config: ServerConfig, load: Load, announce: Callable[[str], None
     stop_metrics = _serve_metrics(service)
     stop = _on_signals(service)
 
-    def on_step(result: StepResult) -> None:
-        service.metrics.observe_step(result)
+    def on_step(finished: FinishedStep) -> None:
+        service.metrics.observe_step(finished)
         if steps is not None:
-            steps.observe_step(result)
+            steps.observe_step(finished)
 
     await server.start()
     try:

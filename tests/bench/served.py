@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from scheduler.predictor import StepLatencyModel
 from scheduler.scheduler import Scheduler, SchedulerConfig
-from scheduler.step import Sample, StepPlan
+from scheduler.step import Sample, Step
 from serve.config import ServerConfig
 from serve.engine.engine import Engine
 from serve.server.server import Backend, Service, listen, shut_down
@@ -34,8 +34,8 @@ class Handle:
 class Runner:
     """Samples the letter A."""
 
-    def launch(self, plan: StepPlan) -> Handle:
-        return Handle(sum(entry.samples for entry in plan.entries))
+    def launch(self, step: Step) -> Handle:
+        return Handle(sum(entry.samples for entry in step.entries))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A device in pure Python that does what a step plan says, with hashes in the place of tensors.
+"""A device in pure Python that does what a step says, with hashes in the place of tensors.
 
 The KV of a position is a hash of its token, its rotary position and everything that its row attended to, so a
 token sampled from it is right only if every position before it was written, read and placed as it should
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from scheduler.sampling import SamplingParams
-from scheduler.step import Entry, Sample, SegmentRead, SlotSetup, StepPlan
+from scheduler.step import Entry, Sample, SegmentRead, SlotSetup, Step
 
 Path = tuple[tuple[int, int], ...]
 
@@ -73,10 +73,10 @@ class Slot:
 
 
 class SymbolicDevice:
-    """Executes plans in the order of their launch.
+    """Executes steps in the order of their launch.
 
     `is_shared(page)` says whether a page may be read by others than the request that writes it: such a page
-    may be written only with what it holds already. `fed` are the tokens of the last plan's entries.
+    may be written only with what it holds already. `fed` are the tokens of the last step's entries.
     """
 
     def __init__(
@@ -98,35 +98,35 @@ class SymbolicDevice:
         for page in pages:
             self._pages[page] = [None] * self.page_size
 
-    def execute(self, plan: StepPlan) -> tuple[Sample, ...]:
-        """Samples of the entries that sample, in plan order."""
-        self._check_form(plan)
-        for setup in plan.slots:
+    def execute(self, step: Step) -> tuple[Sample, ...]:
+        """Samples of the entries that sample, in the step's order."""
+        self._check_form(step)
+        for setup in step.slots:
             self._set_up(setup)
-        rows = [self._write(entry) for entry in plan.entries]
+        rows = [self._write(entry) for entry in step.entries]
         self.fed = [[cell.token for cell in cells] for cells in rows]
         writer = {cell: index for index, cells in enumerate(rows) for cell in cells}
         for index in range(len(rows)):
-            self._compute(index, plan.entries, rows, writer)
+            self._compute(index, step.entries, rows, writer)
         return tuple(
-            self._sample(entry, cells, fresh={setup.slot for setup in plan.slots})
-            for entry, cells in zip(plan.entries, rows, strict=True)
+            self._sample(entry, cells, fresh={setup.slot for setup in step.slots})
+            for entry, cells in zip(step.entries, rows, strict=True)
             if entry.samples
         )
 
-    # --- what a plan must look like --------------------------------------------------------------------
+    # --- what a step must look like --------------------------------------------------------------------
 
-    def _check_form(self, plan: StepPlan) -> None:
-        sampled = [entry.slot for entry in plan.entries if entry.samples]
+    def _check_form(self, step: Step) -> None:
+        sampled = [entry.slot for entry in step.entries if entry.samples]
         assert len(set(sampled)) == len(sampled), "two entries sample into one slot"
-        assert {setup.slot for setup in plan.slots} <= set(sampled), "a slot is set up that nobody uses"
-        assert len({setup.slot for setup in plan.slots}) == len(plan.slots), "a slot is set up twice"
-        segments = [(entry.request_id, entry.segment) for entry in plan.entries]
+        assert {setup.slot for setup in step.slots} <= set(sampled), "a slot is set up that nobody uses"
+        assert len({setup.slot for setup in step.slots}) == len(step.slots), "a slot is set up twice"
+        segments = [(entry.request_id, entry.segment) for entry in step.entries]
         assert len(set(segments)) == len(segments), "two entries write one segment"
         seen: dict[int, int] = {}
-        written = [place for entry in plan.entries for place in self._places(entry)]
+        written = [place for entry in step.entries for place in self._places(entry)]
         assert len(set(written)) == len(written), "two rows write one position"
-        for entry in plan.entries:
+        for entry in step.entries:
             assert (entry.slot is not None) == entry.samples
             assert entry.rows >= 1
             assert entry.rows == (1 if entry.tokens is None else len(entry.tokens))
@@ -236,7 +236,7 @@ def unique_kv_tokens(entries: Iterable[Entry], page_size: int) -> int:
     return sum(length for _, length in filled)
 
 
-def widths(plan: StepPlan) -> Counter[str]:
+def widths(step: Step) -> Counter[str]:
     """How many branches of each request advance."""
-    advanced = {(entry.request_id, entry.branch) for entry in plan.entries}
+    advanced = {(entry.request_id, entry.branch) for entry in step.entries}
     return Counter(request_id for request_id, _ in advanced)

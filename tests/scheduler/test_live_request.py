@@ -120,8 +120,8 @@ def test_branches_that_are_not_joined_end_the_request() -> None:
 
 def test_after_a_kv_join_the_branches_are_read_in_their_order() -> None:
     world = serve([request(serial(2), fork("kv", B, C, D), serial(1, prefix=A))], Setting(), TALKS_ON)
-    after = world.plans[-1].entries[-1]
-    written = {entry.branch: entry.own.pages for plan in world.plans for entry in plan.entries}
+    after = world.steps[-1].entries[-1]
+    written = {entry.branch: entry.own.pages for step in world.steps for entry in step.entries}
     assert [read.pages for read in after.context[1:]] == [written[branch] for branch in (1, 2, 3)]
 
 
@@ -210,7 +210,7 @@ def test_timing_is_of_the_whole_request() -> None:
         world.now = 5.0
         world.run([request(serial(4), fork("none", B, C), slo=slo)])
         finished = world.finished("r")
-        emitted = [p.predicted_seconds for p in world.plans]
+        emitted = [forecast.seconds for forecast in world.forecasts]
         timing = finished.timing
         assert timing.queue == 0.0
         assert timing.ttft == pytest.approx(emitted[0])
@@ -251,7 +251,7 @@ def test_sampling_of_a_stage_replaces_the_requests() -> None:
     hot, cold = SamplingParams(temperature=1.0, seed=5), SamplingParams(seed=1)
     stage = SerialStage(stopping=stopping(1), sampling=hot)
     world = serve([request(serial(1), stage, serial(1), sampling=cold)], Setting(), TALKS_ON)
-    setups = [setup.sampling for plan in world.plans for setup in plan.slots]
+    setups = [setup.sampling for step in world.steps for setup in step.slots]
     assert setups == [cold, hot, cold]
 
 

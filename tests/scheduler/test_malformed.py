@@ -137,9 +137,9 @@ def test_a_plan_that_opens_nothing_does_not_keep_the_next_one_from_opening() -> 
 def test_a_caller_that_hangs_up_in_the_middle_of_a_fork_leaves_nothing_behind(in_flight: int) -> None:
     world = World(Setting(policy="eager", in_flight=in_flight), Scripted({(): [PLAN]}))
     world.add(Request(id="r", prompt=tokens("a"), program=PROGRAM))
-    while not any(entry.branch for plan in world.plans for entry in plan.entries):
+    while not any(entry.branch for step in world.steps for entry in step.entries):
         world.step()
-        assert len(world.plans) < 50
+        assert len(world.steps) < 50
     assert world.pool.owned > 0
     world.cancel("r")
     world.check_drained()
@@ -202,7 +202,7 @@ def test_fifty_outlines_where_they_are_allowed_are_fifty_branches(buckets: tuple
     found = outcome(world)
     assert found.ends[()] == [FORKED, ENDED]
     assert [found.ends[label,] for label in numbers(50)] == [[BRANCH_CLOSED]] * 50
-    assert max(plan.rows for plan in world.plans) <= max(buckets)
+    assert max(step.rows for step in world.steps) <= max(buckets)
 
 
 def test_fifty_outlines_that_the_pages_could_not_hold_are_text() -> None:

@@ -25,7 +25,7 @@ from scheduler.program import MULTIVERSE, BranchSpec, ParallelStage, Plan, Seria
 from scheduler.request import Request, Slo, Stopping
 from scheduler.scheduler import RejectedError, Scheduler
 from scheduler.slack import ControllerConfig
-from scheduler.step import Entry, StepPlan, StepResult
+from scheduler.step import Entry, Step, StepResult
 from tests.scheduler.alphabet import LETTERS, PLAIN, tokens
 from tests.scheduler.interpreter import Interpreter
 from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving
@@ -69,9 +69,9 @@ def emitted(world: World, name: str) -> int:
     return sum(isinstance(event, TokenEmitted) for event in world.events[name])
 
 
-def rows_by_request(plan: StepPlan) -> dict[str, int]:
+def rows_by_request(step: Step) -> dict[str, int]:
     rows: dict[str, int] = defaultdict(int)
-    for entry in plan.entries:
+    for entry in step.entries:
         rows[entry.request_id] += entry.rows
     return rows
 
@@ -139,14 +139,14 @@ def test_more_branches_than_slots_take_turns_with_them() -> None:
     load = [request("r", fork(12, join="kv"), serial(2, LETTERS[:1])), request("s", fork(9))]
     world = serve(load, Setting(buckets=(2,), in_flight=1), MODEL)
     assert_says(world, load, MODEL)
-    assert len({setup.slot for plan in world.plans for setup in plan.slots}) <= 4
+    assert len({setup.slot for step in world.steps for setup in step.slots}) <= 4
 
 
 # --- who starts ----------------------------------------------------------------------------------------
 
 
 def running(world: World) -> list[str]:
-    return [live.request.id for live in world.scheduler._running]
+    return [live.request.id for live in world.scheduler.running]
 
 
 def test_a_request_waits_until_its_worst_case_fits_beside_what_the_others_still_read() -> None:
@@ -236,9 +236,9 @@ def test_every_decoding_request_advances_in_every_step(policy: str, in_flight: i
         world.add(request(name, fork(3, tokens=20)))
     run_until(world, lambda: all(emitted(world, name) for name in "abc"))
     for _ in range(12):
-        plan = world.launch()
-        assert plan is not None
-        assert set(widths(plan)) == {"a", "b", "c"}
+        scheduled = world.launch()
+        assert scheduled is not None
+        assert set(widths(scheduled.step)) == {"a", "b", "c"}
         world.land()
 
 
@@ -249,23 +249,23 @@ def test_a_branch_with_much_to_read_leaves_a_row_for_everybody() -> None:
     world = World(Setting(policy="eager", buckets=(4,), prompt_floor=2), TALKS_ON)
     for name in "abcd":
         world.add(request(name, *stages, prompt=1))
-    run_until(world, lambda: all(world.scheduler._live[name].prompt_read for name in "abcd"))
+    run_until(world, lambda: all(world.scheduler.live[name].prompt_read for name in "abcd"))
     while not world.scheduler.idle:
-        ready = {live.request.id for live in world.scheduler._running if live.runnable()}
-        plan = world.launch()
-        assert set(widths(plan) if plan else ()) == ready
+        ready = {live.request.id for live in world.scheduler.running if live.runnable()}
+        scheduled = world.launch()
+        assert set(widths(scheduled.step) if scheduled else ()) == ready
         world.land()
 
 
 def test_at_width_one_branches_take_turns() -> None:
     world = serve([request("r", fork(3, tokens=5))], Setting(policy="off", in_flight=0), TALKS_ON)
-    turns = [entry.branch for plan in world.plans for entry in plan.entries if entry.samples]
+    turns = [entry.branch for step in world.steps for entry in step.entries if entry.samples]
     assert turns == [1, 2, 3] * 5
 
 
 def test_a_cap_is_the_number_of_branches_that_advance() -> None:
     world = serve([request("r", fork(4, tokens=8))], Setting(policy="cap:3", in_flight=0), TALKS_ON)
-    assert [widths(plan)["r"] for plan in world.plans[1:9]] == [3] * 8
+    assert [widths(step)["r"] for step in world.steps[1:9]] == [3] * 8
 
 
 @pytest.mark.parametrize(
@@ -288,14 +288,14 @@ def test_the_budget_goes_to_the_most_urgent_request(
     assert running(world) == ["old", "young"], "who starts first is not its business"
     for _ in range(5):
         world.step()
-        assert widths(world.plans[-1]) == expected
+        assert widths(world.steps[-1]) == expected
 
 
 @pytest.mark.parametrize("tpot", [1e-9, 0.0011])
 def test_if_everybody_is_late_the_width_is_one(tpot: float) -> None:
     slo = Slo(tpot=tpot, ttft=1e-9)
     world = serve([request("r", fork(6), slo=slo)], Setting(policy="taper", controller=UNFILLED), TALKS_ON)
-    assert {widths(plan)["r"] for plan in world.plans} == {1}
+    assert {widths(step)["r"] for step in world.steps} == {1}
 
 
 def test_padding_is_filled_even_without_slack() -> None:
@@ -305,13 +305,13 @@ def test_padding_is_filled_even_without_slack() -> None:
     narrow = serve(
         [request("r", fork(6, tokens=20), slo=slo)], replace(setting, controller=UNFILLED), TALKS_ON
     )
-    assert max(widths(plan)["r"] for plan in filled.plans) == 4
-    assert max(widths(plan)["r"] for plan in narrow.plans) == 1
+    assert max(widths(step)["r"] for step in filled.steps) == 4
+    assert max(widths(step)["r"] for step in narrow.steps) == 1
 
 
-def shape(plan: StepPlan) -> list[tuple[str, int, int, bool]]:
+def shape(step: Step) -> list[tuple[str, int, int, bool]]:
     """Without ids, which are given in the order of arrival."""
-    return sorted((entry.request_id, entry.start, entry.rows, entry.samples) for entry in plan.entries)
+    return sorted((entry.request_id, entry.start, entry.rows, entry.samples) for entry in step.entries)
 
 
 @examples(60)
@@ -321,8 +321,8 @@ def test_without_targets_taper_is_eager(load: list[Request], setting: Setting) -
     setting = roomy(load, replace(setting, buckets=(4, 64)))
     load = [replace(request, slo=NEVER) for request in load]
     taper, eager = (serve(load, replace(setting, policy=name), MODEL) for name in ("taper", "eager"))
-    if all(plan.rows < 64 for plan in eager.plans):
-        assert [shape(plan) for plan in taper.plans] == [shape(plan) for plan in eager.plans]
+    if all(step.rows < 64 for step in eager.steps):
+        assert [shape(step) for step in taper.steps] == [shape(step) for step in eager.steps]
 
 
 # --- what a step may cost ------------------------------------------------------------------------------
@@ -335,9 +335,9 @@ def cost(world: World, entries: Sequence[Entry]) -> float:
     return 1e-3 + 1e-4 * bucket + 2e-6 * unique_kv_tokens(entries, world.setting.page_size)
 
 
-def first_of_each(plan: StepPlan) -> list[Entry]:
+def first_of_each(step: Step) -> list[Entry]:
     """The baseline, where everybody has one row: it is planned first."""
-    return [*{entry.request_id: entry for entry in reversed(plan.entries)}.values()]
+    return [*{entry.request_id: entry for entry in reversed(step.entries)}.values()]
 
 
 @pytest.mark.parametrize("in_flight", [0, 1])
@@ -352,16 +352,17 @@ def test_the_budget_is_what_the_most_urgent_request_can_spare(policy: str, in_fl
     run_until(world, lambda: all(emitted(world, name) >= 3 for name in slos))
     over = 0
     for _ in range(25):
-        start = world.now + sum(plan.predicted_seconds for plan in world.flying)
-        plan = world.launch()
-        assert plan is not None
-        t0 = cost(world, first_of_each(plan))
-        assert plan.baseline_seconds == pytest.approx(t0)
-        assert plan.predicted_seconds == pytest.approx(cost(world, plan.entries))
+        start = world.now + sum(scheduled.forecast.seconds for scheduled in world.flying)
+        scheduled = world.launch()
+        assert scheduled is not None
+        forecast, entries = scheduled.forecast, scheduled.step.entries
+        t0 = cost(world, first_of_each(scheduled.step))
+        assert forecast.baseline_seconds == pytest.approx(t0)
+        assert forecast.seconds == pytest.approx(cost(world, entries))
         last = start if in_flight else world.now  # everybody has a token in every step
         on_time = [last + tpot - start - t0 for tpot in slos.values() if last + tpot - start >= t0]
-        assert plan.budget_seconds == pytest.approx(t0 + 0.8 * min(on_time, default=0.0))
-        over += plan.predicted_seconds > plan.budget_seconds + 1e-12
+        assert forecast.budget_seconds == pytest.approx(t0 + 0.8 * min(on_time, default=0.0))
+        over += forecast.seconds > forecast.budget_seconds + 1e-12
         world.land()
     assert over == (25 if policy == "eager" else 0)
 
@@ -373,11 +374,11 @@ def test_a_request_that_must_wait_is_the_most_urgent() -> None:
     world.add(request("other", serial(40), slo=Slo(tpot=0.006, ttft=9.0)))
     run_until(world, lambda: emitted(world, "other") > 2)
     world.now += 0.0035  # a stall: 2.5 ms are left, the bucket of 16 takes 2.6
-    plan = world.launch()
-    assert plan is not None
-    assert plan.bucket == 2
-    t0 = plan.baseline_seconds
-    assert plan.budget_seconds == pytest.approx(t0 + 0.8 * (0.0025 - t0))
+    scheduled = world.launch()
+    assert scheduled is not None
+    assert scheduled.step.bucket == 2
+    t0 = scheduled.forecast.baseline_seconds
+    assert scheduled.forecast.budget_seconds == pytest.approx(t0 + 0.8 * (0.0025 - t0))
 
 
 def test_a_prompt_that_is_due_narrows_the_branches() -> None:
@@ -388,7 +389,7 @@ def test_a_prompt_that_is_due_narrows_the_branches() -> None:
         run_until(world, lambda: emitted(world, "wide") > 12)
         world.add(request("prompt", serial(1), prompt=41, slo=Slo(tpot=1.0, ttft=ttft)))
         world.step()
-        return widths(world.plans[-1])["wide"]
+        return widths(world.steps[-1])["wide"]
 
     assert width(ttft=9.0) == 12
     # 40 tokens in 10 chunks leave 2.2 ms for each. The bucket of 16 takes 2.6; that of 8 has room for a chunk
@@ -402,12 +403,12 @@ def test_a_late_request_does_not_narrow_the_others() -> None:
     world.add(request("wide", fork(8, tokens=40), slo=Slo(tpot=0.01, ttft=9.0)))
     world.add(request("doomed", serial(40), slo=Slo(tpot=0.0019, ttft=9.0)))
     run_until(world, lambda: emitted(world, "doomed") > 2)
-    assert widths(world.plans[-1])["wide"] == 3
+    assert widths(world.steps[-1])["wide"] == 3
     world.now += 0.005  # a stall
     world.step()
-    assert widths(world.plans[-1])["wide"] == 8
+    assert widths(world.steps[-1])["wide"] == 8
     world.step()
-    assert widths(world.plans[-1])["wide"] == 3
+    assert widths(world.steps[-1])["wide"] == 3
 
 
 def test_no_width_is_told_before_the_start() -> None:
@@ -427,9 +428,9 @@ def test_a_prompt_reads_a_little_in_every_step_whatever_the_slack() -> None:
     world.add(request("reading", serial(1), prompt=60, slo=Slo(tpot=1.0, ttft=1e-6)))
     world.now += 1.0  # it has missed its target, and the other one is about to be late
     run_until(world, lambda: running(world) == ["decoding", "reading"])
-    start = len(world.plans) - 1
+    start = len(world.steps) - 1
     run_until(world, lambda: emitted(world, "reading") > 0)
-    read = [rows_by_request(plan)["reading"] for plan in world.plans[start:]]
+    read = [rows_by_request(step)["reading"] for step in world.steps[start:]]
     assert min([rows for rows in read if rows][:-1]) >= 4
     assert len(read) <= 17
 
@@ -466,10 +467,10 @@ def test_prompts_are_read_at_the_pace_of_their_target_and_faster_if_there_is_sla
         world = World(setting, TALKS_ON)
         world.add(request("decoding", serial(99), slo=Slo(tpot=tpot, ttft=9.0)))
         run_until(world, lambda: emitted(world, "decoding") > 2)
-        before = len(world.plans)
+        before = len(world.steps)
         world.add(request("reading", serial(1), prompt=64, slo=Slo(tpot=1.0, ttft=ttft)))
         run_until(world, lambda: emitted(world, "reading") > 0)
-        return len(world.plans) - before
+        return len(world.steps) - before
 
     assert steps(ttft=9.0, tpot=1.0) <= 4, "nothing is urgent: whole chunks"
     assert steps(ttft=9.0, tpot=0.002) > 9, "no room for the bucket of 64 within the TPOT target"
@@ -477,7 +478,7 @@ def test_prompts_are_read_at_the_pace_of_their_target_and_faster_if_there_is_sla
 
 def test_a_chunk_is_bounded() -> None:
     world = serve([request("r", serial(2), prompt=50)], Setting(max_chunk=7, buckets=(64,)), TALKS_ON)
-    assert [rows_by_request(plan)["r"] for plan in world.plans[:8]] == [7] * 7 + [1]
+    assert [rows_by_request(step)["r"] for step in world.steps[:8]] == [7] * 7 + [1]
 
 
 # --- the prefix cache ----------------------------------------------------------------------------------
@@ -542,7 +543,7 @@ def test_the_preempted_come_back_in_the_order_of_their_age() -> None:
     waiting: list[str] = []
     while not world.scheduler.idle:
         world.step()
-        names = [live.request.id for live in world.scheduler._preempted]
+        names = [live.request.id for live in world.scheduler.preempted]
         assert names == sorted(names)
         waiting = max(waiting, names, key=len)
     assert waiting == ["r1", "r2", "r3"]
@@ -552,12 +553,12 @@ def test_the_queue_waits_behind_the_preempted() -> None:
     world = World(Setting(num_pages=16, page_size=4, policy="eager", prefix_cache=False), TALKS_ON)
     world.add(request("old", serial(40), prompt=4))
     world.add(request("young", serial(40), prompt=4))
-    run_until(world, lambda: bool(world.scheduler._preempted))
+    run_until(world, lambda: bool(world.scheduler.preempted))
     world.add(request("new", serial(1), prompt=2))
     assert world.scheduler.load().queued_requests == 2
-    while world.scheduler._preempted:
+    while world.scheduler.preempted:
         world.step()
-        assert "new" not in running(world) or not world.scheduler._preempted
+        assert "new" not in running(world) or not world.scheduler.preempted
     world.run([])
 
 
@@ -579,16 +580,16 @@ NESTED = (
 
 
 def in_fork(world: World) -> bool:
-    return any(branch.open_children for branch in world.scheduler._live["r"].branches.values())
+    return any(branch.open_children for branch in world.scheduler.live["r"].branches.values())
 
 
 def read_of_prompt(world: World) -> int:
-    root = world.scheduler._live["r"]._root
+    root = world.scheduler.live["r"]._root
     return 0 if root is None else root.computed
 
 
 def segments_before_trunk(world: World) -> int:
-    trunk = world.scheduler._live["r"].branches.get(0)
+    trunk = world.scheduler.live["r"].branches.get(0)
     return 0 if trunk is None else len(trunk.segment.ancestors)
 
 
@@ -597,10 +598,10 @@ PHASES: dict[str, Callable[[World], bool]] = {
     "mid-prompt": lambda world: 0 < read_of_prompt(world) < 30,
     "serial decode": lambda world: emitted(world, "r") in (2, 3),
     "inside a fork": lambda world: in_fork(world) and emitted(world, "r") > 9,
-    "inside a nested fork": lambda world: len(world.scheduler._live["r"].branches) > 4,
-    "between fork and join": lambda world: in_fork(world) and world.scheduler._live["r"].width == 1,
+    "inside a nested fork": lambda world: len(world.scheduler.live["r"].branches) > 4,
+    "between fork and join": lambda world: in_fork(world) and world.scheduler.live["r"].width == 1,
     "after the join": lambda world: segments_before_trunk(world) > 3,
-    "preempted": lambda world: bool(world.scheduler._preempted),
+    "preempted": lambda world: bool(world.scheduler.preempted),
 }
 
 
@@ -615,19 +616,19 @@ def test_a_cancelled_request_is_gone_at_once_and_nobody_else_notices(phase: str,
     run_until(world, lambda: emitted(world, "y") > 2)
     world.add(request("r", *NESTED, prompt=30))
     run_until(world, lambda: PHASES[phase](world))
-    pages_of = [page for s in world.scheduler._live["r"].segments.values() for page in s.pages]
+    pages_of = [page for s in world.scheduler.live["r"].segments.values() for page in s.pages]
     assert world.cancel("r")
     assert not world.cancel("r")
     owned = {
         page
-        for live in world.scheduler._live.values()
+        for live in world.scheduler.live.values()
         for segment in live.segments.values()
         for page in segment.pages
     }
-    slots = sum(b.slot is not None for live in world.scheduler._live.values() for b in live.branches.values())
+    slots = sum(b.slot is not None for live in world.scheduler.live.values() for b in live.branches.values())
     assert world.pool.owned == len(owned)
     assert owned.isdisjoint(pages_of)
-    assert len(world.scheduler._free_slots) == world.scheduler.config.num_slots - slots
+    assert world.scheduler.free_slots == world.scheduler.config.num_slots - slots
     before = len(world.events["r"])
     world.run([])
     assert len(world.events["r"]) == before, "nothing more is heard of it"
@@ -674,7 +675,7 @@ def test_steps_are_updated_in_the_order_of_their_launch() -> None:
     assert first is not None
     assert second is not None
     with pytest.raises(AssertionError, match="in the order"):
-        world.scheduler.update(StepResult(second, (), 0.001), 0.0)
+        world.scheduler.update(StepResult(second.step, (), 0.001), 0.0)
 
 
 def test_load_counts_what_runs_and_what_waits() -> None:
@@ -688,7 +689,7 @@ def test_load_counts_what_runs_and_what_waits() -> None:
     assert not world.scheduler.idle
 
 
-def test_with_nothing_to_do_there_is_no_plan() -> None:
+def test_with_nothing_to_do_there_is_no_step() -> None:
     world = World(Setting(), TALKS_ON)
     assert world.scheduler.idle
     assert world.launch() is None

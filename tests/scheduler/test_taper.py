@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from scheduler.request import Request, Slo
 from scheduler.slack import ControllerConfig
-from scheduler.step import StepPlan
+from scheduler.step import ScheduledStep
 from tests.scheduler.alphabet import PLAIN
 from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving
 from tests.scheduler.symbolic import SymbolicModel, widths
@@ -34,8 +34,8 @@ def planned(
     policy: str,
     controller: ControllerConfig = STRICT,
     stall: float = 0.0,
-) -> StepPlan | None:
-    """The plan that `policy` makes of the state after so many steps without extras, and after a stall."""
+) -> ScheduledStep | None:
+    """The step that `policy` makes of the state after so many steps without extras, and after a stall."""
     world = World(replace(roomy([*load], setting), policy="off", controller=STRICT), MODEL)
     for request in load:
         world.add(request)
@@ -48,9 +48,9 @@ def planned(
     return None if world.scheduler.idle else world.launch()
 
 
-def advanced(plan: StepPlan | None) -> int:
+def advanced(made: ScheduledStep | None) -> int:
     """Branches that advance."""
-    return 0 if plan is None else widths(plan).total()
+    return 0 if made is None else widths(made.step).total()
 
 
 @examples(60)
@@ -58,8 +58,8 @@ def advanced(plan: StepPlan | None) -> int:
 def test_no_step_is_predicted_beyond_its_budget(
     load: list[Request], setting: Setting, steps: int, policy: str, rho: float | None, fill: bool
 ) -> None:
-    plan = planned(load, setting, steps, policy, ControllerConfig(rho=rho, fill=fill))
-    assert plan is None or plan.predicted_seconds <= plan.budget_seconds + 1e-12
+    made = planned(load, setting, steps, policy, ControllerConfig(rho=rho, fill=fill))
+    assert made is None or made.forecast.seconds <= made.forecast.budget_seconds + 1e-12
 
 
 @examples(60)
@@ -80,7 +80,7 @@ def test_an_infinite_target_gives_eager(
     load: list[Request], setting: Setting, steps: int, policy: str
 ) -> None:
     eager = planned(load, setting, steps, "eager")
-    assume(eager is not None and not eager.deferred)
+    assume(eager is not None and not eager.forecast.deferred)
     assert advanced(planned(load, setting, steps, policy)) == advanced(eager)
 
 
@@ -89,10 +89,10 @@ def test_an_infinite_target_gives_eager(
 def test_without_slack_and_fill_it_is_off(
     load: list[Request], setting: Setting, steps: int, policy: str
 ) -> None:
-    plan = planned(load, setting, steps, policy, ControllerConfig(rho=0.0, fill=False))
+    made = planned(load, setting, steps, policy, ControllerConfig(rho=0.0, fill=False))
     off = planned(load, setting, steps, "off", ControllerConfig(rho=0.0, fill=False))
-    if off is not None and plan is not None and not math.isinf(off.budget_seconds):
-        assert plan.entries == off.entries
+    if off is not None and made is not None and not math.isinf(off.forecast.budget_seconds):
+        assert made.step.entries == off.step.entries
 
 
 @examples(60)
@@ -100,11 +100,11 @@ def test_without_slack_and_fill_it_is_off(
 def test_if_everybody_is_late_it_is_off(
     load: list[Request], setting: Setting, steps: int, policy: str
 ) -> None:
-    plan, off = (planned(load, setting, steps, name, stall=100.0) for name in (policy, "off"))
-    assert (plan is None) == (off is None)
-    if plan is not None and off is not None:
-        assert plan.budget_seconds == off.budget_seconds
-        assert plan.entries == off.entries
+    made, off = (planned(load, setting, steps, name, stall=100.0) for name in (policy, "off"))
+    assert (made is None) == (off is None)
+    if made is not None and off is not None:
+        assert made.forecast.budget_seconds == off.forecast.budget_seconds
+        assert made.step.entries == off.step.entries
 
 
 @examples(60)
@@ -112,8 +112,8 @@ def test_if_everybody_is_late_it_is_off(
 def test_no_branch_that_off_advances_is_left_out(
     load: list[Request], setting: Setting, steps: int, policy: str
 ) -> None:
-    plan, off = (planned(load, setting, steps, name) for name in (policy, "off"))
-    if plan is not None and off is not None:
-        assert {(e.request_id, e.branch) for e in off.entries} <= {
-            (e.request_id, e.branch) for e in plan.entries
+    made, off = (planned(load, setting, steps, name) for name in (policy, "off"))
+    if made is not None and off is not None:
+        assert {(e.request_id, e.branch) for e in off.step.entries} <= {
+            (e.request_id, e.branch) for e in made.step.entries
         }

@@ -17,7 +17,7 @@ from scheduler.predictor import StepLatencyModel
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.slack import ControllerConfig
-from scheduler.step import Entry, Sample, StepPlan, StepResult
+from scheduler.step import Entry, Forecast, Sample, ScheduledStep, Step, StepResult
 from tests.scheduler.alphabet import Alphabet
 from tests.scheduler.interpreter import Answer, Interpreter, Key
 from tests.scheduler.symbolic import SymbolicDevice, SymbolicModel, unique_kv_tokens, widths
@@ -80,13 +80,14 @@ class World:
             setting.num_pages, setting.page_size, self.scheduler.config.num_slots, model, self._is_shared
         )
         self.now = 0.0
-        self.plans: list[StepPlan] = []
+        self.steps: list[Step] = []
+        self.forecasts: list[Forecast] = []
         self.events: dict[str, list[Event]] = defaultdict(list)
         self.drawn: dict[int, tuple[Sample, Entry]] = {}  # by the sample's identity, where it was drawn
         self.computed: Counter[tuple[str, int, int, int]] = Counter()  # request, segment, index, token
         self.tails_dropped = 0
-        self._forgotten: set[int] = set()
-        self._flying: deque[tuple[StepPlan, tuple[Sample, ...], float]] = deque()
+        self._forgotten: frozenset[int] = frozenset()
+        self._flying: deque[tuple[ScheduledStep, tuple[Sample, ...], float]] = deque()
         self._passed_over: dict[tuple[str, int], tuple[int, int]] = {}
 
     # --- driving ---------------------------------------------------------------------------------------
@@ -100,48 +101,50 @@ class World:
         return known
 
     def step(self) -> None:
-        """One round of the engine's loop: plan, launch, and take in the oldest step in flight."""
-        plan = self.launch()
-        if self._flying and (plan is None or len(self._flying) > self.setting.in_flight):
+        """One round of the engine's loop: schedule, launch, and take in the oldest step in flight."""
+        scheduled = self.launch()
+        if self._flying and (scheduled is None or len(self._flying) > self.setting.in_flight):
             self.land()
 
-    def launch(self) -> StepPlan | None:
+    def launch(self) -> ScheduledStep | None:
         oldest, tails = self._oldest(), self._tails()
-        plan = self.scheduler.schedule(self.now)
+        scheduled = self.scheduler.schedule(self.now)
         self.tails_dropped += len(tails - self._tails())
         assert self._oldest() <= oldest, "the oldest request was preempted"
         self.check()
-        if plan is None:
+        if scheduled is None:
             assert self._flying or self.scheduler.idle, "stuck: nothing can advance"
             return None
-        self.plans.append(plan)
-        self._check_plan(plan)
-        self._check_turns(plan)
-        samples = self.device.execute(plan)
+        step = scheduled.step
+        self.steps.append(step)
+        self.forecasts.append(scheduled.forecast)
+        self._check_step(scheduled)
+        self._check_turns(scheduled)
+        samples = self.device.execute(step)
         self.computed.update(
             (entry.request_id, entry.segment, entry.ordinal + row, token)
-            for entry, tokens in zip(plan.entries, self.device.fed, strict=True)
+            for entry, tokens in zip(step.entries, self.device.fed, strict=True)
             for row, token in enumerate(tokens)
         )
-        sampling = [entry for entry in plan.entries if entry.samples]
+        sampling = [entry for entry in step.entries if entry.samples]
         self.drawn.update(
             (id(sample), (sample, entry)) for sample, entry in zip(samples, sampling, strict=True)
         )
         begins = max([self.now, *(end for _, _, end in self._flying)])
-        ends = begins + plan.predicted_seconds * self.setting.late_by
-        self._flying.append((plan, samples, ends))
-        return plan
+        ends = begins + scheduled.forecast.seconds * self.setting.late_by
+        self._flying.append((scheduled, samples, ends))
+        return scheduled
 
     @property
-    def flying(self) -> list[StepPlan]:
+    def flying(self) -> list[ScheduledStep]:
         """The steps in flight, oldest first."""
-        return [plan for plan, _, _ in self._flying]
+        return [scheduled for scheduled, _, _ in self._flying]
 
     def land(self) -> list[Event]:
         """The oldest step in flight ends."""
-        plan, samples, end = self._flying.popleft()
+        scheduled, samples, end = self._flying.popleft()
         seconds, self.now = max(1e-9, end - self.now), max(self.now, end)
-        events = self.scheduler.update(StepResult(plan, samples, seconds), self.now)
+        events = self.scheduler.update(StepResult(scheduled.step, samples, seconds), self.now)
         for event in events:
             self.events[event.request_id].append(event)
         self.check()
@@ -164,49 +167,49 @@ class World:
 
     def check(self) -> None:
         self.scheduler.check()
-        free = set(self.pool._free)
+        free = self.pool.free
         self.device.forget(free - self._forgotten)
         self._forgotten = free
 
     def check_drained(self) -> None:
         assert self.pool.owned == 0
-        assert len(self.scheduler._free_slots) == self.scheduler.config.num_slots
+        assert self.scheduler.free_slots == self.scheduler.config.num_slots
 
     def _is_shared(self, page: int) -> bool:
-        return self.pool._owners[page] > 1 or page in self.pool.cache
+        return self.pool.owners(page) > 1 or page in self.pool.cache
 
     def _tails(self) -> set[tuple[str, int]]:
         """Segments of running requests that hold pages; not those of requests preempted as a whole."""
-        running = self.scheduler._running
+        running = self.scheduler.running
         return {(live.request.id, s.id) for live in running for s in live.segments.values() if s.pages}
 
     def _oldest(self) -> float:
         """Age of the oldest running request: its number in the order of starting."""
-        return min((live.age for live in self.scheduler._running), default=math.inf)
+        return min((live.age for live in self.scheduler.running), default=math.inf)
 
-    def _check_plan(self, plan: StepPlan) -> None:
-        setting = self.setting
-        rows = sum(entry.rows for entry in plan.entries)
+    def _check_step(self, scheduled: ScheduledStep) -> None:
+        setting, step, forecast = self.setting, scheduled.step, scheduled.forecast
+        rows = sum(entry.rows for entry in step.entries)
         bucket = min(bucket for bucket in setting.buckets if bucket >= rows)
-        kv_tokens = unique_kv_tokens(plan.entries, setting.page_size)
-        assert (plan.rows, plan.bucket, plan.load.kv_tokens) == (rows, bucket, kv_tokens)
+        kv_tokens = unique_kv_tokens(step.entries, setting.page_size)
+        assert (step.rows, step.bucket, forecast.load.kv_tokens) == (rows, bucket, kv_tokens)
         seconds = self.latency.rows_seconds(bucket) + self.latency.scale * 2e-6 * kv_tokens
-        assert abs(plan.predicted_seconds - seconds) < 1e-12
-        assert plan.predicted_seconds >= plan.baseline_seconds
+        assert abs(forecast.seconds - seconds) < 1e-12
+        assert forecast.seconds >= forecast.baseline_seconds
         if self.scheduler.policy.name.startswith("taper"):
-            assert plan.predicted_seconds <= max(plan.budget_seconds, plan.baseline_seconds) + 1e-12
+            assert forecast.seconds <= max(forecast.budget_seconds, forecast.baseline_seconds) + 1e-12
         cap = {"off": 1, "cap:2": 2, "cap:3": 3}.get(self.scheduler.policy.name)
-        assert cap is None or max(widths(plan).values()) <= cap
+        assert cap is None or max(widths(step).values()) <= cap
 
-    def _check_turns(self, plan: StepPlan) -> None:
+    def _check_turns(self, scheduled: ScheduledStep) -> None:
         """A ready branch, one of W of its request, advances once in W steps in which the request advances."""
-        width = widths(plan)
+        width = widths(scheduled.step)
         deferred: dict[str, set[tuple[str, int]]] = defaultdict(set)
-        for request_id, branch in plan.deferred:
+        for request_id, branch in scheduled.forecast.deferred:
             deferred[request_id].add((request_id, branch))
         passed_over: dict[tuple[str, int], tuple[int, int]] = {}
         for request_id, waiting in deferred.items():
-            group = self.scheduler._live[request_id].width
+            group = self.scheduler.live[request_id].width
             for key in waiting:
                 times, largest = self._passed_over.get(key, (0, 0))
                 times, largest = times + bool(width[request_id]), max(largest, group)
@@ -251,7 +254,7 @@ class World:
         return self.computed.total() - len(self.computed)
 
     def holds_anything(self, request_id: str) -> bool:
-        return request_id in self.scheduler._live
+        return request_id in self.scheduler.live
 
     def is_finished(self, request_id: str) -> bool:
         return bool(self.events[request_id]) and isinstance(self.events[request_id][-1], Finished)

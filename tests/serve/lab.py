@@ -20,7 +20,7 @@ from scheduler.predictor import StepLatencyModel
 from scheduler.request import FinishReason, Request
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.slack import ControllerConfig
-from scheduler.step import Sample, StepPlan
+from scheduler.step import Sample, Step
 from serve.engine.engine import Engine, Failed
 from serve.engine.runner import Runner, RunnerConfig, StepHandle
 
@@ -99,7 +99,7 @@ class Run:
     """Everything that happened to a load."""
 
     events: dict[str, list[Event]] = field(default_factory=lambda: defaultdict(list))
-    plans: list[StepPlan] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
     def answers(self) -> dict[str, Answer]:
         return {request_id: answer(events) for request_id, events in self.events.items()}
@@ -152,15 +152,15 @@ def branch_names(events: Iterable[Event]) -> dict[int, Name]:
 
 
 class Recorder:
-    """A runner that remembers the plans it was given."""
+    """A runner that remembers the steps it was given."""
 
-    def __init__(self, runner: Runner, plans: list[StepPlan]) -> None:
+    def __init__(self, runner: Runner, steps: list[Step]) -> None:
         self._runner = runner
-        self._plans = plans
+        self._steps = steps
 
-    def launch(self, plan: StepPlan) -> StepHandle:
-        self._plans.append(plan)
-        return self._runner.launch(plan)
+    def launch(self, step: Step) -> StepHandle:
+        self._steps.append(step)
+        return self._runner.launch(step)
 
 
 def run(
@@ -202,7 +202,7 @@ def run(
         if not left:
             done.set()
 
-    engine = Engine(scheduler, Recorder(runner, record.plans))
+    engine = Engine(scheduler, Recorder(runner, record.steps))
     engine.start()
     for request in requests:
         engine.submit(request, sink)

@@ -48,7 +48,7 @@ def test_its_branches_take_less_than_half_of_the_steps(default_runner: Runner) -
     asked = tuple(codec.encode(prompt(watched_question(Demo().seed).question)))
     request = Request(id="r", prompt=asked, program=program, slo=Slo(tpot=1.0, ttft=60.0))
     steps = {
-        policy: len(run(default_runner, [request], codec=codec, policy=policy).plans)
+        policy: len(run(default_runner, [request], codec=codec, policy=policy).steps)
         for policy in ("off", "eager")
     }
     assert steps["off"] > 2.1 * steps["eager"]

@@ -121,7 +121,7 @@ def test_a_request_preempted_after_a_kv_join_goes_on_as_if_it_had_not_been(exact
 
 def replayed_after_join(record: Run, request_id: str) -> bool:
     """Whether the trunk's segment after the join is computed from its start more than once."""
-    entries = [e for plan in record.plans for e in plan.entries if e.request_id == request_id]
+    entries = [e for step in record.steps for e in step.entries if e.request_id == request_id]
     last_segment = max(entry.segment for entry in entries)
     return sum(entry.segment == last_segment and entry.ordinal == 0 for entry in entries) > 1
 
@@ -130,8 +130,8 @@ def test_a_fork_and_a_kv_join_compute_no_position_twice(exact_runner: Runner) ->
     request = greedy("kv", range(50, 63), KV_PLAN)
     record = run(exact_runner, [request], policy="taper")
     computed: set[tuple[int, int]] = set()
-    for plan in record.plans:
-        for entry in plan.entries:
+    for step in record.steps:
+        for entry in step.entries:
             positions = {(entry.segment, entry.ordinal + row) for row in range(entry.rows)}
             assert not computed & positions
             computed |= positions

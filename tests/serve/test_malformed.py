@@ -15,7 +15,7 @@ import pytest
 from model.tiny.lessons import prompt, tokenizer
 from scheduler.program import MULTIVERSE, TagProgram
 from scheduler.request import FinishReason, Request, Slo, Stopping
-from scheduler.step import StepPlan
+from scheduler.step import Step
 from serve.engine.runner import Runner, RunnerConfig
 from tests.scheduler.alphabet import EOS, Alphabet, tokens
 from tests.scheduler.scripted import Scripted, numbers, outlines
@@ -152,8 +152,8 @@ class ScriptedRunner:
         self.model_config = SimpleNamespace(max_context=900)
         self._device = SymbolicDevice(1000, 4, 64, model)
 
-    def launch(self, plan: StepPlan) -> SimpleNamespace:
-        samples = self._device.execute(plan)
+    def launch(self, step: Step) -> SimpleNamespace:
+        samples = self._device.execute(step)
         return SimpleNamespace(is_ready=lambda: True, samples=lambda: samples)
 
 

@@ -77,7 +77,7 @@ def test_preemption_and_a_limit_of_sixteen_rows_change_no_token(
 ) -> None:
     record = serve(default_runner, tasks, policy="eager", num_pages=208, buckets=(16,))
     assert record.preemptions() > 0
-    assert max(sum(entry.rows for entry in plan.entries) for plan in record.plans) <= 16
+    assert max(sum(entry.rows for entry in step.entries) for step in record.steps) <= 16
     assert record.answers() == served.answers()
 
 

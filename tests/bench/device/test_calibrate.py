@@ -14,16 +14,16 @@ BUCKETS = (1, 8, 16, 64)
     "shape", [Shape(8, 8, 1, 8, 0), Shape(16, 12, 4, 60, 0), Shape(64, 30, 4, 90, 32, 7)]
 )
 def test_a_made_up_steps_load_is_its_entries(shape: Shape) -> None:
-    plan = probe(shape, page_size=4)
-    assert (plan.rows, plan.bucket) == (shape.rows + shape.chunk, shape.bucket)
-    assert sum(entry.rows for entry in plan.entries) == plan.rows
-    assert plan.load.kv_tokens == unique_kv_tokens(plan.entries, page_size=4)
-    assert len({entry.own.pages for entry in plan.entries}) == len(plan.entries)
-    assert plan.load.items == len({read for e in plan.entries for read in (*e.context, e.own)})
-    raw = sum(sum(read.length for read in entry.context) + entry.own.length for entry in plan.entries)
-    assert plan.load.raw_kv == raw
-    seen = [e.ordinal + row + 1 for e in plan.entries for row in range(1, e.rows)]
-    assert plan.load.chunk_context == sum(seen)
+    step, load = probe(shape, page_size=4)
+    assert (step.rows, step.bucket) == (shape.rows + shape.chunk, shape.bucket)
+    assert sum(entry.rows for entry in step.entries) == step.rows
+    assert load.kv_tokens == unique_kv_tokens(step.entries, page_size=4)
+    assert len({entry.own.pages for entry in step.entries}) == len(step.entries)
+    assert load.items == len({read for e in step.entries for read in (*e.context, e.own)})
+    raw = sum(sum(read.length for read in entry.context) + entry.own.length for entry in step.entries)
+    assert load.raw_kv == raw
+    seen = [e.ordinal + row + 1 for e in step.entries for row in range(1, e.rows)]
+    assert load.chunk_context == sum(seen)
 
 
 def test_shapes_cover_buckets_fills_widths_levels_and_chunks() -> None:
@@ -64,8 +64,8 @@ def test_what_a_staircase_took_is_found_again() -> None:
             }
         }
     )
-    plans = [probe(shape, page_size=16) for shape in shapes(BUCKETS, num_pages=400, page_size=16)]
-    points = [Point(p.bucket, p.load, truth.predict(p.load)) for p in plans]
+    probes = [probe(shape, page_size=16) for shape in shapes(BUCKETS, num_pages=400, page_size=16)]
+    points = [Point(step.bucket, load, truth.predict(load)) for step, load in probes]
     forms = fit(points)
     assert forms["staircase"]["mape"] < 0.003
     assert forms["staircase"]["costs"]["private_kv"] == pytest.approx(2e-6, rel=0.1)

@@ -11,22 +11,12 @@ from bench.device import calibrate, predictor
 from bench.device.predictor import Recorder, errors_of, serving, summarize
 from bench.simulate.simulation import Profile
 from scheduler.predictor import StepLatencyModel, StepLoad
-from scheduler.step import StepPlan, StepResult
+from scheduler.step import FinishedStep, Forecast, Step
 
 
-def step(bucket: int, predicted: float, seconds: float) -> StepResult:
-    plan = StepPlan(
-        step_id=0,
-        entries=(),
-        slots=(),
-        deferred=(),
-        bucket=bucket,
-        load=StepLoad(bucket),
-        predicted_seconds=predicted,
-        baseline_seconds=predicted,
-        budget_seconds=predicted,
-    )
-    return StepResult(plan, (), seconds)
+def step(bucket: int, predicted: float, seconds: float) -> FinishedStep:
+    forecast = Forecast(StepLoad(bucket), predicted, predicted, predicted, deferred=())
+    return FinishedStep(Step(0, (), (), bucket), forecast, seconds)
 
 
 def test_errors_are_relative_to_what_was_predicted() -> None:

@@ -62,13 +62,14 @@ def test_one_request_alone_takes_a_step_for_each_token() -> None:
 def test_a_prompt_chunk_pays_for_its_context() -> None:
     simulation = Simulation(setting(), "off")
     simulation._send_next(0.0)
-    plan = simulation.scheduler.schedule(0.0)
-    assert plan is not None
-    assert (plan.rows, len(plan.entries), plan.load.kv_tokens) == (100, 1, 100)
+    scheduled = simulation.scheduler.schedule(0.0)
+    assert scheduled is not None
+    step, load = scheduled.step, scheduled.forecast.load
+    assert (step.rows, len(step.entries), load.kv_tokens) == (100, 1, 100)
     later = sum(range(2, 101))  # what the rows after the first see
-    assert plan.load == StepLoad(100, private_kv=100, items=1, chunk_context=later, raw_kv=100)
-    expected = PROFILE.factors[128] * PROFILE.latency().predict(plan.load)
-    assert simulation._duration(plan) == pytest.approx(expected)
+    assert load == StepLoad(100, private_kv=100, items=1, chunk_context=later, raw_kv=100)
+    expected = PROFILE.factors[128] * PROFILE.latency().predict(load)
+    assert simulation._duration(scheduled) == pytest.approx(expected)
 
 
 def test_a_closed_loop_never_has_more_requests_than_clients() -> None:

@@ -13,7 +13,7 @@ from scheduler.predictor import StepLatencyModel
 from scheduler.program import Plan
 from scheduler.request import Request, Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
-from scheduler.step import Entry, Sample, StepPlan, StepResult
+from scheduler.step import Entry, FinishedStep, Sample, Step
 from serve.engine.engine import Engine, Failed, Refused
 from serve.engine.runner import Runner
 from tests.serve.lab import NUM_PAGES, NUM_SLOTS, PAGE_SIZE, Letters, answer, run
@@ -33,23 +33,23 @@ class Device:
     """Answers every sample with token 65, and calls `hook` before each step; `works` says of a step whether
     the device is still at it when the host has come to wait for it."""
 
-    hook: Callable[[StepPlan], None] = lambda plan: None
-    works: Callable[[StepPlan], bool] = lambda plan: False
+    hook: Callable[[Step], None] = lambda step: None
+    works: Callable[[Step], bool] = lambda step: False
 
-    def launch(self, plan: StepPlan) -> Device:
-        self.hook(plan)
-        return Device.Flown(plan, self.works(plan))  # type: ignore[return-value]
+    def launch(self, step: Step) -> Device:
+        self.hook(step)
+        return Device.Flown(step, self.works(step))  # type: ignore[return-value]
 
     @dataclass
     class Flown:
-        plan: StepPlan
+        step: Step
         works: bool
 
         def is_ready(self) -> bool:
             return not self.works
 
         def samples(self) -> tuple[Sample, ...]:
-            return tuple(Sample(65) for entry in self.plan.entries if entry.samples)
+            return tuple(Sample(65) for entry in self.step.entries if entry.samples)
 
 
 class Listener:
@@ -89,13 +89,13 @@ PHASES: dict[str, Callable[[list[Entry], int], bool]] = {
 def test_a_cancel_frees_everything_before_the_next_plan(exact_runner: Runner, phase: str) -> None:
     mates = [r for r in load(SLO) if r.id.endswith("-0")][:4]
     alone = {r.id: run(exact_runner, [r], policy="off").answers()[r.id] for r in mates}
-    steps: list[StepPlan] = []
+    steps: list[Step] = []
 
     class Cancelling:
-        def launch(self, plan: StepPlan) -> object:
+        def launch(self, step: Step) -> object:
             assert submitted.wait(10)
-            steps.append(plan)
-            mine = [entry for entry in plan.entries if entry.request_id == "victim"]
+            steps.append(step)
+            mine = [entry for entry in step.entries if entry.request_id == "victim"]
             if "victim" not in cancelled_at and PHASES[phase](mine, len(steps)):
                 cancelled_at["victim"] = len(steps)
                 live = sched.load()
@@ -104,7 +104,7 @@ def test_a_cancel_frees_everything_before_the_next_plan(exact_runner: Runner, ph
                 sched.check()
                 freed = live.kv_used_tokens - sched.load().kv_used_tokens
                 assert freed > 0 if phase != "queued" else live.queued_requests > 0
-            return exact_runner.launch(plan)
+            return exact_runner.launch(step)
 
     cancelled_at: dict[str, int] = {}
     submitted = threading.Event()
@@ -123,7 +123,7 @@ def test_a_cancel_frees_everything_before_the_next_plan(exact_runner: Runner, ph
     assert cancelled_at, "the phase never came"
     assert answers == alone
     after = steps[cancelled_at["victim"] + 1 :]  # one more plan may have been made already
-    assert not [e for plan in after for e in plan.entries if e.request_id == "victim"]
+    assert not [e for step in after for e in step.entries if e.request_id == "victim"]
     assert not any(isinstance(event, Finished) for event in heard)
     sched.check()
     assert sched.load().kv_used_tokens == 0
@@ -131,7 +131,7 @@ def test_a_cancel_frees_everything_before_the_next_plan(exact_runner: Runner, ph
 
 def test_a_drain_finishes_what_runs_and_refuses_what_comes() -> None:
     listener, proceed = Listener(), threading.Event()
-    engine = Engine(scheduler(), Device(lambda plan: proceed.wait(10) and None))
+    engine = Engine(scheduler(), Device(lambda step: proceed.wait(10) and None))
     engine.start()
     engine.submit(request("r", serial(20)), listener)
     stopping = threading.Thread(target=engine.stop, kwargs={"drain": True, "timeout": 30})
@@ -149,7 +149,7 @@ def test_a_drain_finishes_what_runs_and_refuses_what_comes() -> None:
 
 def test_a_stop_without_drain_tells_those_that_run() -> None:
     listener, started = Listener(), threading.Event()
-    engine = Engine(scheduler(), Device(lambda plan: started.set()))
+    engine = Engine(scheduler(), Device(lambda step: started.set()))
     engine.start()
     engine.submit(request("r", serial(500)), listener)
     assert started.wait(10)
@@ -158,8 +158,8 @@ def test_a_stop_without_drain_tells_those_that_run() -> None:
 
 
 def test_a_crash_is_told_to_every_request() -> None:
-    def crash(plan: StepPlan) -> None:
-        if plan.step_id == 3:
+    def crash(step: Step) -> None:
+        if step.step_id == 3:
             raise RuntimeError("the device is gone")
 
     listener = Listener()
@@ -197,7 +197,7 @@ def test_one_sink_call_carries_all_branches_of_a_step() -> None:
         if isinstance(events[-1], Finished):
             done.set()
 
-    results: list[StepResult] = []
+    results: list[FinishedStep] = []
     engine = Engine(scheduler(policy="eager"), Device(), on_step=results.append)
     engine.start()
     engine.submit(request("r", parallel("none", 5, 5, 5, 5)), sink)
@@ -214,7 +214,7 @@ def batches_of_tokens(device: Device, hold: float, tokens: int) -> list[int]:
     """How many tokens each call of the sink brings, by a clock that a launch takes 10 ms forward."""
     now, counts, done = 0.0, [], threading.Event()
 
-    def launched(plan: StepPlan) -> None:
+    def launched(step: Step) -> None:
         nonlocal now
         now += 0.010
 
@@ -235,16 +235,16 @@ def batches_of_tokens(device: Device, hold: float, tokens: int) -> list[int]:
 def test_where_the_host_does_not_keep_up_steps_are_published_together() -> None:
     assert batches_of_tokens(Device(), 0.035, 18) == [3, 4, 4, 4, 3]
     assert batches_of_tokens(Device(), 0.0, 5) == [1] * 5
-    assert batches_of_tokens(Device(works=lambda plan: True), 0.035, 5) == [1] * 5
+    assert batches_of_tokens(Device(works=lambda step: True), 0.035, 5) == [1] * 5
 
 
 def test_the_host_keeps_up_when_it_had_to_wait_some_steps_in_a_row() -> None:
-    counts = batches_of_tokens(Device(works=lambda plan: plan.step_id != 4), 1.0, 12)
+    counts = batches_of_tokens(Device(works=lambda step: step.step_id != 4), 1.0, 12)
     assert counts == [1] * 4 + [1 + Engine.IN_TIME] + [1] * (7 - Engine.IN_TIME)
 
 
 def test_an_id_is_taken_until_its_end_is_told() -> None:
-    engine, proceed = Engine(scheduler(), Device(lambda plan: proceed.wait(10) and None)), threading.Event()
+    engine, proceed = Engine(scheduler(), Device(lambda step: proceed.wait(10) and None)), threading.Event()
     engine.start()
     listener = Listener()
     engine.submit(request("r", serial(2)), listener)

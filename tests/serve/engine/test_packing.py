@@ -7,9 +7,8 @@ import pytest
 
 from attention.layout import Capacity
 from model.sampling import branch_key
-from scheduler.predictor import StepLoad
 from scheduler.sampling import SamplingParams
-from scheduler.step import Entry, SegmentRead, SlotSetup, StepPlan
+from scheduler.step import Entry, SegmentRead, SlotSetup, Step
 from serve.engine.packing import step_inputs
 
 PREFIX = SegmentRead((7, 3), 6)  # pages of four positions: the second is half full
@@ -36,9 +35,8 @@ def entry(
     return Entry(**(fields | more))  # type: ignore[arg-type]
 
 
-def step(*entries: Entry, slots: tuple[SlotSetup, ...] = ()) -> StepPlan:
-    rows = sum(entry.rows for entry in entries)
-    return StepPlan(0, entries, slots, (), 8, StepLoad(rows), 0.0, 0.0, 0.0)
+def step(*entries: Entry, slots: tuple[SlotSetup, ...] = ()) -> Step:
+    return Step(0, entries, slots, 8)
 
 
 def test_two_branches_read_their_prefix_once_and_write_to_pages_of_their_own() -> None:

@@ -74,7 +74,7 @@ def test_nothing_compiles_while_serving(runner: Runner, policy: str) -> None:
     """Over a randomized load with every sampling option, preemptions included."""
     with counted_compilations() as compiled:
         record = run(runner, random_load(len(policy)), policy=policy, num_pages=40)
-    assert {plan.bucket for plan in record.plans} > {runner.buckets.largest}, "one bucket proves little"
+    assert {step.bucket for step in record.steps} > {runner.buckets.largest}, "one bucket proves little"
     assert compiled == []
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from scheduler.predictor import StepLoad
-from scheduler.step import StepResult
-from serve.engine.step_log import Step, StepLog, read_steps
+from serve.engine.step_log import StepLog, StepRecord, read_steps
 from tests.serve.server.test_metrics import entry, step
 
 
@@ -20,7 +19,7 @@ def test_a_step_becomes_a_line_and_comes_back(tmp_path: Path) -> None:
     log.observe_step(step(entry("a", 1), entry("a", 2), entry("b", 0, samples=False)))
     log.close()
     (read,) = read_steps((tmp_path / "steps").read_text().splitlines(keepends=True))
-    assert read == Step(
+    assert read == StepRecord(
         ended=7.5,
         bucket=8,
         load=StepLoad(3),
@@ -35,9 +34,10 @@ def test_a_step_becomes_a_line_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_step_without_a_budget_is_still_strict_json(tmp_path: Path) -> None:
-    result = step(entry("a", 0))
+    finished = step(entry("a", 0))
     log = StepLog(tmp_path / "steps")
-    log.observe_step(StepResult(replace(result.plan, budget_seconds=math.inf), (), 0.01))
+    unlimited = replace(finished.forecast, budget_seconds=math.inf)
+    log.observe_step(replace(finished, forecast=unlimited))
     log.close()
     line = (tmp_path / "steps").read_text()
     assert json.loads(line, parse_constant=pytest.fail)["budget"] is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import urllib.request
 
 from scheduler.predictor import StepLoad
-from scheduler.step import Entry, SegmentRead, StepPlan, StepResult
+from scheduler.step import Entry, FinishedStep, Forecast, SegmentRead, Step
 from serve.server.metrics import Metrics
 from tests.serve.fakes import FakeEngine, finished
 
@@ -27,19 +27,9 @@ def entry(request: str, branch: int, *, samples: bool = True) -> Entry:
     )
 
 
-def step(*entries: Entry) -> StepResult:
-    plan = StepPlan(
-        step_id=1,
-        entries=entries,
-        slots=(),
-        deferred=(),
-        bucket=8,
-        load=StepLoad(len(entries)),
-        predicted_seconds=0.02,
-        baseline_seconds=0.015,
-        budget_seconds=0.02,
-    )
-    return StepResult(plan, (), 0.03)
+def step(*entries: Entry) -> FinishedStep:
+    forecast = Forecast(StepLoad(len(entries)), 0.02, 0.015, budget_seconds=0.02, deferred=())
+    return FinishedStep(Step(1, entries, slots=(), bucket=8), forecast, 0.03)
 
 
 def test_a_step_is_measured_against_its_prediction():
