@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.device.report import label
-from serve.engine.step_log import Step, read_steps
+from serve.engine.step_log import StepRecord, read_steps
 
 MARKERS = "osv^Dx*"
 
@@ -131,7 +131,7 @@ def plot_maps(result: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_steps(steps: Sequence[Step], path: Path, seconds: float = 30.0) -> None:
+def plot_steps(steps: Sequence[StepRecord], path: Path, seconds: float = 30.0) -> None:
     """Draws `seconds` of a log of steps: how wide they were, what they were allowed and took, and how well
     all of the log's were predicted."""
     pyplot = _pyplot()
