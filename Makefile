@@ -4,13 +4,28 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  ?= default
 
-.PHONY: demo test check test-oracle test-answers protos clean
+# What costs no compilation: the scheduler, the wire, the client and the server, all where JAX is absent; then
+# the planners of attention, and the walls between rooms.
+WITHOUT_JAX := $(addprefix tests/,scheduler serve/api serve/client serve/server serve/text serve/test_config.py)
+PLANNERS := $(addprefix tests/,attention/test_layout.py attention/test_tiles.py test_rooms.py)
+
+.PHONY: demo test-fast test test-all check test-oracle test-answers protos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/taper-demo --model $(MODEL)
 
+# For every save.
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --without-jax $(WITHOUT_JAX)
+	$(BIN)/python -m pytest -n 2 $(PLANNERS)
+
+# For every commit: a sample of the matrices. Its CPU seconds are printed; CONTRIBUTING.md has their bounds.
 test: $(VENV)/.installed-test check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20
+
+# Before a release: everything but the oracle.
+test-all: $(VENV)/.installed-test check
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 -m 'not oracle'
 
 # Static checks: style, types.
 check: $(VENV)/.installed-test
@@ -25,7 +40,7 @@ test-oracle: $(VENV)/.installed-oracle
 # The default model on QUESTIONS held-out questions, under every policy and with preemption.
 QUESTIONS ?= 500
 test-answers: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests/serve/test_tiny_answers.py -s --questions $(QUESTIONS)
+	$(BIN)/python -m pytest -m 'full or not full' tests/serve/test_tiny_answers.py -s --questions $(QUESTIONS)
 
 protos: $(VENV)/.installed-test
 	$(BIN)/python -m serve.api.protos.generate

@@ -1,43 +1,40 @@
-"""What all tests share: shape checks in the array rooms, float64, and the golden checkpoints."""
+"""What all tests share: one cache of compiled programs, float64, and the golden checkpoints.
+
+Nothing heavy is imported here: the tests of the scheduler and of the wire do without JAX (`make test-fast`).
+"""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-import typing
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import beartype  # noqa: F401 (see _import_checked)
-import flax.nnx  # noqa: F401
-import gguf  # noqa: F401
-import jax
-import jinja2.sandbox  # noqa: F401
-import orbax.checkpoint  # noqa: F401
 import pytest
-import safetensors.numpy  # noqa: F401
-import tokenizers  # noqa: F401
-import tyro.extras  # noqa: F401
-from jaxtyping import install_import_hook
+
+from tests.absent import DEVICE, keep_away
+
+pytest_plugins = ["tests.cpu_seconds"]
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+MADE = pytest.StashKey[str]()
 
 
-def _import_checked(*packages: str) -> None:
-    """Imports packages so that every call checks the shapes in its annotations.
-
-    jaxtyping is not needed to run, so the packages import it for type checkers only; here we are one. Third
-    parties must be loaded before, because theirs are not meant to be imported so.
-    """
-    typing.TYPE_CHECKING = True
-    try:
-        with install_import_hook(packages, "beartype.beartype"):
-            for package in packages:
-                for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
-                    importlib.import_module(module.name)
-    finally:
-        typing.TYPE_CHECKING = False
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """JAX keeps what it compiles in one folder a run, for all workers and the processes that tests start."""
+    if CACHE not in os.environ:
+        config.stash[MADE] = os.environ[CACHE] = tempfile.mkdtemp(prefix="compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    if config.getoption("--without-jax"):
+        keep_away(*DEVICE)
 
 
-_import_checked("attention", "model")
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if MADE in config.stash:
+        shutil.rmtree(config.stash[MADE], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="oracle tests write what transformers computes to tests/model/goldens",
     )
     parser.addoption(
+        "--without-jax",
+        action="store_true",
+        help="whoever imports JAX or what is made for it fails: how the scheduler and the wire are tested",
+    )
+    parser.addoption(
         "--questions", type=int, default=16, help="how many held-out questions the default model is asked"
     )
 
@@ -54,6 +56,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def x64() -> Iterator[None]:
     """float64 means float64 inside the test."""
+    import jax
+
     with jax.enable_x64(True):
         yield
 

@@ -1,14 +1,19 @@
-"""Rooms know each other in one direction: serve -> {scheduler, model}, model -> attention, bench -> all."""
+"""Rooms know each other in one direction: serve -> {scheduler, model}, model -> attention, bench -> all.
+
+Inside `serve/` there are walls too: at the wire (`api`) and round the device.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from tests.absent import DEVICE
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("attention", "bench", "model", "scheduler", "serve")
@@ -22,23 +27,61 @@ KNOWS = {
 # Single modules of other rooms: how a token is drawn is described once, in the standard library alone.
 KNOWS_TOO = {"model": {"scheduler.sampling"}}
 
+PARTS = {
+    "api": {"api"},
+    "client": {"api", "client"},
+    "text": {"text"},
+    "config": {"config"},
+}
 
-def modules(room: str) -> list[Path]:
-    return sorted((ROOT / room).rglob("*.py"))
+ABSENT = {
+    "serve/api": (*DEVICE, "model", "scheduler"),
+    "serve/client": (*DEVICE, "model", "scheduler"),
+    "serve/text": DEVICE,
+    "serve/config.py": DEVICE,
+    "serve/server": DEVICE,
+}
+
+
+def modules(part: str) -> list[Path]:
+    path = ROOT / part
+    return [path] if path.suffix else sorted(path.rglob("*.py"))
+
+
+def dotted(source: Path) -> str:
+    return ".".join(source.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported(source: Path) -> Iterator[str]:
-    """Dotted names of everything that a module imports, wherever in it; the room alone where relative."""
+    """Dotted names of everything that a module imports, wherever in it, for type checkers too."""
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield source.relative_to(ROOT).parts[0] if node.level else node.module or ""
+            package = dotted(source.parent / "__init__.py").split(".")
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                is_module = (ROOT / module.replace(".", "/") / f"{alias.name}.py").exists()
+                yield f"{module}.{alias.name}" if is_module else module
 
 
 def imports(source: Path, *but: str) -> set[str]:
     """Top-level names of what a module imports, `but` for some modules."""
     return {name.partition(".")[0] for name in imported(source) if name not in but}
+
+
+def run_python(script: str, *flags: str) -> str:
+    """What a script prints in an interpreter of its own."""
+    command = [sys.executable, *flags, "-c", script]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def without(packages: Sequence[str]) -> str:
+    """The beginning of a script that can import nothing from some packages."""
+    return f"import importlib; from tests.absent import keep_away; keep_away(*{packages!r})\n"
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -52,6 +95,19 @@ def test_a_room_knows_only_those_it_may(room: str) -> None:
     assert not {(path, name) for path, name in found if name in strangers}
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_the_server_knows_only_those_it_may(part: str) -> None:
+    folder = ROOT / "serve" / part
+    paths = modules(f"serve/{part}" if folder.is_dir() else f"serve/{part}.py")
+    known = {
+        (dotted(path), name.split(".")[1])
+        for path in paths
+        for name in imported(path)
+        if name.startswith("serve.")
+    }
+    assert not {(path, name) for path, name in known if name not in PARTS[part]}
+
+
 def test_the_scheduler_is_written_in_the_standard_library_alone() -> None:
     found = {name for path in modules("scheduler") for name in imports(path)}
     assert found <= sys.stdlib_module_names | {"scheduler"}
@@ -59,7 +115,7 @@ def test_the_scheduler_is_written_in_the_standard_library_alone() -> None:
 
 def test_importing_the_scheduler_loads_no_third_party() -> None:
     """In a fresh interpreter that has no site-packages."""
-    names = [f"scheduler.{path.stem}" for path in modules("scheduler") if path.stem != "__init__"]
+    names = [dotted(path) for path in modules("scheduler")]
     script = f"""
 import importlib, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -68,11 +124,26 @@ for name in {names!r}:
 loaded = {{name.partition(".")[0] for name in sys.modules}} - {{"scheduler", "__main__"}}
 print(*sorted(loaded - sys.stdlib_module_names))
 """
-    command = [sys.executable, "-S", "-I", "-c", script]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == []
+    assert run_python(script, "-S", "-I").split() == []
     assert len(names) > 10
+
+
+@pytest.mark.parametrize("part", ABSENT)
+def test_a_part_of_the_server_is_imported_where_what_it_may_not_know_is_absent(part: str) -> None:
+    names = [dotted(path) for path in modules(part) if path.stem != "generate"]
+    run_python(without(ABSENT[part]) + f"for name in {names!r}: importlib.import_module(name)")
+
+
+def test_the_server_runs_its_tests_where_jax_is_absent() -> None:
+    """`make test-fast` runs all of them so."""
+    files = ["tests/serve/server/test_health.py", "tests/serve/api", "tests/serve/client"]
+    options = ["--without-jax", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    run_python(f"import pytest, sys; sys.exit(pytest.main({[*files, *options]!r}))")
+
+
+def test_absence_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="kept away from this test"):
+        run_python(without(("fractions",)) + "import fractions")
 
 
 def test_the_check_finds_imports() -> None:

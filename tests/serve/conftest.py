@@ -1,13 +1,13 @@
-"""Runners are compiled once for all tests of a process."""
+"""Runners are compiled once for all tests of a process, and JAX is imported where one is asked for."""
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+from typing import TYPE_CHECKING
+
 import pytest
 
-from model.checkpoint import load_model
-from serve.engine.runner import Runner, RunnerConfig
-from tests.serve.lab import tiny_runner
+if TYPE_CHECKING:
+    from serve.engine.runner import Runner
 
 BUCKETS = (3, 8, 16, 32)
 
@@ -15,17 +15,26 @@ BUCKETS = (3, 8, 16, 32)
 @pytest.fixture(scope="session")
 def exact_runner() -> Runner:
     """float64: a row's result does not depend on the rows beside it beyond 1e-15."""
-    return tiny_runner(jnp.float64, BUCKETS)
+    from tests.serve.lab import tiny_runner
+
+    return tiny_runner("float64", BUCKETS)
 
 
 @pytest.fixture(scope="session")
 def runner() -> Runner:
-    return tiny_runner(jnp.float32, BUCKETS)
+    from tests.serve.lab import tiny_runner
+
+    return tiny_runner("float32", BUCKETS)
 
 
 @pytest.fixture(scope="session")
 def default_runner() -> Runner:
     """The default model, the one that forks by itself."""
+    import jax.numpy as jnp
+
+    from model.checkpoint import load_model
+    from serve.engine.runner import Runner, RunnerConfig
+
     model = load_model("default", jnp.float32)
     runner = Runner(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from model.checkpoint import model_folder
+import model.tiny
 from model.tokenizer import Tokenizer
 from serve.text.detokenizer import Detokenizer, Speller
 from tests.serve.fakes import EOS, ByteTokenizer
@@ -75,9 +76,7 @@ def byte_level() -> ByteLevel:
 @cache
 def embedded() -> Tokenizer:
     """The default model's own."""
-    folder = model_folder("default")
-    assert folder is not None
-    return Tokenizer.from_folder(folder)
+    return Tokenizer.from_folder(Path(model.tiny.__file__).parent)
 
 
 def pieces(detokenizer: Detokenizer, ids, **end) -> list[str]:
