@@ -30,9 +30,14 @@ class Places(NamedTuple):
     offset: Int32[Any, " rows"]
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype of sums and exponentials: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def rms_norm(x: Float[Array, "*batch size"], scale: Float[Array, " size"], eps: float) -> Array:
     """Root mean square norm (arXiv 1910.07467), computed in float32 or wider."""
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = x.astype(wide(x.dtype))
     y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return (y * scale.astype(y.dtype)).astype(x.dtype)
 

@@ -38,7 +38,7 @@ from model.sampling import (
 from scheduler.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Int32
+    from jaxtyping import Array, Bool, Int32
 
 # Tokens between two looks at whether all branches have ended: at each, a GPU waits for its host.
 STRIDE = 16
@@ -48,10 +48,12 @@ STRIDE = 16
 class Generation:
     """What was generated: `ids[prompt][branch]`, without the end-of-sequence token that ended a branch.
 
-    `seconds` is the time of the loop on the device, reading the prompts included, compiling not.
+    `steps` are those that the loop made, a multiple of STRIDE. `seconds` is its time on the device, reading
+    the prompts included, compiling not.
     """
 
     ids: list[list[list[int]]]
+    steps: int
     seconds: float
 
     @property
@@ -85,18 +87,19 @@ def generate(
     if not 0 <= sampling.seed < 2**64:
         raise ValueError(f"a seed has 64 bits: 0..{2**64 - 1}, not {sampling.seed}")
     backend = backend or default_backend(model.config.head_dim, model.dtype)
-    plan = _lay_out(prompts, branches, max_tokens, page_size, eos_ids, model.config, backend)
-    cache = KVCache.create(model.config, plan.num_pages, page_size, model.dtype)
+    batch = _batch(prompts, branches, max_tokens, page_size, eos_ids, model.config, backend)
+    cache = KVCache.create(model.config, batch.num_pages, page_size, model.dtype)
     slots = _slots(model, prompts, branches, sampling)
     structure, weights = model.split()
-    arguments = weights, cache, slots, plan.arrays
+    arguments = weights, cache, slots, batch.arrays
     program = compile_generation(structure, _Shapes.of(arguments), backend, sampler_for(uses_of(sampling)))
     started = time.perf_counter()
     tokens, *_ = program(*arguments)
     tokens = np.asarray(tokens)
     seconds = time.perf_counter() - started
     rows = [_until(row, eos_ids) for row in tokens[:max_tokens].T.tolist()]
-    return Generation([rows[i : i + branches] for i in range(0, len(rows), branches)], seconds)
+    ids = [rows[i : i + branches] for i in range(0, len(rows), branches)]
+    return Generation(ids, steps=int((tokens[:, 0] >= 0).sum()), seconds=seconds)
 
 
 def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int, branches: int) -> None:
@@ -123,8 +126,8 @@ def _until(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
 # --- layout -------------------------------------------------------------------------------------------------
 
 
-class Rows(NamedTuple):
-    """Rows of the pass that reads the prompts: where their KV goes, and what they read."""
+class PromptRows(NamedTuple):
+    """PromptRows of the pass that reads the prompts: where their KV goes, and what they read."""
 
     tokens: Int32[Any, " rows"]
     positions: Int32[Any, " rows"]
@@ -147,7 +150,7 @@ class Arrays(NamedTuple):
     tokens      all -1: where the tokens go; their number is rounded up to a multiple of STRIDE
     """
 
-    prompts: Rows
+    prompts: PromptRows
     start: Int32[Any, " branches"]
     tail_pages: Int32[Any, "branches tail_pages"]
     work: WorkList | TileList
@@ -158,12 +161,14 @@ class Arrays(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Batch:
+    """All prompts and branches of a generation: what the device is told, and the pages that they need."""
+
     arrays: Arrays
     num_pages: int
 
 
-def _lay_out(
+def _batch(
     prompts: Sequence[Sequence[int]],
     branches: int,
     max_tokens: int,
@@ -171,34 +176,14 @@ def _lay_out(
     eos_ids: Sequence[int],
     config: ModelConfig,
     backend: str,
-) -> Plan:
-    """Pages 0, 1, … to a prompt and then its branches, one prompt after the other.
-
-    Each page of a branch is a segment of its own that counts as almost full, which keeps its references apart
-    from those that all rows of a tile see whole.
-    """
+) -> Batch:
     shared = [len(prompt) - 1 for prompt in prompts]
     # Padded to a power of two, so that prompts of other lengths can use the same program.
     rows = 1 << (max(sum(shared), 32) - 1).bit_length()
     max_tokens += -max_tokens % STRIDE
     count, tail = len(prompts) * branches, -(-max_tokens // page_size)
     num_pages = rows // page_size + len(prompts) + count * tail
-    prompt_reads: list[Read] = []
-    branch_reads: list[Read] = []
-    tail_pages = np.zeros((count, tail), np.int32)
-    almost_full = max(1, page_size - 1)
-    page = 0
-    for number, length in enumerate(shared):
-        end = page - (-length // page_size)
-        prompt, page = Segment(range(page, end), length), end
-        if length:
-            prompt_reads.append(Read((), prompt, rows=length, ordinal=0))
-        for branch in range(number * branches, (number + 1) * branches):
-            tail_pages[branch] = np.arange(page, page + tail)
-            page += tail
-            *before, own = (Segment((own,), almost_full) for own in tail_pages[branch].tolist())
-            context = (prompt, *before) if length else tuple(before)
-            branch_reads.append(Read(context, own, rows=1, ordinal=almost_full - 1))
+    prompt_reads, branch_reads, tail_pages = _reads(shared, branches, tail, page_size)
 
     def planned(reads: list[Read], rows: int) -> tuple[np.ndarray, WorkList | TileList]:
         heads, kv_heads = config.num_heads, config.num_kv_heads
@@ -222,7 +207,35 @@ def _lay_out(
         eos_ids=np.pad(np.array(eos_ids, np.int32), (0, 8 - len(eos_ids) % 8), constant_values=-1),
         tokens=np.full((max_tokens, count), -1, np.int32),
     )
-    return Plan(arrays, num_pages)
+    return Batch(arrays, num_pages)
+
+
+def _reads(
+    shared: Sequence[int], branches: int, tail: int, page_size: int
+) -> tuple[list[Read], list[Read], Int32[np.ndarray, "branches tail_pages"]]:
+    """What prompts of `shared` tokens read, what their branches read at the end, and the branches' own pages.
+
+    Pages 0, 1, … go to a prompt and then to its branches, `tail` to each, one prompt after the other. Each
+    page of a branch is a segment of its own that counts as almost full, which keeps its references apart
+    from those that all rows of a tile see whole.
+    """
+    prompt_reads: list[Read] = []
+    branch_reads: list[Read] = []
+    tail_pages = np.zeros((len(shared) * branches, tail), np.int32)
+    almost_full = max(1, page_size - 1)
+    page = 0
+    for number, length in enumerate(shared):
+        end = page - (-length // page_size)
+        prompt, page = Segment(range(page, end), length), end
+        if length:
+            prompt_reads.append(Read((), prompt, rows=length, ordinal=0))
+        for branch in range(number * branches, (number + 1) * branches):
+            tail_pages[branch] = np.arange(page, page + tail)
+            page += tail
+            *before, own = (Segment((own,), almost_full) for own in tail_pages[branch].tolist())
+            context = (prompt, *before) if length else tuple(before)
+            branch_reads.append(Read(context, own, rows=1, ordinal=almost_full - 1))
+    return prompt_reads, branch_reads, tail_pages
 
 
 def _prompt_rows(
@@ -233,7 +246,7 @@ def _prompt_rows(
     work: WorkList | TileList,
     nowhere: int,
     page_size: int,
-) -> Rows:
+) -> PromptRows:
     """The rows past the prompts', of `size`, write to `nowhere`."""
     tokens, positions, page, offset = (np.zeros(size, np.int32) for _ in range(4))
     page[:] = nowhere
@@ -245,7 +258,7 @@ def _prompt_rows(
         tokens[rows], positions[rows] = prompt[:-1], ordinal
         page[rows], offset[rows] = np.array(read.own.pages)[ordinal // page_size], ordinal % page_size
         row += read.rows
-    return Rows(tokens, positions, page, offset, work)
+    return PromptRows(tokens, positions, page, offset, work)
 
 
 def _slots(
@@ -267,6 +280,16 @@ def _slots(
 # --- the program --------------------------------------------------------------------------------------------
 
 
+class Progress(NamedTuple):
+    """How far the loop is: `step` tokens of each branch in `tokens`, and which branches have ended."""
+
+    step: Int32[Any, ""]
+    tokens: Int32[Array, "max_tokens branches"]
+    ended: Bool[Array, " branches"]
+    cache: KVCache
+    slots: SlotState
+
+
 def decode_loop(
     weights: tuple[Any, ...],
     cache: KVCache,
@@ -282,60 +305,60 @@ def decode_loop(
     `uses`: model.sampling's bits of what the branches' sampling needs.
     """
     model = structure.merge(weights)
+    arrays = jax.tree.map(jnp.asarray, arrays)
     rows = arrays.prompts
     _, cache = model.forward(
         rows.tokens, rows.positions, cache, rows.write_page, rows.write_offset, rows.work, backend
     )
     max_tokens, count = arrays.tokens.shape
-    page_size = cache.page_size
+
+    def unfinished(progress: Progress) -> Array:
+        return (progress.step < max_tokens) & ~progress.ended.all()
+
+    def stride(progress: Progress) -> Progress:
+        feed = partial(_feed, model, arrays, backend, uses)
+        return lax.fori_loop(0, STRIDE, lambda _, progress: feed(progress), progress)
+
+    start = Progress(np.int32(0), arrays.tokens, jnp.zeros(count, bool), cache, slots)
+    end = lax.while_loop(unfinished, stride, start)
+    return end.tokens, end.cache, end.slots
+
+
+def _feed(model: Decoder, arrays: Arrays, backend: str, uses: int, progress: Progress) -> Progress:
+    """Feeds every branch its last token, and samples the next."""
+    step, tokens, ended, cache, slots = progress
+    count, page_size = ended.size, cache.page_size
+    fed, positions = slots.last_token, arrays.start + step
+    hidden, cache = model.forward(
+        fed,
+        positions,
+        cache,
+        arrays.tail_pages[:, step // page_size],
+        jnp.broadcast_to(step % page_size, (count,)),
+        _work_after(arrays, step, page_size),
+        backend,
+    )
     every = jnp.arange(count, dtype=jnp.int32)
+    inputs = SampleInputs(
+        row=every,
+        slot=every,
+        branch_key=arrays.branch_key,
+        position=positions + 1,
+        count_fed=jnp.broadcast_to((step > 0).astype(jnp.int32), (count,)),
+    )
+    slots, outputs = sample(model.logits(hidden), fed, slots, inputs, uses=uses, max_top_logprobs=1)
+    tokens = lax.dynamic_update_slice_in_dim(tokens, outputs.token[None], step, 0)
+    ended |= (outputs.token[:, None] == arrays.eos_ids).any(1)
+    return Progress(step + 1, tokens, ended, cache, slots)
 
-    def unfinished(carry: tuple[Any, ...]) -> Array:
-        step, _, ended, *_ = carry
-        return (step < max_tokens) & ~ended.all()
 
-    def stride(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        return lax.fori_loop(0, STRIDE, lambda _, carry: feed(carry), carry)
-
-    def feed(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, tokens, ended, cache, slots = carry
-        fed, page, offset = slots.last_token, step // page_size, step % page_size
-        positions = arrays.start + step
-        hidden, cache = model.forward(
-            fed,
-            positions,
-            cache,
-            arrays.tail_pages[:, page],
-            jnp.broadcast_to(offset, (count,)),
-            work_after(step),
-            backend,
-        )
-        inputs = SampleInputs(
-            row=every,
-            slot=every,
-            branch_key=arrays.branch_key,
-            position=positions + 1,
-            count_fed=jnp.broadcast_to((step > 0).astype(jnp.int32), (count,)),
-        )
-        slots, outputs = sample(model.logits(hidden), fed, slots, inputs, uses=uses, max_top_logprobs=1)
-        tokens = lax.dynamic_update_slice_in_dim(tokens, outputs.token[None], step, 0)
-        ended |= (outputs.token[:, None] == arrays.eos_ids).any(1)
-        return step + 1, tokens, ended, cache, slots
-
-    def work_after(step: Array) -> WorkList | TileList:
-        """The branches' work with their pages filled as of this step."""
-        work, begin = arrays.work, arrays.tail_begin
-        filled = jnp.clip(step + 1 - begin, 0, page_size)
-        if isinstance(work, TileList):
-            return work._replace(
-                page_sees=jnp.where(begin < 0, work.page_sees, refilled(work.page_sees, filled))
-            )
-        return work._replace(page_valid=jnp.where(begin < 0, work.page_valid, filled))
-
-    arrays = jax.tree.map(jnp.asarray, arrays)
-    carry = np.int32(0), arrays.tokens, jnp.zeros(count, bool), cache, slots
-    _, tokens, _, cache, slots = lax.while_loop(unfinished, stride, carry)
-    return tokens, cache, slots
+def _work_after(arrays: Arrays, step: Int32[Array, ""], page_size: int) -> WorkList | TileList:
+    """The branches' work with their pages filled as of this step."""
+    work, begin = arrays.work, arrays.tail_begin
+    filled = jnp.clip(step + 1 - begin, 0, page_size)
+    if isinstance(work, TileList):
+        return work._replace(page_sees=jnp.where(begin < 0, work.page_sees, refilled(work.page_sees, filled)))
+    return work._replace(page_valid=jnp.where(begin < 0, work.page_valid, filled))
 
 
 @dataclass(frozen=True, slots=True)

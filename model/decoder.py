@@ -13,9 +13,10 @@ import jax
 from flax import nnx
 
 from attention import Places
+from attention.heads import wide
 from model.config import ModelConfig
 from model.kv_cache import KVCache
-from model.layers import DecoderLayer, RMSNorm, decoder_layer, parameter, product, rotary_angles, wide
+from model.layers import DecoderLayer, RMSNorm, Rows, decoder_layer, parameter, product, rotary_angles
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -59,10 +60,10 @@ class Decoder(nnx.Module):
         """
         hidden = self.embedding[...][tokens]
         angles = rotary_angles(self.config, positions, hidden.dtype)
-        places = Places(write_page, write_offset)
+        rows = Rows(angles, Places(write_page, write_offset), work)
         layers = []
         for layer, kv in zip(self.layers, cache.layers, strict=True):
-            hidden, kv = decoder_layer(layer, hidden, angles, kv, places, work, backend=backend)
+            hidden, kv = decoder_layer(layer, hidden, kv, rows, backend=backend)
             layers.append(kv)
         return hidden, KVCache(tuple(layers))
 

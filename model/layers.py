@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from attention import HeadNorms, Places, enter, shared_prefix_attention
-from attention.heads import rms_norm
+from attention.heads import rms_norm, wide
 from model.architecture import ARCHITECTURES
 from model.config import Llama3Scaling, ModelConfig
 
@@ -54,11 +54,6 @@ def parameter(
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and axes {axes} differ in length")
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, fan_in=fan_in, parts=parts)
-
-
-def wide(dtype: Any) -> Any:
-    """The dtype of sums and exponentials: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def product(spec: str, x: Array, weight: nnx.Param, *, out_dtype: Any = None) -> Array:
@@ -102,6 +97,15 @@ def rotary_angles(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+class Rows(NamedTuple):
+    """What every layer is told about a step's rows: (cos, sin) of their positions, the places that their keys
+    and values go to, and what they read."""
+
+    angles: tuple[Float[Array, "rows pairs"], Float[Array, "rows pairs"]]
+    places: Places
+    work: WorkList | TileList
+
+
 class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: Any):
         embed, heads, kv_heads, size = (
@@ -122,17 +126,15 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "rows embed"],
-        angles: tuple[Array, Array],
         kv: tuple[Array, Array],
-        places: Places,
-        work: WorkList | TileList,
+        rows: Rows,
         backend: str,
     ) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
         qkv = jnp.concatenate(
             [product("re,ehd->rhd", x, heads) for heads in (self.q, self.k, self.v)], axis=1
         )
-        q, k_pages, v_pages = enter(qkv, self.norms, angles, *kv, places, backend=backend)
-        out = shared_prefix_attention(q, k_pages, v_pages, work, scale=self.scale, backend=backend)
+        q, k_pages, v_pages = enter(qkv, self.norms, rows.angles, *kv, rows.places, backend=backend)
+        out = shared_prefix_attention(q, k_pages, v_pages, rows.work, scale=self.scale, backend=backend)
         return product("rhd,hde->re", out, self.o), (k_pages, v_pages)
 
     @property
@@ -155,36 +157,25 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
+    """The parts of a layer; `decoder_layer` runs them."""
+
     def __init__(self, config: ModelConfig, dtype: Any):
         self.attention_norm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps, dtype)
         self.attention = Attention(config, dtype)
         self.mlp_norm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype)
 
-    def __call__(
-        self,
-        hidden: Float[Array, "rows embed"],
-        angles: tuple[Array, Array],
-        kv: tuple[Array, Array],
-        places: Places,
-        work: WorkList | TileList,
-        backend: str,
-    ) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
-        out, kv = self.attention(self.attention_norm(hidden), angles, kv, places, work, backend)
-        hidden = hidden + out
-        return hidden + self.mlp(self.mlp_norm(hidden)), kv
-
 
 @partial(jax.jit, static_argnames="backend")
 def decoder_layer(
     layer: DecoderLayer,
     hidden: Float[Array, "rows embed"],
-    angles: tuple[Array, Array],
     kv: tuple[Array, Array],
-    places: Places,
-    work: WorkList | TileList,
+    rows: Rows,
     *,
     backend: str,
 ) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
-    """One layer as one jitted function, so that a program of many layers traces it once."""
-    return layer(hidden, angles, kv, places, work, backend)
+    """A layer's output and its KV pages: one jitted function, which a program of many layers traces once."""
+    out, kv = layer.attention(layer.attention_norm(hidden), kv, rows, backend)
+    hidden = hidden + out
+    return hidden + layer.mlp(layer.mlp_norm(hidden)), kv

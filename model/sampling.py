@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attention.heads import wide
 from scheduler.sampling import OPTIONS, Option, SamplingParams
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def sample(
     slots = slots._replace(
         generated_count=slots.generated_count.at[inputs.slot, fed_token].add(inputs.count_fed, mode="drop")
     )
-    raw = logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    raw = logits = logits.astype(wide(logits.dtype))
     if uses & USES_BIAS:
         logits = _add_bias(logits, slots, inputs.slot)
     if uses & USES_PENALTIES:

@@ -93,6 +93,16 @@ def test_a_branch_ends_before_the_end_of_sequence_token(model: Decoder, greedy: 
     assert generation.ids == [[ids] for ids in expected]
 
 
+def test_the_loop_ends_with_its_last_branch_and_looks_once_a_stride(model: Decoder) -> None:
+    """Every token ends a branch, or none does."""
+    vocab = model.config.vocab_size
+    stepped = [
+        generate(model, PROMPTS, max_tokens=3 * decode.STRIDE, eos_ids=eos_ids).steps
+        for eos_ids in (range(vocab), ())
+    ]
+    assert stepped == [decode.STRIDE, 3 * decode.STRIDE]
+
+
 def test_prompts_of_other_lengths_and_other_options_use_the_same_program(model: Decoder) -> None:
     generate(
         model, PROMPTS, max_tokens=TOKENS, eos_ids=(1,), sampling=SamplingParams(temperature=0.5, top_p=0.9)
