@@ -1,16 +1,20 @@
-"""Starts the server's engine in the benchmark's own process."""
+"""An engine in this process: what taper-serve would serve with, without a server around it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as taper-serve does, before JAX starts
 
 import tyro
 
+from scheduler.events import Event, Finished
+from scheduler.request import Request
 from scheduler.step import FinishedStep
 from serve.config import ServerConfig
 from serve.engine import startup
@@ -19,10 +23,30 @@ from serve.engine.runner import Runner
 from serve.engine.step_log import StepLog
 
 
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """A started engine, its runner, and what getting ready came to."""
+
+    engine: Engine
+    runner: Runner
+    summary: str
+
+    def ask(self, request: Request) -> Future[Finished]:
+        """Hand a request in; the future holds how it ended."""
+        answered: Future[Finished] = Future()
+
+        def sink(events: Sequence[Event | Any]) -> None:
+            if isinstance(events[-1], Finished):
+                answered.set_result(events[-1])
+
+        self.engine.submit(request, sink)
+        return answered
+
+
 def start(
     arguments: Sequence[str], on_step: Callable[[FinishedStep], None] = lambda finished: None
-) -> tuple[Engine, Runner, str]:
-    """The engine that taper-serve would serve with, its runner, and what getting ready came to."""
+) -> Inside:
+    """Start the engine that taper-serve would start with these arguments."""
     config = tyro.cli(ServerConfig, prog="taper-serve", args=[*arguments])
     steps = StepLog(Path(config.step_log)) if config.step_log else None
 
@@ -32,4 +56,4 @@ def start(
             steps.observe_step(finished)
 
     backend = startup.load(config, observe)
-    return backend.engine, cast(Runner, backend.engine.runner), backend.summary
+    return Inside(backend.engine, cast(Runner, backend.engine.runner), backend.summary)

@@ -1,13 +1,14 @@
-"""The head of a result file, for benchmarks that need no device, and how results are written."""
+"""The result of a benchmark: its head, what a server says of itself, and how it is written."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,21 @@ if TYPE_CHECKING:
 PACKAGES = ("grpcio", "protobuf", "numpy")
 
 
-def head(command: str) -> dict[str, Any]:
-    """`command`, when it ran, and what the client ran on."""
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {
-        "command": command,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "client": {"host": platform.machine(), "python": sys.version.split()[0], **versions},
-    }
+def head(command: str, device: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`command`, when it ran, and what on: a device as bench.hardware describes it, or this host alone."""
+    ran_on = device or {"client": {"host": platform.machine(), **versions(PACKAGES)}}
+    return {"command": command, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **ran_on}
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of Python, and of those that are installed."""
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 async def describe_server(client: AsyncClient) -> dict[str, Any]:
@@ -43,12 +51,38 @@ async def describe_server(client: AsyncClient) -> dict[str, Any]:
 
 
 def write(result: Mapping[str, Any], target: str | Path | None) -> None:
-    """To a file, if one is wanted, or to standard output ("-"). Strict JSON: raises ValueError for a NaN."""
+    """To a file, if one is wanted, or to standard output ("-"). What is there already is replaced.
+
+    JSON has no NaN and no infinity: they are written as null.
+    """
     if target is None:
         return
-    text = json.dumps(result, indent=1, allow_nan=False)
+    text = json.dumps(_finite(result), indent=1, allow_nan=False)
     if target == "-":
         print(text)
     else:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         Path(target).write_text(text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+        case _:
+            return value
+
+
+def keep(result: Mapping[str, Any], target: str | Path | None) -> None:
+    """Write what there is so far of a result that is still measured; standard output gets it whole alone."""
+    if target != "-":
+        write(result, target)
+
+
+def say(text: str, target: str | Path | None, *, end: str = "\n") -> None:
+    """Text for a reader, kept out of standard output where the result goes there."""
+    print(text, end=end, file=sys.stderr if target == "-" else sys.stdout, flush=True)

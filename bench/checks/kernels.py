@@ -11,7 +11,6 @@ configuration run through one or two programs, so nothing is compiled per case.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import multiprocessing
 import os
@@ -22,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
@@ -38,7 +36,9 @@ import numpy as np
 from attention import default_backend, shared_prefix_attention
 from bench import hardware
 from bench.checks.forests import LARGE_LOGITS, SMALL, Forest, Grid, Matrix, Tree
+from bench.command import Command
 from bench.device.work import Planner, planner, row_order
+from bench.result import head, keep, say, write
 
 if TYPE_CHECKING:
     from jax import Array
@@ -360,35 +360,35 @@ def report(cases: Sequence[Case], results: np.ndarray) -> dict[str, Any]:
     }
 
 
-def print_report(result: Mapping[str, Any]) -> None:
+def text(result: Mapping[str, Any]) -> str:
+    lines: list[str] = []
     for dimension, values in result["slices"].items():
         cells = (f"{name}: {cell['error']:.2e} ({cell['bad']} bad)" for name, cell in values.items())
-        print(f"{dimension:12} {'  '.join(cells)}")
-    for case in result["worst"][:8]:
-        print(case)
-    print(
+        lines.append(f"{dimension:12} {'  '.join(cells)}")
+    lines += [f"{case}" for case in result["worst"][:8]]
+    lines.append(
         f"{result['cases']} cases, {result['bad']} beyond the limits; error up to {result['error']:.1e} "
         f"(limit {OUT_LIMIT:.0e}), log-sum-exp error up to {result['lse_error']:.1e} "
         f"(limit {LSE_LIMIT:.0e}), {result['seconds']:.0f} s"
     )
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.checks.kernels", description="Checks attention.")
+    parser = Command("bench.checks.kernels", "Checks attention.")
     parser.add_argument("--backend", default=default_backend(128, jnp.bfloat16))
     parser.add_argument("--sample", type=int, help="that many cases, drawn at random, instead of all")
     parser.add_argument("--scale", choices=["full", "small"], default="full")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**24)
     parser.add_argument("--processes", type=int, default=0, help="that plan beside this one")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     matrix = SMALL if options.scale == "small" else Matrix()
     cases = list(all_cases(matrix, options.seed))
     if options.sample is not None:
         cases = random.Random(options.seed).sample(cases, options.sample)
-    head = hardware.describe("python -m bench.checks.kernels")
-    head |= {"backend": options.backend, "seed": options.seed, "planned_cases": len(cases)}
+    found = head(parser.typed(arguments), hardware.describe())
+    found |= {"backend": options.backend, "seed": options.seed, "planned_cases": len(cases)}
     done: list[Case] = []
     results = np.zeros((0, 4))
     result: dict[str, Any] = {}
@@ -396,10 +396,11 @@ def main(arguments: Sequence[str]) -> int:
         done += [cases[index] for index in members]
         results = np.concatenate([results, values])
         seconds = time.perf_counter() - start
-        print(f"[{seconds:6.1f} s] {len(done)} of {len(cases)} cases", flush=True)
-        result = head | {"seconds": seconds} | report(done, results)
-        hardware.save(result, options.json)
-    print_report(result)
+        say(f"[{seconds:6.1f} s] {len(done)} of {len(cases)} cases", options.json)
+        result = found | {"seconds": seconds} | report(done, results)
+        keep(result, options.json)
+    write(result, options.json)
+    say(text(result), options.json)
     return int(result["bad"] > 0)
 
 

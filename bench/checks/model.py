@@ -15,11 +15,9 @@ Exits with 1 if the tokens differ or the logits miss a bar.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
@@ -33,6 +31,8 @@ from bench.checks.greedy import check_greedy
 from bench.checks.logits import AGREEMENT_BAR, ERROR_BAR, LEAD, Served, check_logits
 from bench.checks.scale import SCALES
 from bench.checks.schedules import check_schedules
+from bench.command import Command
+from bench.result import head, say, write
 
 
 def passed(result: Mapping[str, Any]) -> bool:
@@ -41,29 +41,30 @@ def passed(result: Mapping[str, Any]) -> bool:
     return all(each["ok"] for each in [*compared, result["logits"]])
 
 
-def print_result(result: Mapping[str, Any]) -> None:
-    print(f"float32, backend {result['backends']['float32']}: greedy tokens as those of")
+def text(result: Mapping[str, Any]) -> str:
+    lines = [f"float32, backend {result['backends']['float32']}: greedy tokens as those of"]
     for case in result["greedy"]:
         for peer in ("cpu", "transformers"):
             found = case[peer]
             says = (
                 f"{found['same']} of {found['tokens']} {_verdict(found['ok'])}" if found else "not installed"
             )
-            print(f"  {case['model']:<24}{peer:<14}{says}")
+            lines.append(f"  {case['model']:<24}{peer:<14}{says}")
     logits = result["logits"]
-    print(
+    lines += [
         f"bfloat16, backend {result['backends']['bfloat16']}: {logits['positions']} positions of "
         f"{logits['model']} against float32: error {logits['error']:.2e} (bar {ERROR_BAR}), same top token "
         f"in {logits['same_top_token']:.2%} of the {logits['clear_positions']} that lead by {LEAD} "
-        f"(bar {AGREEMENT_BAR:.0%}) {_verdict(logits['ok'])}"
-    )
-    print(f"one request in a bucket of {result['rows']} rows, compared with itself alone:")
-    print(f"  {'':<24}{'bit-equal rows':>16}{'largest difference':>20}{'same top token':>16}")
+        f"(bar {AGREEMENT_BAR:.0%}) {_verdict(logits['ok'])}",
+        f"one request in a bucket of {result['rows']} rows, compared with itself alone:",
+        f"  {'':<24}{'bit-equal rows':>16}{'largest difference':>20}{'same top token':>16}",
+    ]
     for row in result["schedules"]:
-        print(
+        lines.append(
             f"  {row['schedule']:<24}{row['bit_equal_rows']:>16.1%}{row['largest_difference']:>20.2e}"
             f"{row['same_top_token']:>16.2%}"
         )
+    return "\n".join(lines)
 
 
 def _verdict(ok: bool) -> str:
@@ -71,14 +72,11 @@ def _verdict(ok: bool) -> str:
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.checks.model", description="Checks what a model computes on this device."
-    )
+    parser = Command("bench.checks.model", "Checks what a model computes on this device.")
     parser.add_argument("--backend", default=None, help="default: the device's")
     parser.add_argument("--scale", choices=sorted(SCALES), default="full")
     parser.add_argument("--without-greedy", action="store_true", help="check logits and schedules only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     scale = SCALES[options.scale]
     backends = {
@@ -86,7 +84,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         for dtype, config in ((jnp.float32, scale.greedy[0]), (jnp.bfloat16, scale.logits))
     }
     result: dict[str, Any] = {
-        **hardware.describe("python -m bench.checks.model"),
+        **head(parser.typed(arguments), hardware.describe()),
         "backends": backends,
         "rows": scale.rows,
         "seed": options.seed,
@@ -99,8 +97,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     result["logits"] = check_logits(served, options.seed)
     result["schedules"] = check_schedules(served, options.seed)
     result["ok"] = passed(result)
-    hardware.save(result, options.json)
-    print_result(result)
+    write(result, options.json)
+    say(text(result), options.json)
     return result
 
 

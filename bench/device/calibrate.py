@@ -15,112 +15,27 @@ staircase counts KV that is read together once, and adds a little for every row 
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import re
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bench.arguments import split
-from bench.result import write
+from bench import hardware
+from bench.command import Command, split
+from bench.device.probe import probe, shapes
+from bench.result import head, say, write
+from bench.timing import clock
 from scheduler.predictor import StepLatencyModel, StepLoad
-from scheduler.step import Entry, SegmentRead, Step
+from scheduler.step import Step
 from serve.engine.calibration import conditions
 
 if TYPE_CHECKING:
     from serve.engine.runner import Runner
 
-# --- made-up steps -----------------------------------------------------------------------------------------
-
-WIDTHS = (1, 4, 16)
-KV_SHARES = (0.0, 0.2, 0.45, 0.85)  # of the pool
-CHUNKS = ((32, 512), (32, 4096), (128, 0), (128, 2048), (256, 0), (256, 4096))  # rows, positions before them
 SETTLING = 40  # steps of a bucket before the first one that counts
-PREFIX_SHARE = 0.6  # of a group's KV, where branches share
-
-
-class Shape(NamedTuple):
-    """`rows` decode rows in groups of `width`, which read `pages` pages in all.
-
-    Beside them, a prompt chunk of `chunk` rows after `before` positions of its own.
-    """
-
-    bucket: int
-    rows: int
-    width: int
-    pages: int
-    chunk: int = 0
-    before: int = 0
-
-
-def shapes(buckets: Sequence[int], num_pages: int, page_size: int) -> Iterator[Shape]:
-    """Every bucket x fill x width x KV level that the pool holds; without a chunk, and with one in turn."""
-    chunks = itertools.cycle(CHUNKS)
-    for smaller, bucket in itertools.pairwise((0, *sorted(buckets))):
-        for total in sorted({smaller + 1, bucket}):
-            for width, share in itertools.product(WIDTHS, KV_SHARES):
-                for chunk, before in ((0, 0), next(chunks)):
-                    rows = total - chunk
-                    left = num_pages - -(-(chunk + before) // page_size)
-                    least = rows + -(-rows // width)  # a page for each tail and prefix
-                    wanted = int(share * num_pages)
-                    if rows >= width and least <= left and (not share or least < wanted):
-                        yield Shape(bucket, rows, width, min(left, max(least, wanted)), chunk, before)
-
-
-def probe(shape: Shape, page_size: int) -> tuple[Step, StepLoad]:
-    """A step of that shape, and its load. Its pages are all different, the shared prefixes' apart."""
-    free = itertools.count()
-    groups = -(-shape.rows // shape.width)
-    each = shape.pages // groups
-    prefix = int(PREFIX_SHARE * each) if shape.width > 1 else 0
-    tail = max(1, (each - prefix) // shape.width)
-    entries: list[Entry] = []
-    load = StepLoad(0)
-    for group in range(groups):
-        context = (_pages(free, prefix, page_size),) if prefix else ()
-        load = load.plus(StepLoad(0, shared_kv=prefix * page_size, items=len(context)))
-        for _ in range(min(shape.width, shape.rows - group * shape.width)):
-            own = _pages(free, tail, page_size)
-            entries.append(_entry(len(entries), own.length - 1, 1, context, own))
-            seen = own.length + prefix * page_size
-            load = load.plus(StepLoad(1, private_kv=own.length, items=1, raw_kv=seen))
-    if shape.chunk:
-        length = shape.before + shape.chunk
-        own = SegmentRead(_pages(free, -(-length // page_size), page_size).pages, length)
-        entries.append(_entry(len(entries), shape.before, shape.chunk, (), own))
-        later = sum(range(shape.before + 2, length + 1))  # what the rows after the first see
-        load = load.plus(StepLoad(shape.chunk, 0, length, 1, later, length))
-    return Step(-1, tuple(entries), slots=(), bucket=shape.bucket), load
-
-
-def _pages(free: Iterator[int], count: int, page_size: int) -> SegmentRead:
-    return SegmentRead(tuple(itertools.islice(free, count)), count * page_size)
-
-
-def _entry(number: int, ordinal: int, rows: int, context: tuple[SegmentRead, ...], own: SegmentRead) -> Entry:
-    start = sum(read.length for read in context) + ordinal
-    slot = number if rows == 1 else None
-    return Entry(
-        request_id="",
-        branch=number,
-        segment=number,
-        slot=slot,
-        start=start,
-        ordinal=ordinal,
-        rows=rows,
-        tokens=(0,) * rows,
-        context=context,
-        own=own,
-        samples=slot is not None,
-        path=(),
-    )
-
 
 # --- measuring ---------------------------------------------------------------------------------------------
 
@@ -144,8 +59,8 @@ def measure(runner: Runner, budget_seconds: float, repeats: int = 4, seed: int =
     probes = [probe(shape, config.page_size) for shape in made]
     probes = [(step, load) for step, load in probes if _fits(step, runner)]
     times: list[list[float]] = [[] for _ in probes]
-    rng, began = np.random.default_rng(seed), time.perf_counter()
-    while not times[0] or time.perf_counter() - began < budget_seconds:
+    rng, began = np.random.default_rng(seed), clock()
+    while not times[0] or clock() - began < budget_seconds:
         for bucket in rng.permutation(config.buckets).tolist():
             of_bucket = [index for index, (step, _) in enumerate(probes) if step.bucket == bucket]
             runner.seconds(probes[of_bucket[0]][0], SETTLING)
@@ -266,21 +181,19 @@ def default_name(device: str, model: str) -> str:
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
     own, server = split(arguments)
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.device.calibrate", description="Measures a step-time profile."
-    )
+    parser = Command("bench.device.calibrate", "Measures a step-time profile.")
     parser.add_argument("--name", help="of the profile; default: the device's and the model's")
     parser.add_argument("--budget-seconds", type=float, default=300.0, help="no round begins after so many")
     parser.add_argument("--profile", type=Path, help="where to write the profile, without points")
-    parser.add_argument("--json", type=Path, help="where to write all of it")
     options = parser.parse_args(own)
-    from bench import hardware, inside
+    from bench import inside
 
-    engine, runner, summary = inside.start(server)
-    print(summary, flush=True)
-    engine.stop(drain=False, timeout=10.0)
+    here = inside.start(server)
+    say(here.summary, options.json)
+    here.engine.stop(drain=False, timeout=10.0)
+    runner = here.runner
     points = measure(runner, options.budget_seconds)
-    described = hardware.describe("python -m bench.device.calibrate " + " ".join(arguments))
+    described = head(parser.typed(arguments), hardware.describe())
     device, model = described["hardware"]["device"], runner.model_config.name
     name = options.name or default_name(device, model)
     found = {**described, "model": model, **profile(name, points, runner, device)}
@@ -288,9 +201,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     measured = [{**point._asdict(), "load": point.load._asdict()} for point in points]
     write({**found, "points": measured}, options.json)
     for form, fitted in found["forms"].items():
-        print(
-            f"{form:<14} bias {fitted['bias']:+.2%}  MAPE {fitted['mape']:.2%}  margin {fitted['margin']:.2%}"
-        )
+        off = f"bias {fitted['bias']:+.2%}  MAPE {fitted['mape']:.2%}  margin {fitted['margin']:.2%}"
+        say(f"{form:<14} {off}", options.json)
     return found
 
 

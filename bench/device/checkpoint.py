@@ -9,13 +9,11 @@ cache, and once more from the page cache. What was written is removed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import hardware
+from bench.command import Command
 from bench.device.step import tiny
+from bench.result import head, say, write
+from bench.timing import seconds
 from model.checkpoint import load_model, save_orbax
 from model.config import PRESETS, ModelConfig
 from model.decoder import Decoder
@@ -37,12 +38,6 @@ DTYPE = jnp.bfloat16
 BLOCK = 2**24  # bytes of a plain read
 READERS = 8  # of several files at once
 COMPARED = 16  # arrays whose values are compared, spread over the model
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -96,14 +91,14 @@ def write_random(config: ModelConfig, folder: Path, seed: int) -> tuple[float, i
     """Seconds of writing, bytes of the arrays, and some of them."""
     model = random_weights(Decoder(config, DTYPE), seed, ON_ONE_DEVICE)
     weights = jax.block_until_ready(model.split()[1])
-    write = seconds(lambda: save_orbax(model, folder))
-    return write, sum(leaf.nbytes for leaf in weights), some_arrays(model)
+    took = seconds(lambda: save_orbax(model, folder))
+    return took, sum(leaf.nbytes for leaf in weights), some_arrays(model)
 
 
 def measure(config: ModelConfig, folder: Path, seed: int) -> dict[str, Any]:
     """Writes to `folder`, which must be empty, and reads it back."""
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
-    write, size, written = write_random(config, folder, seed)
+    writing, size, written = write_random(config, folder, seed)
     stored = sum(path.stat().st_size for path in files_of(folder))
     restored = None
 
@@ -126,7 +121,7 @@ def measure(config: ModelConfig, folder: Path, seed: int) -> dict[str, Any]:
         "file_bytes": stored,
         "files": len(files_of(folder)),
         "cached_before_reads": still_cached,
-        "write_gb_s": size / write / 1e9,
+        "write_gb_s": size / writing / 1e9,
         "restore_cold_gb_s": size / cold / 1e9,
         "restore_warm_gb_s": size / warm / 1e9,
         "plain_read_gb_s": plain,
@@ -135,31 +130,29 @@ def measure(config: ModelConfig, folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def print_result(result: dict[str, Any]) -> None:
-    print(
+def text(result: dict[str, Any]) -> str:
+    lines = [
         f"{result['model']}: {result['array_bytes'] / 1e9:.2f} GB of arrays, "
         f"{result['file_bytes'] / 1e9:.2f} GB in {result['files']} files"
-    )
+    ]
     left = result["cached_before_reads"]
     if None in left:
-        print("the files could not be dropped from the page cache: what is called cold may not be")
+        lines.append("the files could not be dropped from the page cache: what is called cold may not be")
     elif max(left) > 0.01:
-        print(f"up to {max(left):.0%} of the files stayed in the page cache: cold is not quite cold")
+        lines.append(f"up to {max(left):.0%} of the files stayed in the page cache: cold is not quite cold")
     for name, rate in (
         ("write", result["write_gb_s"]),
         ("restore, cold", result["restore_cold_gb_s"]),
         ("restore, from the page cache", result["restore_warm_gb_s"]),
         *((f"plain read, {n} at a time, cold", rate) for n, rate in result["plain_read_gb_s"].items()),
     ):
-        print(f"  {name:<32}{rate:>8.2f} GB/s")
+        lines.append(f"  {name:<32}{rate:>8.2f} GB/s")
     says = "equal what was written" if result["same"] else "DIFFER FROM WHAT WAS WRITTEN"
-    print(f"{result['compared_arrays']} restored arrays {says}")
+    return "\n".join([*lines, f"{result['compared_arrays']} restored arrays {says}"])
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.device.checkpoint", description="GB/s of an Orbax checkpoint."
-    )
+    parser = Command("bench.device.checkpoint", "GB/s of an Orbax checkpoint.")
     parser.add_argument("--model", choices=sorted(PRESETS), default="qwen3-8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for a smaller disk")
     parser.add_argument("--scale", choices=["full", "tiny"], default="full")
@@ -167,7 +160,6 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "--folder", type=Path, required=True, help="where to write; a folder of its own is made"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     config = PRESETS[options.model]
     config = tiny(config) if options.scale == "tiny" else config
@@ -175,14 +167,14 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         result = {
-            **hardware.describe("python -m bench.device.checkpoint"),
+            **head(parser.typed(arguments), hardware.describe()),
             "model": config.name,
             "layers": config.num_layers,
             "seed": options.seed,
             **measure(config, Path(name), options.seed),
         }
-    hardware.save(result, options.json)
-    print_result(result)
+    write(result, options.json)
+    say(text(result), options.json)
     return result
 
 

@@ -8,11 +8,9 @@ prompt's pass cancels out, and compiling comes before. The floor is every weight
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
@@ -21,6 +19,9 @@ if __name__ == "__main__":
 import jax.numpy as jnp
 
 from bench import hardware
+from bench.command import Command
+from bench.device.floor import floor_seconds
+from bench.result import head, say, write
 from model.checkpoint import load_model
 from model.config import PRESETS
 from model.decode import STRIDE, generate
@@ -29,16 +30,13 @@ PROMPT = (1, 2, 3, 4, 5, 6, 7)
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.device.decode", description="Times the jitted decode loop."
-    )
+    parser = Command("bench.device.decode", "Times the jitted decode loop.")
     parser.add_argument("--model", choices=["default", *sorted(PRESETS)], default="qwen3-32b")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=256, help="by which the long generation is longer")
     parser.add_argument("--branches", type=int, default=1)
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     copy = hardware.copy_tb_s(2**28 if options.model == "default" else 2**31)
     model = load_model(options.model, jnp.dtype(options.dtype), "random")
@@ -50,12 +48,9 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
 
     per_step = (seconds(STRIDE + options.tokens) - seconds(STRIDE)) / options.tokens
     config = model.config
-    read = sum(leaf.nbytes for leaf in model.split()[1])
-    if not config.tie_embeddings:
-        read -= config.vocab_size * config.hidden_size * jnp.dtype(options.dtype).itemsize
-    floor = read / copy / 1e12
+    floor = floor_seconds(config, options.dtype, 0, copy)
     result = {
-        **hardware.describe("python -m bench.device.decode " + " ".join(arguments)),
+        **head(parser.typed(arguments), hardware.describe()),
         "model": config.name,
         "branches": options.branches,
         "copy_tb_s": copy,
@@ -64,11 +59,12 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "over_floor": per_step / floor,
         "tokens_per_second": options.branches / per_step,
     }
-    hardware.save(result, options.json)
-    print(
+    write(result, options.json)
+    text = (
         f"{config.name}, {options.branches} sequences: {result['tokens_per_second']:.1f} tokens/s, "
         f"{result['step_ms']:.2f} ms a step, {result['over_floor']:.3f} x the floor, {result['floor_ms']:.2f}"
     )
+    say(text, options.json)
     return result
 
 

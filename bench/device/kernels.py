@@ -10,7 +10,6 @@ Peers: CUDA graphs over the same memory, between events. Results are written aft
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -31,11 +30,14 @@ from jax import lax
 
 from attention import default_backend, shared_prefix_attention
 from bench import hardware
+from bench.command import Command
 from bench.device.peers import FlashInfer, peer_names
 from bench.device.report import summary, table
 from bench.device.shapes import RANDOM_DISTRIBUTION, PageTables, Shape, random_shapes, shrunk, suite_shapes
 from bench.device.work import moved, planner, row_order
 from bench.plot import plot_cases
+from bench.result import head, keep, say, write
+from bench.timing import seconds_per_call
 
 if TYPE_CHECKING:
     from jax import Array
@@ -58,10 +60,11 @@ class Options:
     heads: Sequence[int] = (64, 16)
     backend: str = "xla"
     scale: str = "full"
-    json: Path | None = None
+    json: str | None = None
     plot: Path | None = None
     budget_seconds: float = float("inf")
     profile: bool = False
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class KernelBench:
         self.compilers = ThreadPoolExecutor(max_workers=os.cpu_count())
         self.programs: dict[Any, Future[Program]] = {}
         self.result: dict[str, Any] = {
-            **hardware.describe("python -m bench.device.kernels"),
+            **head(options.command, hardware.describe()),
             "backend": options.backend,
             "seed": options.seed,
             "random_distribution": RANDOM_DISTRIBUTION if options.random else None,
@@ -121,7 +124,7 @@ class KernelBench:
         self.measure_all(prepared, flashinfer)
         self.compilers.shutdown()
         self.result["seconds"] = time.perf_counter() - self.started
-        self.save()
+        write(self.result, self.options.json)
         return self.result
 
     def measure_all(self, prepared: Sequence[Prepared], flashinfer: FlashInfer | None) -> None:
@@ -253,9 +256,9 @@ class KernelBench:
         def call(q: Array) -> Array:
             return program.loop(q, k_pages, v_pages, works)
 
-        first, q = hardware.seconds_per_call(call, call(q), calls=1, repeats=1)
+        first, q = seconds_per_call(call, call(q), calls=1, repeats=1)
         calls = 1 if self.tiny else int(np.clip(0.04 / first, 2, 200))
-        seconds, q = hardware.seconds_per_call(call, q, calls=calls, repeats=1 if self.tiny else 5)
+        seconds, q = seconds_per_call(call, q, calls=calls, repeats=1 if self.tiny else 5)
         case = {"ours_us": 1e6 * seconds / attentions, "ours_over_floor": seconds / attentions / floor}
         if self.options.profile:
             from jax.experimental.mosaic.gpu import profiler
@@ -308,16 +311,14 @@ class KernelBench:
         return time.perf_counter() - self.started > self.options.budget_seconds
 
     def log(self, text: str) -> None:
-        print(f"[{time.perf_counter() - self.started:6.1f} s] {text}", flush=True)
+        say(f"[{time.perf_counter() - self.started:6.1f} s] {text}", self.options.json)
 
     def save(self) -> None:
-        hardware.save(self.result, self.options.json)
+        keep(self.result, self.options.json)
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.device.kernels", description="Times shared-prefix attention."
-    )
+    parser = Command("bench.device.kernels", "Times shared-prefix attention.")
     add = parser.add_argument
     add("--suite", nargs="+", choices=["decode", "shared", "prefill"], default=Options.suite)
     add("--peers", nargs="+", choices=["flashinfer"], default=())
@@ -339,17 +340,15 @@ def parse_options(arguments: Sequence[str]) -> Options:
     )
     add("--backend", default=default_backend(128, jnp.bfloat16))
     add("--scale", choices=["full", "tiny"], default="full", help="tiny: shapes that a CPU can run")
-    add("--json", type=Path)
     add("--plot", type=Path, help="an image file (needs matplotlib)")
     add("--budget-seconds", type=float, default=float("inf"), help="no new measurement starts after this")
     add("--profile", action="store_true", help="also the kernels' own time, through CUPTI")
-    return Options(**vars(parser.parse_args(arguments)))
+    return Options(**vars(parser.parse_args(arguments)), command=parser.typed(arguments))
 
 
 def main(options: Options) -> dict[str, Any]:
     result = KernelBench(options).run()
-    print(table(result["cases"]))
-    print(summary(result))
+    say(f"{table(result['cases'])}\n{summary(result)}", options.json)
     if options.plot is not None:
         plot_cases(result, options.plot)
     return result

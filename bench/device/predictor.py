@@ -13,10 +13,8 @@ profile says a bucket's steps take (`factors`), and how what is left is spread (
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,14 +24,13 @@ from typing import Any
 import numpy as np
 
 from bench import hardware, inside
-from bench.arguments import split
+from bench.command import Command, split
+from bench.inside import Inside
 from bench.load.workload import Item, Workload, named
-from bench.result import write
-from scheduler.events import Event, Finished
+from bench.result import head, say, write
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.request import Slo
 from scheduler.step import FinishedStep
-from serve.engine.engine import Engine
 from serve.engine.runner import Runner
 
 ALONE = Item(0.0, 800, ((100,),))
@@ -70,30 +67,22 @@ class Recorder:
         return [(result, margin) for result, end, margin in known if end > begin]
 
 
-def play(engine: Engine, workload: Workload, slo: Slo, seconds: float, vocab_size: int) -> None:
-    """Submit the workload's requests at their times, for so many seconds."""
+def play(here: Inside, workload: Workload, slo: Slo, seconds: float) -> None:
+    """Hand in the workload's requests at their times, for so many seconds."""
     begin = time.monotonic()
     for number, item in enumerate(workload.items):
         if item.arrival >= seconds:
             break
-        request = item.request(f"{begin}-{number}", slo, number, vocab_size)
+        request = item.request(f"{begin}-{number}", slo, number, here.runner.model_config.vocab_size)
         time.sleep(max(0.0, begin + item.arrival - time.monotonic()))
-        engine.submit(request, lambda events: None)
+        here.ask(request)
     time.sleep(max(0.0, begin + seconds - time.monotonic()))
 
 
-def unloaded_tpot(engine: Engine, item: Item, vocab_size: int) -> float:
+def unloaded_tpot(here: Inside, item: Item) -> float:
     """Seconds per token of one request that is served alone."""
-    done, found = threading.Event(), []
-
-    def sink(events: Sequence[Event | Any]) -> None:
-        if isinstance(events[-1], Finished):
-            found.append(events[-1].timing.tpot)
-            done.set()
-
-    engine.submit(item.request("alone", Slo(tpot=10.0, ttft=600.0), 0, vocab_size), sink)
-    done.wait()
-    return found[0]
+    patient, vocab_size = Slo(tpot=10.0, ttft=600.0), here.runner.model_config.vocab_size
+    return here.ask(item.request("alone", patient, 0, vocab_size)).result().timing.tpot
 
 
 def errors_of(
@@ -161,24 +150,21 @@ def _nearest(known: dict[int, float], bucket: int) -> float:
     return known[min(known, key=lambda other: max(other, bucket) / min(other, bucket))]
 
 
-def print_result(result: dict[str, Any]) -> None:
+def text(result: dict[str, Any]) -> str:
     def errors(each: dict[str, float]) -> str:
         return f"{each['steps']:>6} steps, MAPE {each['mape']:.2%}, bias {each['bias']:+.2%}"
 
     end = result["end_to_end"]
-    print(f"{'end to end':<26}{errors(end)}")
-    print(f"{'':<26}{end['coverage']:.1%} within the margin, {end['mean_margin']:.2%} on average")
-    for bucket, each in end["buckets"].items():
-        print(f"{'  bucket ' + bucket:<26}{errors(each)}")
+    within = f"{end['coverage']:.1%} within the margin, {end['mean_margin']:.2%} on average"
+    lines = [f"{'end to end':<26}{errors(end)}", f"{'':<26}{within}"]
+    lines += [f"{'  bucket ' + bucket:<26}{errors(each)}" for bucket, each in end["buckets"].items()]
     for name, each in result["device"].items():
-        print(f"{'device, ' + name.replace('_', ' '):<26}{errors(each)}")
+        lines.append(f"{'device, ' + name.replace('_', ' '):<26}{errors(each)}")
+    return "\n".join(lines)
 
 
-def main(arguments: Sequence[str]) -> dict[str, Any]:
-    own, server = split(arguments)
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.device.predictor", description="Predicted steps against real ones."
-    )
+def command() -> Command:
+    parser = Command("bench.device.predictor", "Predicted steps against real ones.")
     parser.add_argument("--workload", default="mixed", help="a family, headline, or a file")
     parser.add_argument("--rate", type=float, help="requests per second")
     parser.add_argument("--seed", type=int, default=7)
@@ -188,40 +174,41 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--tpot-slo", type=float, help="seconds, instead of twice the unloaded TPOT")
     parser.add_argument("--replays", type=int, default=100, help="steps to run again")
     parser.add_argument("--into", type=Path, help="a profile to add `serving` to")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(own)
+    return parser
 
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    own, server = split(arguments)
+    options = command().parse_args(own)
     recorder = Recorder()
-    engine, runner, summary = inside.start(server, recorder.on_step)
-    print(summary, flush=True)
-    latency = engine.scheduler.latency
-    recorder.watch(latency)
-    vocab_size = runner.model_config.vocab_size
-    tpot = options.tpot_slo or 2.0 * unloaded_tpot(engine, ALONE.scaled(options.scale), vocab_size)
+    here = inside.start(server, recorder.on_step)
+    say(here.summary, options.json)
+    recorder.watch(here.engine.scheduler.latency)
+    tpot = options.tpot_slo or 2.0 * unloaded_tpot(here, ALONE.scaled(options.scale))
     workload = named(options.workload, options.seed, options.seconds, rate=options.rate).scaled(options.scale)
     begin = time.monotonic() + options.skip
-    play(engine, workload, Slo(tpot=tpot, ttft=5.0), options.seconds, vocab_size)
+    play(here, workload, Slo(tpot=tpot, ttft=5.0), options.seconds)
     steps = recorder.after(begin)
-    engine.stop(drain=False, timeout=10.0)
+    here.engine.stop(drain=False, timeout=10.0)
     if not steps:
         raise SystemExit("no steps were measured: serve for longer")
     results = [result for result, _ in steps]
     result = {
-        **hardware.describe("python -m bench.device.predictor " + " ".join(arguments)),
-        "model": runner.model_config.name,
-        "summary": summary,
+        **head(command().typed(arguments), hardware.describe()),
+        "model": here.runner.model_config.name,
+        "summary": here.summary,
         "tpot_slo_ms": 1e3 * tpot,
         "sha256": workload.digest,
         "end_to_end": summarize(steps),
-        "device": against_device(runner, results, options.replays, options.seed),
+        "device": against_device(here.runner, results, options.replays, options.seed),
     }
     if options.into is not None:
         profile = json.loads(options.into.read_text())
-        still = StepLatencyModel.from_profile(profile, runner.buckets)
+        still = StepLatencyModel.from_profile(profile, here.runner.buckets)
         profile["serving"] = {"command": result["command"], **serving(results, still)}
         write(profile, options.into)
     write(result, options.json)
-    print_result(result)
+    say(text(result), options.json)
     return result
 
 

@@ -9,13 +9,11 @@ values are still written), and with the byte floor: every weight and every diffe
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
@@ -28,7 +26,11 @@ import numpy as np
 import attention
 from attention import Reads
 from bench import hardware
+from bench.command import Command
+from bench.device.floor import kv_bytes, weight_bytes
 from bench.device.shapes import PageTables, Shape, shrunk
+from bench.result import head, keep, say, write
+from bench.timing import seconds_per_call
 from model.config import PRESETS, ModelConfig
 from model.decoder import Decoder
 from model.kv_cache import KVCache, bytes_per_page
@@ -87,10 +89,7 @@ class StepBench:
         model = random_weights(Decoder(config, DTYPE), seed, ON_ONE_DEVICE)
         self.structure, self.weights = model.split()
         self.state = self.random_cache(), SlotState.create(self.num_slots, config.vocab_size, 1)
-        embedding = (
-            0 if config.tie_embeddings else config.vocab_size * config.hidden_size * DTYPE.dtype.itemsize
-        )
-        self.weight_bytes = sum(leaf.nbytes for leaf in self.weights) - embedding
+        self.weight_bytes = weight_bytes(config, DTYPE)
 
     def layout(self, rows: int) -> StepLayout:
         return StepLayout.for_bucket(
@@ -154,19 +153,19 @@ class StepBench:
         def call(state: tuple[Any, Any]) -> tuple[Any, Any]:
             return program(self.weights, *state, packed)[:2]
 
-        seconds, self.state = hardware.seconds_per_call(call, call(self.state), calls, repeats)
+        seconds, self.state = seconds_per_call(call, call(self.state), calls, repeats)
         return seconds
 
     def measure(self, shape: Shape, copy_tb_s: float, calls: int, repeats: int) -> dict[str, Any]:
-        kv_bytes = shape.kv_tokens * bytes_per_page(self.config, 1, DTYPE)
-        kv, weights = (1e3 * size / copy_tb_s / 1e12 for size in (kv_bytes, self.weight_bytes))
+        read = kv_bytes(self.config, DTYPE, shape.kv_tokens)
+        kv, weights = (1e3 * size / copy_tb_s / 1e12 for size in (read, self.weight_bytes))
         step, without = (
             1e3 * self.seconds(shape, backend, calls, repeats)
             for backend in (self.backend, WITHOUT_ATTENTION)
         )
         return {
             **{name: getattr(shape, name) for name in ("groups", "width", "prefix", "tail", "rows", "page")},
-            "kv_bytes": kv_bytes,
+            "kv_bytes": read,
             "step_ms": step,
             "without_attention_ms": without,
             "kv_floor_ms": kv,
@@ -179,7 +178,7 @@ class StepBench:
     def memory(self) -> list[dict[str, Any]]:
         """What each compiled step allocates, and how much of it is the donated cache, in bytes."""
         cache = self.num_pages * bytes_per_page(self.config, self.page, DTYPE)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for (count, backend), program in self.programs.items():
             analysis = program.forward.memory_analysis()
             rows.append(
@@ -194,31 +193,33 @@ class StepBench:
         return rows
 
 
-def print_cases(cases: Sequence[dict[str, Any]]) -> None:
-    print(
+def text(cases: Sequence[dict[str, Any]]) -> str:
+    lines = [
         f"{'groups x width, lengths':<28}{'rows':>5}{'step ms':>9}{'without':>9}{'limit':>8}{'x floor':>9}"
         f"{'attention / KV floor':>22}"
-    )
+    ]
     for case in cases:
         name = f"{case['groups']} x {case['width']}, {case['prefix']} + {case['tail']}"
-        print(
+        lines.append(
             f"{name:<28}{case['rows']:>5}{case['step_ms']:>9.2f}{case['without_attention_ms']:>9.2f}"
             f"{case['limit_ms']:>8.2f}{case['over_floor']:>9.2f}{case['attention_over_kv_floor']:>22.2f}"
         )
+    return "\n".join(lines)
 
 
-def main(arguments: Sequence[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.device.step", description="Times whole decode steps."
-    )
+def command() -> Command:
+    parser = Command("bench.device.step", "Times whole decode steps.")
     parser.add_argument("--model", choices=sorted(PRESETS), default="qwen3-32b")
     parser.add_argument("--backend", default=None, help="default: the device's")
     parser.add_argument("--page", type=int, default=64)
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for a smaller device")
     parser.add_argument("--scale", choices=["full", "tiny"], default="full")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    options = command().parse_args(arguments)
     start = time.perf_counter()
     config = PRESETS[options.model]
     config = replace(config, num_layers=options.layers or config.num_layers)
@@ -231,7 +232,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         config, shapes = tiny(config), [shrunk(shape) for shape in shapes]
     backend = options.backend or attention.default_backend(config.head_dim, DTYPE)
     result: dict[str, Any] = {
-        **hardware.describe("python -m bench.device.step"),
+        **head(command().typed(arguments), hardware.describe()),
         "model": config.name,
         "layers": config.num_layers,
         "backend": backend,
@@ -240,12 +241,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     }
     bench = StepBench(config, shapes, backend, options.seed)
     result |= {"weight_bytes": bench.weight_bytes, "memory": bench.memory()}
-    print(f"compiled and made weights in {time.perf_counter() - start:.0f} s", flush=True)
+    say(f"compiled and made weights in {time.perf_counter() - start:.0f} s", options.json)
     for shape in shapes:
         calls, repeats = (2, 1) if small else (10, 3)
         result["cases"].append(bench.measure(shape, result["copy_tb_s"], calls, repeats))
-        hardware.save(result, options.json)
-    print_cases(result["cases"])
+        keep(result, options.json)
+    write(result, options.json)
+    say(text(result["cases"]), options.json)
     return result
 
 

@@ -7,13 +7,9 @@ The steps are decode steps of Qwen3-32B, planned for the GPU kernels and for XLA
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
 from array import array
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +17,10 @@ import numpy as np
 import attention
 from attention import Reads
 from bench import hardware
+from bench.command import Command
 from bench.device.shapes import WIDE_HEADS, Shape
+from bench.result import head, say, write
+from bench.timing import median_seconds
 from scheduler.step import Entry, SegmentRead, Step
 from serve.engine.packing import step_inputs
 
@@ -59,16 +58,6 @@ def step_of(shape: Shape, seed: int = 0) -> Step:
     return Step(0, tuple(entries), (), shape.rows)
 
 
-def microseconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call, after a few that warm up."""
-    seconds: list[float] = []
-    for _ in range(repeats + 5):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(seconds[5:])
-
-
 def measure(shape: Shape, backend: str, repeats: int) -> dict[str, Any]:
     step = step_of(shape)
     capacity = attention.capacity(
@@ -85,31 +74,25 @@ def measure(shape: Shape, backend: str, repeats: int) -> dict[str, Any]:
     return {
         **{name: getattr(shape, name) for name in ("groups", "width", "prefix", "tail", "page", "rows")},
         "backend": backend,
-        "plan_us": microseconds(lambda: attention.plan(reads, capacity, shape.page), repeats),
-        "step_inputs_us": microseconds(lambda: step_inputs(step, capacity, shape.page), repeats),
+        "plan_us": 1e6 * median_seconds(lambda: attention.plan(reads, capacity, shape.page), repeats),
+        "step_inputs_us": 1e6 * median_seconds(lambda: step_inputs(step, capacity, shape.page), repeats),
     }
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.host.packing", description="Times the planning of a step on the host."
-    )
+    parser = Command("bench.host.packing", "Times the planning of a step on the host.")
     parser.add_argument("--repeats", type=int, default=300)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    result = {**hardware.describe("python -m bench.host.packing"), "cases": []}
+    result = {**head(parser.typed(arguments), hardware.describe()), "cases": []}
     for lengths in CASES:
         for page in (64, 16):
             for backend in ("gpu", "xla"):
                 shape = Shape("decode", *lengths, page, *WIDE_HEADS)
                 case = measure(shape, backend, options.repeats)
                 result["cases"].append(case)
-                print(
-                    f"{shape.label:<30}{backend:<5} plan {case['plan_us']:6.0f} us, "
-                    f"step_inputs {case['step_inputs_us']:6.0f} us",
-                    flush=True,
-                )
-    hardware.save(result, options.json)
+                times = f"plan {case['plan_us']:6.0f} us, step_inputs {case['step_inputs_us']:6.0f} us"
+                say(f"{shape.label:<30}{backend:<5} {times}", options.json)
+    write(result, options.json)
     return result
 
 

@@ -9,19 +9,17 @@ branches, the budget and the admission. Garbage collection is as in production: 
 
 from __future__ import annotations
 
-import argparse
-import gc
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from bench.result import write
+from bench.command import Command
+from bench.result import head, say, write
 from bench.simulate.simulation import MAX_CONTEXT, Bytes, Profile
+from bench.timing import Stopwatch, no_collections
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
 from scheduler.request import Request, Slo, Stopping
@@ -30,26 +28,6 @@ from scheduler.step import Sample, ScheduledStep, StepResult
 
 CASES = ((64, 8, 10_000), (512, 8, 300))  # requests, branches of each, plans
 PROMPT = 1024
-
-
-class Stopwatch:
-    """Adds up the seconds that calls take."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def on(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            began = time.perf_counter()
-            result = call(*arguments)
-            self.seconds += time.perf_counter() - began
-            return result
-
-        return timed
-
-    def take(self) -> float:
-        taken, self.seconds = self.seconds, 0.0
-        return taken
 
 
 def scheduler(requests: int, branches: int) -> Scheduler:
@@ -79,37 +57,33 @@ def scheduler(requests: int, branches: int) -> Scheduler:
     return made
 
 
+DECISIONS = ("_extras", "_budget", "_admitted")
+
+
 def times(requests: int, branches: int, plans: int) -> dict[str, list[float]]:
     """Seconds of each of so many steps after all requests have forked: planner, plan, update."""
-    made = scheduler(requests, branches)
+    made, watch = scheduler(requests, branches), Stopwatch()
+    watch.on(made, *DECISIONS, "schedule", "update")
     flying: deque[ScheduledStep] = deque()
     seconds: dict[str, list[float]] = {"planner": [], "plan": [], "update": []}
     now, steady = 0.0, False
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-
-    watches = {name: Stopwatch() for name in seconds}
-    for decision in ("_extras", "_budget", "_admitted"):
-        setattr(made, decision, watches["planner"].on(getattr(made, decision)))
-    schedule, update = watches["plan"].on(made.schedule), watches["update"].on(made.update)
-    while len(seconds["plan"]) < plans:
-        scheduled = schedule(now)
-        if scheduled is not None:
-            flying.append(scheduled)
-            if len(flying) < 2:
-                continue
-        landed = flying.popleft()
-        now += landed.forecast.seconds
-        samples = (Sample(0),) * sum(entry.samples for entry in landed.step.entries)
-        update(StepResult(landed.step, samples, landed.forecast.seconds), now)
-        taken = {name: watch.take() for name, watch in watches.items()}
-        steady = steady or made.load().running_branches == requests * branches
-        if steady:
-            for name, value in taken.items():
-                seconds[name].append(value)
-    gc.enable()
-    gc.unfreeze()
+    with no_collections():
+        while len(seconds["plan"]) < plans:
+            scheduled = made.schedule(now)
+            if scheduled is not None:
+                flying.append(scheduled)
+                if len(flying) < 2:
+                    continue
+            landed = flying.popleft()
+            now += landed.forecast.seconds
+            samples = (Sample(0),) * sum(entry.samples for entry in landed.step.entries)
+            made.update(StepResult(landed.step, samples, landed.forecast.seconds), now)
+            taken = watch.take()
+            steady = steady or made.load().running_branches == requests * branches
+            if steady:
+                seconds["planner"].append(sum(taken.get(name, 0.0) for name in DECISIONS))
+                seconds["plan"].append(taken["schedule"])
+                seconds["update"].append(taken["update"])
     return seconds
 
 
@@ -121,13 +95,14 @@ def measure(requests: int, branches: int, plans: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m bench.host.scheduling", description="Times planning.")
+    parser = Command("bench.host.scheduling", "Times planning.")
     parser.add_argument("--plans", type=int, help="instead of each case's own number")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    result = {"rows": [measure(r, b, options.plans or plans) for r, b, plans in CASES]}
-    for row in result["rows"]:
-        print(", ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    result = {**head(parser.typed(arguments)), "rows": []}
+    for requests, branches, plans in CASES:
+        row = measure(requests, branches, options.plans or plans)
+        result["rows"].append(row)
+        say(", ".join(f"{key} {value:.4g}" for key, value in row.items()), options.json)
     write(result, options.json)
     return result
 

@@ -8,12 +8,10 @@ process only takes bytes and notes times, so that it can follow hundreds of stre
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import math
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -21,25 +19,32 @@ import grpc
 
 from bench.load.measures import Record
 from bench.load.workload import Item, Lengths
+from bench.timing import clock
 from scheduler.program import ParallelStage, Plan
 from scheduler.request import Slo
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client import client
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"]
-clock = time.perf_counter
 
 
 # --- what is sent ------------------------------------------------------------------------------------------
 
 
 def message(
-    item: Item, id: str, seed: int, vocab_size: int, *, slo: Slo | None = None, salt: str = ""
+    item: Item,
+    id: str,
+    seed: int,
+    vocab_size: int,
+    *,
+    slo: Slo | None = None,
+    salt: str = "",
+    interval_ms: float | None = None,
 ) -> bytes:
     """A serialized GenerateRequest for the same tokens as `item.request` asks of the scheduler.
 
     Every length is forced: no stage ends before its limit. Prompts are only found in the server's cache by
-    requests of the same `salt`.
+    requests of the same `salt`. Messages come at least `interval_ms` apart; None: as the server likes.
     """
     request = item.request(id, Slo(), seed, vocab_size)
     program = request.program
@@ -58,6 +63,8 @@ def message(
     options = client.Options(plan=stages, sampling=client.sampling(seed=seed), request_id=id, cache_salt=salt)
     if slo is not None:
         options |= client.Options(tpot_slo_ms=1e3 * slo.tpot, ttft_slo_ms=1e3 * slo.ttft)
+    if interval_ms is not None:
+        options |= client.Options(interval_ms=interval_ms)
     return client.generate_request(request.prompt, **options).SerializeToString()
 
 
@@ -106,6 +113,11 @@ class Answer:
             reader.read(at, pb.GenerateResponse.FromString(raw))
         stages = tuple(tuple(stage[branch] for branch in sorted(stage)) for stage in reader.stages)
         return cls(reader.emissions, stages, reader.prompt_tokens, reader.finished)
+
+    @property
+    def token_times(self) -> list[float]:
+        """When each token came."""
+        return [emission.at for emission in self.emissions for _ in range(emission.tokens)]
 
     @property
     def gaps(self) -> list[float]:
@@ -211,19 +223,6 @@ async def connected(address: str) -> AsyncIterator[Driver]:
 async def sleep_until(at: float) -> None:
     while (left := at - clock()) > 0:
         await asyncio.sleep(left)
-
-
-@contextmanager
-def no_collections() -> Iterator[None]:
-    """Keeps the garbage collector from stopping the clock's process."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
 
 
 async def play(

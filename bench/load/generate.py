@@ -16,34 +16,30 @@ this device. It is compared with the time in which all requests were decoding an
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import importlib
 import json
-import re
-import shlex
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bench import hardware
-from bench.arguments import split
+from bench.command import Command, split
+from bench.device.floor import floor_seconds, kv_bytes, weight_bytes
+from bench.load.driver import Answer, connected, message, play
+from bench.load.workload import Item
+from bench.result import head, keep, say, write
+from bench.server import started
+from bench.timing import clock
 from model.checkpoint import model_config
 from model.config import ModelConfig
-from model.decoder import Decoder
-from model.kv_cache import bytes_per_page
-from serve.client.answer import Delta
-from serve.client.client import AsyncClient, serial, stopping
+from scheduler.request import Slo
 
 # transformers' ways: (mode, attention, options). Those that an installation cannot run are reported.
 SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -57,7 +53,7 @@ SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "continuous flash_attention_2": ("continuous", "flash_attention_2", {}),
 }
 PAGE = 64
-SLOW = 1e6  # milliseconds: no target of latency holds a request back
+PATIENT = Slo(tpot=1e3, ttft=1e3)  # no target of latency holds a request back
 TIMEOUT = 400  # seconds that a peer's setting gets
 
 
@@ -80,33 +76,18 @@ class Load:
     def output_tokens(self) -> int:
         return self.prompts * self.new_tokens
 
+    def seeds(self, run: int) -> list[int]:
+        """Of the prompts of a run, for taper; no two are the same."""
+        first = self.prompts * (2 * self.seed + run)
+        return [*range(first, first + self.prompts)]
+
     def ids(self, run: int) -> list[list[int]]:
-        """The prompts of a run; each run has others, so that none finds them in a cache."""
+        """The prompts of a run, for its peers; each run has others, so that none finds them in a cache."""
         rng = np.random.default_rng((self.seed, run))
         return rng.integers(0, self.config.vocab_size, (self.prompts, self.prompt_tokens)).tolist()
 
 
 # --- this server --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def running_server(options: Sequence[str]) -> Iterator[str]:
-    """Starts taper-serve on a free port, yields its address when it is ready, and ends it."""
-    command = [sys.executable, "-c", "from serve.commands import serve; serve()", "--port", "0", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        ready = (re.search(r"ready on (\S+:\d+)", line) for line in server.stdout)
-        address = next((match[1] for match in ready if match), None)
-        if address is None:
-            raise RuntimeError(f"taper-serve did not start: it ended with {server.wait()}")
-        try:
-            yield address
-        finally:
-            server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(60)
-            except subprocess.TimeoutExpired:
-                server.kill()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,30 +115,22 @@ class Arrivals:
         return float(inside.sum() / (end - begin)), float((before + inside.sum(1) / 2).mean())
 
 
-async def send_all(
-    address: str, prompts: Sequence[Sequence[int]], new_tokens: int, interval_ms: float = 0.0
-) -> Arrivals:
-    """Sends all prompts at once and notes when each token comes."""
-    plan = [serial(stopping=stopping(new_tokens, ignore_eos=True))]
-    arrivals = np.full((len(prompts), new_tokens), np.nan)
-
-    async with AsyncClient(address) as client:
-        started = time.perf_counter()
-
-        async def one(index: int, prompt: Sequence[int]) -> None:
-            known = 0
-            stream = client.generate(
-                prompt, plan=plan, tpot_slo_ms=SLOW, ttft_slo_ms=SLOW, interval_ms=interval_ms
-            )
-            async for event in stream:
-                if isinstance(event, Delta):
-                    arrivals[index, known : event.completion_tokens] = time.perf_counter() - started
-                    known = event.completion_tokens
-
-        await asyncio.gather(*(one(index, prompt) for index, prompt in enumerate(prompts)))
-    if np.isnan(arrivals).any():
-        raise RuntimeError(f"an answer has fewer than {new_tokens} tokens")
-    return Arrivals(arrivals)
+async def send_all(address: str, load: Load, run: int, interval_ms: float = 0.0) -> Arrivals:
+    """Sends all requests at once and notes when each token comes."""
+    item, salt = Item(0.0, load.prompt_tokens, ((load.new_tokens,),)), uuid.uuid4().hex
+    seeds = load.seeds(run)
+    requests = [
+        message(item, f"{salt}-{seed}", seed, load.config.vocab_size, slo=PATIENT, interval_ms=interval_ms)
+        for seed in seeds
+    ]
+    async with connected(address) as driver:
+        replies = await play(driver, requests, [0.0] * len(requests))
+    answers = [Answer.of(reply) for reply in replies]
+    short = [reply for answer, reply in zip(answers, replies, strict=True) if answer.stages != item.stages]
+    if short:
+        raise RuntimeError(f"an answer has fewer than {load.new_tokens} tokens: {short[0].error}")
+    began = replies[0].due
+    return Arrivals(np.array([[at - began for at in answer.token_times] for answer in answers]))
 
 
 def server_options(load: Load, buckets: Sequence[int]) -> list[str]:
@@ -170,18 +143,14 @@ def server_options(load: Load, buckets: Sequence[int]) -> list[str]:
 
 
 def measure_taper(load: Load, options: Sequence[str], interval_ms: float) -> dict[str, Any]:
-    started = time.perf_counter()
-    with running_server(options) as address:
-        ready = time.perf_counter() - started
-        _, arrivals = (
-            asyncio.run(send_all(address, load.ids(run), load.new_tokens, interval_ms)) for run in range(2)
-        )
+    with started(options) as server:
+        _, arrivals = (asyncio.run(send_all(server.address, load, run, interval_ms)) for run in range(2))
     first = np.sort(arrivals.seconds[:, 0])
     decoding = arrivals.decoded_together()
     return {
         "options": list(options),
         "interval_ms": interval_ms,
-        "ready_seconds": ready,
+        "ready_seconds": server.ready_seconds,
         "seconds": arrivals.total,
         "tokens_per_second": load.output_tokens / arrivals.total,
         "first_token_seconds": {"median": float(np.median(first)), "last": float(first[-1])},
@@ -191,15 +160,11 @@ def measure_taper(load: Load, options: Sequence[str], interval_ms: float) -> dic
 
 def decode_floor(load: Load, answer_tokens: float, copy_tb_s: float) -> dict[str, Any]:
     """Most tokens per second that bytes allow while every answer has so many tokens, on average."""
-    config, dtype = load.config, jnp.dtype(load.dtype)
-    sizes = [leaf.size for leaf in Decoder(config, dtype).split()[1]]
-    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
-    weights = dtype.itemsize * (sum(sizes) - looked_up)
-    kv = load.prompts * (load.prompt_tokens + answer_tokens) * bytes_per_page(config, 1, dtype)
-    seconds = (weights + kv) / copy_tb_s / 1e12
+    read = load.prompts * (load.prompt_tokens + answer_tokens)
+    seconds = floor_seconds(load.config, load.dtype, read, copy_tb_s)
     return {
-        "weight_bytes": weights,
-        "kv_bytes": kv,
+        "weight_bytes": weight_bytes(load.config, load.dtype),
+        "kv_bytes": kv_bytes(load.config, load.dtype, read),
         "step_ms": 1e3 * seconds,
         "tokens_per_second": load.prompts / seconds,
     }
@@ -236,10 +201,10 @@ def _static(
 
     def run(prompts: list[list[int]]) -> float:
         ids = torch.tensor(prompts, device=model.device)
-        started = time.perf_counter()
+        began = clock()
         out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         _expect(load, [len(row) - load.prompt_tokens for row in out.tolist()])
-        return time.perf_counter() - started
+        return clock() - began
 
     return run
 
@@ -256,7 +221,7 @@ def _continuous(
         batching.auto_switch_to_flash = False
 
     def run(prompts: list[list[int]]) -> float:
-        started = time.perf_counter()
+        began = clock()
         results = model.generate_batch(
             prompts,
             generation_config=settings,
@@ -268,7 +233,7 @@ def _continuous(
             raise RuntimeError(errors[0])
         _expect(load, [len(result.generated_tokens) for result in results])
         # Not to the return of the call, which also stops its thread.
-        return max(result.lifespan[1] for result in results) - started
+        return max(result.lifespan[1] for result in results) - began
 
     return run
 
@@ -283,7 +248,7 @@ def _expect(load: Load, lengths: Sequence[int]) -> None:
 
 def describe_device() -> dict[str, Any]:
     size = {"size": 2**20} if jax.default_backend() == "cpu" else {}
-    return hardware.describe("python -m bench.load.generate") | {"copy_tb_s": hardware.copy_tb_s(**size)}
+    return hardware.describe() | {"copy_tb_s": hardware.copy_tb_s(**size)}
 
 
 def child(part: str, load: Load) -> dict[str, Any]:
@@ -291,15 +256,8 @@ def child(part: str, load: Load) -> dict[str, Any]:
 
     A failure is {"error": its last line}.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "bench.load.generate",
-        "--part",
-        part,
-        "--load",
-        json.dumps(asdict(load)),
-    ]
+    told = ["--part", part, "--load", json.dumps(asdict(load))]
+    command = [sys.executable, "-m", "bench.load.generate", *told]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -334,70 +292,72 @@ def compare(result: dict[str, Any], load: Load) -> None:
         result |= {"floor": floor, "share_of_floor": share}
 
 
-def print_result(result: Mapping[str, Any]) -> None:
+def text(result: Mapping[str, Any]) -> str:
     ours = result["taper"]
-    print(f"{'':<42}{'tokens/s':>10}{'seconds':>10}")
+    lines = [f"{'':<42}{'tokens/s':>10}{'seconds':>10}"]
     rows = {"taper-serve, gRPC": ours, **{f"transformers {k}": v for k, v in result["peers"].items()}}
     for name, row in rows.items():
         figures = row.get("error") or f"{row['tokens_per_second']:>10.0f}{row['seconds']:>10.2f}"
-        print(f"{name:<42}{figures}")
+        lines.append(f"{name:<42}{figures}")
     if "ratio" in result:
-        print(f"{result['ratio']:.2f} x the best of transformers ({result['best_peer']})")
+        lines.append(f"{result['ratio']:.2f} x the best of transformers ({result['best_peer']})")
     if "floor" in result:
         floor, decode = result["floor"], ours["decode"]
-        print(
+        lines.append(
             f"decoding together: {decode['tokens_per_second']:.0f} tokens/s; bytes allow "
             f"{floor['tokens_per_second']:.0f} ({floor['step_ms']:.2f} ms a step): share "
             f"{result['share_of_floor']:.2f}"
         )
     first = ours["first_token_seconds"]
-    print(
+    lines.append(
         f"first tokens: median {first['median']:.2f} s, last {first['last']:.2f} s; "
         f"ready after {ours['ready_seconds']:.0f} s"
     )
+    return "\n".join(lines)
+
+
+def command() -> Command:
+    parser = Command("bench.load.generate", "Output tokens per second of a batch of requests.")
+    add = parser.add_argument
+    add("--model", default="qwen3-8b", help="a preset, a folder or default")
+    add("--dtype", default="bfloat16")
+    add("--prompts", type=int, default=64)
+    add("--prompt-tokens", type=int, default=512)
+    add("--new-tokens", type=int, default=128)
+    add("--buckets", type=int, nargs="+", default=[64, 128, 256, 512])
+    add("--interval-ms", type=float, default=0.0, help="least time between two messages of a stream")
+    add("--peers", nargs="*", choices=["transformers"], default=[])
+    add("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    add("--seed", type=int, default=0)
+    return parser
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
     own, extra = split(arguments)
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.load.generate", description="Output tokens per second of a batch of requests."
-    )
-    parser.add_argument("--model", default="qwen3-8b", help="a preset, a folder or default")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--buckets", type=int, nargs="+", default=[64, 128, 256, 512])
-    parser.add_argument(
-        "--interval-ms", type=float, default=0.0, help="least time between two messages of a stream"
-    )
-    parser.add_argument("--peers", nargs="*", choices=["transformers"], default=[])
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(own)
+    options = command().parse_args(own)
     load = Load(
         options.model, options.dtype, options.prompts, options.prompt_tokens, options.new_tokens, options.seed
     )
-    result: dict[str, Any] = {**child("device", load), "load": asdict(load), "peers": {}}
-    result["command"] = f"python -m bench.load.generate {shlex.join(arguments)}"
-    if "error" in result:
-        sys.exit(f"bench.load.generate: {result['error']}")
+    device = child("device", load)
+    if "error" in device:
+        sys.exit(f"bench.load.generate: {device['error']}")
+    result: dict[str, Any] = {**head(command().typed(arguments), device), "load": asdict(load), "peers": {}}
     served = [*server_options(load, options.buckets), *extra]
     result["taper"] = measure_taper(load, served, options.interval_ms)
     compare(result, load)
-    hardware.save(result, options.json)
+    keep(result, options.json)
     for setting in options.settings if options.peers else ():
         result["peers"][setting] = child(setting, load)
         compare(result, load)
-        hardware.save(result, options.json)
-    print_result(result)
+        keep(result, options.json)
+    write(result, options.json)
+    say(text(result), options.json)
     return result
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--part"]:
-        _, part, _, load = sys.argv[1:]
-        print(json.dumps(run_part(part, Load(**json.loads(load)))))
+        _, part, _, described = sys.argv[1:]
+        print(json.dumps(run_part(part, Load(**json.loads(described)))))
     else:
         main(sys.argv[1:])

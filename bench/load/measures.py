@@ -1,4 +1,4 @@
-"""What a client sees of its requests, and the measures of a policy: one definition for all benchmarks.
+"""What a client sees of its requests, and the measures of a run under a policy: one definition for all.
 
 On the client's clock: t1 is the first token, tE the last, N their number. Stage s ends with its last token at
 c_s and begins where the one before it ended, b_s (the first: at t1); it brings n_s tokens over branches the
@@ -15,17 +15,18 @@ the tokens of good requests per second. The denominator of attainment is everyth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bench.load.workload import Item
+from scheduler.request import Slo
 
 SHORT_STAGE = 16
+MEASURES = ("mean", "stage", "critical")
 
 
 @dataclass(slots=True)
@@ -56,6 +57,19 @@ class Record:
     @property
     def ttft(self) -> float:
         return self.first - self.arrival
+
+    @property
+    def latency(self) -> float:
+        """Seconds from its arrival to its last token."""
+        return self.last - self.arrival
+
+    def on_time(self, slo: Slo) -> bool:
+        """Whether it finished, and its first token came within the target."""
+        return self.finished and self.ttft <= slo.ttft
+
+    def good(self, slo: Slo, measure: str) -> bool:
+        """Whether it was on time, and its TPOT by that measure is within the target too."""
+        return self.on_time(slo) and getattr(self, f"{measure}_tpot") <= slo.tpot
 
     @property
     def mean_tpot(self) -> float:
@@ -115,31 +129,116 @@ def quantile(values: Sequence[float], q: float) -> float | None:
     return float(np.quantile(values, q)) if values else None
 
 
-def client_row(
-    records: Sequence[Record], seconds: float, *, tpot_slo: float, ttft_slo: float
-) -> dict[str, Any]:
-    """Goodput (tokens per second of a window of `seconds`) and attainment of what arrived in the window."""
-    on_time = [record.finished and record.ttft <= ttft_slo for record in records]
-    finished = [record for record in records if record.finished]
-    parallel = [record.item.parallel for record in records]
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Which requests are measured, and for how long: seconds from the start of a run.
 
-    def good(tpot: Callable[[Record], float]) -> list[bool]:
-        return [ok and tpot(record) <= tpot_slo for record, ok in zip(records, on_time, strict=True)]
+    Requests that arrive in [warmup, end) count, and are served to their end; those before them warm the
+    server up. One that is not answered `drain` seconds after the end counts as not finished.
+    """
 
-    def goodput(flags: Sequence[bool]) -> float:
-        return sum(record.tokens for record, ok in zip(records, flags, strict=True) if ok) / seconds
+    warmup: float = 0.0
+    end: float = math.inf
+    drain: float = math.inf
 
-    measures = {name: good(attrgetter(f"{name}_tpot")) for name in ("mean", "stage", "critical")}
-    stage = [*zip(parallel, measures["stage"], strict=True)]
-    latencies = [record.last - record.arrival for record in finished]
-    serial_ms = [1e3 * record.mean_tpot for record in finished if not record.item.parallel]
-    return {
-        **{f"goodput_{name}": goodput(flags) for name, flags in measures.items()},
-        **{f"attainment_{name}": share(flags) for name, flags in measures.items()},
-        "serial_attainment": share(ok for wide, ok in stage if not wide),
-        "parallel_attainment": share(ok for wide, ok in stage if wide),
-        "ttft_attainment": share(on_time),
-        "e2e_p50_s": quantile(latencies, 0.5),
-        "e2e_p99_s": quantile(latencies, 0.99),
-        "serial_tpot_p99_ms": quantile(serial_ms, 0.99),
-    }
+    def __contains__(self, at: float) -> bool:
+        return self.warmup <= at < self.end
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.warmup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A workload served once under a policy: what clients saw of the requests that arrived in the window.
+
+    slo      the targets that they are held to
+    seconds  of the window
+    tokens   that came within it, whoever had asked for them
+    turns    steps, summed over requests, that brought these
+    """
+
+    policy: str
+    slo: Slo
+    seconds: float
+    records: Sequence[Record]
+    tokens: int
+    turns: float
+
+    @property
+    def serial_tpots(self) -> list[float]:
+        """Seconds a token, of the finished requests without branches."""
+        return [each.mean_tpot for each in self.records if each.finished and not each.item.parallel]
+
+    def good(self, measure: str) -> list[bool]:
+        """Of each request, whether it finished within its targets; `measure` is mean, stage or critical."""
+        return [each.good(self.slo, measure) for each in self.records]
+
+    def row(self) -> dict[str, Any]:
+        """Goodput (tokens per second), attainment and the rest; None for a ratio with nothing below."""
+        good = {measure: self.good(measure) for measure in MEASURES}
+        goodput = {
+            measure: sum(each.tokens for each, ok in zip(self.records, flags, strict=True) if ok)
+            for measure, flags in good.items()
+        }
+        parallel = [each.item.parallel for each in self.records]
+        stage = [*zip(parallel, good["stage"], strict=True)]
+        latencies = [each.latency for each in self.records if each.finished]
+        return {
+            "policy": self.policy,
+            **{f"goodput_{measure}": tokens / self.seconds for measure, tokens in goodput.items()},
+            **{f"attainment_{measure}": share(flags) for measure, flags in good.items()},
+            "serial_attainment": share(ok for wide, ok in stage if not wide),
+            "parallel_attainment": share(ok for wide, ok in stage if wide),
+            "ttft_attainment": share(each.on_time(self.slo) for each in self.records),
+            "e2e_p50_s": quantile(latencies, 0.5),
+            "e2e_p99_s": quantile(latencies, 0.99),
+            "serial_tpot_p99_ms": quantile([1e3 * tpot for tpot in self.serial_tpots], 0.99),
+            "raw_tokens_s": self.tokens / self.seconds,
+            "mean_width": self.tokens / self.turns if self.turns else None,
+        }
+
+
+def milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
+
+
+# --- the table ---------------------------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """A figure of a row, as tables show it."""
+
+    title: str
+    form: str
+
+    def cell(self, value: float | None) -> str:
+        return "-" if value is None else self.form.format(value)
+
+
+COLUMNS = {
+    "goodput_mean": Column("goodput mean", "{:.0f}"),
+    "attainment_mean": Column("attained", "{:.1%}"),
+    "goodput_stage": Column("goodput stage", "{:.0f}"),
+    "attainment_stage": Column("attained", "{:.1%}"),
+    "goodput_critical": Column("goodput crit.", "{:.0f}"),
+    "attainment_critical": Column("attained", "{:.1%}"),
+    "serial_attainment": Column("serial", "{:.1%}"),
+    "parallel_attainment": Column("parallel", "{:.1%}"),
+    "ttft_attainment": Column("TTFT", "{:.1%}"),
+    "raw_tokens_s": Column("raw tok/s", "{:.0f}"),
+    "mean_width": Column("width", "{:.2f}"),
+    "e2e_p50_s": Column("E2E p50 s", "{:.2f}"),
+    "e2e_p99_s": Column("E2E p99 s", "{:.2f}"),
+    "serial_tpot_p99_ms": Column("serial p99 ms", "{:.1f}"),
+    "gap_p99_ms": Column("gap p99 ms", "{:.1f}"),
+}
+
+
+def titles(figures: Iterable[str], width: int = 14) -> str:
+    return "".join(f"{COLUMNS[figure].title:>{width}}" for figure in figures)
+
+
+def cells(row: Mapping[str, Any], figures: Iterable[str], width: int = 14) -> str:
+    return "".join(f"{COLUMNS[figure].cell(row[figure]):>{width}}" for figure in figures)

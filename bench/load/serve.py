@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
-import shlex
 import sys
 import time
 import uuid
@@ -24,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import result
-from bench.load.driver import Answer, Reply, clock, connected, message, no_collections, play
+from bench.command import Command, floats
+from bench.load.driver import Answer, Reply, connected, message, play
+from bench.load.measures import Record, milliseconds, quantile
 from bench.load.workload import FAMILIES, Item, Workload, closed_loop, gamma
+from bench.timing import clock, no_collections
 from serve.api.errors import ServiceError
 from serve.client.client import AsyncClient
 
@@ -45,7 +48,6 @@ METRICS = {
     "stage_tpot": "TPOT of the slowest stage",
     "critical_tpot": "TPOT of the slowest critical path",
 }
-GOODPUT = ("ttft", "tpot", "e2el")
 TRIAL = Item(0.0, 8, ((2,),))
 
 
@@ -53,59 +55,47 @@ TRIAL = Item(0.0, 8, ((2,),))
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """A request that was answered in full; times in seconds."""
+class Answered:
+    """A request that was answered in full: as its client saw it, and seconds between its messages."""
 
-    parallel: bool
+    record: Record
     prompt_tokens: int
-    tokens: int
-    ttft: float
-    e2el: float
-    itls: list[float]
-    stage_tpot: float
-    critical_tpot: float
+    gaps: list[float]
 
     @classmethod
-    def of(cls, item: Item, reply: Reply) -> Request | None:
+    def of(cls, item: Item, reply: Reply) -> Answered | None:
         """None for one that failed, or ended before its time."""
         answer = Answer.of(reply)
         record = answer.record(item, arrival=reply.sent)
-        if reply.error or not record.finished:
-            return None
-        return cls(
-            item.parallel,
-            answer.prompt_tokens,
-            record.tokens,
-            record.ttft,
-            record.last - record.arrival,
-            answer.gaps,
-            record.stage_tpot,
-            record.critical_tpot,
-        )
-
-    @property
-    def tpot(self) -> float:
-        """0 for a single token."""
-        return (self.e2el - self.ttft) / (self.tokens - 1) if self.tokens > 1 else 0.0
+        whole = record.finished and not reply.error
+        return cls(record, answer.prompt_tokens, answer.gaps) if whole else None
 
 
-def values(requests: Sequence[Request]) -> dict[str, list[float]]:
+TARGETS: dict[str, Callable[[Record], float]] = {  # what --goodput may ask for, in seconds
+    "ttft": attrgetter("ttft"),
+    "tpot": attrgetter("mean_tpot"),
+    "e2el": attrgetter("latency"),
+}
+
+
+def values(requests: Sequence[Answered]) -> dict[str, list[float]]:
     """By metric, in seconds."""
+    records = [request.record for request in requests]
     found = {
-        "ttft": [request.ttft for request in requests],
-        "tpot": [request.tpot for request in requests if request.tokens > 1],
-        "itl": [gap for request in requests for gap in request.itls],
-        "e2el": [request.e2el for request in requests],
+        "ttft": [record.ttft for record in records],
+        "tpot": [record.mean_tpot for record in records if record.tokens > 1],
+        "itl": [gap for request in requests for gap in request.gaps],
+        "e2el": [record.latency for record in records],
     }
-    parallel = [request for request in requests if request.parallel]
+    parallel = [record for record in records if record.item.parallel]
     if parallel:
-        found["stage_tpot"] = [request.stage_tpot for request in parallel]
-        found["critical_tpot"] = [request.critical_tpot for request in parallel]
+        found["stage_tpot"] = [record.stage_tpot for record in parallel]
+        found["critical_tpot"] = [record.critical_tpot for record in parallel]
     return found
 
 
 def figures(
-    requests: Sequence[Request],
+    requests: Sequence[Answered],
     *,
     failed: int,
     duration: float,
@@ -114,8 +104,10 @@ def figures(
 ) -> dict[str, Any]:
     """The figures by name; None where there is nothing to take one of. `goodput` in milliseconds."""
     inputs = sum(request.prompt_tokens for request in requests)
-    outputs = sum(request.tokens for request in requests)
-    good = sum(all(1e3 * getattr(each, name) <= most for name, most in goodput.items()) for each in requests)
+    outputs = sum(request.record.tokens for request in requests)
+    good = sum(
+        all(1e3 * TARGETS[name](each.record) <= most for name, most in goodput.items()) for each in requests
+    )
     found: dict[str, Any] = {
         "duration": duration,
         "completed": len(requests),
@@ -132,7 +124,7 @@ def figures(
         for kind, statistic in statistics.items():
             found[f"{kind}_{name}_ms"] = 1e3 * float(statistic(seconds)) if seconds else None
         for p in percentiles:
-            found[f"p{p:g}_{name}_ms"] = 1e3 * float(np.percentile(seconds, p)) if seconds else None
+            found[f"p{p:g}_{name}_ms"] = milliseconds(quantile(seconds, p / 100))
     return found
 
 
@@ -206,8 +198,19 @@ def load(options: argparse.Namespace) -> tuple[list[Item], list[float]]:
 # --- the run -----------------------------------------------------------------------------------------------
 
 
-async def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
-    """The whole result. Raises ServiceError where the server does not answer, or refuses a trial request."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """What was sent and what came back. `seconds`: to the last answer; `cpu_share`: of the client's core."""
+
+    server: dict[str, Any]
+    items: Sequence[Item]
+    replies: Sequence[Reply]
+    seconds: float
+    cpu_share: float
+
+
+async def played(options: argparse.Namespace) -> Played:
+    """Send everything. Raises ServiceError where the server does not answer, or refuses a trial request."""
     items, arrivals = load(options)
     items = [item.scaled(options.scale) for item in items]
     async with AsyncClient(options.address) as client, connected(options.address) as driver:
@@ -227,36 +230,41 @@ async def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
             replies = await play(
                 driver, requests, arrivals, max_concurrency=options.max_concurrency, on_reply=advance
             )
-            duration, cpu = clock() - began, time.process_time() - cpu
-    answered = [Request.of(item, reply) for item, reply in zip(items, replies, strict=True)]
+            seconds, cpu = clock() - began, time.process_time() - cpu
+    return Played(server=server, items=items, replies=replies, seconds=seconds, cpu_share=cpu / seconds)
+
+
+def report(options: argparse.Namespace, run: Played, typed: str) -> dict[str, Any]:
+    """The whole result."""
+    answered = [Answered.of(item, reply) for item, reply in zip(run.items, run.replies, strict=True)]
     complete = [request for request in answered if request is not None]
     errors = Counter(
         reply.error or "ended before its time"
-        for reply, request in zip(replies, answered, strict=True)
+        for reply, request in zip(run.replies, answered, strict=True)
         if request is None
     )
     found = figures(
         complete,
-        failed=len(items) - len(complete),
-        duration=duration,
+        failed=len(run.items) - len(complete),
+        duration=run.seconds,
         goodput=dict(options.goodput),
         percentiles=options.metric_percentiles,
     )
     if options.save_detailed:
         found |= {
             "input_lens": [request.prompt_tokens for request in complete],
-            "output_lens": [request.tokens for request in complete],
-            "ttfts": [request.ttft for request in complete],
-            "itls": [request.itls for request in complete],
+            "output_lens": [request.record.tokens for request in complete],
+            "ttfts": [request.record.ttft for request in complete],
+            "itls": [request.gaps for request in complete],
         }
     asked = {key: value for key, value in vars(options).items() if key not in ("json", "save_detailed")}
     if options.request_rate == math.inf:
         asked["request_rate"] = "inf"  # as vLLM writes it: JSON has no infinity
     return {
-        **result.head(command),
-        "server": server,
+        **result.head(typed),
+        "server": run.server,
         "options": asked,
-        "client_cpu_share": cpu / duration,
+        "client_cpu_share": run.cpu_share,
         "errors": errors,
         **found,
     }
@@ -275,15 +283,15 @@ def progress(total: int) -> Iterator[Callable[[Reply], None]]:
 def target(text: str) -> tuple[str, float]:
     """`tpot:50` and the like."""
     name, _, milliseconds = text.partition(":")
-    if name not in GOODPUT:
+    if name not in TARGETS:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not one of {', '.join(GOODPUT)}, a colon and milliseconds"
+            f"{text!r} is not one of {', '.join(TARGETS)}, a colon and milliseconds"
         )
     return name, float(milliseconds)
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.load.serve", description="Loads a running server.")
+def command() -> Command:
+    parser = Command("bench.load.serve", "Loads a running server.")
     add = parser.add_argument
     add("--address", default="127.0.0.1:50051", help="HOST:PORT")
     add("--num-prompts", type=int, default=1000, help="requests, at most those of a file")
@@ -296,29 +304,23 @@ def parser() -> argparse.ArgumentParser:
     add("--burstiness", type=float, default=1.0, help="shape of the gamma-distributed gaps; 1 is Poisson")
     add("--max-concurrency", type=int, help="most requests at a time; none unless set")
     add("--goodput", type=target, nargs="*", default=[], metavar="NAME:MS", help="of ttft, tpot, e2el")
-    add("--metric-percentiles", type=percentiles, default=[50.0, 90.0, 99.0], metavar="P,P,...")
+    add("--metric-percentiles", type=floats, default=[50.0, 90.0, 99.0], metavar="P,P,...")
     add("--seed", type=int, default=0)
     add("--save-detailed", action="store_true", help="also each request's own figures, in seconds")
-    add("--json", help="a file, or - for standard output")
     return parser
 
 
-def percentiles(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    options = parser().parse_args(arguments)
+    options = command().parse_args(arguments)
     try:
-        found = asyncio.run(run(options, f"python -m bench.load.serve {shlex.join(arguments)}"))
+        found = report(options, asyncio.run(played(options)), command().typed(arguments))
     except (ServiceError, OSError, ValueError) as error:
         sys.exit(f"bench.load.serve: {error}")
     result.write(found, options.json)
-    out = sys.stderr if options.json == "-" else sys.stdout
-    print(table(found, options.metric_percentiles), file=out)
-    print(f"The client took {found['client_cpu_share']:.0%} of a core.", file=out)
-    for error, count in found["errors"].items():
-        print(f"{count} failed: {error}", file=out)
+    lines = [table(found, options.metric_percentiles)]
+    lines.append(f"The client took {found['client_cpu_share']:.0%} of a core.")
+    lines += [f"{count} failed: {error}" for error, count in found["errors"].items()]
+    result.say("\n".join(lines), options.json)
     return found
 
 

@@ -10,7 +10,6 @@ tokens: a request's plan ends each stage by its limit alone.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -23,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.command import Command
+from bench.result import say
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage
 from scheduler.request import Request, Slo, Stopping
 from scheduler.sampling import SamplingParams
@@ -103,6 +104,10 @@ class Item:
             slo=slo,
         )
 
+
+ALONE = Item(0.0, 800, ((400,),))  # one serial request: what it gets by itself is what targets follow from
+TPOT_SLO_MULTIPLE = 2.0  # of its TPOT
+TTFT_SLO = 5.0  # seconds
 
 # --- families ----------------------------------------------------------------------------------------------
 
@@ -359,9 +364,7 @@ def table(workload: Workload) -> str:
 
 
 def main(arguments: Sequence[str]) -> Workload:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.load.workload", description="Makes a workload file."
-    )
+    parser = Command("bench.load.workload", "Makes a workload file.")
     parser.add_argument("--family", choices=("headline", "headline-closed", *FAMILIES), default="fanout")
     parser.add_argument("--arrivals", choices=ARRIVALS, help="bursty, or the family's own")
     parser.add_argument("--rate", type=float, help="requests per second, 1.6 unless set")
@@ -370,14 +373,15 @@ def main(arguments: Sequence[str]) -> Workload:
     parser.add_argument("--requests", type=int, help="of a closed loop, instead of 10 a second")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all lengths, for a smaller model")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     seconds = options.requests / REQUESTS_PER_SECOND if options.requests else options.seconds
     asked = {"arrivals": options.arrivals, "rate": options.rate, "clients": options.clients}
     workload = named(options.family, options.seed, seconds, **asked).scaled(options.scale)
-    if options.json is not None:
-        workload.save(options.json)
-    print(table(workload))
+    if options.json == "-":
+        print(workload.text, end="")
+    elif options.json is not None:
+        workload.save(Path(options.json))
+    say(table(workload), options.json)
     return workload
 
 

@@ -1,8 +1,0 @@
-"""`python -m bench.simulate`."""
-
-import sys
-
-from bench.simulate.simulation import main
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -8,25 +8,22 @@ The forms of the predictor are those of the profile, all fitted to the same meas
 
 from __future__ import annotations
 
-import argparse
-import gc
 import math
-import multiprocessing
-import shlex
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.command import Command
+from bench.load.measures import Window
 from bench.load.workload import named
-from bench.result import write
-from bench.simulate import simulation as simulator
-from bench.simulate.simulation import Profile, Setting, Simulation, row, table
+from bench.result import head, say, write
+from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW, table
+from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, targets
+from bench.timing import no_collections
 from scheduler.events import Event, TokenEmitted
 from scheduler.live_request import LiveRequest
 from scheduler.policy import AdmissionPolicy, Baseline, Extra, Taper
@@ -174,7 +171,6 @@ VARIATIONS = {
 
 def ablate(setting: Setting, name: str) -> dict[str, Any]:
     variation = VARIATIONS[name]
-    gc.disable()
     simulation = Simulation(
         replace(setting, controller=variation.controller),
         variation.policy,
@@ -183,46 +179,41 @@ def ablate(setting: Setting, name: str) -> dict[str, Any]:
     )
     if variation.admission is not None:
         simulation.scheduler.policy = variation.admission()
-    simulation.run()
-    gc.enable()
-    return row(name, simulation)
+    with no_collections():
+        simulation.serve()
+    return simulation.run().row() | {"policy": name}
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.simulate.ablations", description="Ablates the controller."
-    )
+    parser = Command("bench.simulate.ablations", "Ablates the controller.")
     parser.add_argument("--profile", default="h200-qwen3-32b")
     parser.add_argument("--workload", default="headline")
     parser.add_argument("--variations", nargs="+", choices=VARIATIONS, default=[*VARIATIONS])
     parser.add_argument("--rate", type=float, help="requests per second, instead of the workload's own")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--warmup", type=float, default=simulator.WARMUP)
-    parser.add_argument("--window", type=float, default=simulator.WINDOW)
+    parser.add_argument("--warmup", type=float, default=WARMUP)
+    parser.add_argument("--window", type=float, default=WINDOW)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    end = options.warmup + options.window
+    window = Window(options.warmup, options.warmup + options.window)
     profile = Profile.load(options.profile)
     setting = Setting(
         profile=profile,
-        workload=named(options.workload, options.seed, end + simulator.COOLDOWN, rate=options.rate),
-        tpot_slo=simulator.TPOT_SLO_MULTIPLE * simulator.unloaded_tpot(profile),
-        warmup=options.warmup,
-        end=end,
+        workload=named(options.workload, options.seed, window.end + COOLDOWN, rate=options.rate),
+        slo=targets(profile),
+        window=window,
         seed=options.seed,
     )
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
+    with in_processes(options.processes) as pool:
         rows = [*pool.map(partial(ablate, setting), options.variations)]
     result = {
-        "command": f"python -m bench.simulate.ablations {shlex.join(arguments)}",
+        **head(parser.typed(arguments)),
         "profile": profile.name,
         "sha256": setting.workload.digest,
         "rows": rows,
     }
     write(result, options.json)
-    print(table(rows))
+    say(table(rows), options.json)
     return result
 
 

@@ -9,20 +9,20 @@ is above 95 % or below 5 %, and within 5 points of attainment elsewhere; both by
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from bench.command import Command
+from bench.load.measures import COLUMNS, Window, titles
 from bench.load.workload import named
-from bench.result import write
-from bench.simulate.simulation import Profile, Setting, simulate
+from bench.result import head, keep, say, write
+from bench.simulate.simulation import Profile, Setting, in_processes, simulate
+from scheduler.request import Slo
 
 FIGURES = ("goodput_stage", "attainment_stage", "goodput_mean", "raw_tokens_s", "mean_width", "e2e_p50_s")
 NEAR = 0.05  # of goodput, or of all requests
@@ -31,26 +31,17 @@ SURE = 0.05  # distance of an attainment from 0 or 1 from which on goodput is wh
 
 def settings(result: Mapping[str, Any], profile: Profile) -> list[tuple[Setting, str]]:
     """The setting and the policy of each row. Raises ValueError for requests that are not the result's."""
-    ends = {name: result[f"{name}_s"] for name in ("warmup", "window", "cooldown", "drain")}
-    end = ends["warmup"] + ends["window"]
+    window = Window(result["warmup_s"], result["warmup_s"] + result["window_s"], result["drain_s"])
+    slo = Slo(tpot=result["tpot_slo_ms"] / 1e3, ttft=result["ttft_slo_s"])
     found: list[tuple[Setting, str]] = []
     for row in result["rows"]:
         point = next(p for p in result["points"] if (p["load"], p["seed"]) == (row["load"], row["seed"]))
         load = {"clients": row["load"]} if point.get("closed") else {"rate": row["load"]}
-        workload = named(result["workload"], row["seed"], end + ends["cooldown"], **load)
+        workload = named(result["workload"], row["seed"], window.end + result["cooldown_s"], **load)
         workload = workload.scaled(result["scale"])
         if workload.digest != point["sha256"]:
             raise ValueError(f"{result['workload']}, seed {row['seed']}, is not what it was then")
-        setting = Setting(
-            profile=profile,
-            workload=workload,
-            tpot_slo=result["tpot_slo_ms"] / 1e3,
-            ttft_slo=result["ttft_slo_s"],
-            warmup=ends["warmup"],
-            end=end,
-            drain=ends["drain"],
-            seed=row["seed"],
-        )
+        setting = Setting(profile=profile, workload=workload, slo=slo, window=window, seed=row["seed"])
         found.append((setting, row["policy"]))
     return found
 
@@ -74,49 +65,41 @@ def compare(real: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[
     }
 
 
+WIDTH = 18
+
+
 def line(row: Mapping[str, Any]) -> str:
-    def pair(name: str, form: str) -> str:
-        real, simulated = row[name]["real"], row[name]["simulated"]
-        return " / ".join("-" if value is None else form.format(value) for value in (real, simulated))
+    def pair(name: str) -> str:
+        real, simulated = (COLUMNS[name].cell(row[name][which]) for which in ("real", "simulated"))
+        return f"{real} / {simulated}"
 
+    pairs = "".join(f"{pair(name):>{WIDTH}}" for name in FIGURES)
     says = "agrees" if row["agrees"] else "DIFFERS"
-    return (
-        f"{row['load']:>6g}{row['seed']:>5}  {row['policy']:<8}{pair('goodput_stage', '{:.0f}'):>16}"
-        f"{pair('attainment_stage', '{:.1%}'):>18}{pair('goodput_mean', '{:.0f}'):>16}"
-        f"{pair('raw_tokens_s', '{:.0f}'):>16}{pair('mean_width', '{:.2f}'):>14}"
-        f"{pair('e2e_p50_s', '{:.1f}'):>14}  {says}"
-    )
+    return f"{row['load']:>6g}{row['seed']:>5}  {row['policy']:<8}{pairs}  {says}"
 
 
-TITLES = (
-    f"{'load':>6}{'seed':>5}  {'policy':<8}{'goodput stage':>16}{'attained':>18}{'goodput mean':>16}"
-    f"{'raw tok/s':>16}{'width':>14}{'E2E p50 s':>14}   (real / simulated)"
-)
+TITLES = f"{'load':>6}{'seed':>5}  {'policy':<8}{titles(FIGURES, WIDTH)}   (real / simulated)"
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.simulate.agreement", description="Simulator against server."
-    )
+    parser = Command("bench.simulate.agreement", "Simulator against server.")
     parser.add_argument("results", type=Path, nargs="+", help="files that bench.load.goodput wrote")
     parser.add_argument("--profile", default="h200-qwen3-32b", help="a shipped profile's name, or a file")
     parser.add_argument("--runs", type=int, default=5, help="simulations of each row, with other noise")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    profile = Profile.load(options.profile)
-    rows: list[dict[str, Any]] = []
-    print(TITLES)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
+    profile, names = Profile.load(options.profile), [path.name for path in options.results]
+    found = {**head(parser.typed(arguments)), "profile": profile.name, "results": names, "rows": []}
+    say(TITLES, options.json)
+    with in_processes(options.processes) as pool:
         for path in options.results:
             result = json.loads(path.read_text())
             for real, (setting, policy) in zip(result["rows"], settings(result, profile), strict=True):
                 noisy = [replace(setting, seed=number) for number in range(options.runs)]
                 runs = [simulated for simulated, _ in pool.map(simulate, noisy, [policy] * options.runs)]
-                rows.append(compare(real, runs))
-                print(line(rows[-1]), flush=True)
-    found = {"profile": profile.name, "results": [path.name for path in options.results], "rows": rows}
+                found["rows"].append(compare(real, runs))
+                say(line(found["rows"][-1]), options.json)
+                keep(found, options.json)
     write(found, options.json)
     return found
 

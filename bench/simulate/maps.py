@@ -21,13 +21,9 @@ Requests that arrive in the window are measured, all of them, and served to thei
 
 from __future__ import annotations
 
-import argparse
-import gc
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,11 +31,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.load.workload import Item, Workload, fanout, lognormal, named, open_loop
+from bench.command import Command
+from bench.load.measures import Window, cells
+from bench.load.workload import TPOT_SLO_MULTIPLE, Item, Workload, fanout, lognormal, named, open_loop
 from bench.plot import plot_maps
-from bench.result import write
-from bench.simulate import simulation as simulator
-from bench.simulate.simulation import Profile, Setting, Simulation, row, unloaded_tpot
+from bench.result import head, say, write
+from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW
+from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, targets, unloaded_tpot
+from bench.timing import no_collections
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.slack import ControllerConfig
 
@@ -50,6 +49,7 @@ SOME = ("off", "cap:4", "eager", "taper")
 OFFERED = RATE * 3000.0  # tokens per second, about those of the headline point
 FAMILIES = {"mixed": 3.0, "reasoning": 0.9, "light": 2.4, "best-of-n": 2.0, "azure-conv": 3.5}
 HOUR = 3600.0
+FIGURES = ("goodput_stage", "attainment_stage")
 CAPABLE = 0.99  # attainment with which a policy still has the capacity for a load
 
 
@@ -151,10 +151,9 @@ def run(profile_name: str, case: Case) -> dict[str, Any]:
     """The row of a case."""
     profile = Profile.load(profile_name)
     name, x, label, seed = case
-    warmup, window = simulator.WARMUP, HOUR if name == "hour" else simulator.WINDOW
-    end = warmup + window
-    seconds = end + simulator.COOLDOWN
-    multiple, controller, latency = simulator.TPOT_SLO_MULTIPLE, ControllerConfig(), None
+    window = Window(WARMUP, WARMUP + (HOUR if name == "hour" else WINDOW))
+    seconds = window.end + COOLDOWN
+    multiple, controller, latency = TPOT_SLO_MULTIPLE, ControllerConfig(), None
     workload = named("headline", seed, seconds, rate=RATE)
     match name, x:
         case (("load" | "hour"), float()):
@@ -176,17 +175,15 @@ def run(profile_name: str, case: Case) -> dict[str, Any]:
     setting = Setting(
         profile=profile,
         workload=workload,
-        tpot_slo=multiple * unloaded_tpot(profile),
-        warmup=warmup,
-        end=end,
+        slo=targets(profile, multiple),
+        window=window,
         seed=seed,
         controller=controller,
     )
-    gc.disable()
     simulation = Simulation(setting, "taper" if label in MARGINS else label, latency=latency)
-    simulation.run()
-    gc.enable()
-    return {**case._asdict(), **row(label, simulation)}
+    with no_collections():
+        simulation.serve()
+    return {**case._asdict(), **simulation.run().row(), "policy": label}
 
 
 def capacity(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, float | None]:
@@ -214,31 +211,26 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         labels = [*dict.fromkeys(each["label"] for each in of_map)]
         lines.append(f"{name:<12}" + "".join(f"{label:>16}" for label in labels))
         for x in dict.fromkeys(each["x"] for each in of_map):
-            cells = []
+            line = f"{x!s:<12}"
             for label in labels:
                 same = [each for each in of_map if (each["x"], each["label"]) == (x, label)]
-                goodput, attained = (
-                    sum(each[f"{figure}_stage"] or 0.0 for each in same) / len(same)
-                    for figure in ("goodput", "attainment")
-                )
-                cells.append(f"{goodput:>8.0f} {attained:>6.1%}")
-            lines.append(f"{x!s:<12}" + "".join(f"{cell:>16}" for cell in cells))
+                mean = {figure: sum(each[figure] or 0.0 for each in same) / len(same) for figure in FIGURES}
+                line += cells(mean, FIGURES, width=8)
+            lines.append(line)
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m bench.simulate.maps", description="Simulated maps.")
+    parser = Command("bench.simulate.maps", "Simulated maps.")
     parser.add_argument("--profile", default="h200-qwen3-32b", help="a shipped profile's name, or a file")
     parser.add_argument("--maps", nargs="+", choices=MAPS, default=[*MAPS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
     options = parser.parse_args(arguments)
     began, rows = time.perf_counter(), []
     wanted = [*cases(options.maps, options.seeds)]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
+    with in_processes(options.processes) as pool:
         for done, each in enumerate(pool.map(partial(run, options.profile), wanted), 1):
             rows.append(each)
             left = (time.perf_counter() - began) / done * (len(wanted) - done)
@@ -246,16 +238,17 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     print(file=sys.stderr)
     profile = Profile.load(options.profile)
     found: dict[str, Any] = {
-        "command": "python -m bench.simulate.maps " + " ".join(arguments),
+        **head(parser.typed(arguments)),
         "profile": profile.name,
         "tpot_unloaded_ms": 1e3 * unloaded_tpot(profile),
         "capacity": {name: capacity(rows, name) for name in ("load", "clients") if name in options.maps},
         "rows": rows,
     }
     write(found, options.json)
-    print(table(rows))
+    say(table(rows), options.json)
     for name, by_policy in found["capacity"].items():
-        print(f"capacity, {name}: " + ", ".join(f"{policy} {most}" for policy, most in by_policy.items()))
+        most = ", ".join(f"{policy} {load}" for policy, load in by_policy.items())
+        say(f"capacity, {name}: {most}", options.json)
     if options.plot is not None:
         plot_maps(found, options.plot)
     return found

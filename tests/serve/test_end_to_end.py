@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from bench.demo import POLICIES, TITLES, Demo, compare
 from model import decode
 from model.checkpoint import load_model
 from scheduler.sampling import SamplingParams
 from serve.client.answer import BranchFinished, Delta, Finished, Joined, StageStarted, Started
 from serve.client.client import Client, branch, parallel, sampling, serial, stopping
-from serve.demo import POLICIES, Demo, compare
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,12 @@ def test_explain_says_what_serving_takes_and_leaves(address: str, command: list[
 
 
 def test_every_policy_gives_every_request_the_same_tokens(address: str) -> None:
-    runs = asyncio.run(compare(address, Demo(requests=6), Console(quiet=True)))
-    assert set(runs) == set(POLICIES)
-    assert all(run.answers == runs["off"].answers for run in runs.values())
-    assert all(len(run.row()) == len(runs["off"].row()) for run in runs.values())
-    assert len({str(answer) for answer in runs["off"].answers}) == 6, "different prompts, different answers"
+    loads = asyncio.run(compare(address, Demo(requests=6), Console(quiet=True)))
+    assert set(loads) == set(POLICIES)
+    assert all(load.answers == loads["off"].answers for load in loads.values())
+    assert {len(load.cells()) for load in loads.values()} == {len(TITLES)}
+    assert loads["off"].run.row()["mean_width"] == 1.0 < loads["eager"].run.row()["mean_width"]
+    assert len({str(answer) for answer in loads["off"].answers}) == 6, "different prompts, different answers"
 
 
 def test_the_server_and_the_offline_decode_loop_agree(address: str) -> None:

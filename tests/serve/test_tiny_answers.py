@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import pytest
 
+from bench.demo import Demo, watched_question
 from model.config import ModelConfig
 from model.tiny.layout import Rows, Tokens, lay_out, pack
 from model.tiny.lessons import FOLDER, prompt, tokenizer
@@ -114,3 +115,9 @@ def test_served_tokens_are_the_first_choices_of_one_dense_pass(served: Run, task
     for row in zip(*pack(sequences, length), strict=True):
         rows = Rows(*(array[None] for array in row))
         assert not wrong_choices(weights, config, rows, jnp.float32).any()
+
+
+def test_the_branches_of_the_demos_question_take_less_than_half_of_the_steps(default_runner: Runner) -> None:
+    watched = watched_question(Demo().seed)
+    steps = {name: len(serve(default_runner, [watched], policy=name).steps) for name in ("off", "eager")}
+    assert steps["off"] > 2.1 * steps["eager"]

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from bench.load.measures import Record, client_row, merged_stages, quantile, share
+from bench.load.measures import Record, Run, merged_stages, quantile, share
 from bench.load.workload import Item
+from scheduler.request import Slo
 
 
 def seen(item: Item, first: float, *gaps: float, arrival: float = 0.0) -> Record:
@@ -14,6 +17,12 @@ def seen(item: Item, first: float, *gaps: float, arrival: float = 0.0) -> Record
         record.emit(record.last + gap)
     record.finished = record.tokens == item.tokens
     return record
+
+
+def row(*records: Record, tpot: float = 0.031) -> dict[str, Any]:
+    """Of a window of 10 s."""
+    slo = Slo(tpot=tpot, ttft=5.0)
+    return Run(policy="off", slo=slo, seconds=10.0, records=records, tokens=0, turns=0).row()
 
 
 def test_stages_end_with_their_last_token() -> None:
@@ -51,7 +60,7 @@ def test_a_short_stage_counts_with_the_next_and_a_short_last_one_with_the_one_be
 def test_the_mean_hides_a_slow_stage_that_the_stage_measure_shows() -> None:
     item = Item(0.0, 1, ((20,), (100, 100), (20,)))
     record = seen(item, 1.0, *[0.03] * 19, *[0.01] * 200, *[0.04] * 20)
-    result = client_row([record], 10.0, tpot_slo=0.031, ttft_slo=5.0)
+    result = row(record)
     assert (result["attainment_mean"], result["attainment_stage"]) == (1.0, 0.0)
     assert (result["goodput_mean"], result["goodput_stage"]) == (24.0, 0.0)
 
@@ -61,7 +70,7 @@ def test_the_critical_path_counts_the_longest_branch_alone() -> None:
     record = seen(Item(0.0, 1, ((17,), (100, 60))), 1.0, *[0.03] * 16, *[0.02] * 160)
     assert record.stage_tpot == pytest.approx(0.03)
     assert record.critical_tpot == pytest.approx(160 * 0.02 / 100)
-    result = client_row([record], 10.0, tpot_slo=0.031, ttft_slo=5.0)
+    result = row(record)
     assert (result["attainment_stage"], result["attainment_critical"]) == (1.0, 0.0)
     assert (result["goodput_stage"], result["goodput_critical"]) == (17.7, 0.0)
 
@@ -75,7 +84,7 @@ def test_everything_is_in_the_denominator() -> None:
         seen(serial, 19.0, *[0.01] * 19, arrival=13.5),  # its first token is late
         seen(parallel, 20.5, *[0.02] * 39, arrival=19.9),
     ]
-    result = client_row(records, 10.0, tpot_slo=0.031, ttft_slo=5.0)
+    result = row(*records)
     assert result["attainment_stage"] == 2 / 5
     assert result["serial_attainment"] == 1 / 4
     assert result["parallel_attainment"] == 1.0
@@ -86,6 +95,8 @@ def test_everything_is_in_the_denominator() -> None:
 def test_a_ratio_with_nothing_below_is_null() -> None:
     assert share([]) is None
     assert quantile([], 0.5) is None
-    empty = client_row([], 1.0, tpot_slo=0.031, ttft_slo=5.0)
-    assert {value for key, value in empty.items() if not key.startswith("goodput")} == {None}
-    assert {value for key, value in empty.items() if key.startswith("goodput")} == {0.0}
+    empty = row()
+    assert empty.pop("policy") == "off"
+    rates = {key for key in empty if key.startswith(("goodput", "raw"))}
+    assert {empty[key] for key in empty.keys() - rates} == {None}
+    assert {empty[key] for key in rates} == {0.0}

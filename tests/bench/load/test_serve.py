@@ -3,38 +3,41 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bench.load.measures import Record
 from bench.load.serve import (
     METRICS,
-    Request,
+    Answered,
+    command,
     figures,
     gamma_arrivals,
     load,
     main,
-    parser,
     random_items,
     table,
 )
-from bench.load.workload import open_loop
+from bench.load.workload import Item, Lengths, open_loop
 from tests.bench.served import Served, serving
 
-SERIAL = Request(
-    parallel=False,
-    prompt_tokens=10,
-    tokens=5,
-    ttft=0.1,
-    e2el=0.5,
-    itls=[0.1, 0.1, 0.1, 0.1],
-    stage_tpot=0.1,
-    critical_tpot=0.1,
-)
-SINGLE = replace(SERIAL, tokens=1, ttft=0.3, e2el=0.3, itls=[])
-FORKED = replace(SERIAL, parallel=True, tokens=9, itls=[0.4], stage_tpot=0.05, critical_tpot=0.2)
+
+def answered(stages: Lengths, times: list[float], tokens: int = 1) -> Answered:
+    """A request that arrived at 0; so many tokens came at each of these times."""
+    record = Record(Item(0.0, 10, stages), 0.0)
+    for now in times:
+        record.emit(now, tokens)
+    record.finished = True
+    gaps = [after - before for before, after in pairwise(times)]
+    return Answered(record, 10, gaps)
+
+
+SERIAL = answered(((5,),), [0.1, 0.2, 0.3, 0.4, 0.5])
+SINGLE = answered(((1,),), [0.3])
+FORKED = answered(((2, 2, 2),), [0.1, 0.5], tokens=3)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def served() -> Iterator[Served]:
         yield it
 
 
-def of(*requests: Request, **goodput: float) -> dict[str, float | None]:
+def of(*requests: Answered, **goodput: float) -> dict[str, float | None]:
     return figures(requests, failed=1, duration=2.0, goodput=goodput, percentiles=[50, 99.9])
 
 
@@ -74,9 +77,9 @@ def test_goodput_asks_for_all_targets_at_once() -> None:
 def test_branches_add_the_measures_of_stages() -> None:
     assert "mean_stage_tpot_ms" not in of(SERIAL)
     found = of(SERIAL, FORKED)
-    assert found["mean_stage_tpot_ms"] == pytest.approx(50)
-    assert found["mean_critical_tpot_ms"] == pytest.approx(200)
-    assert found["mean_tpot_ms"] == pytest.approx((100 + 50) / 2)
+    assert found["mean_stage_tpot_ms"] == pytest.approx(400 / 5)
+    assert found["mean_critical_tpot_ms"] == pytest.approx(400)
+    assert found["mean_tpot_ms"] == pytest.approx((100 + 80) / 2)
 
 
 def test_nothing_answered_leaves_nothing_to_measure() -> None:
@@ -111,12 +114,12 @@ def test_a_file_keeps_its_times_unless_a_rate_is_asked_for(tmp_path: Path) -> No
     workload = open_loop("light", "poisson", 5.0, 10.0, seed=1)
     workload.save(tmp_path / "w.json")
     options = ["--workload", str(tmp_path / "w.json"), "--num-prompts", "5"]
-    items, arrivals = load(parser().parse_args(options))
+    items, arrivals = load(command().parse_args(options))
     assert (items, arrivals) == ([*workload.items[:5]], [item.arrival for item in workload.items[:5]])
-    same, others = load(parser().parse_args([*options, "--request-rate", "2"]))
+    same, others = load(command().parse_args([*options, "--request-rate", "2"]))
     assert same == items
     assert others[-1] == 2.5
-    assert load(parser().parse_args([*options, "--request-rate", "inf"]))[1] == [0.0] * 5
+    assert load(command().parse_args([*options, "--request-rate", "inf"]))[1] == [0.0] * 5
 
 
 # --- against a server --------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def test_what_fails_is_counted_and_explained(served: Served, capsys: pytest.Capt
 
 
 def test_without_a_server_it_says_so() -> None:
-    with pytest.raises(SystemExit, match=r"bench\.serve: .*connect"):
+    with pytest.raises(SystemExit, match=r"bench\.load\.serve: .*connect"):
         main(["--address", "127.0.0.1:1", "--num-prompts", "1"])
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from bench.load.workload import open_loop
 from bench.simulate.ablations import VARIATIONS, Replanned, Unbudgeted, ablate, unpadded
-from bench.simulate.simulation import Profile, Setting, unloaded_tpot
+from bench.simulate.simulation import Profile, Setting, targets
 from scheduler.policy import Baseline, Extra
 from scheduler.predictor import StepLatencyModel, StepLoad
 
@@ -16,7 +16,7 @@ LATENCY = StepLatencyModel({4: 0.010, 16: 0.020})
 def test_every_variation_answers_everything_in_full() -> None:
     workload = open_loop("mixed", "poisson", 2.0, 1.0, seed=3)
     assert any(item.parallel for item in workload.items)
-    setting = Setting(profile=PROFILE, workload=workload, tpot_slo=2 * unloaded_tpot(PROFILE))
+    setting = Setting(profile=PROFILE, workload=workload, slo=targets(PROFILE))
     rows = [ablate(setting, name) for name in VARIATIONS]
     assert [row["policy"] for row in rows] == [*VARIATIONS]
     assert all(row["ttft_attainment"] == 1.0 for row in rows)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from bench.load.measures import Window
 from bench.load.workload import named
 from bench.simulate import agreement
 from bench.simulate.agreement import compare, settings
-from bench.simulate.simulation import Profile, Setting, simulate, unloaded_tpot
-from tests.bench.simulate.test_simulation import InOneProcess
+from bench.simulate.simulation import Profile, Setting, simulate, targets
+from tests.bench.simulate.test_policies import InOneProcess
 
 PROFILE = Profile.load("h200-qwen3-32b").exact()
 
@@ -48,10 +49,8 @@ def result(workload: str, policy: str, seconds: float) -> dict[str, Any]:
     setting = Setting(
         profile=PROFILE,
         workload=requests,
-        tpot_slo=2 * unloaded_tpot(PROFILE),
-        warmup=1.0,
-        end=1.0 + seconds,
-        drain=60.0,
+        slo=targets(PROFILE),
+        window=Window(1.0, 1.0 + seconds, drain=60.0),
         seed=3,
     )
     point = {"load": 2.0, "seed": 3}
@@ -59,7 +58,7 @@ def result(workload: str, policy: str, seconds: float) -> dict[str, Any]:
         **times,
         "workload": workload,
         "scale": 1.0,
-        "tpot_slo_ms": 1e3 * setting.tpot_slo,
+        "tpot_slo_ms": 1e3 * setting.slo.tpot,
         "ttft_slo_s": 5.0,
         "points": [point | {"closed": False, "sha256": requests.digest}],
         "rows": [point | simulate(setting, policy)[0] | {"policy": policy}],
@@ -73,7 +72,7 @@ def test_the_simulator_agrees_with_itself(
     profile = {"name": "p", "num_pages": PROFILE.num_pages, "page_size": PROFILE.page_size}
     serving = {"serving": {"factors": PROFILE.factors}}
     (tmp_path / "p.json").write_text(json.dumps(profile | {"forms": PROFILE.forms} | serving))
-    monkeypatch.setattr(agreement, "ProcessPoolExecutor", InOneProcess)
+    monkeypatch.setattr(agreement, "in_processes", InOneProcess)
     found = agreement.main([str(tmp_path / "real.json"), "--profile", str(tmp_path / "p.json")])
     (only,) = found["rows"]
     assert only["agrees"]
@@ -94,4 +93,4 @@ def test_a_closed_loops_load_is_its_clients() -> None:
     real["points"] = [{"load": 2, "seed": 3, "closed": True, "sha256": clients.digest}]
     real["rows"][0]["load"] = 2
     ((setting, policy),) = settings(real, replace(PROFILE, name="other"))
-    assert (setting.workload.clients, setting.drain, policy) == (2, 60.0, "off")
+    assert (setting.workload.clients, setting.window.drain, policy) == (2, 60.0, "off")

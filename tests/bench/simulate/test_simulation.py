@@ -1,32 +1,24 @@
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.load.measures import Record
+from bench.load.measures import Record, Window
 from bench.load.workload import Item, Workload, closed_loop, named, open_loop
-from bench.simulate import simulation as module
-from bench.simulate.simulation import Profile, Setting, Simulation, row, simulate, unloaded_tpot
+from bench.simulate.simulation import Profile, Setting, Simulation, simulate, targets, unloaded_tpot
 from scheduler.predictor import StepLoad
+from scheduler.request import Slo
 from tests.bench.load.test_measures import seen
 
 PROFILE = Profile.load("h200-qwen3-32b").exact()
 POLICIES = ("off", "cap:2", "eager", "taper")
-KEYS = {
-    "policy", "goodput_mean", "attainment_mean", "goodput_stage", "attainment_stage", "goodput_critical",
-    "attainment_critical", "serial_attainment", "parallel_attainment", "ttft_attainment", "raw_tokens_s",
-    "mean_width", "e2e_p50_s", "e2e_p99_s", "serial_tpot_p99_ms",
-}  # fmt: skip
 
 
 def setting(**changes: Any) -> Setting:
     workload = Workload("hand-made", "poisson", 0, (Item(0.0, 100, ((40,),)),))
-    return replace(Setting(profile=PROFILE, workload=workload, tpot_slo=0.031), **changes)
+    return replace(Setting(profile=PROFILE, workload=workload, slo=Slo(tpot=0.031, ttft=5.0)), **changes)
 
 
 # --- the row of a policy -----------------------------------------------------------------------------------
@@ -34,7 +26,7 @@ def setting(**changes: Any) -> Setting:
 
 def test_what_arrived_in_the_window_is_measured() -> None:
     serial = Item(0.0, 1, ((20,),))
-    simulation = Simulation(setting(warmup=10.0, end=20.0), "off")
+    simulation = Simulation(setting(window=Window(10.0, 20.0)), "off")
     simulation.records = {
         "before": seen(serial, 10.5, *[0.01] * 19, arrival=9.0),
         "good": seen(serial, 11.0, *[0.01] * 19, arrival=10.0),
@@ -42,7 +34,7 @@ def test_what_arrived_in_the_window_is_measured() -> None:
         "answered after": seen(serial, 20.5, *[0.01] * 19, arrival=19.9),
         "after": seen(serial, 21.0, *[0.01] * 19, arrival=20.0),
     }
-    result = row("off", simulation)
+    result = simulation.run().row()
     assert result["attainment_stage"] == 2 / 3
     assert result["goodput_stage"] == (20 + 20) / 10
     assert result["mean_width"] is None
@@ -74,7 +66,7 @@ def test_a_prompt_chunk_pays_for_its_context() -> None:
 
 def test_a_closed_loop_never_has_more_requests_than_clients() -> None:
     simulation = Simulation(setting(workload=closed_loop("light", 3, 7, seed=1)), "eager")
-    simulation.run()
+    simulation.serve()
     assert len(simulation.measured) == 7
     events = [(r.arrival, 1) for r in simulation.measured] + [(r.last, -1) for r in simulation.measured]
     open_requests = 0
@@ -89,10 +81,10 @@ def test_a_closed_loop_never_has_more_requests_than_clients() -> None:
 @pytest.fixture(scope="module")
 def runs() -> dict[str, Simulation]:
     workload = open_loop("fanout", "bursty", 1.0, 4.0, seed=2)
-    shared = setting(workload=workload, tpot_slo=2 * unloaded_tpot(PROFILE))
+    shared = setting(workload=workload, slo=targets(PROFILE))
     simulations = {policy: Simulation(shared, policy) for policy in POLICIES}
     for simulation in simulations.values():
-        simulation.run()
+        simulation.serve()
     return simulations
 
 
@@ -110,7 +102,7 @@ def test_every_policy_answers_everything_in_full(runs: dict[str, Simulation]) ->
 
 
 def test_policies_differ_as_their_names_say(runs: dict[str, Simulation]) -> None:
-    rows = {policy: row(policy, simulation) for policy, simulation in runs.items()}
+    rows = {policy: simulation.run().row() for policy, simulation in runs.items()}
     assert rows["off"]["mean_width"] == 1.0
     assert 1.0 < rows["cap:2"]["mean_width"] <= 2.0
     assert rows["cap:2"]["mean_width"] < rows["taper"]["mean_width"] <= rows["eager"]["mean_width"] + 0.1
@@ -122,8 +114,8 @@ def test_the_headlines_ratios() -> None:
     """The point that was measured on an H200 (docs/results.md), with the noise of such a server."""
     profile = Profile.load("h200-qwen3-32b")
     workload = named("headline", seed=1, seconds=65.0, rate=1.4)
-    point = setting(profile=profile, workload=workload, tpot_slo=2 * unloaded_tpot(profile), seed=1)
-    point = replace(point, warmup=30.0, end=60.0, drain=150.0)
+    window = Window(30.0, 60.0, drain=150.0)
+    point = setting(profile=profile, workload=workload, slo=targets(profile), window=window, seed=1)
     taper, eager, off = (simulate(point, policy)[0] for policy in ("taper", "eager", "off"))
     assert taper["goodput_stage"] >= 1.48 * eager["goodput_stage"]
     assert taper["goodput_stage"] >= 1.77 * off["goodput_stage"]
@@ -139,30 +131,3 @@ def test_a_simulation_is_deterministic_also_with_noise() -> None:
     assert first == again
     assert first != simulate(setting(profile=noisy, workload=workload, seed=1), "taper")[0]
     assert 0.03 < cost["mape"] < 0.09
-
-
-def test_the_command_prints_strict_json(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    open_loop("light", "poisson", 1.0, 3.0, seed=1).save(tmp_path / "w.json")
-    monkeypatch.setattr(module, "ProcessPoolExecutor", InOneProcess)
-    options = ["--workload", str(tmp_path / "w.json"), "--policies", "off,taper", "--warmup", "0"]
-    module.main([*options, "--window", "3", "--json", "-"])
-    result = json.loads(capsys.readouterr().out, parse_constant=refuse)
-    assert [each["policy"] for each in result["rows"]] == ["off", "taper"]
-    assert all(set(each) == KEYS for each in result["rows"])
-    assert result["rows"][0]["serial_attainment"] is None
-    assert math.isclose(result["tpot_slo_ms"], 2e3 * unloaded_tpot(PROFILE))
-
-
-class InOneProcess:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def __enter__(self) -> InOneProcess:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-    map = staticmethod(map)

@@ -6,14 +6,12 @@ from itertools import islice
 
 import pytest
 
-from model.tiny.lessons import prompt, tokenizer
+from bench.demo import Demo, gain, knee, mixed_load, parts, questions, watched_question
+from bench.load.measures import Run
+from bench.load.workload import Item
 from model.tiny.tasks import Fork, Task
-from scheduler.program import MULTIVERSE, TagProgram
-from scheduler.request import Request, Slo, Stopping
-from serve.client.answer import Delta
-from serve.demo import Demo, Measured, Run, _knee, gain, mixed_load, parts, questions, watched_question
-from serve.engine.runner import Runner
-from tests.serve.lab import run
+from scheduler.request import Slo
+from tests.bench.load.test_measures import seen
 
 
 def task(*answer: str | Fork) -> Task:
@@ -38,22 +36,6 @@ def test_the_watched_question_has_six_parts_and_most_to_win() -> None:
     assert gain(watched) == max(map(gain, six))
 
 
-def test_its_branches_take_less_than_half_of_the_steps(default_runner: Runner) -> None:
-    codec = tokenizer()
-    program = TagProgram(
-        grammar=MULTIVERSE,
-        stopping=Stopping(max_tokens=448, eos_ids=frozenset(codec.eos_ids)),
-        branch_max_tokens=300,
-    )
-    asked = tuple(codec.encode(prompt(watched_question(Demo().seed).question)))
-    request = Request(id="r", prompt=asked, program=program, slo=Slo(tpot=1.0, ttft=60.0))
-    steps = {
-        policy: len(run(default_runner, [request], codec=codec, policy=policy).steps)
-        for policy in ("off", "eager")
-    }
-    assert steps["off"] > 2.1 * steps["eager"]
-
-
 def test_every_second_question_of_a_load_forks_and_a_seed_always_draws_the_same() -> None:
     load, again = (mixed_load(Demo(requests=8), spacing=0.5) for _ in range(2))
     assert [bool(parts(job.task)) for job in load] == [False, True] * 4
@@ -64,9 +46,12 @@ def test_every_second_question_of_a_load_forks_and_a_seed_always_draws_the_same(
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.1, "No knee"), (0.3, "1 serial answers missed")])
 def test_the_demo_says_whether_branches_cost_others_their_target(seconds: float, said: str) -> None:
-    measured = Measured(task("abc"))
-    for elapsed in (1.0, 1.0 + seconds):
-        delta = Delta(branch=0, text="a", token_ids=(1,), logprobs=(), completion_tokens=1)
-        measured.add(delta, elapsed)
-    eager = Run(measured=[measured], seconds=1.0, steps=2, tpot=0.2, ttft=5.0)
-    assert said in _knee(eager)
+    eager = Run(
+        policy="eager",
+        slo=Slo(tpot=0.2, ttft=5.0),
+        seconds=1.0,
+        records=[seen(Item(0.0, 1, ((2,),)), 1.0, seconds), seen(Item(0.0, 1, ((1, 1),)), 1.0, 9.0)],
+        tokens=4,
+        turns=4,
+    )
+    assert said in knee(eager), "an answer with branches is not a serial one"

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import itertools
 import random
-import signal
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,11 +26,30 @@ from rich.live import Live
 from rich.rule import Rule
 from rich.table import Table
 
+from bench.load import driver
+from bench.load.driver import Driver, connected
+from bench.load.measures import COLUMNS, Record, Run
+from bench.load.workload import Item
+from bench.server import started
+from bench.timing import clock
 from model.tiny.layout import lay_out
 from model.tiny.lessons import tokenizer
 from model.tiny.tasks import Fork, Task, transcript, write_task
-from serve.client.answer import Completion, Delta, Event, StageStarted, WidthChanged
-from serve.client.client import AsyncClient, Client, Options, Prompt, branch, model_driven, parallel, serial
+from scheduler.request import Slo
+from serve.api.errors import ServiceError
+from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from serve.client.answer import Completion, Delta, StageStarted, events_of
+from serve.client.client import (
+    AsyncClient,
+    Client,
+    Options,
+    Prompt,
+    branch,
+    generate_request,
+    model_driven,
+    parallel,
+    serial,
+)
 from serve.commands import Answer, summary
 
 POLICIES = ("off", "eager", "taper")
@@ -58,19 +75,28 @@ def main(args: list[str] | None = None) -> None:
     """Console entry point."""
     demo = tyro.cli(Demo, prog="taper-demo", description=Demo.__doc__, args=args)
     console = Console(width=None if sys.stdout.isatty() else 110)
-    with running_server(_server_options(demo.model), console) as address:
-        if demo.model == "smollm2":
-            watch(address, ADVICE, "What should I know before I adopt a dog?", console)
-            return
-        show_speed(address, demo, console)
-        runs = asyncio.run(compare(address, demo, console))
-    disagreeing = {policy for policy in POLICIES if runs[policy].answers != runs[POLICIES[0]].answers}
+    console.print("Starting taper-serve: it compiles one program per bucket and measures each …")
+    try:
+        with started(_server_options(demo.model), log=io.StringIO()) as server:
+            console.print(f"It serves on {server.address} after {server.ready_seconds:.0f} s.\n")
+            show(server.address, demo, console)
+    except (ChildProcessError, ServiceError) as error:
+        sys.exit(f"taper-demo: {error}")
+
+
+def show(address: str, demo: Demo, console: Console) -> None:
+    """Everything that there is to see of a server."""
+    if demo.model == "smollm2":
+        watch(address, ADVICE, "What should I know before I adopt a dog?", console)
+        return
+    show_speed(address, demo, console)
+    loads = asyncio.run(compare(address, demo, console))
+    first = loads[POLICIES[0]]
+    disagreeing = {policy for policy in POLICIES if loads[policy].answers != first.answers}
     if disagreeing:
         sys.exit(f"taper-demo: the tokens under {', '.join(sorted(disagreeing))} differ from {POLICIES[0]}'s")
-    right = runs[POLICIES[0]].right
-    console.print(
-        f"The same tokens under every policy; {right} of {demo.requests} answers are right to the letter."
-    )
+    right = f"{first.right} of {demo.requests} answers are right to the letter"
+    console.print(f"The same tokens under every policy; {right}.")
 
 
 BY_ITSELF = Options(plan=model_driven(max_tokens=448, branch_max_tokens=300))
@@ -110,25 +136,6 @@ def _server_options(model: str) -> list[str]:
 
         convert(SMOLLM2_FOLDER)
     return ["--model", str(SMOLLM2_FOLDER), "--buckets", "4", "16", "64", "--max-context", "2048"]
-
-
-@contextlib.contextmanager
-def running_server(options: Sequence[str], console: Console) -> Iterator[str]:
-    """Start taper-serve on a free loopback port, yield its address, and drain it at the end."""
-    console.print("Starting taper-serve: it compiles one program per bucket and measures each …")
-    started = time.monotonic()
-    command = [str(Path(sys.executable).with_name("taper-serve")), "--port", "0", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        ready = server.stdout.readline()  # nothing else is printed before, and nothing if it fails
-        if not ready:
-            sys.exit("taper-demo: the server did not start; it says why above")
-        address = ready.split()[-1]
-        console.print(f"It serves on {address} after {time.monotonic() - started:.0f} s.\n")
-        try:
-            yield address
-        finally:
-            server.send_signal(signal.SIGTERM)
 
 
 # --- one answer, watched -----------------------------------------------------------------------------------
@@ -196,43 +203,41 @@ def _view(completion: Completion, console: Console) -> Iterator[Callable[[], Non
 # --- one load, three policies ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """A question of the load, and when it arrives in seconds."""
 
     at: float
     task: Task
-    options: Options
+
+    def message(self, slo: Slo | None) -> bytes:
+        options = Options(**BY_ITSELF, token_ids=True)
+        if slo is not None:
+            options |= Options(tpot_slo_ms=1e3 * slo.tpot, ttft_slo_ms=1e3 * slo.ttft)
+        return generate_request(chat(self.task.question), **options).SerializeToString()
 
 
-@dataclass(slots=True)
-class Measured:
-    """A question as its asker saw it answered: times in seconds since it was sent."""
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question, what its asker read, and when."""
 
     task: Task
-    completion: Completion = field(default_factory=Completion)
-    first: float = 0.0
-    last: float = 0.0
-    tokens: int = 0
-    fork_tokens: int = 0
-    fork_steps: float = 0.0
-    width: int = 1
+    completion: Completion
+    answer: driver.Answer
+    record: Record
 
-    def add(self, event: Event, elapsed: float) -> None:
-        self.completion.add(event)
-        if isinstance(event, WidthChanged):
-            self.width = event.width
-        elif isinstance(event, Delta):
-            self.first = self.first or elapsed
-            self.last = elapsed
-            self.tokens += len(event.token_ids)
-            if event.branch:
-                self.fork_tokens += len(event.token_ids)
-                self.fork_steps += len(event.token_ids) / self.width
-
-    @property
-    def tpot(self) -> float:
-        return (self.last - self.first) / max(1, self.tokens - 1)
+    @classmethod
+    def of(cls, task: Task, reply: driver.Reply) -> Answered:
+        """Raises ServiceError for a call that failed."""
+        if reply.error:
+            raise ServiceError(reply.error)
+        completion = Completion()
+        for _, raw in reply.messages:
+            for event in events_of(pb.GenerateResponse.FromString(raw)):
+                completion.add(event)
+        answer = driver.Answer.of(reply)
+        item = Item(0.0, answer.prompt_tokens, answer.stages)  # whose lengths are the model's own choice
+        return cls(task, completion, answer, answer.record(item, reply.due))
 
     @property
     def right(self) -> bool:
@@ -253,93 +258,84 @@ class Measured:
         return {label: sorted(all_said) for label, all_said in said.items()}
 
 
-@dataclass(slots=True, kw_only=True)
-class Run:
-    """A load under one policy. `tpot` and `ttft` are the targets, in seconds."""
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A load, answered under one policy in so many steps."""
 
-    measured: list[Measured]
-    seconds: float
+    run: Run
+    answered: Sequence[Answered]
     steps: int
-    tpot: float
-    ttft: float
+
+    @classmethod
+    def of(cls, policy: str, answered: Sequence[Answered], slo: Slo, seconds: float, steps: int) -> Load:
+        emissions = [emission for each in answered for emission in each.answer.emissions]
+        run = Run(
+            policy=policy,
+            slo=slo,
+            seconds=seconds,
+            records=[each.record for each in answered],
+            tokens=sum(emission.tokens for emission in emissions),
+            turns=sum(emission.steps for emission in emissions),
+        )
+        return cls(run, answered, steps)
 
     @property
     def answers(self) -> list[dict[tuple[int, str], list[tuple[int, ...]]]]:
-        return [each.tokens_by_label() for each in self.measured]
+        return [each.tokens_by_label() for each in self.answered]
 
     @property
     def right(self) -> int:
-        return sum(each.right for each in self.measured)
+        return sum(each.right for each in self.answered)
 
-    @property
-    def good(self) -> list[Measured]:
-        return [each for each in self.measured if each.tpot <= self.tpot and each.first <= self.ttft]
-
-    @property
-    def serial_tpot(self) -> list[float]:
-        """Of the answers without independent parts, in seconds."""
-        return [each.tpot for each in self.measured if not parts(each.task)]
-
-    def row(self) -> list[str]:
-        serial_ms = [1e3 * tpot for tpot in self.serial_tpot]
-        forks = [each for each in self.measured if parts(each.task)]
-        return [
-            f"{sum(each.tokens for each in self.good) / self.seconds:.0f}",
-            f"{len(self.good) / len(self.measured):.0%}",
-            f"{self.right} of {len(self.measured)}",
-            f"{statistics.median(serial_ms):.1f} / {max(serial_ms):.1f}",
-            f"{sum(e.fork_tokens for e in forks) / sum(e.fork_steps for e in forks):.2f}",
-            f"{self.steps}",
-            f"{self.seconds:.1f}",
-        ]
+    def cells(self) -> list[str]:
+        row, serial_ms = self.run.row(), [1e3 * tpot for tpot in self.run.serial_tpots]
+        goodput, attained, width = (COLUMNS[name].cell(row[name]) for name in FIGURES)
+        right, serial = f"{self.right} of {len(self.answered)}", "-"
+        if serial_ms:
+            serial = f"{statistics.median(serial_ms):.1f} / {max(serial_ms):.1f}"
+        return [goodput, attained, right, serial, width, f"{self.steps}", f"{self.run.seconds:.1f}"]
 
 
-COLUMNS = (
-    "goodput tok/s",
-    "attainment",
-    "right",
-    "serial TPOT ms p50 / max",
-    "mean width",
-    "steps",
-    "seconds",
-)
+FIGURES = ("goodput_mean", "attainment_mean", "mean_width")
+TITLES = (
+    "goodput tok/s", "attainment", "right", "serial TPOT ms p50 / max", "mean width", "steps", "seconds",
+)  # fmt: skip
 
 
-async def compare(address: str, demo: Demo, console: Console) -> dict[str, Run]:
+async def compare(address: str, demo: Demo, console: Console) -> dict[str, Load]:
     """The same load under every policy, at targets that follow from this machine's own speed."""
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address) as client, connected(address) as calls:
         await client.set_policy("off")
-        crowd = await play(client, mixed_load(replace(demo, requests=CROWD, seed=demo.seed + 1), spacing=0.0))
-        tpot = 2 * statistics.quantiles([each.tpot for each in crowd], n=4)[2]
-        ttft = 100 * tpot
-        spacing = statistics.mean(each.last for each in crowd) / CROWD
-        jobs = mixed_load(demo, spacing=spacing, tpot_slo_ms=1e3 * tpot, ttft_slo_ms=1e3 * ttft)
+        crowd = await play(calls, mixed_load(replace(demo, requests=CROWD, seed=demo.seed + 1), spacing=0.0))
+        tpot = 2 * statistics.quantiles([each.record.mean_tpot for each in crowd], n=4)[2]
+        slo = Slo(tpot=tpot, ttft=100 * tpot)
+        spacing = statistics.mean(each.record.latency for each in crowd) / CROWD
+        jobs = mixed_load(demo, spacing=spacing)
         console.print(
             Rule(f"{demo.requests} questions, half of them with independent parts, under three policies")
         )
         console.print(
-            f"Targets by rule: TPOT {1e3 * tpot:.1f} ms, twice the upper quartile of {CROWD} such questions"
-            f" at once, under off; TTFT {1e3 * ttft:.0f} ms, 100 times that. A question comes every"
-            f" {1e3 * spacing:.0f} ms on average, the crowd's mean time for an answer by {CROWD}."
+            f"Targets by rule: TPOT {1e3 * slo.tpot:.1f} ms, twice the upper quartile of {CROWD} such"
+            f" questions at once, under off; TTFT {1e3 * slo.ttft:.0f} ms, 100 times that. A question comes"
+            f" every {1e3 * spacing:.0f} ms on average, the crowd's mean time for an answer by {CROWD}."
         )
-        table = Table("policy", *COLUMNS)
-        runs: dict[str, Run] = {}
+        table = Table("policy", *TITLES)
+        loads: dict[str, Load] = {}
         for policy in POLICIES:
             await client.set_policy(policy)
-            steps, started = (await client.load()).steps, time.monotonic()
-            measured = await play(client, jobs)
-            seconds = time.monotonic() - started
-            steps = (await client.load()).steps - steps
-            runs[policy] = Run(measured=measured, seconds=seconds, steps=steps, tpot=tpot, ttft=ttft)
-            table.add_row(policy, *runs[policy].row())
+            steps, began = (await client.load()).steps, clock()
+            answered = await play(calls, jobs, slo)
+            seconds, steps = clock() - began, (await client.load()).steps - steps
+            loads[policy] = Load.of(policy, answered, slo, seconds, steps)
+            table.add_row(policy, *loads[policy].cells())
         console.print(table)
-        console.print(_knee(runs["eager"]))
-    return runs
+        console.print(knee(loads["eager"].run))
+    return loads
 
 
-def _knee(eager: Run) -> str:
+def knee(eager: Run) -> str:
     """Whether it cost others their target that every branch was admitted."""
-    slowed = sum(tpot > eager.tpot for tpot in eager.serial_tpot)
+    slowed = sum(tpot > eager.slo.tpot for tpot in eager.serial_tpots)
     if slowed:
         return (
             f"With every branch admitted, {slowed} serial answers missed their TPOT: taper is there for them."
@@ -350,12 +346,7 @@ def _knee(eager: Run) -> str:
     )
 
 
-def job(task: Task, at: float, **slo: float) -> Job:
-    options = Options(**BY_ITSELF, token_ids=True, **slo)  # type: ignore[typeddict-item]
-    return Job(at=at, task=task, options=options)
-
-
-def mixed_load(demo: Demo, *, spacing: float, **slo: float) -> list[Job]:
+def mixed_load(demo: Demo, *, spacing: float) -> list[Job]:
     """Poisson arrivals, on average `spacing` seconds apart; every second answer forks."""
     rng = random.Random(demo.seed)
     whole = (task for task in questions(demo.seed) if not parts(task))
@@ -363,23 +354,16 @@ def mixed_load(demo: Demo, *, spacing: float, **slo: float) -> list[Job]:
     jobs: list[Job] = []
     at = 0.0
     for index in range(demo.requests):
-        jobs.append(job(next(parted if index % 2 else whole), at, **slo))
+        jobs.append(Job(at, next(parted if index % 2 else whole)))
         at += spacing * rng.expovariate(1.0)
     return jobs
 
 
-async def play(client: AsyncClient, jobs: Sequence[Job]) -> list[Measured]:
-    """Send every job at its time and measure it from outside."""
-
-    async def one(job: Job) -> Measured:
-        measured = Measured(job.task)
-        await asyncio.sleep(job.at)
-        sent = time.monotonic()
-        async for event in client.generate(chat(job.task.question), **job.options):
-            measured.add(event, time.monotonic() - sent)
-        return measured
-
-    return await asyncio.gather(*(one(job) for job in jobs))
+async def play(calls: Driver, jobs: Sequence[Job], slo: Slo | None = None) -> list[Answered]:
+    """Every question asked at its time."""
+    messages = [job.message(slo) for job in jobs]
+    replies = await driver.play(calls, messages, [job.at for job in jobs])
+    return [Answered.of(job.task, reply) for job, reply in zip(jobs, replies, strict=True)]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,38 @@
+"""The command line of a benchmark: `python -m bench.PART.NAME`, as typed, and what each of them takes."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+
+
+class Command(argparse.ArgumentParser):
+    """The arguments of a benchmark, of which `--json` is every one's."""
+
+    def __init__(self, module: str, description: str) -> None:
+        super().__init__(prog=f"python -m {module}", description=description)
+        self.add_argument("--json", help="where the result goes: a file, or - for standard output")
+
+    def typed(self, arguments: Sequence[str]) -> str:
+        """The line that runs it with these arguments, as a shell takes it."""
+        return shlex.join([*self.prog.split(), *arguments])
+
+
+def floats(text: str) -> list[float]:
+    """Of `1,2.5`."""
+    return [float(part) for part in text.split(",")]
+
+
+def ints(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What comes before "--", and what comes after: of a benchmark that starts a server, taper-serve's."""
+    cut = [*arguments, "--"].index("--")
+    return [*arguments[:cut]], [*arguments[cut + 1 :]]

@@ -1,0 +1,108 @@
+"""Compares policies in simulation: one row for each, with the requests, times and targets the same.
+
+    python -m bench.simulate --profile h200-qwen3-32b --workload headline \\
+        --policies off,cap:2,cap:4,cap:6,cap:8,eager,taper --json -
+
+Requests that arrive within the window are measured, all of them, and served to their end; those before it
+warm the server up, those after it keep up the load. Targets follow by rule: TTFT 5 s; TPOT twice what one
+request alone gets under the same profile. Measures are those of bench.load.measures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from bench.command import Command
+from bench.load.measures import COLUMNS, Window, cells, titles
+from bench.load.workload import TTFT_SLO, named
+from bench.result import head, say, write
+from bench.simulate.simulation import Profile, Setting, in_processes, simulate, targets
+from scheduler.request import Slo
+from scheduler.slack import ControllerConfig
+
+WARMUP, WINDOW, COOLDOWN = 45.0, 45.0, 15.0  # seconds
+FIGURES = [figure for figure in COLUMNS if figure not in ("e2e_p99_s", "gap_p99_ms")]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [f"{'policy':<24}{titles(FIGURES)}"]
+    return "\n".join([*lines, *(f"{each['policy']:<24}{cells(each, FIGURES)}" for each in rows)])
+
+
+def command() -> Command:
+    parser = Command("bench.simulate", "Compares policies.")
+    add = parser.add_argument
+    add("--profile", default="h200-qwen3-32b", help="a shipped profile's name, or a file")
+    add("--workload", default="headline", help="headline, headline-closed, or a file")
+    add("--policies", default="off,cap:2,cap:4,cap:6,cap:8,eager,taper")
+    add("--seed", type=int, default=1)
+    add("--warmup", type=float, default=WARMUP, help="seconds before the window")
+    add("--window", type=float, default=WINDOW, help="seconds in which requests count")
+    add("--cooldown", type=float, default=COOLDOWN, help="seconds of arrivals after it")
+    add("--drain", type=float, default=math.inf, help="seconds after it that its requests get")
+    add("--rate", type=float, help="requests per second, instead of the workload's own")
+    add("--clients", type=int, help="clients of a closed loop, instead of arrivals")
+    add("--tpot-slo", type=float, help="seconds, instead of twice the unloaded TPOT")
+    add("--controller", default="{}", help="fields of ControllerConfig, as JSON")
+    add("--max-chunk", type=int, default=512)
+    add("--prompt-floor", type=int, default=32)
+    add("--exact", action="store_true", help="without the profile's noise")
+    add("--page", type=int, help="tokens of a KV page, instead of the profile's")
+    add("--processes", type=int, default=2)
+    return parser
+
+
+def setting_of(options: Namespace) -> Setting:
+    """What all policies have in common. Raises ValueError, OSError for a profile or workload that is none."""
+    profile = Profile.load(options.profile)
+    profile = profile.exact() if options.exact else profile
+    if options.page is not None:
+        tokens = profile.num_pages * profile.page_size
+        profile = replace(profile, page_size=options.page, num_pages=tokens // options.page)
+    window = Window(options.warmup, options.warmup + options.window, options.drain)
+    seconds, asked = window.end + options.cooldown, {"rate": options.rate, "clients": options.clients}
+    slo = Slo(tpot=options.tpot_slo, ttft=TTFT_SLO) if options.tpot_slo else targets(profile)
+    return Setting(
+        profile=profile,
+        workload=named(options.workload, options.seed, seconds, **asked),
+        slo=slo,
+        window=window,
+        seed=options.seed,
+        controller=ControllerConfig(**json.loads(options.controller)),
+        max_chunk=options.max_chunk,
+        prompt_floor=options.prompt_floor,
+    )
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    options = command().parse_args(arguments)
+    setting = setting_of(options)
+    policies = options.policies.split(",")
+    with in_processes(min(options.processes, len(policies))) as pool:
+        results = [*pool.map(partial(simulate, setting), policies)]
+    result = {
+        **head(command().typed(arguments)),
+        "profile": setting.profile.name,
+        "workload": options.workload,
+        "seed": options.seed,
+        "tpot_slo_ms": 1e3 * setting.slo.tpot,
+        "ttft_slo_s": setting.slo.ttft,
+        "page_size": setting.profile.page_size,
+        "warmup_s": options.warmup,
+        "window_s": options.window,
+        "drain_s": options.drain if math.isfinite(options.drain) else None,
+        "statistics": setting.workload.statistics(),
+        "rows": [each for each, _ in results],
+    }
+    write(result, options.json)
+    say(table(result["rows"]), options.json)
+    for each, cost in results:
+        took = ", ".join(f"{key} {value:.4g}" for key, value in cost.items())
+        say(f"{each['policy']:<10}{took}", options.json)
+    return result

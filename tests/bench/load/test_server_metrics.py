@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from bench.load.server_metrics import scrape, server_row
+
+
+def test_metrics_are_those_of_the_time_between_two_scrapes() -> None:
+    before = {
+        "step_sum": 1.0,
+        "step_count": 10.0,
+        "tokens_total": 5.0,
+        'x_sum{a="b"}': 0.0,
+        'x_count{a="b"}': 0.0,
+    }
+    after = {
+        "step_sum": 4.0,
+        "step_count": 16.0,
+        'step_bucket{le="1"}': 3.0,
+        "step_created": 1e9,
+        "tokens_total": 25.0,
+        'x_sum{a="b"}': 0.0,
+        'x_count{a="b"}': 0.0,
+        "running": 2.0,
+        "unknown": float("nan"),
+    }
+    assert server_row(before, after) == {
+        "step": 0.5,
+        "step_count": 6.0,
+        "tokens_total": 20.0,
+        'x{a="b"}': None,
+        'x_count{a="b"}': 0.0,
+        "running": 2.0,
+        "unknown": None,
+    }
+    assert server_row({}, {}) == scrape(None) == {}

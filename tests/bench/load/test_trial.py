@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench.load.measures import Window
+from bench.load.trial import Setting, Trial
+from bench.load.workload import Item, Workload
+from scheduler.request import Slo
+from tests.bench.load.test_driver import END, delta, reply, stage, width
+
+
+def played(*arrivals: float) -> Trial:
+    """Requests for three tokens, answered 1 s and 2 s after they were due; the clock starts at 100 s."""
+    items = tuple(Item(at, 4, ((2, 1),)) for at in arrivals)
+    setting = Setting(
+        workload=Workload("hand-made", "poisson", 0, items),
+        slo=Slo(tpot=0.6, ttft=5.0),
+        window=Window(1.0, 11.0, drain=1.0),
+        vocab_size=10,
+    )
+    trial = Trial(setting, "off", start=100.0, cpu_share=0.1)
+    for at in arrivals:
+        answered = reply(
+            [stage(0, (1, 0), (2, 0)), delta(1, 1)],
+            [width(2), delta(1, 2), delta(2, 1), END],
+        )
+        answered.due, answered.sent = 100.0 + at, 100.25 + at
+        answered.messages = [(100.0 + at + after, raw) for after, raw in answered.messages]
+        trial.replies.append(answered)
+    return trial
+
+
+def test_a_row_is_of_what_arrived_in_the_window() -> None:
+    row = played(0.0, 1.0, 5.0, 10.9, 11.0).row()
+    assert (row["arrived"], row["finished"], row["errors"]) == (3, 3, {})
+    assert (row["attainment_mean"], row["goodput_mean"]) == (1.0, 9 / 10)
+    assert row["good_requests_s_mean"] == pytest.approx(0.3)
+    assert (row["attainment_critical"], row["good_requests_s_critical"]) == (0.0, 0.0), "1 s for a token"
+    assert (row["serial_attainment"], row["parallel_attainment"]) == (None, 1.0)
+    assert row["gap_p99_ms"] == pytest.approx(1000)
+    assert row["send_lag_p99_ms"] == pytest.approx(250)
+    assert row["e2e_p50_s"] == pytest.approx(2)
+
+
+def test_tokens_and_width_are_of_what_came_in_the_window_whoever_asked() -> None:
+    """The first brings three tokens in the window, in two steps; the last but one, none: it came too late."""
+    row = played(0.0, 10.9, 11.0).row()
+    assert row["raw_tokens_s"] == pytest.approx(3 / 10)
+    assert row["mean_width"] == pytest.approx(3 / 2)
+
+
+def test_what_was_not_answered_counts_against_the_policy() -> None:
+    trial = played(2.0, 3.0)
+    trial.replies[1].messages.pop()
+    trial.replies[1].error = "RESOURCE_EXHAUSTED: full"
+    row = trial.row()
+    assert (row["arrived"], row["finished"]) == (2, 1)
+    assert row["attainment_mean"] == row["ttft_attainment"] == 0.5
+    assert row["errors"] == {"RESOURCE_EXHAUSTED: full": 1}
+
+
+def test_nothing_in_the_window_is_null_and_not_a_number() -> None:
+    row = played(0.0).row()
+    assert (row["arrived"], row["attainment_stage"], row["gap_p99_ms"]) == (0, None, None)
+    json.dumps({**row, "mean_width": row["mean_width"]}, allow_nan=False)

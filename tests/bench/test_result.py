@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.result import head, keep, say, write
+
+
+def test_a_head_says_what_ran_and_on_what() -> None:
+    alone = head("python -m bench.x")
+    assert alone.keys() == {"command", "time", "client"}
+    assert {"host", "python", "grpcio", "protobuf", "numpy"} == alone["client"].keys()
+    device = {"hardware": {"device": "a card"}, "versions": {}}
+    assert head("python -m bench.x", device).keys() == {"command", "time", "hardware", "versions"}
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder" / "out.json"
+    write({"a": math.nan, "b": [math.inf, np.float64("nan"), 1.5], "c": {"d": (-math.inf, "nan", 2)}}, out)
+    assert json.loads(out.read_text()) == {"a": None, "b": [None, None, 1.5], "c": {"d": [None, "nan", 2]}}
+
+
+def test_standard_output_has_the_whole_result_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    keep({"rows": 1}, "-")
+    say("a table", "-")
+    write({"rows": 2}, "-")
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"rows": 2}
+    assert printed.err == "a table\n"
+    say("a table", "out.json")
+    assert capsys.readouterr().out == "a table\n"
+
+
+def test_a_file_keeps_what_there_is_so_far(tmp_path: Path) -> None:
+    keep({"rows": 1}, tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == {"rows": 1}
+    keep({"rows": 1}, None)
