@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,11 @@ def test_the_command_prints_strict_json(
     assert all(set(each) == KEYS for each in result["rows"])
     assert result["rows"][0]["serial_attainment"] is None
     assert math.isclose(result["tpot_slo_ms"], 1e3 * targets(PROFILE).tpot)
+
+
+def test_it_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["bench.simulate", "--help"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module("bench.simulate", run_name="__main__", alter_sys=True)
+    assert done.value.code == 0
+    assert "usage: python -m bench.simulate [-h] [--json JSON]" in capsys.readouterr().out
