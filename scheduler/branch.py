@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scheduler.cursor import Cursor, Fork
 from scheduler.events import BranchInfo
-from scheduler.program import Cursor, Fork
-from scheduler.request import Stopping
 from scheduler.sampling import SamplingParams
 from scheduler.segment import Segment, text
 from scheduler.step import Entry
+from scheduler.stopping import Stopping
 
 
 class Branch:

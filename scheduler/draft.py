@@ -16,7 +16,7 @@ from scheduler.live_request import LiveRequest
 from scheduler.pages import PagePool
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.segment import Segment
-from scheduler.step import Entry, SegmentRead, SlotSetup
+from scheduler.step import Entry, Forecast, ScheduledStep, SegmentRead, SlotSetup, Step
 
 
 class StepDraft:
@@ -81,6 +81,12 @@ class StepDraft:
     def left(self, branch: Branch) -> int:
         """Rows that `branch` could still add: none once the step samples its next token."""
         return 0 if branch in self._sampled else branch.backlog
+
+    def schedule(self, deferred: tuple[tuple[str, int], ...]) -> ScheduledStep:
+        """The step, and what is expected of it."""
+        step = Step(self.step_id, self.entries, tuple(self.slots), self.bucket)
+        forecast = Forecast(self.load, self.seconds(), self.baseline, self.budget, deferred)
+        return ScheduledStep(step, forecast)
 
     # --- what it costs ---------------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.request import FinishReason
 from scheduler.step import Sample
+from scheduler.stopping import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

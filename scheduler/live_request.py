@@ -12,6 +12,7 @@ from array import array
 from operator import attrgetter
 
 from scheduler.branch import Branch
+from scheduler.cursor import Action, Codec, Decode, End, Fork, cursor
 from scheduler.events import (
     Event,
     Finished,
@@ -19,27 +20,27 @@ from scheduler.events import (
     StageFinished,
     StageStarted,
     Started,
-    Timing,
     TokenEmitted,
     Usage,
     WidthChanged,
 )
 from scheduler.footprint import worst_case_pages
+from scheduler.pace import Pace
 from scheduler.pages import PagePool
-from scheduler.program import Action, Codec, Decode, End, Fork, TagProgram, cursor
-from scheduler.request import FinishReason, Request
+from scheduler.program import TagProgram
+from scheduler.request import Request
 from scheduler.segment import Segment, text
-from scheduler.slack import ControllerConfig, token_deadline
 from scheduler.step import Entry, Sample, SlotSetup
+from scheduler.stopping import FinishReason
 
 
 class LiveRequest:
     """A request from its arrival to its last token.
 
+    pace         when its tokens came, and when they are due
     age          order of first start: the oldest running request is never preempted
     resident     it runs, and may hold pages and slots
     prompt_read  a launched step samples from it: it has a deadline from then on
-    resumed_at   when it last started, forked, joined or came back: for control only, measures never restart
     """
 
     def __init__(
@@ -54,14 +55,7 @@ class LiveRequest:
     ) -> None:
         self.request = request
         self.age = 0
-        self.arrival = now
-        self.started_at: float | None = None
-        self.first_token: float | None = None
-        self.last_token = now
-        self.updated_at = now
-        self.resumed_at = now
-        self.tokens = 0
-        self._tokens_before = 0  # when it last resumed
+        self.pace = Pace(request.slo, now)
         self.preemptions = 0
         self.cached_tokens = 0
         self.prompt_read = False
@@ -83,22 +77,6 @@ class LiveRequest:
         self._unsent: list[Event] = []
 
     # --- what the scheduler asks -----------------------------------------------------------------------
-
-    @property
-    def ttft_deadline(self) -> float:
-        return self.arrival + self.request.slo.ttft
-
-    @property
-    def reading_deadline(self) -> float:
-        """When what it has to read should be read: the TTFT target, counted anew after a preemption."""
-        return (self.arrival if self.first_token is None else self.resumed_at) + self.request.slo.ttft
-
-    def deadline(self, control: ControllerConfig, emission: float | None = None) -> float:
-        """When the next token is due, after the last one or the one expected at `emission`."""
-        last = max(self.last_token, self.resumed_at) if emission is None else emission
-        resumed = max(self.resumed_at, self.first_token or 0.0)
-        tokens = self.tokens - self._tokens_before + (emission is not None)
-        return token_deadline(last, self.request.slo.tpot, resumed, tokens, control)
 
     @property
     def width(self) -> int:
@@ -134,19 +112,13 @@ class LiveRequest:
 
     # --- coming and going ------------------------------------------------------------------------------
 
-    def _resume_pace(self) -> None:
-        self.resumed_at = self.updated_at
-        self._tokens_before = self.tokens
-
     def resume(self, now: float) -> None:
         """Leave the queue: for the first time, or again after a preemption."""
-        self.resumed_at = now
-        self._tokens_before = self.tokens
+        self.pace.start(now)
         self.resident = True
         if self._root is not None:
             self._reuse_prefix(self._root)
             return
-        self.started_at = self.updated_at = now
         root = self._root = self._new_segment(0, ())
         root.extend(self.request.prompt)
         program = cursor(self.request.program, self._codec)
@@ -203,15 +175,13 @@ class LiveRequest:
         if branch is None or not branch.in_flight or branch.in_flight[0] is not entry:
             return []
         branch.in_flight.pop(0)
-        self.updated_at = now
-        events = self._first_events(now) if self.first_token is None else []
+        events = self._first_events() if self.pace.sample(now) else []
         stopping, token = branch.stopping, sample.token
         if token in stopping.eos_ids or token in stopping.stop_ids:
             reason = FinishReason.EOS if token in stopping.eos_ids else FinishReason.STOP
             return events + self._end_stage(branch, branch.cursor.on_stop(reason), reason, token)
         branch.segment.append(token)
-        self.last_token = now
-        self.tokens += 1
+        self.pace.token(now)
         branch.completion_tokens += 1
         branch.critical += 1
         events.append(TokenEmitted(self.request.id, branch.id, sample, branch.completion_tokens))
@@ -243,15 +213,14 @@ class LiveRequest:
 
     def width_changed(self, width: int, wanted: int) -> list[Event]:
         """Tell how many branches advanced, and how many were ready, unless it is known or too early."""
-        if self.first_token is None or (width, wanted) == self._width:
+        if self.pace.first_token is None or (width, wanted) == self._width:
             return []
         self._width = (width, wanted)
         return [WidthChanged(self.request.id, width, wanted)]
 
     # --- stages ----------------------------------------------------------------------------------------
 
-    def _first_events(self, now: float) -> list[Event]:
-        self.first_token = self.last_token = now
+    def _first_events(self) -> list[Event]:
         events, self._unsent = self._unsent, []
         return [Started(self.request.id, len(self.request.prompt), self.cached_tokens), *events]
 
@@ -318,7 +287,7 @@ class LiveRequest:
         parent.stage = parent.forked[0].stage
         for branch, first in born:
             events = self._decode(branch, first, events)
-        self._resume_pace()
+        self.pace.branch()
         return events
 
     def _lend(self, parent: Branch) -> int:
@@ -352,7 +321,7 @@ class LiveRequest:
         parent.critical = max(branch.critical for branch in branches)
         parent.last_advanced = max(branch.last_advanced for branch in branches)
         parent.fork, parent.forked = None, []
-        self._resume_pace()
+        self.pace.branch()
         lent, parent.lent = parent.lent, ((), ())
         if fork.join == "none":
             parent.segment.extend(*lent)  # a join further up will read it
@@ -388,27 +357,15 @@ class LiveRequest:
 
     def _finish(self) -> list[Event]:
         trunk = self.branches[0]
-        first = self.first_token if self.first_token is not None else self.last_token
-        started = self.started_at if self.started_at is not None else first
-        slo = self.request.slo
-        tpot = (self.last_token - first) / (self.tokens - 1) if self.tokens > 1 else 0.0
         usage = Usage(
             prompt_tokens=len(self.request.prompt),
             cached_tokens=self.cached_tokens,
-            completion_tokens=self.tokens,
+            completion_tokens=self.pace.tokens,
             critical_path_tokens=trunk.critical,
             preemptions=self.preemptions,
         )
-        timing = Timing(
-            queue=started - self.arrival,
-            ttft=first - self.arrival,
-            tpot=tpot,
-            total=self.updated_at - self.arrival,
-            tpot_slo_met=tpot <= slo.tpot,
-            ttft_slo_met=first - self.arrival <= slo.ttft,
-        )
         self.release()
-        return [Finished(self.request.id, usage, timing)]
+        return [Finished(self.request.id, usage, self.pace.timing())]
 
     def _fits(self, branch: Branch, action: Action) -> bool:
         """Whether a model-driven fork's worst case fits; if not, the branch decodes on serially.

@@ -1,44 +1,14 @@
-"""What is being served: a request, its targets, and what ends its tokens.
+"""What is being served: a request, with its prompt, its program and its targets.
 
 All of it is frozen: the scheduler's own state about a request lives in `scheduler.live_request`.
 """
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from scheduler.program import Plan, TagProgram
 from scheduler.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from scheduler.program import Plan, TagProgram
-
-
-class FinishReason(enum.Enum):
-    """Why a branch ended. Failures of a whole request are errors, not finish reasons."""
-
-    EOS = "eos"
-    STOP = "stop"
-    MAX_TOKENS = "max_tokens"
-    CONTEXT = "context"
-    BRANCH_CLOSED = "branch_closed"  # the model closed it with its tag
-    FORKED = "forked"  # it ended in its branches: nothing follows their stage
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stopping:
-    """What ends one stage of one branch.
-
-    `stop_ids` are dropped from the output and from the context; text that matched one of `stop_strings`
-    stays in the context (a token cannot be cut), and the server cuts it from the text that it shows.
-    """
-
-    max_tokens: int
-    eos_ids: frozenset[int] = frozenset()
-    stop_ids: frozenset[int] = frozenset()
-    stop_strings: tuple[str, ...] = ()
-    include_stop: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,27 +9,25 @@ replay after a preemption and a decoding branch are all segments with tokens tha
 
 from __future__ import annotations
 
-import math
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from operator import attrgetter
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from scheduler.branch import Branch
+from scheduler.controller import Controller, Turn
+from scheduler.cursor import Codec
 from scheduler.draft import StepDraft
 from scheduler.events import Event
+from scheduler.flight import Flight
 from scheduler.live_request import LiveRequest
 from scheduler.pages import PagePool
-from scheduler.policy import AdmissionPolicy, Baseline, Extra, policy
-from scheduler.predictor import StepLatencyModel, StepLoad
-from scheduler.program import Codec, check_program, longest_first_prefix
+from scheduler.program import check_program, longest_first_prefix
 from scheduler.request import Request
-from scheduler.slack import ControllerConfig, pace, prompt_deadline, slack
-from scheduler.step import Forecast, ScheduledStep, Step, StepResult
+from scheduler.step import ScheduledStep, StepResult
 
 
 class RejectedError(Exception):
@@ -42,15 +40,14 @@ class RejectedError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Sizes and the controller's settings. The same numbers hold for every policy.
+    """Sizes, and the rules of starting.
 
     num_pages, page_size  the KV pool
     num_slots             branches that can keep device state at once; at least twice the largest bucket
     max_context           positions that a branch may fill
     max_queue             requests that may wait
-    max_chunk             prompt tokens of one request in a step
-    prompt_floor          prompt tokens that a step reads whatever the slack
-    controller            what the budget of a step follows from
+    reserve               share of the pages by which running requests may still grow that a new one leaves
+                          to them
     prefix_cache          keep full prompt pages for later requests
     """
 
@@ -59,11 +56,8 @@ class SchedulerConfig:
     num_slots: int
     max_context: int
     max_queue: int = 1024
-    max_chunk: int = 512
-    prompt_floor: int = 32
-    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    reserve: float = 1.0
     prefix_cache: bool = True
-    policy: str = "taper"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,36 +69,6 @@ class SchedulerLoad:
     kv_capacity_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A launched step and when it should end.
-
-    sampling  the requests that it should give a token
-    widths    for each request in it, how many branches advance, and how many were ready
-    """
-
-    step: Step
-    load: StepLoad
-    end: float
-    sampling: set[LiveRequest]
-    widths: dict[LiveRequest, tuple[int, int]]
-
-
-class _Turn(NamedTuple):
-    """A running request and its branches that could advance, the least recently advanced first."""
-
-    live: LiveRequest
-    ready: Sequence[Branch]
-
-    @property
-    def branch(self) -> Branch:
-        """The branch whose turn it is."""
-        return self.ready[0]
-
-
-_Candidate = tuple[LiveRequest, Branch]
-
-
 class Scheduler:
     """Requests in, steps out; holds every page and slot. Not thread-safe; has no clock.
 
@@ -112,26 +76,21 @@ class Scheduler:
     is gone.
     """
 
-    START_MARGIN = 0.95  # share of the TPOT target that a step may take with one request more
-    LATE_TURN = 8  # one start and one prompt floor in so many go to who has missed the TTFT target
-    FILL_SHARE = 0.01  # share of the TPOT target by which filling the bucket may lengthen a step
-
-    def __init__(self, config: SchedulerConfig, latency: StepLatencyModel, codec: Codec) -> None:
-        if config.num_slots < 2 * latency.buckets.largest:
+    def __init__(self, config: SchedulerConfig, controller: Controller, codec: Codec) -> None:
+        largest = controller.latency.buckets.largest
+        if config.num_slots < 2 * largest:
             raise ValueError(f"{config.num_slots} slots are fewer than twice the largest bucket's rows")
         self.config = config
-        self.latency = latency
+        self.controller = controller
         self.pool = PagePool(config.num_pages, config.page_size)
-        self.policy: AdmissionPolicy = policy(config.policy)
         self._codec = codec
-        self._floor = max(1, min(config.prompt_floor, latency.buckets.largest // 2))
+        self._most_running = largest
         self._live: dict[str, LiveRequest] = {}
         self._queue: deque[LiveRequest] = deque()
         self._running: list[LiveRequest] = []  # oldest first
         self._preempted: list[LiveRequest] = []  # oldest first
         self._free_slots = list(range(config.num_slots - 1, -1, -1))
-        self._flights: deque[_Flight] = deque()
-        self._baseline = StepLoad(0)  # what decoding requests forced the last step to hold
+        self._flights: deque[Flight] = deque()
         self._steps = 0
         self._starts = 0
 
@@ -174,10 +133,6 @@ class Scheduler:
         live.release()
         self._leave(live)
         return True
-
-    def set_policy(self, name: str) -> None:
-        """Switch the admission policy from the next step on. Raises ValueError."""
-        self.policy = policy(name)
 
     @property
     def live(self) -> Mapping[str, LiveRequest]:
@@ -225,7 +180,7 @@ class Scheduler:
             "a slot is lost or shared"
         )
 
-    # --- planning --------------------------------------------------------------------------------------
+    # --- steps -----------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> ScheduledStep | None:
         """The next step, as of the predicted end of the step in flight; None if nothing can advance."""
@@ -236,152 +191,14 @@ class Scheduler:
             self._steps,
             start,
             self.pool,
-            self.latency,
+            self.controller.latency,
             make_room=self._make_room,
             take_slot=partial(self._take_slot, holders),
         )
-        decoding, reading = self._turns()
-        self._add_baseline(draft, decoding, reserved=bool(reading))
-        self._baseline = draft.load
-        self._add_floor(draft, reading)
-        if not draft.rows:
-            return None
-        draft.baseline = draft.seconds()
-        extras, candidates = self._extras(draft, decoding)
-        draft.budget = self._budget(draft, decoding, reading, extras)
-        self._read_prompts(draft, reading, at_pace=True)
-        for extra in self._admitted(draft, extras):
-            if draft.room >= extra.rows:
-                draft.add(*candidates[extra.candidate], extra.rows)
-        self._read_prompts(draft, reading, at_pace=False)
-        return self._launch(draft, [*decoding, *reading])
+        turns = self.controller.fill(draft, self._running, self._flights)
+        return self._launch(draft, turns) if draft.rows else None
 
-    def _turns(self) -> tuple[list[_Turn], list[_Turn]]:
-        """The running requests that can advance: those that decode, oldest first, and those that read.
-
-        A request reads while each of its branches has more to compute than a decode step should carry: a
-        prompt, a joined text, a replay. It is paced, while a decoding request has a deadline.
-        """
-        decoding: list[_Turn] = []
-        reading: list[_Turn] = []
-        for live in self._running:
-            ready = live.runnable()
-            if not ready:
-                continue
-            decodes = live.prompt_read and any(branch.backlog <= self._floor for branch in ready)
-            (decoding if decodes else reading).append(_Turn(live, ready))
-        reading.sort(key=lambda turn: turn.live.reading_deadline)
-        return decoding, reading
-
-    def _add_baseline(self, draft: StepDraft, decoding: list[_Turn], *, reserved: bool) -> None:
-        """Every decoding request advances one branch; oldest first, since the oldest may preempt the others.
-
-        There is a row for each of them, and, if `reserved`, one for a request that reads.
-        """
-        waiting = len(decoding) + reserved
-        for turn in decoding:
-            waiting -= 1
-            if turn.live.resident:  # nobody has preempted it meanwhile
-                draft.add(turn.live, turn.branch, min(self._floor, draft.room - waiting), must=True)
-
-    def _add_floor(self, draft: StepDraft, reading: list[_Turn]) -> None:
-        """Prompts never starve: the one due first reads a little in every step.
-
-        Those that have missed their target come last, but for one step in LATE_TURN.
-        """
-        if self._steps % self.LATE_TURN:
-            reading = sorted(reading, key=lambda turn: turn.live.reading_deadline <= draft.start)
-        for turn in reading:
-            if turn.live.resident and draft.add(turn.live, turn.branch, self._floor, must=True):
-                return
-
-    def _extras(self, draft: StepDraft, decoding: list[_Turn]) -> tuple[list[Extra], list[_Candidate]]:
-        """Ready branches beyond the baseline, the oldest request's first, least recently advanced first.
-
-        Where several of them would read what nobody reads yet, each is priced as if it came alone.
-        """
-        extras: list[Extra] = []
-        candidates: list[_Candidate] = []
-        for group, (live, ready) in enumerate(decoding):
-            if len(ready) == 1 or live not in draft.advanced:
-                continue
-            others, priority = ready[1:], live.request.priority
-            for branch, (rows, seconds) in zip(others, draft.prices(others), strict=True):
-                if rows <= self._floor:
-                    extras.append(Extra(len(extras), group, rows, seconds, priority))
-                    candidates.append((live, branch))
-        return extras, candidates
-
-    def _budget(
-        self, draft: StepDraft, decoding: list[_Turn], reading: list[_Turn], extras: Sequence[Extra]
-    ) -> float:
-        """Seconds that the step may take (see scheduler.slack). Without decoding requests nobody is hurt."""
-        protected = [turn.live for turn in decoding if turn.live in draft.advanced]
-        if not protected:
-            return math.inf
-        control = self.config.controller
-        deadlines = self._deadlines(protected)
-        if any(deadline - draft.start >= draft.baseline for deadline in deadlines):
-            deadlines += self._prompt_deadlines(draft, reading)
-        margin = self.latency.accuracy.margin if control.rho is None else 0.0
-        spare = slack(deadlines, draft.start, draft.baseline, margin)
-        budget = draft.baseline + (1.0 if control.rho is None else control.rho) * spare
-        most = draft.baseline + self.FILL_SHARE * min(live.request.slo.tpot for live in protected)
-        if control.fill and budget < most:
-            budget = max(budget, min(self._filled(draft, extras), most))
-        return budget
-
-    def _deadlines(self, decoding: Sequence[LiveRequest]) -> list[float]:
-        """When the next token of each is due; what is in flight is expected when its step should end."""
-        expected = {live: flight.end for flight in self._flights for live in flight.sampling}
-        return [live.deadline(self.config.controller, expected.get(live)) for live in decoding]
-
-    def _prompt_deadlines(self, draft: StepDraft, reading: list[_Turn]) -> list[float]:
-        """When the next chunk of each prompt is due."""
-        due = [
-            prompt_deadline(
-                turn.live.reading_deadline,
-                draft.start,
-                max(1, draft.left(turn.branch)),
-                self.config.max_chunk,
-            )
-            for turn in reading
-            if turn.live.resident
-        ]
-        return [deadline for deadline in due if deadline is not None]
-
-    def _filled(self, draft: StepDraft, extras: Sequence[Extra]) -> float:
-        """Predicted seconds with ready branches in the padding of the baseline's own bucket."""
-        room = draft.bucket - draft.rows
-        if room == 0:
-            return draft.baseline
-        seconds = 0.0
-        for extra in sorted(extras, key=attrgetter("seconds")):
-            if extra.rows > room:
-                break
-            room -= extra.rows
-            seconds += extra.seconds
-        return draft.baseline + seconds
-
-    def _admitted(self, draft: StepDraft, extras: Sequence[Extra]) -> Sequence[Extra]:
-        step = Baseline(draft.rows, self.latency.reading_seconds(draft.load), draft.budget)
-        return self.policy.admit(extras, step, self.latency)
-
-    def _read_prompts(self, draft: StepDraft, reading: list[_Turn], *, at_pace: bool) -> None:
-        """Read prompts within the budget: up to the pace of their TTFT target, or all that fits."""
-        for turn in reading:
-            left = draft.left(turn.branch)
-            if not left or not turn.live.resident:
-                continue
-            wanted = self.config.max_chunk
-            if at_pace:
-                seconds = draft.budget if math.isfinite(draft.budget) else draft.seconds()
-                wanted = min(wanted, pace(turn.live.reading_deadline, draft.start, left, seconds))
-            rows = draft.affordable(turn.branch, min(wanted - draft.rows_of(turn.live), left))
-            if rows:
-                draft.add(turn.live, turn.branch, rows)
-
-    def _launch(self, draft: StepDraft, turns: list[_Turn]) -> ScheduledStep:
+    def _launch(self, draft: StepDraft, turns: list[Turn]) -> ScheduledStep:
         self._steps += 1
         widths: dict[LiveRequest, tuple[int, int]] = {}
         deferred: list[tuple[str, int]] = []
@@ -392,17 +209,10 @@ class Scheduler:
                 deferred += [(turn.live.request.id, branch) for branch in waiting]
                 if advanced:
                     widths[turn.live] = (len(advanced), len(turn.ready))
-        step = Step(draft.step_id, draft.entries, tuple(draft.slots), draft.bucket)
-        forecast = Forecast(
-            load=draft.load,
-            seconds=draft.seconds(),
-            baseline_seconds=draft.baseline,
-            budget_seconds=draft.budget,
-            deferred=tuple(deferred),
-        )
-        end = draft.start + forecast.seconds
-        self._flights.append(_Flight(step, forecast.load, end, draft.sampling, widths))
-        return ScheduledStep(step, forecast)
+        scheduled = draft.schedule(tuple(deferred))
+        end = draft.start + scheduled.forecast.seconds
+        self._flights.append(Flight(scheduled.step, scheduled.forecast, end, draft.sampling, widths))
+        return scheduled
 
     # --- results ---------------------------------------------------------------------------------------
 
@@ -410,7 +220,7 @@ class Scheduler:
         """Take in a finished step, in the order of launching; the events are in the order of occurrence."""
         flight = self._flights.popleft()
         assert flight.step is result.step, "steps must be updated in the order in which they were scheduled"
-        self.latency.observe(flight.load, result.seconds)
+        self.controller.learn(flight.forecast, result.seconds)
         events: list[Event] = []
         for live, (width, wanted) in flight.widths.items():
             if self._live.get(live.request.id) is live:
@@ -433,12 +243,12 @@ class Scheduler:
     # --- starting and preempting -----------------------------------------------------------------------
 
     def _start_queued(self, start: float) -> None:
-        while (self._preempted or self._queue) and len(self._running) < self.latency.buckets.largest:
+        while (self._preempted or self._queue) and len(self._running) < self._most_running:
             live = self._next_to_start(start)
             if self._running and not self._may_start(live):
                 return
             self._leave(live)
-            if live.started_at is None:
+            if live.pace.started is None:
                 live.age = self._starts
                 self._starts += 1
             live.resume(start)
@@ -448,27 +258,20 @@ class Scheduler:
         """Preempted requests first; then those that can still meet their TTFT target, then the others."""
         if self._preempted:
             return self._preempted[0]
-        on_time = (live for live in self._queue if live.ttft_deadline > start)
-        missed = (live for live in self._queue if live.ttft_deadline <= start)
-        late_first = self._starts % self.LATE_TURN == self.LATE_TURN - 1
+        on_time = (live for live in self._queue if live.pace.ttft_deadline > start)
+        missed = (live for live in self._queue if live.pace.ttft_deadline <= start)
+        turn = self.controller.LATE_TURN
+        late_first = self._starts % turn == turn - 1
         return next(chain(missed, on_time) if late_first else chain(on_time, missed))
 
     def _may_start(self, live: LiveRequest) -> bool:
-        """Whether the step with it stays within everybody's TPOT target, and its worst case fits now.
+        """Whether the step with it stays within everybody's target, and its worst case fits now.
 
-        The step is the last one's baseline, a row for each request that still reads its prompt, and the
-        floor. What running requests have still to read is theirs already, and a share of their worst case.
+        What running requests have still to read is theirs already, and a share of their worst case.
         """
-        load = self._baseline.plus(StepLoad(self._floor, private_kv=self._floor))
-        for other in (*self._running, live):
-            if not other.prompt_read:
-                load = load.plus(StepLoad(1, private_kv=len(other.request.prompt), items=1))
-        tightest = min(other.request.slo.tpot for other in (*self._running, live))
-        rows = min(load.rows, self.latency.buckets.largest)
-        if self.latency.predict(load._replace(rows=rows)) > self.START_MARGIN * tightest:
+        if not self.controller.may_start(live, self._running):
             return False
-        share = self.config.controller.reserve
-        reserved = sum(running.reserved_pages(share) for running in self._running)
+        reserved = sum(running.reserved_pages(self.config.reserve) for running in self._running)
         return live.worst_case_pages <= self.pool.available - reserved
 
     def _make_room(self, draft: StepDraft, live: LiveRequest, pages: int) -> bool:

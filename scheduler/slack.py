@@ -18,40 +18,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerConfig:
-    """What the budget of a step follows from.
-
-    rho      share of the slack that extra work may spend; None: all of it, less a margin for what steps have
-             lately taken longer than predicted
-    fill     let ready branches use the padding of the baseline's bucket
-    repay    tokens within which a request that is behind its pace catches up; 0: it never does
-    bank     TPOT targets by which a request that is ahead of its pace may be later with its next token
-    reserve  share of the pages by which running requests may still grow that a new one leaves to them
-    """
-
-    rho: float | None = 1.0
-    fill: bool = True
-    repay: float = 8.0
-    bank: float = 0.0
-    reserve: float = 1.0
-
 
 AIM = 0.98  # pace that a request is held to, in TPOT targets: what is left covers the debt that it ends with
 MOST_REPAID = 0.1  # of a TPOT target, by which a token may be due earlier
 
 
-def token_deadline(last: float, tpot: float, resumed: float, tokens: int, control: ControllerConfig) -> float:
-    """When the token after the one at `last` is due; it is the one after `tokens` since `resumed`."""
+def token_deadline(last: float, tpot: float, ahead: float, repay: float) -> float:
+    """When the token after the one at `last` is due.
+
+    ahead  seconds by which that one came sooner than the pace that the request is held to (negative: later)
+    repay  tokens within which a request that is behind its pace catches up; 0: it never does
+    """
     if math.isinf(tpot):
         return math.inf
-    ahead = resumed + tokens * AIM * tpot - last
-    if ahead >= 0.0:
-        return last + tpot + min(ahead, control.bank * tpot)
-    return last + tpot - (min(-ahead / control.repay, MOST_REPAID * tpot) if control.repay else 0.0)
+    if ahead >= 0.0 or not repay:
+        return last + tpot
+    return last + tpot - min(-ahead / repay, MOST_REPAID * tpot)
 
 
 def slack(deadlines: Iterable[float], start: float, baseline: float, margin: float = 0.0) -> float:
@@ -70,7 +52,7 @@ def prompt_deadline(ttft_deadline: float, start: float, tokens_left: int, chunk:
     return start + (ttft_deadline - start) / math.ceil(tokens_left / chunk)
 
 
-def pace(ttft_deadline: float, start: float, tokens_left: int, step_seconds: float) -> int:
+def prompt_pace(ttft_deadline: float, start: float, tokens_left: int, step_seconds: float) -> int:
     """Prompt tokens a step should read for the prompt to be done in time, at `step_seconds` a step.
 
     None are due once the target is missed, or if it is never.

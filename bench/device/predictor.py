@@ -183,7 +183,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     recorder = Recorder()
     here = inside.start(server, recorder.on_step)
     say(here.summary, options.json)
-    recorder.watch(here.engine.scheduler.latency)
+    recorder.watch(here.engine.scheduler.controller.latency)
     tpot = options.tpot_slo or 2.0 * unloaded_tpot(here, ALONE.scaled(options.scale))
     workload = named(options.workload, options.seed, options.seconds, rate=options.rate).scaled(options.scale)
     begin = time.monotonic() + options.skip

@@ -20,11 +20,13 @@ from bench.command import Command
 from bench.result import head, say, write
 from bench.simulate.simulation import MAX_CONTEXT, Bytes, Profile
 from bench.timing import Stopwatch, no_collections
+from scheduler.controller import Controller
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
-from scheduler.request import Request, Slo, Stopping
+from scheduler.request import Request, Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Sample, ScheduledStep, StepResult
+from scheduler.stopping import Stopping
 
 CASES = ((64, 8, 10_000), (512, 8, 300))  # requests, branches of each, plans
 PROMPT = 1024
@@ -45,7 +47,7 @@ def scheduler(requests: int, branches: int) -> Scheduler:
             max_queue=requests,
             prefix_cache=False,
         ),
-        latency,
+        Controller(latency),
         Bytes(),
     )
     spec = BranchSpec(stopping=Stopping(max_tokens=10_000), prefix=(1,))
@@ -57,13 +59,14 @@ def scheduler(requests: int, branches: int) -> Scheduler:
     return made
 
 
-DECISIONS = ("_extras", "_budget", "_admitted")
+DECISIONS = ("extras", "budget", "admitted")
 
 
 def times(requests: int, branches: int, plans: int) -> dict[str, list[float]]:
     """Seconds of each of so many steps after all requests have forked: planner, plan, update."""
     made, watch = scheduler(requests, branches), Stopwatch()
-    watch.on(made, *DECISIONS, "schedule", "update")
+    watch.on(made.controller, *DECISIONS)
+    watch.on(made, "schedule", "update")
     flying: deque[ScheduledStep] = deque()
     seconds: dict[str, list[float]] = {"planner": [], "plan": [], "update": []}
     now, steady = 0.0, False

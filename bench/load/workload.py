@@ -25,8 +25,9 @@ import numpy as np
 from bench.command import Command
 from bench.result import say
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage
-from scheduler.request import Request, Slo, Stopping
+from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
+from scheduler.stopping import Stopping
 
 FORMAT = 1
 BURST_PERIOD, BURST_SECONDS, BURST, LULL = 45.0, 15.0, 1.6, 0.7

@@ -24,12 +24,14 @@ from bench.result import head, say, write
 from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW, table
 from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, targets
 from bench.timing import no_collections
+from scheduler.controller import Controller, ControllerConfig, Turn
+from scheduler.draft import StepDraft
 from scheduler.events import Event, TokenEmitted
+from scheduler.flight import Flight
 from scheduler.live_request import LiveRequest
 from scheduler.policy import AdmissionPolicy, Baseline, Extra, Taper
 from scheduler.predictor import StepLatencyModel
 from scheduler.scheduler import Scheduler
-from scheduler.slack import ControllerConfig
 from scheduler.step import StepResult
 
 # --- other predictors --------------------------------------------------------------------------------------
@@ -74,53 +76,71 @@ class Replanned(Taper):
         return extras[: self._admitted]
 
 
-class DeadlinePerBranch(Scheduler):
-    """Every branch that could advance has a deadline of its own: what waits becomes the most urgent."""
+class DeadlinePerBranch(Controller):
+    """Every branch that could advance has a deadline of its own: what waits becomes the most urgent.
+
+    emitted  when each branch, by its request and number, had its last token: see `TellsBranches`
+    """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._emitted: dict[tuple[str, int], float] = {}
+        self.emitted: dict[tuple[str, int], float] = {}
 
-    def update(self, result: StepResult, now: float) -> list[Event]:
-        events = super().update(result, now)
-        for event in events:
-            if isinstance(event, TokenEmitted):
-                self._emitted[event.request_id, event.branch] = now
-        return events
-
-    def _deadlines(self, decoding: Sequence[LiveRequest]) -> list[float]:
+    def deadlines(self, decoding: Sequence[LiveRequest], flights: Sequence[Flight]) -> list[float]:
         expected = {
             (entry.request_id, entry.branch): flight.end
-            for flight in self._flights
+            for flight in flights
             for entry in flight.step.entries
             if entry.samples
         }
         due: list[float] = []
         for live in decoding:
-            request = live.request
+            request, resumed = live.request, live.pace.resumed
             for branch in live.runnable():
                 key = request.id, branch.id
-                last = expected.get(key) or self._emitted.get(key, live.resumed_at)
-                due.append(max(last, live.resumed_at) + request.slo.tpot)
+                last = expected.get(key) or self.emitted.get(key, resumed)
+                due.append(max(last, resumed) + request.slo.tpot)
         return due
 
 
-class StampedAtPlanning(Scheduler):
+class TellsBranches(Scheduler):
+    """Tells its controller when each branch had a token."""
+
+    def update(self, result: StepResult, now: float) -> list[Event]:
+        assert isinstance(self.controller, DeadlinePerBranch)
+        events = super().update(result, now)
+        for event in events:
+            if isinstance(event, TokenEmitted):
+                self.controller.emitted[event.request_id, event.branch] = now
+        return events
+
+
+class StampedAtPlanning(Controller):
     """A deadline counts from when the step of the last token was planned to begin."""
 
-    def _deadlines(self, decoding: Sequence[LiveRequest]) -> list[float]:
-        begun = {live: flight.end - flight.seconds for flight in self._flights for live in flight.sampling}
-        return [live.deadline(self.config.controller, begun.get(live)) for live in decoding]
+    def deadlines(self, decoding: Sequence[LiveRequest], flights: Sequence[Flight]) -> list[float]:
+        begun = {live: flight.end - flight.forecast.seconds for flight in flights for live in flight.sampling}
+        return [self.deadline(live, begun.get(live)) for live in decoding]
 
 
-class WholeChunks(Scheduler):
+class Banking(Controller):
+    """A request that is ahead of its pace may be later with its next token, by up to BANK targets."""
+
+    BANK = 2.0
+
+    def deadline(self, live: LiveRequest, emission: float | None) -> float:
+        due, tpot = super().deadline(live, emission), live.request.slo.tpot
+        return due + min(max(0.0, live.pace.ahead(emission)), self.BANK * tpot)
+
+
+class WholeChunks(Controller):
     """Prompts are read by whole chunks, whatever the budget."""
 
-    def _read_prompts(self, draft: Any, reading: Any, *, at_pace: bool) -> None:
-        for live, ready in reading if at_pace else ():
-            rows = self.config.max_chunk - draft.rows_of(live)
-            if live.resident and draft.left(ready[0]):
-                draft.add(live, ready[0], rows)
+    def read_prompts(self, draft: StepDraft, reading: Sequence[Turn], *, at_pace: bool) -> None:
+        for turn in reading if at_pace else ():
+            rows = self.config.max_chunk - draft.rows_of(turn.live)
+            if turn.live.resident and draft.left(turn.branch):
+                draft.add(turn.live, turn.branch, rows)
 
 
 # --- the table ---------------------------------------------------------------------------------------------
@@ -132,18 +152,20 @@ class Variation:
 
     policy: str = "taper"
     admission: Callable[[], AdmissionPolicy] | None = None
-    controller: ControllerConfig = ControllerConfig()  # noqa: RUF009 - frozen
+    config: ControllerConfig = ControllerConfig()  # noqa: RUF009 - frozen
+    reserve: float = 1.0
     latency: Callable[[Profile], StepLatencyModel] = Profile.latency
+    controller: type[Controller] = Controller
     scheduler: type[Scheduler] = Scheduler
 
 
 VARIATIONS = {
     "full": Variation(),
     "no slack budget": Variation(admission=Unbudgeted),
-    "no repayment": Variation(controller=ControllerConfig(repay=0.0)),
-    "no repayment, rho 0.8": Variation(controller=ControllerConfig(repay=0.0, rho=0.8)),
-    "no repayment, quantile margin": Variation(controller=ControllerConfig(repay=0.0, rho=None)),
-    "rho 0.8": Variation(controller=ControllerConfig(rho=0.8)),
+    "no repayment": Variation(config=ControllerConfig(repay=0.0)),
+    "no repayment, rho 0.8": Variation(config=ControllerConfig(repay=0.0, rho=0.8)),
+    "no repayment, quantile margin": Variation(config=ControllerConfig(repay=0.0, rho=None)),
+    "rho 0.8": Variation(config=ControllerConfig(rho=0.8)),
     "re-plan every 8": Variation(admission=partial(Replanned, 8)),
     "re-plan every 32": Variation(admission=partial(Replanned, 32)),
     "constant": Variation(latency=partial(Profile.latency, form="constant")),
@@ -151,34 +173,35 @@ VARIATIONS = {
     "linear, unique KV": Variation(latency=partial(Profile.latency, form="linear-unique")),
     "staircase, raw KV": Variation(latency=partial(Profile.latency, form="staircase-raw")),
     "no padding in the price": Variation(latency=unpadded),
-    "deadline per branch": Variation(scheduler=DeadlinePerBranch),
-    "stamp at planning": Variation(scheduler=StampedAtPlanning),
-    "no joint prompt budget": Variation(scheduler=WholeChunks),
-    "bank of 2": Variation(controller=ControllerConfig(bank=2.0)),
-    "fill off": Variation(controller=ControllerConfig(fill=False)),
-    "KV not reserved": Variation(controller=ControllerConfig(reserve=0.0)),
+    "deadline per branch": Variation(controller=DeadlinePerBranch, scheduler=TellsBranches),
+    "stamp at planning": Variation(controller=StampedAtPlanning),
+    "no joint prompt budget": Variation(controller=WholeChunks),
+    "bank of 2": Variation(controller=Banking),
+    "fill off": Variation(config=ControllerConfig(fill=False)),
+    "KV not reserved": Variation(reserve=0.0),
     "cheapest first": Variation(policy="taper:linear"),
     "level by level": Variation(policy="taper:concave"),
     "the paper's form": Variation(
         policy="taper:paper",
-        controller=ControllerConfig(rho=0.8, repay=0.0, fill=False),
+        config=ControllerConfig(rho=0.8, repay=0.0, fill=False),
         latency=partial(Profile.latency, form="linear"),
     ),
     "eager": Variation(policy="eager"),
-    "eager, no joint prompt budget": Variation(policy="eager", scheduler=WholeChunks),
+    "eager, no joint prompt budget": Variation(policy="eager", controller=WholeChunks),
 }
 
 
 def ablate(setting: Setting, name: str) -> dict[str, Any]:
     variation = VARIATIONS[name]
     simulation = Simulation(
-        replace(setting, controller=variation.controller),
+        replace(setting, controller=variation.config, reserve=variation.reserve),
         variation.policy,
         latency=variation.latency(setting.profile),
+        controller=variation.controller,
         scheduler=variation.scheduler,
     )
     if variation.admission is not None:
-        simulation.scheduler.policy = variation.admission()
+        simulation.scheduler.controller.policy = variation.admission()
     with no_collections():
         simulation.serve()
     return simulation.run().row() | {"policy": name}

@@ -39,8 +39,8 @@ from bench.result import head, say, write
 from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW
 from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, targets, unloaded_tpot
 from bench.timing import no_collections
+from scheduler.controller import ControllerConfig
 from scheduler.predictor import StepLatencyModel, StepLoad
-from scheduler.slack import ControllerConfig
 
 RATE = 1.4
 CAPS = ("cap:2", "cap:4", "cap:6", "cap:8")

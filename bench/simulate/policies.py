@@ -23,8 +23,8 @@ from bench.load.measures import COLUMNS, Window, cells, titles
 from bench.load.workload import TTFT_SLO, named
 from bench.result import head, say, write
 from bench.simulate.simulation import Profile, Setting, in_processes, simulate, targets
+from scheduler.controller import ControllerConfig
 from scheduler.request import Slo
-from scheduler.slack import ControllerConfig
 
 WARMUP, WINDOW, COOLDOWN = 45.0, 45.0, 15.0  # seconds
 FIGURES = [figure for figure in COLUMNS if figure not in ("e2e_p99_s", "gap_p99_ms")]
@@ -74,9 +74,11 @@ def setting_of(options: Namespace) -> Setting:
         slo=slo,
         window=window,
         seed=options.seed,
-        controller=ControllerConfig(**json.loads(options.controller)),
-        max_chunk=options.max_chunk,
-        prompt_floor=options.prompt_floor,
+        controller=replace(
+            ControllerConfig(**json.loads(options.controller)),
+            max_chunk=options.max_chunk,
+            prompt_floor=options.prompt_floor,
+        ),
     )
 
 

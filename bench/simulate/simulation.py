@@ -19,11 +19,11 @@ import numpy as np
 from bench.load.measures import Record, Run, Window
 from bench.load.workload import ALONE, TPOT_SLO_MULTIPLE, TTFT_SLO, Workload
 from bench.timing import no_collections
+from scheduler.controller import Controller, ControllerConfig
 from scheduler.events import Finished, TokenEmitted
 from scheduler.predictor import Costs, StepLatencyModel
 from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
-from scheduler.slack import ControllerConfig
 from scheduler.step import Sample, ScheduledStep, StepResult
 from serve.engine.calibration import load_profile
 
@@ -89,8 +89,7 @@ class Setting:
     window: Window = Window()  # noqa: RUF009 - frozen
     seed: int = 0
     controller: ControllerConfig = field(default_factory=ControllerConfig)
-    max_chunk: int = 512
-    prompt_floor: int = 32
+    reserve: float = 1.0
 
 
 # --- serving -----------------------------------------------------------------------------------------------
@@ -120,6 +119,7 @@ class Simulation:
         policy: str,
         *,
         latency: StepLatencyModel | None = None,
+        controller: type[Controller] = Controller,
         scheduler: type[Scheduler] = Scheduler,
     ) -> None:
         """`latency` is what the scheduler believes of steps, if not what the profile says."""
@@ -135,13 +135,10 @@ class Simulation:
                 num_slots=2 * max(buckets),
                 max_context=MAX_CONTEXT,
                 max_queue=len(setting.workload.items) + 1,
-                max_chunk=setting.max_chunk,
-                prompt_floor=setting.prompt_floor,
-                controller=setting.controller,
+                reserve=setting.reserve,
                 prefix_cache=False,  # prompts are random
-                policy=policy,
             ),
-            latency or profile.latency(),
+            controller(latency or profile.latency(), policy, setting.controller),
             Bytes(),
         )
         self.now = 0.0

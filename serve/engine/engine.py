@@ -164,16 +164,16 @@ class Engine:
     def set_policy(self, policy: str) -> None:
         """Switch the admission policy from the next step on. Raises ValueError."""
         with self._wake:
-            self.scheduler.set_policy(policy)
+            self.scheduler.controller.set_policy(policy)
 
     @property
     def policy(self) -> str:
-        return self.scheduler.policy.name
+        return self.scheduler.controller.policy.name
 
     def load(self) -> Load:
         with self._wake:
             load, now = self.scheduler.load(), self._clock()
-            accuracy = self.scheduler.latency.accuracy
+            accuracy = self.scheduler.controller.latency.accuracy
             bias, mape, coverage = accuracy.bias, accuracy.mape, accuracy.coverage
             tokens = sum(count for at, count in self._recent if now - at <= self.RATE_WINDOW)
         return Load(

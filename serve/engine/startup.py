@@ -17,11 +17,11 @@ from attention import BACKENDS, default_backend
 from model.checkpoint import abstract_model, load_model, model_folder
 from model.decoder import Decoder
 from model.tokenizer import Tokenizer
+from scheduler.controller import Controller, ControllerConfig
+from scheduler.grammars import GRAMMARS
 from scheduler.predictor import StepLatencyModel
-from scheduler.program import GRAMMARS
 from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
-from scheduler.slack import ControllerConfig
 from scheduler.step import FinishedStep
 from serve.config import ServerConfig
 from serve.engine.calibration import MOST_OFF, conditions, load_profile, matching, misses
@@ -77,14 +77,19 @@ def load(config: ServerConfig, on_step: Callable[[FinishedStep], None]) -> Backe
             num_slots=runner.config.num_slots,
             max_context=max_context,
             max_queue=config.max_queue,
-            max_chunk=config.max_chunk or runner.buckets.largest,
-            controller=ControllerConfig(
-                rho=config.rho, fill=config.fill, repay=config.repay, reserve=config.reserve
-            ),
+            reserve=config.reserve,
             prefix_cache=config.prefix_cache,
-            policy=config.policy,
         ),
-        latency,
+        Controller(
+            latency,
+            config.policy,
+            ControllerConfig(
+                rho=config.rho,
+                fill=config.fill,
+                repay=config.repay,
+                max_chunk=config.max_chunk or runner.buckets.largest,
+            ),
+        ),
         tokenizer,
     )
     served = ServedModel(

@@ -17,18 +17,20 @@ from typing import Protocol
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from scheduler.grammars import MULTIVERSE, TagGrammar
 from scheduler.program import (
-    MULTIVERSE,
     BranchSpec,
     ParallelStage,
     Plan,
     SerialStage,
     Stage,
-    TagGrammar,
     TagProgram,
+    fault_of_beginning,
+    fault_of_following,
 )
-from scheduler.request import Request, Slo, Stopping
+from scheduler.request import Request, Slo
 from scheduler.sampling import OPTIONS, Option, SamplingParams
+from scheduler.stopping import Stopping
 from serve.api.errors import InvalidRequestError, Violation
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 
@@ -256,8 +258,8 @@ class _Reader:
         for index, stage in enumerate(stages):
             name = f"{path}[{index}]"
             before = read[-1] if read else None
-            if isinstance(before, ParallelStage) and before.join == "none":
-                self._wrong(name, "nothing can follow a parallel stage whose branches are not joined")
+            if fault := fault_of_following(before):
+                self._wrong(name, fault)
             if stage.WhichOneof("kind") == "serial":
                 serial = self._serial(stage.serial, f"{name}.serial", position, base)
                 position += len(serial.prefix)
@@ -269,8 +271,8 @@ class _Reader:
             else:
                 self._wrong(name, "one of serial and parallel is needed")
                 continue
-            if isinstance(before, ParallelStage) and before.join == "kv":
-                self._check_fed(read[-1], name)
+            if fault := fault_of_beginning(read[-1], before):
+                self._wrong(name, fault)
         return tuple(read), position
 
     def _serial(self, stage: pb.SerialStage, path: str, position: int, base: SamplingParams) -> SerialStage:
@@ -323,12 +325,6 @@ class _Reader:
             stages=stages,
         )
         return branch, end
-
-    def _check_fed(self, stage: Stage, path: str) -> None:
-        """After a `kv` join there is no last token to go on from: the next stage has to bring one."""
-        parts = (stage,) if isinstance(stage, SerialStage) else stage.branches
-        if not all(part.prefix for part in parts):
-            self._wrong(path, "a stage after a kv join needs a prefix")
 
     def _model_driven(self, driven: pb.ModelDriven, path: str) -> TagProgram:
         stopping = self._stopping(driven.stopping, f"{path}.stopping")

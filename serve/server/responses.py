@@ -21,9 +21,10 @@ from scheduler.events import (
     TokenEmitted,
     WidthChanged,
 )
-from scheduler.program import Plan, SerialStage, Stage
-from scheduler.request import FinishReason, Request, Stopping
+from scheduler.program import BranchSpec, Plan, Stage
+from scheduler.request import Request
 from scheduler.step import Sample
+from scheduler.stopping import FinishReason, Stopping
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.text.detokenizer import Detokenizer, Speller
 
@@ -53,9 +54,9 @@ def stop_strings(request: Request) -> tuple[str, ...]:
 def _stoppings(stages: Sequence[Stage]) -> list[Stopping]:
     found: list[Stopping] = []
     for stage in stages:
-        for part in (stage,) if isinstance(stage, SerialStage) else stage.branches:
+        for part in stage.parts:
             found.append(part.stopping)
-            if not isinstance(part, SerialStage):
+            if isinstance(part, BranchSpec):
                 found += _stoppings(part.stages)
     return found
 

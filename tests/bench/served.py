@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from scheduler.controller import Controller
 from scheduler.predictor import StepLatencyModel
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Sample, Step
@@ -54,9 +55,11 @@ def serving() -> Iterator[Served]:
     async def serve() -> None:
         service = Service(ServerConfig(port=0))
         config = SchedulerConfig(
-            num_pages=4096, page_size=16, num_slots=128, max_context=MAX_CONTEXT, max_queue=64, max_chunk=512
+            num_pages=4096, page_size=16, num_slots=128, max_context=MAX_CONTEXT, max_queue=64
         )
-        scheduler = Scheduler(config, StepLatencyModel(dict.fromkeys(BUCKETS, 1e-6)), ByteTokenizer())
+        scheduler = Scheduler(
+            config, Controller(StepLatencyModel(dict.fromkeys(BUCKETS, 1e-6))), ByteTokenizer()
+        )
         engine = Engine(scheduler, Runner(), on_step=service.metrics.observe_step)
         engine.start()
         service.serve(Backend(engine=engine, model=served_model(max_context=MAX_CONTEXT)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scheduler.program import MULTIVERSE, TagGrammar
+from scheduler.grammars import MULTIVERSE, TagGrammar
 
 PIECES = (
     "$", "#",  # end of sequence, a stop token

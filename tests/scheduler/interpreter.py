@@ -11,8 +11,9 @@ import re
 from dataclasses import dataclass, field
 
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
-from scheduler.request import FinishReason, Request, Stopping
+from scheduler.request import Request
 from scheduler.sampling import SamplingParams
+from scheduler.stopping import FinishReason, Stopping
 from tests.scheduler.alphabet import Alphabet
 from tests.scheduler.symbolic import Path, SymbolicModel
 

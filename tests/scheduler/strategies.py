@@ -7,18 +7,11 @@ from functools import cache
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from scheduler.program import (
-    JOINS,
-    BranchSpec,
-    ParallelStage,
-    Plan,
-    SerialStage,
-    Stage,
-    TagProgram,
-)
-from scheduler.request import Request, Slo, Stopping
+from scheduler.controller import ControllerConfig
+from scheduler.program import JOINS, BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
+from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
-from scheduler.slack import ControllerConfig
+from scheduler.stopping import Stopping
 from tests.scheduler.alphabet import EOS, GRAMMARS, LETTERS, STOP
 from tests.scheduler.world import Setting
 
@@ -147,8 +140,6 @@ controllers = st.builds(
     rho=st.sampled_from([0.8, 1.0, None]),
     fill=st.booleans(),
     repay=st.sampled_from([0.0, 2.0, 8.0]),
-    bank=st.sampled_from([0.0, 0.0, 2.0]),
-    reserve=st.sampled_from([0.0, 0.5, 1.0]),
 )
 
 serving = st.builds(
@@ -163,6 +154,7 @@ serving = st.builds(
     spare_slots=st.sampled_from([0, 0, 64]),
     prefix_cache=st.booleans(),
     controller=controllers,
+    reserve=st.sampled_from([0.0, 0.5, 1.0]),
     in_flight=st.sampled_from([0, 1]),
     arrive_after=st.sampled_from([0, 1, 7]),
     late_by=st.sampled_from([0.5, 1.0, 1.7]),

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 from scheduler.branch import Branch
-from scheduler.program import Plan, SerialStage, cursor
-from scheduler.request import Stopping
+from scheduler.cursor import cursor
+from scheduler.program import Plan, SerialStage
 from scheduler.segment import Segment
+from scheduler.stopping import Stopping
 from tests.scheduler.alphabet import Alphabet
 
 

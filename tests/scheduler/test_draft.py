@@ -9,8 +9,9 @@ from scheduler.live_request import LiveRequest
 from scheduler.pages import PagePool
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage
-from scheduler.request import Request, Stopping
+from scheduler.request import Request
 from scheduler.step import Entry, Sample
+from scheduler.stopping import Stopping
 from tests.scheduler.alphabet import Alphabet
 from tests.scheduler.symbolic import unique_kv_tokens
 

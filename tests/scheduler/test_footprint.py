@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from scheduler.footprint import worst_case_pages
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
-from scheduler.request import Request, Stopping
+from scheduler.request import Request
+from scheduler.stopping import Stopping
 from tests.scheduler.alphabet import FOLLOWS, LETTERS, PLAIN, TALKATIVE
 from tests.scheduler.strategies import GRAMMARS, examples, loads, plans, serving, tag_programs
 from tests.scheduler.symbolic import SymbolicModel

@@ -10,21 +10,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from scheduler.program import (
-    GRAMMARS,
-    MULTIVERSE,
-    NPR,
-    THREADWEAVER,
-    Action,
-    Cursor,
-    Decode,
-    End,
-    Fork,
-    TagGrammar,
-    TagProgram,
-    cursor,
-)
-from scheduler.request import FinishReason, Stopping
+from scheduler.cursor import Action, Cursor, Decode, End, Fork, cursor
+from scheduler.grammars import GRAMMARS, MULTIVERSE, NPR, THREADWEAVER, TagGrammar
+from scheduler.program import TagProgram
+from scheduler.stopping import FinishReason, Stopping
 
 
 class Characters:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from scheduler.footprint import worst_case_pages
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
-from scheduler.request import FinishReason, Request, Stopping
+from scheduler.request import Request
 from scheduler.sampling import SamplingParams
+from scheduler.stopping import FinishReason, Stopping
 from tests.scheduler.alphabet import FOLLOWS, LETTERS, PLAIN, TALKATIVE
 from tests.scheduler.interpreter import Answer
 from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving, tag_programs

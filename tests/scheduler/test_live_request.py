@@ -15,9 +15,11 @@ from scheduler.events import (
     TokenEmitted,
     WidthChanged,
 )
-from scheduler.program import MULTIVERSE, BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
-from scheduler.request import FinishReason, Request, Slo, Stopping
+from scheduler.grammars import MULTIVERSE
+from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
+from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
+from scheduler.stopping import FinishReason, Stopping
 from tests.scheduler.alphabet import EOS, ID, LETTERS, STOP, tokens
 from tests.scheduler.symbolic import SymbolicModel
 from tests.scheduler.world import Setting, World, serve

@@ -55,7 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(policy=st.sampled_from(["off", "cap:2", "eager", "taper"]))
     def set_policy(self, policy: str) -> None:
-        self.world.scheduler.set_policy(policy)
+        self.world.scheduler.controller.set_policy(policy)
 
     @rule(seconds=st.sampled_from([1e-4, 0.01, 1.0]))
     def wait(self, seconds: float) -> None:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 import pytest
 
 from scheduler.events import StageFinished, StageStarted, TokenEmitted
-from scheduler.program import MULTIVERSE, TagProgram
-from scheduler.request import FinishReason, Request, Stopping
+from scheduler.grammars import MULTIVERSE
+from scheduler.program import TagProgram
+from scheduler.request import Request
+from scheduler.stopping import FinishReason, Stopping
 from tests.scheduler.alphabet import EOS, Alphabet, tokens
 from tests.scheduler.scripted import Scripted, numbers, outlines
 from tests.scheduler.symbolic import Path

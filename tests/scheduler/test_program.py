@@ -4,23 +4,18 @@ from dataclasses import replace
 
 import pytest
 
+from scheduler.cursor import Cursor, Decode, End, Fork, cursor
+from scheduler.grammars import MULTIVERSE, TagGrammar
 from scheduler.program import (
-    MULTIVERSE,
     BranchSpec,
-    Cursor,
-    Decode,
-    End,
-    Fork,
     ParallelStage,
     Plan,
     SerialStage,
-    TagGrammar,
     TagProgram,
     check_program,
-    cursor,
     longest_first_prefix,
 )
-from scheduler.request import FinishReason, Stopping
+from scheduler.stopping import FinishReason, Stopping
 from tests.scheduler.alphabet import Alphabet, tokens
 
 FOUR = Stopping(max_tokens=4)

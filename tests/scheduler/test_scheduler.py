@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
+from scheduler.controller import ControllerConfig
 from scheduler.events import (
     Event,
     Joined,
@@ -21,12 +22,13 @@ from scheduler.events import (
     TokenEmitted,
     WidthChanged,
 )
-from scheduler.program import MULTIVERSE, BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
-from scheduler.request import Request, Slo, Stopping
+from scheduler.grammars import MULTIVERSE
+from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
+from scheduler.request import Request, Slo
 from scheduler.scheduler import RejectedError, Scheduler
-from scheduler.slack import ControllerConfig
 from scheduler.step import Entry, Step, StepResult
-from tests.scheduler.alphabet import LETTERS, PLAIN, tokens
+from scheduler.stopping import Stopping
+from tests.scheduler.alphabet import LETTERS, PLAIN, Alphabet, tokens
 from tests.scheduler.interpreter import Interpreter
 from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving
 from tests.scheduler.symbolic import SymbolicModel, unique_kv_tokens, widths
@@ -34,8 +36,8 @@ from tests.scheduler.world import Setting, World, assert_says, roomy, serve
 
 TALKS_ON = SymbolicModel(LETTERS)
 MODEL = SymbolicModel(PLAIN)
-UNFILLED = ControllerConfig(rho=0.8, repay=0.0, fill=False, reserve=0.0)
-FLOOR_ONLY = ControllerConfig(rho=0.0, fill=False, reserve=0.0)
+UNFILLED = ControllerConfig(rho=0.8, repay=0.0, fill=False)
+FLOOR_ONLY = ControllerConfig(rho=0.0, fill=False)
 NEVER = Slo(tpot=math.inf, ttft=math.inf)
 
 
@@ -132,7 +134,7 @@ def test_a_request_that_cannot_run_is_an_error(wanted: Request, message: str) ->
 def test_too_few_slots_are_refused() -> None:
     world = World(Setting(), TALKS_ON)
     with pytest.raises(ValueError, match="fewer than twice the largest bucket"):
-        Scheduler(replace(world.scheduler.config, num_slots=63), world.latency, world.scheduler._codec)
+        Scheduler(replace(world.scheduler.config, num_slots=63), world.scheduler.controller, Alphabet())
 
 
 def test_more_branches_than_slots_take_turns_with_them() -> None:
@@ -162,7 +164,7 @@ def test_a_request_waits_until_its_worst_case_fits_beside_what_the_others_still_
 @pytest.mark.parametrize(("reserve", "together"), [(0.0, True), (0.5, True), (1.0, False)])
 def test_what_running_requests_may_still_grow_by_is_left_to_them(reserve: float, together: bool) -> None:
     """Of 16 pages a holds 1 and may grow by 9; b may need 10."""
-    setting = Setting(num_pages=16, page_size=4, controller=ControllerConfig(reserve=reserve))
+    setting = Setting(num_pages=16, page_size=4, reserve=reserve)
     world = World(setting, TALKS_ON)
     world.add(request("a", serial(36), prompt=4))
     run_until(world, lambda: emitted(world, "a") > 1)
@@ -658,12 +660,12 @@ def test_a_policy_may_change_at_any_time() -> None:
     for wanted in load:
         world.add(wanted)
     for name in ("eager", "cap:2", "off", "taper") * 3:
-        world.scheduler.set_policy(name)
+        world.scheduler.controller.set_policy(name)
         world.step()
         world.step()
     with pytest.raises(ValueError, match="unknown policy"):
-        world.scheduler.set_policy("fast")
-    assert world.scheduler.policy.name == "taper"
+        world.scheduler.controller.set_policy("fast")
+    assert world.scheduler.controller.policy.name == "taper"
     world.run([])
     assert_says(world, load, MODEL)
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from scheduler.controller import ControllerConfig
 from scheduler.request import Request, Slo
-from scheduler.slack import ControllerConfig
 from scheduler.step import ScheduledStep
 from tests.scheduler.alphabet import PLAIN
 from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving
@@ -36,14 +36,16 @@ def planned(
     stall: float = 0.0,
 ) -> ScheduledStep | None:
     """The step that `policy` makes of the state after so many steps without extras, and after a stall."""
-    world = World(replace(roomy([*load], setting), policy="off", controller=STRICT), MODEL)
+    world = World(replace(roomy([*load], setting), policy="off", controller=STRICT, reserve=1.0), MODEL)
     for request in load:
         world.add(request)
     for _ in range(steps):
         if not world.scheduler.idle:
             world.step()
-    world.scheduler.set_policy(policy)
-    world.scheduler.config = replace(world.scheduler.config, controller=controller)
+    settings_before = world.scheduler.controller.config
+    chunking = {"max_chunk": settings_before.max_chunk, "prompt_floor": settings_before.prompt_floor}
+    world.scheduler.controller.set_policy(policy)
+    world.scheduler.controller.config = replace(controller, **chunking)
     world.now += stall
     return None if world.scheduler.idle else world.launch()
 

@@ -11,19 +11,18 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from scheduler.controller import Controller, ControllerConfig
 from scheduler.events import Event, Finished, Joined, StageFinished, StageStarted, TokenEmitted
 from scheduler.footprint import worst_case_pages
 from scheduler.predictor import StepLatencyModel
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler, SchedulerConfig
-from scheduler.slack import ControllerConfig
 from scheduler.step import Entry, Forecast, Sample, ScheduledStep, Step, StepResult
 from tests.scheduler.alphabet import Alphabet
 from tests.scheduler.interpreter import Answer, Interpreter, Key
 from tests.scheduler.symbolic import SymbolicDevice, SymbolicModel, unique_kv_tokens, widths
 
 MAX_CONTEXT = 200
-OVERCOMMITTED = ControllerConfig(reserve=0.0)  # so that some requests are preempted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +42,8 @@ class Setting:
     page_size: int = 4
     spare_slots: int = 0
     prefix_cache: bool = True
-    controller: ControllerConfig = OVERCOMMITTED
+    controller: ControllerConfig = ControllerConfig()  # noqa: RUF009 - frozen
+    reserve: float = 0.0  # so that some requests are preempted
     in_flight: int = 1
     arrive_after: int = 0
     late_by: float = 1.0
@@ -66,13 +66,14 @@ class World:
                 page_size=setting.page_size,
                 num_slots=2 * max(setting.buckets) + setting.spare_slots,
                 max_context=setting.max_context,
-                max_chunk=setting.max_chunk,
-                prompt_floor=setting.prompt_floor,
                 prefix_cache=setting.prefix_cache,
-                controller=setting.controller,
-                policy=setting.policy,
+                reserve=setting.reserve,
             ),
-            self.latency,
+            Controller(
+                self.latency,
+                setting.policy,
+                replace(setting.controller, max_chunk=setting.max_chunk, prompt_floor=setting.prompt_floor),
+            ),
             Alphabet(),
         )
         self.pool = self.scheduler.pool
@@ -196,9 +197,9 @@ class World:
         seconds = self.latency.rows_seconds(bucket) + self.latency.scale * 2e-6 * kv_tokens
         assert abs(forecast.seconds - seconds) < 1e-12
         assert forecast.seconds >= forecast.baseline_seconds
-        if self.scheduler.policy.name.startswith("taper"):
+        if self.scheduler.controller.policy.name.startswith("taper"):
             assert forecast.seconds <= max(forecast.budget_seconds, forecast.baseline_seconds) + 1e-12
-        cap = {"off": 1, "cap:2": 2, "cap:3": 3}.get(self.scheduler.policy.name)
+        cap = {"off": 1, "cap:2": 2, "cap:3": 3}.get(self.scheduler.controller.policy.name)
         assert cap is None or max(widths(step).values()) <= cap
 
     def _check_turns(self, scheduled: ScheduledStep) -> None:

@@ -18,8 +18,9 @@ from scheduler.events import (
     TokenEmitted,
     Usage,
 )
-from scheduler.request import FinishReason, Request
+from scheduler.request import Request
 from scheduler.step import Sample
+from scheduler.stopping import FinishReason
 from serve.config import ServerConfig
 from serve.engine.engine import Failed, Load, Refused
 from serve.server.requests import ServedModel

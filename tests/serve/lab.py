@@ -15,12 +15,13 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.sharding import Placement
 from model.weights import random_weights
+from scheduler.controller import Controller, ControllerConfig
 from scheduler.events import Event, Finished, StageFinished, StageStarted, TokenEmitted
 from scheduler.predictor import StepLatencyModel
-from scheduler.request import FinishReason, Request
+from scheduler.request import Request
 from scheduler.scheduler import Scheduler, SchedulerConfig
-from scheduler.slack import ControllerConfig
 from scheduler.step import Sample, Step
+from scheduler.stopping import FinishReason
 from serve.engine.engine import Engine, Failed
 from serve.engine.runner import Runner, RunnerConfig, StepHandle
 
@@ -173,6 +174,9 @@ def run(
 ) -> Run:
     """Serve `requests` with a fresh scheduler and engine on `runner`, and wait for all of them."""
     buckets = tuple(runner.buckets) if buckets is None else buckets
+    latency = StepLatencyModel({bucket: 1e-3 + 2e-4 * bucket for bucket in buckets}, 1e-6)
+    control = {name: settings.pop(name) for name in ("max_chunk", "prompt_floor") if name in settings}
+    controller = Controller(latency, settings.pop("policy", "taper"), ControllerConfig(**control))
     scheduler = Scheduler(
         SchedulerConfig(
             **{
@@ -180,11 +184,11 @@ def run(
                 "page_size": runner.config.page_size,
                 "num_slots": runner.config.num_slots,
                 "max_context": runner.model_config.max_context,
-                "controller": ControllerConfig(reserve=0.0),  # so that some requests are preempted
+                "reserve": 0.0,  # so that some requests are preempted
             }
             | settings
         ),
-        StepLatencyModel({bucket: 1e-3 + 2e-4 * bucket for bucket in buckets}, 1e-6),
+        controller,
         codec or Letters(),
     )
     record, left, done = Run(), {request.id for request in requests}, threading.Event()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
-from scheduler.request import Request, Slo, Stopping
+from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
+from scheduler.stopping import Stopping
 
 SYSTEM = tuple(range(40, 61))  # five full pages that several prompts begin with
 

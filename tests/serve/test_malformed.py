@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from model.tiny.lessons import prompt, tokenizer
-from scheduler.program import MULTIVERSE, TagProgram
-from scheduler.request import FinishReason, Request, Slo, Stopping
+from scheduler.grammars import MULTIVERSE
+from scheduler.program import TagProgram
+from scheduler.request import Request, Slo
 from scheduler.step import Step
+from scheduler.stopping import FinishReason, Stopping
 from serve.engine.runner import Runner, RunnerConfig
 from tests.scheduler.alphabet import EOS, Alphabet, tokens
 from tests.scheduler.scripted import Scripted, numbers, outlines

@@ -19,8 +19,10 @@ from model.tiny.measure import held_out, load, wrong_choices
 from model.tiny.tasks import Answer as Written
 from model.tiny.tasks import Fork, Task, transcript
 from scheduler.events import Event, StageFinished, StageStarted, TokenEmitted
-from scheduler.program import MULTIVERSE, TagProgram
-from scheduler.request import FinishReason, Request, Slo, Stopping
+from scheduler.grammars import MULTIVERSE
+from scheduler.program import TagProgram
+from scheduler.request import Request, Slo
+from scheduler.stopping import FinishReason, Stopping
 from serve.engine.runner import Runner
 from tests.serve.lab import Answer, Run, run
 

@@ -12,7 +12,7 @@ from model.tiny import dense
 from model.tiny.layout import CONCLUSION_OPEN, PATH_OPEN, Tokens, lay_out, pack
 from model.tiny.lessons import sequence
 from model.tiny.tasks import Answer, Fork, write_task
-from scheduler.program import MULTIVERSE
+from scheduler.grammars import MULTIVERSE
 
 
 def letters(text: str) -> list[int]:

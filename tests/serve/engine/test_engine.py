@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from scheduler.controller import Controller, ControllerConfig
 from scheduler.events import Event, Finished, TokenEmitted
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import Plan
@@ -25,7 +26,9 @@ SLO = Slo(tpot=10.0, ttft=60.0)
 def scheduler(num_pages: int = NUM_PAGES, **settings: object) -> Scheduler:
     sizes = {"num_pages": num_pages, "page_size": PAGE_SIZE, "num_slots": NUM_SLOTS, "max_context": 512}
     latency = StepLatencyModel(dict.fromkeys((3, 8, 16, 32), 1e-3))
-    return Scheduler(SchedulerConfig(**(sizes | settings)), latency, Letters())  # type: ignore[arg-type]
+    policy, chunk = str(settings.pop("policy", "taper")), int(settings.pop("max_chunk", 512))
+    config = SchedulerConfig(**(sizes | settings))
+    return Scheduler(config, Controller(latency, policy, ControllerConfig(max_chunk=chunk)), Letters())
 
 
 @dataclass

@@ -8,17 +8,11 @@ import re
 
 import pytest
 
-from scheduler.program import (
-    MULTIVERSE,
-    BranchSpec,
-    ParallelStage,
-    Plan,
-    SerialStage,
-    TagProgram,
-    check_program,
-)
-from scheduler.request import Slo, Stopping
+from scheduler.grammars import MULTIVERSE
+from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, TagProgram, check_program
+from scheduler.request import Slo
 from scheduler.sampling import OPTIONS
+from scheduler.stopping import Stopping
 from serve.api.errors import InvalidRequestError
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping

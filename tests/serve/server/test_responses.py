@@ -14,8 +14,9 @@ from scheduler.events import (
     WidthChanged,
 )
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
-from scheduler.request import FinishReason, Request, Stopping
+from scheduler.request import Request
 from scheduler.step import Sample
+from scheduler.stopping import FinishReason, Stopping
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.server.responses import ResponseWriter, stop_strings
 from serve.text.detokenizer import Speller

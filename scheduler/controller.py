@@ -1,0 +1,276 @@
+"""The controller: what a step takes beyond what it must, and when the prompts are read.
+
+    decoding, reading = turns(running)         who could advance
+    add_baseline, add_floor                    what is forced: every policy has the same
+    budget                                     the seconds that the step may take (scheduler.slack)
+    read_prompts                               prompts, up to the pace of their targets
+    admitted                                   extra branches, by the policy, within the budget
+    read_prompts                               prompts again, in what is left
+
+Each of these is a method of its own, which an experiment may override. The controller holds no pages and no
+slots: it adds to a `StepDraft`, which does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
+
+from scheduler.branch import Branch
+from scheduler.draft import StepDraft
+from scheduler.flight import Flight
+from scheduler.live_request import LiveRequest
+from scheduler.policy import AdmissionPolicy, Baseline, Extra, policy
+from scheduler.predictor import StepLatencyModel, StepLoad
+from scheduler.slack import prompt_deadline, prompt_pace, slack
+from scheduler.step import Forecast
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerConfig:
+    """What a step may take. The same numbers hold for every policy.
+
+    rho           share of the slack that extra work may spend; None: all of it, less a margin for what steps
+                  have lately taken longer than predicted
+    fill          let ready branches use the padding of the baseline's bucket
+    repay         tokens within which a request that is behind its pace catches up; 0: it never does
+    max_chunk     prompt tokens of one request in a step
+    prompt_floor  prompt tokens that a step reads whatever the slack
+    """
+
+    rho: float | None = 1.0
+    fill: bool = True
+    repay: float = 8.0
+    max_chunk: int = 512
+    prompt_floor: int = 32
+
+
+class Turn(NamedTuple):
+    """A running request and its branches that could advance, the least recently advanced first."""
+
+    live: LiveRequest
+    ready: Sequence[Branch]
+
+    @property
+    def branch(self) -> Branch:
+        """The branch whose turn it is."""
+        return self.ready[0]
+
+
+Candidate = tuple[LiveRequest, Branch]
+
+
+class Controller:
+    """Fills the drafts of steps, and learns from what they took. Has no clock."""
+
+    START_MARGIN = 0.95  # share of the TPOT target that a step may take with one request more
+    LATE_TURN = 8  # one prompt floor (and one start) in so many goes to those that missed the TTFT target
+    FILL_SHARE = 0.01  # share of the TPOT target by which filling the bucket may lengthen a step
+
+    def __init__(
+        self,
+        latency: StepLatencyModel,
+        policy_name: str = "taper",
+        config: ControllerConfig = ControllerConfig(),
+    ) -> None:
+        """Raises ValueError for a policy that there is none of."""
+        self.latency = latency
+        self.policy: AdmissionPolicy = policy(policy_name)
+        self.config = config
+        self._forced = StepLoad(0)  # what decoding requests forced the last step to hold
+
+    def set_policy(self, name: str) -> None:
+        """Switch the admission policy from the next step on. Raises ValueError."""
+        self.policy = policy(name)
+
+    @property
+    def floor(self) -> int:
+        """Prompt tokens that a step reads whatever the slack: at most half of the largest bucket."""
+        return max(1, min(self.config.prompt_floor, self.latency.buckets.largest // 2))
+
+    # --- a step ----------------------------------------------------------------------------------------
+
+    def fill(self, draft: StepDraft, running: Sequence[LiveRequest], flights: Sequence[Flight]) -> list[Turn]:
+        """Add to an empty draft what its step should take; it stays empty if nothing can advance.
+
+        Returns the requests that could have advanced. `running`: oldest first; `flights`: the steps that are
+        under way.
+        """
+        decoding, reading = self.turns(running)
+        self.add_baseline(draft, decoding, reserved=bool(reading))
+        self._forced = draft.load
+        self.add_floor(draft, reading)
+        if draft.rows:
+            draft.baseline = draft.seconds()
+            extras, candidates = self.extras(draft, decoding)
+            draft.budget = self.budget(draft, decoding, reading, extras, flights)
+            self.read_prompts(draft, reading, at_pace=True)
+            for extra in self.admitted(draft, extras):
+                if draft.room >= extra.rows:
+                    draft.add(*candidates[extra.candidate], extra.rows)
+            self.read_prompts(draft, reading, at_pace=False)
+        return [*decoding, *reading]
+
+    def learn(self, forecast: Forecast, seconds: float) -> None:
+        """A step has taken `seconds`."""
+        self.latency.observe(forecast.load, seconds)
+
+    def may_start(self, live: LiveRequest, running: Sequence[LiveRequest]) -> bool:
+        """Whether a step with `live` as well stays within everybody's TPOT target.
+
+        The step is the last one's baseline, a row for each request that still reads its prompt, and the
+        floor.
+        """
+        load = self._forced.plus(StepLoad(self.floor, private_kv=self.floor))
+        for other in (*running, live):
+            if not other.prompt_read:
+                load = load.plus(StepLoad(1, private_kv=len(other.request.prompt), items=1))
+        tightest = min(other.request.slo.tpot for other in (*running, live))
+        rows = min(load.rows, self.latency.buckets.largest)
+        return self.latency.predict(load._replace(rows=rows)) <= self.START_MARGIN * tightest
+
+    # --- what is forced --------------------------------------------------------------------------------
+
+    def turns(self, running: Sequence[LiveRequest]) -> tuple[list[Turn], list[Turn]]:
+        """The requests that can advance: those that decode, oldest first, and those that read.
+
+        A request reads while each of its branches has more to compute than a decode step should carry: a
+        prompt, a joined text, a replay. It is paced, while a decoding request has a deadline. The prompt that
+        is due first comes first.
+        """
+        decoding: list[Turn] = []
+        reading: list[Turn] = []
+        for live in running:
+            ready = live.runnable()
+            if not ready:
+                continue
+            decodes = live.prompt_read and any(branch.backlog <= self.floor for branch in ready)
+            (decoding if decodes else reading).append(Turn(live, ready))
+        reading.sort(key=lambda turn: turn.live.pace.reading_deadline)
+        return decoding, reading
+
+    def add_baseline(self, draft: StepDraft, decoding: Sequence[Turn], *, reserved: bool) -> None:
+        """Every decoding request advances one branch; oldest first, since the oldest may preempt the others.
+
+        There is a row for each of them, and, if `reserved`, one for a request that reads.
+        """
+        waiting = len(decoding) + reserved
+        for turn in decoding:
+            waiting -= 1
+            if turn.live.resident:  # no older request has preempted it meanwhile
+                draft.add(turn.live, turn.branch, min(self.floor, draft.room - waiting), must=True)
+
+    def add_floor(self, draft: StepDraft, reading: Sequence[Turn]) -> None:
+        """Prompts never starve: the one due first reads a little in every step.
+
+        Those that have missed their target come last, but for one step in LATE_TURN.
+        """
+        if draft.step_id % self.LATE_TURN:
+            reading = sorted(reading, key=lambda turn: turn.live.pace.reading_deadline <= draft.start)
+        for turn in reading:
+            if turn.live.resident and draft.add(turn.live, turn.branch, self.floor, must=True):
+                return
+
+    # --- what the step may take ------------------------------------------------------------------------
+
+    def budget(
+        self,
+        draft: StepDraft,
+        decoding: Sequence[Turn],
+        reading: Sequence[Turn],
+        extras: Sequence[Extra],
+        flights: Sequence[Flight],
+    ) -> float:
+        """Seconds that the step may take (see scheduler.slack). Without decoding requests nobody is hurt."""
+        protected = [turn.live for turn in decoding if turn.live in draft.advanced]
+        if not protected:
+            return math.inf
+        rho = self.config.rho
+        deadlines = self.deadlines(protected, flights)
+        if any(deadline - draft.start >= draft.baseline for deadline in deadlines):
+            deadlines += self.prompt_deadlines(draft, reading)
+        margin = self.latency.accuracy.margin if rho is None else 0.0
+        spare = slack(deadlines, draft.start, draft.baseline, margin)
+        budget = draft.baseline + (1.0 if rho is None else rho) * spare
+        most = draft.baseline + self.FILL_SHARE * min(live.request.slo.tpot for live in protected)
+        if self.config.fill and budget < most:
+            budget = max(budget, min(self.filled(draft, extras), most))
+        return budget
+
+    def deadlines(self, decoding: Sequence[LiveRequest], flights: Sequence[Flight]) -> list[float]:
+        """When the next token of each is due; what is in flight is expected when its step should end."""
+        expected = {live: flight.end for flight in flights for live in flight.sampling}
+        return [self.deadline(live, expected.get(live)) for live in decoding]
+
+    def deadline(self, live: LiveRequest, emission: float | None) -> float:
+        """When the token after the last one, or after the one expected at `emission`, is due."""
+        return live.pace.next_token(self.config.repay, emission)
+
+    def prompt_deadlines(self, draft: StepDraft, reading: Sequence[Turn]) -> list[float]:
+        """When the next chunk of each prompt is due."""
+        due = [
+            prompt_deadline(
+                turn.live.pace.reading_deadline,
+                draft.start,
+                max(1, draft.left(turn.branch)),
+                self.config.max_chunk,
+            )
+            for turn in reading
+            if turn.live.resident
+        ]
+        return [deadline for deadline in due if deadline is not None]
+
+    def filled(self, draft: StepDraft, extras: Sequence[Extra]) -> float:
+        """Predicted seconds with ready branches in the padding of the baseline's own bucket."""
+        room = draft.bucket - draft.rows
+        if room == 0:
+            return draft.baseline
+        seconds = 0.0
+        for extra in sorted(extras, key=attrgetter("seconds")):
+            if extra.rows > room:
+                break
+            room -= extra.rows
+            seconds += extra.seconds
+        return draft.baseline + seconds
+
+    # --- what the step takes beyond --------------------------------------------------------------------
+
+    def extras(self, draft: StepDraft, decoding: Sequence[Turn]) -> tuple[list[Extra], list[Candidate]]:
+        """Ready branches beyond the baseline, the oldest request's first, least recently advanced first.
+
+        Where several of them would read what the step does not read yet, each is priced as if it came alone.
+        """
+        extras: list[Extra] = []
+        candidates: list[Candidate] = []
+        for group, (live, ready) in enumerate(decoding):
+            if len(ready) == 1 or live not in draft.advanced:
+                continue
+            others, priority = ready[1:], live.request.priority
+            for branch, (rows, seconds) in zip(others, draft.prices(others), strict=True):
+                if rows <= self.floor:
+                    extras.append(Extra(len(extras), group, rows, seconds, priority))
+                    candidates.append((live, branch))
+        return extras, candidates
+
+    def admitted(self, draft: StepDraft, extras: Sequence[Extra]) -> Sequence[Extra]:
+        """Those of the extras that the policy lets join the step."""
+        step = Baseline(draft.rows, self.latency.reading_seconds(draft.load), draft.budget)
+        return self.policy.admit(extras, step, self.latency)
+
+    def read_prompts(self, draft: StepDraft, reading: Sequence[Turn], *, at_pace: bool) -> None:
+        """Read prompts within the budget: up to the pace of their TTFT target, or all that fits."""
+        for turn in reading:
+            left = draft.left(turn.branch)
+            if not left or not turn.live.resident:
+                continue
+            wanted = self.config.max_chunk
+            if at_pace:
+                seconds = draft.budget if math.isfinite(draft.budget) else draft.seconds()
+                due = prompt_pace(turn.live.pace.reading_deadline, draft.start, left, seconds)
+                wanted = min(wanted, due)
+            rows = draft.affordable(turn.branch, min(wanted - draft.rows_of(turn.live), left))
+            if rows:
+                draft.add(turn.live, turn.branch, rows)

@@ -1,0 +1,61 @@
+"""The tags by which models open, close and join branches of their own; some sets are known by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TagGrammar:
+    """The tags with which a model opens and closes branches of its own (Multiverse, NPR and their like).
+
+    When `plan_close` is generated, each match of `outline` (a regular expression whose first group is the
+    branch's label) after the last `plan_open` becomes a branch that begins with `branch_open`, where
+    `{label}` is replaced, and ends with `branch_close`. When all have ended, the parent goes on after
+    `join_open`.
+    """
+
+    name: str
+    plan_open: str
+    outline: str
+    plan_close: str
+    branch_open: str
+    branch_close: str
+    join_open: str
+    join: str = "kv"
+
+
+MULTIVERSE = TagGrammar(
+    name="multiverse",
+    plan_open="<Goal>",
+    outline=r"<Outline>\s*(\d+(?:\.\d+)*)\s*:",
+    plan_close="</Goal>",
+    branch_open="\n<Path>\n{label}:",
+    branch_close="</Path>",
+    join_open="\n<Conclusion>\n",
+)
+
+# Native Parallel Reasoner (arXiv 2512.07461): Multiverse's mechanics in its own words, one level deep.
+NPR = TagGrammar(
+    name="npr",
+    plan_open="<guideline>",
+    outline=r"<plan>\s*(\d+)\s*:",
+    plan_close="</guideline>",
+    branch_open="\n<step>\n{label}:",
+    branch_close="</step>",
+    join_open="\n<takeaway>\n",
+)
+
+# ThreadWeaver (github.com/facebookresearch/threadweaver): an ordinary model, which reads its threads again.
+THREADWEAVER = TagGrammar(
+    name="threadweaver",
+    plan_open="<Outlines>",
+    outline=r"<Outline>\s*(\d+)\s*:",
+    plan_close="</Outlines>",
+    branch_open="\n<Thread>\n{label}:",
+    branch_close="</Thread>",
+    join_open="</Parallel>",
+    join="reprefill",
+)
+
+GRAMMARS = {grammar.name: grammar for grammar in (MULTIVERSE, NPR, THREADWEAVER)}
