@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from model import convert
+from model import checkpoint, convert
 from model.checkpoint import LoadFormat, abstract_model, convert_hf, load_model, model_config, model_folder
 from model.config import PRESETS
 from model.weights import WeightsError, hf_tensors
@@ -40,6 +42,37 @@ def test_an_orbax_folder_restores_the_same_weights_in_the_dtype_asked_for(
     for mine, theirs in zip(restored.split()[1], original.split()[1], strict=True):
         assert (mine.dtype, mine.sharding) == (theirs.dtype, theirs.sharding)
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_checkpoint_is_converted_in_the_dtype_that_its_config_names(
+    key: str, golden_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As either major version of transformers writes it. More bits would take more room, fewer lose some."""
+    source = shutil.copytree(golden_folder(NAME), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    assert config.pop("dtype") == "bfloat16"
+    (source / "config.json").write_text(json.dumps(config | {key: "bfloat16"}))
+    convert_hf(source, tmp_path / "out")
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata((tmp_path / "out" / "orbax").absolute()).item_metadata
+    arrays = jax.tree.leaves(dict(stored), is_leaf=lambda node: hasattr(node, "dtype"))
+    assert {jnp.dtype(array.dtype).name for array in arrays} == {"bfloat16"}
+
+
+def test_orbax_is_taken_where_a_folder_has_both(
+    converted: Path, golden_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in golden_folder(NAME).glob("*.safetensors"):
+        shutil.copyfile(file, converted / file.name)
+    taken: list[str] = []
+    for reader in ("restore_orbax", "load_safetensors"):
+        monkeypatch.setattr(
+            checkpoint, reader, lambda model, *_, reader=reader: taken.append(reader) or model
+        )
+    load_model(str(converted), jnp.float32)
+    load_model(str(converted), jnp.float32, "safetensors")
+    assert taken == ["restore_orbax", "load_safetensors"]
 
 
 def test_a_converted_folder_keeps_config_and_tokenizer_and_drops_safetensors(converted: Path) -> None:

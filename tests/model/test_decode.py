@@ -14,7 +14,7 @@ from model import decode
 from model.checkpoint import load_model
 from model.decode import generate
 from model.decoder import Decoder
-from model.sampling import branch_key
+from model.sampling import USES_ALL, USES_RANDOM, USES_TOP, branch_key
 from model.weights import hf_tensors
 from scheduler.sampling import SamplingParams
 from tests.model.dense import dense_greedy, dense_logits
@@ -83,6 +83,36 @@ def test_penalties_count_the_prompt_and_what_was_generated(model: Decoder) -> No
     for prompt, [ids] in zip(PROMPTS, generation.ids, strict=True):
         assert len(set(ids)) == len(ids)
         assert not set(ids) & set(prompt)
+
+
+def test_a_generated_token_counts_once_and_one_of_the_prompt_never(model: Decoder) -> None:
+    """The prompt's last token is fed by the loop as what it generates is, but was not generated."""
+    liked = SamplingParams(logit_bias=((7, 1e4),), frequency_penalty=6e3)
+    [[ids]] = generate(model, [[7]], max_tokens=TOKENS, sampling=liked).ids
+    assert ids[:2] == [7, 7]
+    assert 7 not in ids[2:]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "sampler"),
+    [
+        (None, 0),
+        (SamplingParams(temperature=1.0), USES_RANDOM | USES_TOP),
+        (SamplingParams(presence_penalty=1.0), USES_ALL),
+    ],
+)
+def test_the_loop_is_compiled_with_the_cheapest_sampler_that_suffices(
+    model: Decoder, sampling: SamplingParams | None, sampler: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def compile_generation(*arguments: object) -> Callable[..., tuple[np.ndarray]]:
+        taken.append(arguments[-1])
+        return lambda weights, cache, slots, arrays: (arrays.tokens,)
+
+    monkeypatch.setattr(decode, "compile_generation", compile_generation)
+    generate(model, PROMPTS, max_tokens=TOKENS, sampling=sampling)
+    assert taken == [sampler]
 
 
 def test_a_branch_ends_before_the_end_of_sequence_token(model: Decoder, greedy: list[list[int]]) -> None:

@@ -35,7 +35,7 @@ from model.sampling import (
 from scheduler.sampling import OPTIONS, SamplingParams
 
 VOCAB = 101
-SLOTS = 12
+SLOTS = 13
 MAX_BIAS = 4
 TOP = 5
 SAMPLES = 16  # every batch is padded to one of two sizes, so that little is compiled
@@ -191,6 +191,9 @@ CASES = {
         repetition_penalty=0.5, presence_penalty=-2.0, frequency_penalty=-1.0
     ),
     "bias": SamplingParams(logit_bias=((3, 9.0), (50, -2.0), (100, 8.5))),
+    "bias of repeated tokens": SamplingParams(
+        repetition_penalty=3.0, logit_bias=((8, 9.0), (9, 9.0), (50, 5.0))
+    ),
     "everything": SamplingParams(
         temperature=1.2,
         top_k=30,
@@ -248,10 +251,12 @@ def test_rows_with_different_options_share_a_batch(dtype):
     ],
 )
 def test_a_cut_at_its_edge_keeps_what_it_should(cuts, survivors, dtype):
-    logits = np.linspace(0.5, 0, VOCAB, dtype=dtype)
+    likeliest_first = np.roll(np.arange(VOCAB), 7)  # no cut may leave nothing, which would choose token 0
+    logits = np.empty(VOCAB, dtype)
+    logits[likeliest_first] = np.linspace(0.5, 0, VOCAB)
     rows = [Row(logits=logits, sampling=cuts, position=i) for i in range(600)]
     seen = set(tokens_of_one_slot(rows))
-    assert seen <= set(range(survivors))
+    assert seen <= set(likeliest_first[:survivors].tolist())
     assert len(seen) > 0.9 * survivors
 
 
@@ -260,6 +265,23 @@ def test_equally_likely_tokens_are_kept_or_dropped_together(dtype):
     for cut in (SamplingParams(temperature=1.0, top_k=2), SamplingParams(temperature=1.0, top_p=0.4)):
         seen = tokens_of_one_slot([Row(logits=logits, sampling=cut, position=i) for i in range(100)])
         assert set(seen) == {1, 2, 3}
+
+
+def test_tokens_that_differ_in_their_last_bit_are_told_apart(dtype):
+    last = np.nextafter(dtype.type(-1.5), dtype.type(-2))
+    logits = few([-1.5, 0, last, -1], dtype)
+    cut = SamplingParams(temperature=1.0, top_k=3)
+    assert set(tokens_of_one_slot([Row(logits=logits, sampling=cut, position=i) for i in range(100)])) == {
+        0,
+        1,
+        3,
+    }
+
+
+def test_an_unlikely_token_is_less_likely_when_it_is_repeated(dtype):
+    """Its logit is below zero, and goes further down."""
+    logits, shy = few([-1, -1.5, -5], dtype), SamplingParams(repetition_penalty=2.0)
+    assert tokens([Row(logits=logits, sampling=shy), Row(logits=logits, sampling=shy, given=(0,))]) == [0, 1]
 
 
 def test_a_forbidden_token_is_never_drawn(dtype):

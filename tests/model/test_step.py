@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,17 @@ from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.kv_cache import KVCache
-from model.sampling import USES_LOGPROBS, SampleOutputs, SlotState
+from model.sampling import (
+    SAMPLERS,
+    USES_ALL,
+    USES_LOGPROBS,
+    USES_RANDOM,
+    USES_TOP,
+    SampleOutputs,
+    SlotState,
+)
 from model.sharding import ON_ONE_DEVICE
-from model.step import NOWHERE, StepInputs, StepLayout, compile_step, forward
+from model.step import NOWHERE, StepInputs, StepLayout, StepProgram, compile_step, forward
 from model.weights import hf_tensors, place_model, random_weights
 from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
 from tests.model.dense import dense_logits
@@ -225,6 +235,36 @@ def test_the_head_runs_for_sampled_rows_only(model: Decoder, config: ModelConfig
     )
     products = [eqn.outvars[0].aval.shape for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
     assert products == [(LAYOUT.samples, config.vocab_size)]
+
+
+OUTPUTS = (((1,), jnp.int32), ((1,), jnp.float32), ((1, 1), jnp.int32), ((1, 1), jnp.float32))
+
+
+def program_of(forward: MagicMock, samplers: dict[int, MagicMock]) -> StepProgram:
+    return StepProgram(LAYOUT, cast(Any, forward), cast(Any, samplers))
+
+
+def test_a_step_runs_the_cheapest_sampler_that_suffices() -> None:
+    forward = MagicMock(spec=jax.stages.Compiled, return_value=(KVCache(()), None, None))
+    slots = SlotState.create(SLOTS, 5, 1)
+    outputs = SampleOutputs(*(jnp.zeros(shape, dtype) for shape, dtype in OUTPUTS))
+    samplers = {options: MagicMock(spec=jax.stages.Compiled) for options in SAMPLERS}
+    for sampler in samplers.values():
+        sampler.return_value = slots, outputs
+    for uses in (0, USES_RANDOM, USES_RANDOM | USES_TOP, USES_LOGPROBS):
+        program_of(forward, samplers)((), KVCache(()), slots, np.zeros(1, np.int32), uses)
+    assert [sampler.call_count for sampler in samplers.values()] == [1, 2, 1]
+
+
+def test_a_step_needs_room_for_the_model_and_for_its_largest_sampler() -> None:
+    def part(temp: int, output: int, alias: int) -> MagicMock:
+        sizes = {"temp_size_in_bytes": temp, "output_size_in_bytes": output, "alias_size_in_bytes": alias}
+        program = MagicMock(spec=jax.stages.Compiled)
+        program.memory_analysis.return_value = SimpleNamespace(**sizes)
+        return program
+
+    samplers = {0: part(1, 20, 10), 3: part(50, 20, 10), USES_ALL: part(30, 20, 10)}
+    assert program_of(part(1000, 500, 400), samplers).working_bytes == 1100 + 60
 
 
 def inputs_of(rows: int, samples: int) -> StepInputs:
