@@ -13,7 +13,7 @@ from bench.simulate import maps
 from bench.simulate.maps import MAPS, MARGINS, Case, biased, capacity, cases, run, with_fanout, with_share
 from bench.simulate.simulation import Profile
 from scheduler.predictor import StepLoad
-from tests.bench.simulate.test_simulation import InOneProcess
+from tests.bench.simulate.test_policies import InOneProcess
 
 PROFILE = Profile.load("h200-qwen3-32b")
 LOAD = StepLoad(100, shared_kv=20_000, private_kv=10_000, items=110, raw_kv=90_000)
