@@ -50,7 +50,7 @@ from serve.client.client import (
     parallel,
     serial,
 )
-from serve.commands import Answer, summary
+from serve.client.terminal import Answer, summary
 
 POLICIES = ("off", "eager", "taper")
 SIX_PART_QUESTIONS = 200

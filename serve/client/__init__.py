@@ -1,6 +1,6 @@
 """The client: a request's answer as events, and as a whole."""
 
-from serve.client.client import (
+from .client import (
     AsyncClient,
     Client,
     Options,

@@ -4,7 +4,7 @@
         answer = client.complete("Tea or coffee?", plan=[parallel(["Tea:", "Coffee:"]), serial("So:")])
 
 `serial`, `parallel` and `branch` describe what is to be decoded; `generate` streams what happens as the
-events of `serve.client.answer`, `complete` collects them. Failures are the exceptions of `serve.api.errors`.
+events of `answer`, `complete` collects them. Failures are the exceptions of `api.errors`.
 `AsyncClient` is the same with `await`.
 """
 
@@ -16,12 +16,12 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import grpc
 
-from serve.api.errors import CancelledError, from_rpc
-from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
-from serve.api.protos.taper.v1 import control_service_pb2_grpc as control_grpc
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
-from serve.client.answer import Completion, Event, events_of
+from ..api.errors import CancelledError, from_rpc
+from ..api.protos.taper.v1 import control_service_pb2 as control_pb
+from ..api.protos.taper.v1 import control_service_pb2_grpc as control_grpc
+from ..api.protos.taper.v1 import inference_service_pb2 as pb
+from ..api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
+from .answer import Completion, Event, events_of
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat turns like {"role": "user", "content": "Hello"}."""

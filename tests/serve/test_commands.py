@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 
 import pytest
-from rich.console import Console
 
 from serve import commands
-from serve.client.answer import BranchFinished, Completion, Delta, StageBranch, StageStarted
 from tests.serve.fakes import FakeEngine, fork_and_join, listening
 
 
@@ -49,45 +46,6 @@ def test_what_is_wrong_is_said_in_a_line(address):
 def test_branches_that_begin_alike_can_be_asked_for(address, capsys):
     run_client("Drinks?", "--branch", "A ", "--branch", "A ", "--address", address)
     assert "Hi. " in capsys.readouterr().out
-
-
-def growing() -> Iterator[Completion]:
-    """An answer, after each of its events."""
-
-    def stage(number: int, *branches: int) -> StageStarted:
-        infos = (StageBranch(branch=b, parent=0, label=f"[b]{b}", prefix=f"{b}: ") for b in branches)
-        return StageStarted(stage=number, branches=tuple(infos))
-
-    def say(branch: int, text: str) -> Delta:
-        return Delta(branch=branch, text=text, token_ids=(), logprobs=(), completion_tokens=len(text))
-
-    completion = Completion()
-    yield completion
-    done = BranchFinished(branch=1, reason="eos", stop=None, completion_tokens=3)
-    for event in (
-        stage(0, 0),
-        say(0, "[i]hi"),
-        stage(1, 1, 2),
-        say(1, "tea"),
-        say(2, "mud"),
-        done,
-        stage(2, 0),
-    ):
-        completion.add(event)
-        yield completion
-
-
-def test_branches_are_drawn_side_by_side():
-    screen = ""
-    for completion in growing():
-        console = Console(file=io.StringIO(), width=80, force_terminal=False)
-        console.print(commands.Answer(completion))
-        screen = console.file.getvalue()
-    lines = screen.splitlines()
-    assert lines[0].strip() == "0: [i]hi", "text is not taken for markup"
-    assert any("[b]1" in line and "[b]2" in line for line in lines)
-    assert any("1: tea" in line and "2: mud" in line for line in lines)
-    assert any("3 tokens" in line for line in lines)
 
 
 @pytest.mark.parametrize("command", [commands.serve, commands.client])

@@ -1,8 +1,8 @@
 """Makes the Python stubs from the protos: `python -m serve.api.protos.generate`.
 
 The stubs are checked in. protoc writes imports by proto path (`from taper.v1 import …`), which would need the
-protos' folder on sys.path; here they become imports by package. File names inside the descriptors stay
-`taper/v1/….proto`, which is what reflection shows to clients in other languages.
+protos' folder on sys.path; here they become relative, so that the stubs can live in any package. File names
+inside the descriptors stay `taper/v1/….proto`, which is what reflection shows to clients in other languages.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ def generate(target: Path = SOURCE) -> list[Path]:
         raise RuntimeError("protoc failed; what it printed says why")
     written = sorted(target.glob("taper/**/*_pb2*.py*"))
     for path in written:
-        path.write_text(
-            path.read_text().replace("from taper.v1 import", "from serve.api.protos.taper.v1 import")
-        )
+        path.write_text(path.read_text().replace("from taper.v1 import", "from . import"))
     return written
 
 

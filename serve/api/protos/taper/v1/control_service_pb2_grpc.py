@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from serve.api.protos.taper.v1 import control_service_pb2 as taper_dot_v1_dot_control__service__pb2
+from . import control_service_pb2 as taper_dot_v1_dot_control__service__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__
