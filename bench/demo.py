@@ -211,7 +211,7 @@ class Job:
     task: Task
 
     def message(self, slo: Slo | None) -> bytes:
-        options = Options(**BY_ITSELF, token_ids=True)
+        options = BY_ITSELF | Options(token_ids=True)
         if slo is not None:
             options |= Options(tpot_slo_ms=1e3 * slo.tpot, ttft_slo_ms=1e3 * slo.ttft)
         return generate_request(chat(self.task.question), **options).SerializeToString()

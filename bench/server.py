@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
@@ -34,14 +34,14 @@ def started(arguments: Sequence[str], log: TextIO | None = None) -> Iterator[Ser
 
     What it prints goes to `log` (standard error unless given). Raises ChildProcessError if it does not start.
     """
-    log = log or sys.stderr
+    said: TextIO = log or sys.stderr
     began, metrics = clock(), _free_port()
     command = [sys.executable, "-c", PROGRAM, "--port", "0", "--metrics-port", str(metrics), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        echo = threading.Thread(target=log.writelines, args=(process.stdout,))
+        echo = threading.Thread(target=said.writelines, args=(process.stdout,))
         try:
-            address = _ready(process.stdout, log)
+            address = _ready(process.stdout, said)
             if address is None:
                 raise ChildProcessError(f"taper-serve did not start: it ended with {process.wait()}")
             echo.start()
@@ -56,7 +56,7 @@ def started(arguments: Sequence[str], log: TextIO | None = None) -> Iterator[Ser
                 echo.join()
 
 
-def _ready(lines: TextIO, log: TextIO) -> str | None:
+def _ready(lines: Iterable[str], log: TextIO) -> str | None:
     """Its address as soon as it says so; None if it ends before."""
     for line in lines:
         log.write(line)
