@@ -1,1 +1,1 @@
-"""The model on the device: Qwen3 and its kin over a paged KV cache, sampling, checkpoints, tokenizer."""
+"""The model on the device: a decoder over a paged KV cache, sampling, checkpoints, tokenizer."""

@@ -121,6 +121,10 @@ def test_an_architecture_that_is_not_in_the_table_is_refused_with_those_that_are
         replace(PRESETS["qwen3-0.6b"], architecture="gpt2")
 
 
+def test_queries_and_keys_are_normalized_in_qwen3_alone() -> None:
+    assert [name for name, architecture in ARCHITECTURES.items() if architecture.qk_norm] == ["qwen3"]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_a_decoder_has_what_its_architecture_has(architecture: Architecture) -> None:
     config = replace(PRESETS["qwen3-0.6b"], architecture=architecture.name, num_layers=1)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.sampling import USES_PENALTIES, USES_RANDOM, USES_TOP
+from model.step import StepProgram
 from scheduler.predictor import StepLoad
 from scheduler.program import Plan
 from scheduler.request import Request, Slo
@@ -104,6 +107,29 @@ def test_log_probabilities_come_with_the_sample(runner: Runner) -> None:
         assert sample.logprob == pytest.approx(sample.top[0][1])
         assert len(sample.top) == 3
         assert np.all(np.diff([logprob for _, logprob in sample.top]) <= 0)
+
+
+def test_a_step_takes_the_sampler_that_its_own_samples_need(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even in slots that were used with other options before."""
+    used: list[int] = []
+    call = StepProgram.__call__
+
+    def counted(program: StepProgram, *arguments: Any) -> Any:
+        used.append(arguments[-1])
+        return call(program, *arguments)
+
+    monkeypatch.setattr(StepProgram, "__call__", counted)
+    for options, uses in (
+        (SamplingParams(presence_penalty=1.0), USES_PENALTIES),
+        (SamplingParams(temperature=1.0, top_k=3), USES_RANDOM | USES_TOP),
+        (SamplingParams(), 0),
+    ):
+        plan = Plan(stages=(serial(3),))
+        run(runner, [Request(id="r", prompt=(5, 6, 7), program=plan, sampling=options)])
+        assert used == [uses] * 3
+        used.clear()
 
 
 def test_a_measured_staircase_is_positive_and_ascending(runner: Runner) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from pathlib import Path
 
 import pytest
 
 from scheduler.grammars import MULTIVERSE
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, TagProgram, check_program
 from scheduler.request import Slo
-from scheduler.sampling import OPTIONS
+from scheduler.sampling import OPTIONS, Option
 from scheduler.stopping import Stopping
+from serve.api import protos
 from serve.api.errors import InvalidRequestError
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
@@ -328,6 +330,15 @@ def test_the_wire_has_every_sampling_option_and_its_range_is_checked():
             ]
             request = read(of_sampling(**{option.name: option.high}))
             assert getattr(request.sampling, option.name) == option.high
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_the_proto_says_what_range_an_option_has(option: Option):
+    proto = (Path(protos.__file__).parent / "taper/v1/inference_service.proto").read_text()
+    [comment] = re.findall(rf"// (.*)\n  optional \w+ {option.name} =", proto)
+    said = {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", comment)}
+    assert {option.off, option.low} <= said
+    assert option.high in said or option.high == INF
 
 
 def test_everything_wrong_is_named_at_once():
