@@ -9,20 +9,18 @@ machine than this one may be.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import itertools
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 from rich.console import Console
-from rich.live import Live
 from rich.rule import Rule
 from rich.table import Table
 
@@ -38,7 +36,7 @@ from model.tiny.tasks import Fork, Task, transcript, write_task
 from scheduler.request import Slo
 from serve.api.errors import ServiceError
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client.answer import Completion, Delta, StageStarted, events_of
+from serve.client.answer import Completion, events_of
 from serve.client.client import (
     AsyncClient,
     Client,
@@ -50,7 +48,7 @@ from serve.client.client import (
     parallel,
     serial,
 )
-from serve.client.terminal import Answer, summary
+from serve.client.terminal import Answer, show_live, summary
 
 POLICIES = ("off", "eager", "taper")
 SIX_PART_QUESTIONS = 200
@@ -155,17 +153,19 @@ ADVICE = Options(
 )
 
 
-def watch(address: str, options: Options, question: str, console: Console) -> Completion:
+def watch(address: str, options: Options, question: str, console: Console) -> None:
     """Ask one question; in a terminal its branches grow side by side, elsewhere they are shown at the end."""
     console.print(Rule(question))
-    completion = Completion()
-    with Client(address) as client, _view(completion, console) as refresh:
-        for event in client.generate(chat(question), **options):
+    with Client(address) as client:
+        events = client.generate(chat(question), **options)
+        if console.is_terminal:
+            show_live(events, console)
+            return
+        completion = Completion()
+        for event in events:
             completion.add(event)
-            if isinstance(event, Delta | StageStarted):
-                refresh()
+    console.print(Answer(completion))
     console.print(summary(completion), style="dim")
-    return completion
 
 
 def show_speed(address: str, demo: Demo, console: Console) -> None:
@@ -188,16 +188,6 @@ def show_speed(address: str, demo: Demo, console: Console) -> None:
         f"(Of {SIX_PART_QUESTIONS} questions with six parts, it has most to win: {gain(task):.1f} tokens for"
         " each position on its longest path.)\n"
     )
-
-
-@contextlib.contextmanager
-def _view(completion: Completion, console: Console) -> Iterator[Callable[[], None]]:
-    if not console.is_terminal:
-        yield lambda: None
-        console.print(Answer(completion))
-        return
-    with Live(Answer(completion), console=console, refresh_per_second=20) as live:
-        yield lambda: live.update(Answer(completion))
 
 
 # --- one load, three policies ------------------------------------------------------------------------------

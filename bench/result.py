@@ -24,6 +24,15 @@ def head(command: str, device: Mapping[str, Any] | None = None) -> dict[str, Any
     return {"command": command, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **ran_on}
 
 
+def ran_on(result: Mapping[str, Any]) -> str:
+    """One line of what a result's head says it ran on."""
+    client = {**result.get("client", {})}
+    name = client.pop("host", None) or result["hardware"]["device"]
+    packages = ", ".join(f"{package} {each}" for package, each in (client or result["versions"]).items())
+    server = f", against {result['server']['device']}" if "server" in result else ""
+    return f"Ran on {name} ({packages}){server}."
+
+
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Of Python, and of those that are installed."""
     found = {"python": sys.version.split()[0]}

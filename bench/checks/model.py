@@ -32,7 +32,7 @@ from bench.checks.logits import AGREEMENT_BAR, ERROR_BAR, LEAD, Served, check_lo
 from bench.checks.scale import SCALES
 from bench.checks.schedules import check_schedules
 from bench.command import Command
-from bench.result import head, say, write
+from bench.result import head, ran_on, say, write
 
 
 def passed(result: Mapping[str, Any]) -> bool:
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     result["schedules"] = check_schedules(served, options.seed)
     result["ok"] = passed(result)
     write(result, options.json)
-    say(text(result), options.json)
+    say(f"{text(result)}\n{ran_on(result)}", options.json)
     return result
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from bench import hardware
 from bench.command import Command, split
 from bench.device.probe import probe, shapes
-from bench.result import head, say, write
+from bench.result import head, ran_on, say, write
 from bench.timing import clock
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.step import Step
@@ -203,6 +203,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     for form, fitted in found["forms"].items():
         off = f"bias {fitted['bias']:+.2%}  MAPE {fitted['mape']:.2%}  margin {fitted['margin']:.2%}"
         say(f"{form:<14} {off}", options.json)
+    say(ran_on(found), options.json)
     return found
 
 

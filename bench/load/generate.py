@@ -34,7 +34,7 @@ from bench.command import Command, split
 from bench.device.floor import floor_seconds, kv_bytes, weight_bytes
 from bench.load.driver import Answer, connected, message, play
 from bench.load.workload import Item
-from bench.result import head, keep, say, write
+from bench.result import head, keep, ran_on, say, write
 from bench.server import started
 from bench.timing import clock
 from model.checkpoint import model_config
@@ -351,7 +351,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         compare(result, load)
         keep(result, options.json)
     write(result, options.json)
-    say(text(result), options.json)
+    say(f"{text(result)}\n{ran_on(result)}", options.json)
     return result
 
 

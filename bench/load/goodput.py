@@ -54,6 +54,7 @@ class Comparison:
             server = self.found["server"] = await result.describe_server(client)
             vocab_size = server["vocab_size"]
             slo = await self._targets(client, driver, vocab_size)
+            self.say(result.ran_on(self.found))
             self.say(f"Targets: TPOT {1e3 * slo.tpot:.1f} ms, TTFT {slo.ttft:g} s\n{TITLES}")
             for load, seed, workload in points(options):
                 setting = Setting(

@@ -318,7 +318,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         sys.exit(f"bench.load.serve: {error}")
     result.write(found, options.json)
     lines = [table(found, options.metric_percentiles)]
-    lines.append(f"The client took {found['client_cpu_share']:.0%} of a core.")
+    lines.append(f"The client took {found['client_cpu_share']:.0%} of a core. {result.ran_on(found)}")
     lines += [f"{count} failed: {error}" for error, count in found["errors"].items()]
     result.say("\n".join(lines), options.json)
     return found

@@ -20,7 +20,7 @@ from typing import Any
 from bench.command import Command
 from bench.load.measures import COLUMNS, Window, titles
 from bench.load.workload import named
-from bench.result import head, keep, say, write
+from bench.result import head, keep, ran_on, say, write
 from bench.simulate.simulation import Profile, Setting, in_processes, simulate
 from scheduler.request import Slo
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     profile, names = Profile.load(options.profile), [path.name for path in options.results]
     found = {**head(parser.typed(arguments)), "profile": profile.name, "results": names, "rows": []}
-    say(TITLES, options.json)
+    say(f"{ran_on(found)}\n{TITLES}", options.json)
     with in_processes(options.processes) as pool:
         for path in options.results:
             result = json.loads(path.read_text())

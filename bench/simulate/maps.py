@@ -35,7 +35,7 @@ from bench.command import Command
 from bench.load.measures import Window, cells
 from bench.load.workload import TPOT_SLO_MULTIPLE, Item, Workload, fanout, lognormal, named, open_loop
 from bench.plot import plot_maps
-from bench.result import head, say, write
+from bench.result import head, ran_on, say, write
 from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW
 from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, targets, unloaded_tpot
 from bench.timing import no_collections
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "rows": rows,
     }
     write(found, options.json)
-    say(table(rows), options.json)
+    say(f"{table(rows)}\n{ran_on(found)}", options.json)
     for name, by_policy in found["capacity"].items():
         most = ", ".join(f"{policy} {load}" for policy, load in by_policy.items())
         say(f"capacity, {name}: {most}", options.json)

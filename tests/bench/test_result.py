@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.result import head, keep, say, write
+from bench.result import head, keep, ran_on, say, write
 
 
 def test_a_head_says_what_ran_and_on_what() -> None:
@@ -16,6 +16,15 @@ def test_a_head_says_what_ran_and_on_what() -> None:
     assert {"host", "python", "grpcio", "protobuf", "numpy"} == alone["client"].keys()
     device = {"hardware": {"device": "a card"}, "versions": {}}
     assert head("python -m bench.x", device).keys() == {"command", "time", "hardware", "versions"}
+
+
+def test_what_it_ran_on_is_a_line() -> None:
+    alone = head("python -m bench.x")
+    assert ran_on(alone).startswith(f"Ran on {alone['client']['host']} (python {alone['client']['python']}, ")
+    device = {"hardware": {"device": "a card"}, "versions": {"python": "3", "jax": "0"}}
+    assert ran_on(device | {"server": {"device": "another"}}) == (
+        "Ran on a card (python 3, jax 0), against another."
+    )
 
 
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bench.load.measures import Record, Run, merged_stages, quantile, share
+from bench.load.measures import Record, Run, Window, cells, merged_stages, quantile, share, titles
 from bench.load.workload import Item
 from scheduler.request import Slo
 
@@ -57,6 +57,13 @@ def test_a_short_stage_counts_with_the_next_and_a_short_last_one_with_the_one_be
     assert (single.mean_tpot, single.stage_tpot, single.critical_tpot) == (0.0, 0.0, 0.0)
 
 
+def test_a_stage_of_sixteen_tokens_stands_alone_also_the_first() -> None:
+    record = seen(Item(0.0, 1, ((16,), (8, 8), (16,))), 0.0, *[1.0] * 47)
+    assert [stage.tokens for stage in merged_stages(record)] == [15, 16, 16]
+    fewer = seen(Item(0.0, 1, ((15,), (8, 7), (16,))), 0.0, *[1.0] * 45)
+    assert [stage.tokens for stage in merged_stages(fewer)] == [29, 16]
+
+
 def test_the_mean_hides_a_slow_stage_that_the_stage_measure_shows() -> None:
     item = Item(0.0, 1, ((20,), (100, 100), (20,)))
     record = seen(item, 1.0, *[0.03] * 19, *[0.01] * 200, *[0.04] * 20)
@@ -100,3 +107,38 @@ def test_a_ratio_with_nothing_below_is_null() -> None:
     rates = {key for key in empty if key.startswith(("goodput", "raw"))}
     assert {empty[key] for key in empty.keys() - rates} == {None}
     assert {empty[key] for key in rates} == {0.0}
+
+
+def test_percentiles_are_of_what_finished() -> None:
+    """Answers of two tokens: the n-th takes n / 100 s for the second one, after a first one at 1 s."""
+    serial, parallel = Item(0.0, 1, ((2,),)), Item(0.0, 1, ((1, 1),))
+    records = [seen(serial, 1.0, n / 100) for n in range(101)]
+    assert quantile([3.0, 1.0, 2.0], 0.9) == pytest.approx(2.8)
+    found = row(*records)
+    assert (found["e2e_p50_s"], found["e2e_p99_s"]) == (pytest.approx(1.5), pytest.approx(1.99))
+    assert found["serial_tpot_p99_ms"] == pytest.approx(990)
+    others = [seen(parallel, 1.0, 50.0) for _ in range(101)]
+    unfinished = [seen(Item(0.0, 1, ((9,),)), 1.0, 70.0) for _ in range(101)]
+    found = row(*records, *others, *unfinished)
+    assert found["serial_tpot_p99_ms"] == pytest.approx(990), "neither of branches nor of what did not finish"
+    assert found["e2e_p99_s"] == pytest.approx(51)
+
+
+def test_a_window_has_its_begin_and_not_its_end() -> None:
+    window = Window(10.0, 40.0)
+    assert [at in window for at in (9.99, 10.0, 39.99, 40.0)] == [False, True, True, False]
+    assert window.seconds == 30.0
+    assert 1e9 in Window()
+
+
+def test_a_runs_rate_and_width_are_of_what_came_in_its_window() -> None:
+    run = Run(policy="off", slo=Slo(tpot=1.0, ttft=1.0), seconds=20.0, records=[], tokens=300, turns=60)
+    assert (run.row()["raw_tokens_s"], run.row()["mean_width"]) == (15.0, 5.0)
+
+
+def test_a_table_shows_what_is_not_known_as_a_dash() -> None:
+    figures = ("goodput_stage", "attainment_stage", "mean_width")
+    assert titles(figures).split() == ["goodput", "stage", "attained", "width"]
+    assert cells({"goodput_stage": 12.3, "attainment_stage": 0.5, "mean_width": None}, figures, width=7) == (
+        "     12  50.0%      -"
+    )
