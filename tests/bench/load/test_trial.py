@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 
+from bench.load.driver import Driver, Reply
 from bench.load.measures import Window
-from bench.load.trial import Setting, Trial
-from bench.load.workload import Item, Workload
+from bench.load.trial import Setting, Trial, unloaded_tpot
+from bench.load.workload import ALONE, Item, Workload
 from scheduler.request import Slo
+from serve.api.errors import ServiceError
+from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from tests.bench.load.test_driver import END, delta, reply, stage, width
 
 
@@ -65,3 +69,28 @@ def test_nothing_in_the_window_is_null_and_not_a_number() -> None:
     row = played(0.0).row()
     assert (row["arrived"], row["attainment_stage"], row["gap_p99_ms"]) == (0, None, None)
     json.dumps({**row, "mean_width": row["mean_width"]}, allow_nan=False)
+
+
+def test_the_slowest_gap_counts() -> None:
+    trial = played(2.0, 3.0, 4.0)
+    begin, end = trial.replies[1].messages
+    trial.replies[1].messages = [begin, (end[0] + 10.0, end[1])]
+    assert trial.row()["gap_p99_ms"] == pytest.approx(1e3 * (1 + 0.98 * 10))
+
+
+class Answering(Driver):
+    """Answers with ALONE's tokens; each call takes so many seconds for each."""
+
+    def __init__(self, *tpots: float, tokens: int = ALONE.tokens) -> None:
+        self.tpots, self.tokens = iter(tpots), tokens
+
+    async def ask(self, request: bytes, reply: Reply) -> None:
+        events = [stage(0, (0, 0)), delta(0, 1)], [delta(0, self.tokens), END]
+        first, last = (pb.GenerateResponse(events=each).SerializeToString() for each in events)
+        reply.messages = [(5.0, first), (5.0 + (self.tokens - 1) * next(self.tpots), last)]
+
+
+def test_targets_follow_from_a_request_on_a_warm_server() -> None:
+    assert asyncio.run(unloaded_tpot(Answering(0.5, 0.01), 100)) == pytest.approx(0.01)
+    with pytest.raises(ServiceError, match="800 \\+ 400 tokens failed"):
+        asyncio.run(unloaded_tpot(Answering(0.5, 0.01, tokens=399), 100))

@@ -42,6 +42,14 @@ def test_what_counts_depends_on_the_attainment(
     assert compare(row(*real), [row(*simulated)])["agrees"] is agrees
 
 
+def test_what_is_compared_is_the_mean_of_the_simulations_over_the_server() -> None:
+    found = compare(row(1000, 0.9), [row(700, 0.86), row(900, 0.9)])
+    assert found["goodput_off"] == pytest.approx(-0.2)
+    assert found["attainment_off"] == pytest.approx(-0.02)
+    assert found["simulated_attainment"] == [0.86, 0.9]
+    assert found["goodput_stage"] == {"real": 1000, "simulated": 800}
+
+
 def result(workload: str, policy: str, seconds: float) -> dict[str, Any]:
     """What bench.load.goodput would have written, had the server been the simulator."""
     times = {"warmup_s": 1.0, "window_s": seconds, "cooldown_s": 0.5, "drain_s": 60.0}

@@ -64,6 +64,30 @@ def test_a_prompt_chunk_pays_for_its_context() -> None:
     assert simulation._duration(scheduled) == pytest.approx(expected)
 
 
+def test_what_is_served_counts_when_it_comes_and_not_who_asked() -> None:
+    def served(window: Window) -> Simulation:
+        simulation = Simulation(setting(window=window), "off")
+        simulation.serve()
+        return simulation
+
+    (whole,) = served(Window()).records.values()
+    middle = (whole.first + whole.last) / 2
+    before, after = served(Window(end=middle)), served(Window(middle))
+    assert (before.tokens + after.tokens, before.turns + after.turns) == (40, 40)
+    assert 15 < before.tokens < 25
+    assert before.run().row()["raw_tokens_s"] == before.tokens / middle
+    assert (len(before.measured), len(after.measured)) == (1, 0)
+
+
+def test_what_is_not_answered_in_time_is_given_up() -> None:
+    item = Item(0.0, 100, ((4000,),))
+    workload = Workload("hand-made", "poisson", 0, (item,))
+    simulation = Simulation(setting(workload=workload, window=Window(0.0, 1.0, drain=2.0)), "off")
+    simulation.serve()
+    assert 3.0 < simulation.now < 3.5
+    assert simulation.run().row()["ttft_attainment"] == 0.0
+
+
 def test_a_closed_loop_never_has_more_requests_than_clients() -> None:
     simulation = Simulation(setting(workload=closed_loop("light", 3, 7, seed=1)), "eager")
     simulation.serve()
@@ -92,6 +116,7 @@ def test_every_policy_answers_everything_in_full(runs: dict[str, Simulation]) ->
     for simulation in runs.values():
         items = simulation.setting.workload.items
         assert len(simulation.measured) == len(items) > 5
+        assert [record.arrival for record in simulation.measured] == [item.arrival for item in items]
         for record in simulation.measured:
             assert record.finished
             assert record.tokens == record.item.tokens
