@@ -1,6 +1,6 @@
 """Offline decoding: a whole generation in one jitted loop on the device. No scheduler, no server.
 
-It is the server's independent oracle: it lays out its own pages, and plans once, for the final lengths.
+It is the server's independent oracle: it lays out its own pages, once, for the final lengths.
 Each prompt but for its last token is read first, into pages that all of its branches share. Then every
 branch feeds that last token as its own first row, on pages of its own, and what it sampled from there on.
 Inside the loop only how far the branches' pages are filled changes.

@@ -256,6 +256,17 @@ def test_a_step_runs_the_cheapest_sampler_that_suffices() -> None:
     assert [sampler.call_count for sampler in samplers.values()] == [1, 2, 1]
 
 
+def test_a_steps_inputs_travel_to_the_device_once() -> None:
+    forward = MagicMock(spec=jax.stages.Compiled, return_value=(KVCache(()), None, None))
+    slots, packed = SlotState.create(SLOTS, 5, 1), np.zeros(3, np.int32)
+    outputs = SampleOutputs(*(jnp.zeros(shape, dtype) for shape, dtype in OUTPUTS))
+    sampler = MagicMock(spec=jax.stages.Compiled, return_value=(slots, outputs))
+    program_of(forward, {0: sampler})((), KVCache(()), slots, packed)
+    sent = forward.call_args.args[-1]
+    assert isinstance(sent, jax.Array)
+    assert sampler.call_args.args[-1] is sent
+
+
 def test_a_step_needs_room_for_the_model_and_for_its_largest_sampler() -> None:
     def part(temp: int, output: int, alias: int) -> MagicMock:
         sizes = {"temp_size_in_bytes": temp, "output_size_in_bytes": output, "alias_size_in_bytes": alias}
