@@ -6,11 +6,14 @@ from itertools import islice
 
 import pytest
 
-from bench.demo import Demo, gain, knee, mixed_load, parts, questions, watched_question
+from bench.demo import Answered, Demo, Load, gain, knee, mixed_load, parts, questions, watched_question
+from bench.load.driver import Reply
 from bench.load.measures import Run
 from bench.load.workload import Item
-from model.tiny.tasks import Fork, Task
+from model.tiny.tasks import Fork, Task, transcript
 from scheduler.request import Slo
+from serve.api.errors import ServiceError
+from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from tests.bench.load.test_measures import seen
 
 
@@ -42,6 +45,8 @@ def test_every_second_question_of_a_load_forks_and_a_seed_always_draws_the_same(
     assert load == again
     assert load[0].at == 0.0
     assert [job.at for job in load] == sorted(job.at for job in load)
+    slower = mixed_load(Demo(requests=8), spacing=1.0)
+    assert [job.at for job in slower] == pytest.approx([2 * job.at for job in load])
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.1, "No knee"), (0.3, "1 serial answers missed")])
@@ -55,3 +60,52 @@ def test_the_demo_says_whether_branches_cost_others_their_target(seconds: float,
         turns=4,
     )
     assert said in knee(eager), "an answer with branches is not a serial one"
+
+
+def answered(asked: Task, *said: tuple[int, str, str]) -> Answered:
+    """Branches as (number, label, text); a token for each letter. They all came at once after a second."""
+    branches = [pb.Branch(branch_id=number, label=label) for number, label, _ in said]
+    deltas = [
+        pb.BranchDelta(branch_id=n, text=text, token_ids=list(text.encode()), completion_tokens=len(text))
+        for n, _, text in said
+    ]
+    events = [
+        pb.Event(stage_started=pb.StageStarted(stage=0, branches=branches[:1])),
+        pb.Event(stage_started=pb.StageStarted(stage=1, branches=branches[1:])),
+        *(pb.Event(delta=delta) for delta in deltas),
+        pb.Event(finished=pb.Finished()),
+    ]
+    return Answered.of(
+        asked, Reply(4.0, 4.1, messages=[(5.0, pb.GenerateResponse(events=events).SerializeToString())])
+    )
+
+
+def test_an_answer_is_right_to_the_letter_or_wrong() -> None:
+    asked = task("abc", Fork({"1": ("de",), "2": ("fg",)}))
+    right = transcript(asked.answer)
+    said = (0, "", right[()]), (1, "1", right["1",]), (2, "2", right["2",])
+    assert answered(asked, *said).right
+    assert not answered(asked, *said[:2], (2, "2", right["2",] + ".")).right
+    assert not answered(asked, said[0], (1, "2", right["1",]), (2, "1", right["2",])).right
+
+
+def test_tokens_are_compared_by_label_whatever_the_order() -> None:
+    asked = task("abc")
+    one = answered(asked, (0, "", "x"), (1, "a", "left"), (2, "b", "right"))
+    same = answered(asked, (0, "", "x"), (1, "b", "right"), (2, "a", "left"))
+    other = answered(asked, (0, "", "x"), (1, "a", "lift"), (2, "b", "right"))
+    assert one.tokens_by_label() == same.tokens_by_label() != other.tokens_by_label()
+
+
+def test_a_load_is_measured_as_any_other() -> None:
+    asked = task("abc")
+    load = Load.of("off", [answered(asked, (0, "", "word"))] * 2, Slo(tpot=1.0, ttft=2.0), 4.0, steps=9)
+    assert load.cells() == ["2", "100.0%", "0 of 2", "0.0 / 0.0", "1.00", "9", "4.0"]
+    assert [record.latency for record in load.run.records] == [1.0, 1.0], "since it was due"
+    late = Load.of("off", load.answered, Slo(tpot=1.0, ttft=0.5), 4.0, steps=9)
+    assert late.cells()[:2] == ["0", "0.0%"]
+
+
+def test_a_question_that_fails_ends_the_demo() -> None:
+    with pytest.raises(ServiceError, match="RESOURCE_EXHAUSTED"):
+        Answered.of(task("abc"), Reply(0.0, error="RESOURCE_EXHAUSTED: full"))
