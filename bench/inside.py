@@ -6,8 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as taper-serve does, before JAX starts
 
@@ -18,16 +17,15 @@ from scheduler.request import Request
 from scheduler.step import FinishedStep
 from serve.config import ServerConfig
 from serve.engine import startup
-from serve.engine.engine import Engine
+from serve.engine.engine import InProcessEngine
 from serve.engine.runner import Runner
-from serve.engine.step_log import StepLog
 
 
 @dataclass(frozen=True, slots=True)
 class Inside:
     """A started engine, its runner, and what getting ready came to."""
 
-    engine: Engine
+    engine: InProcessEngine
     runner: Runner
     summary: str
 
@@ -43,17 +41,8 @@ class Inside:
         return answered
 
 
-def start(
-    arguments: Sequence[str], on_step: Callable[[FinishedStep], None] = lambda finished: None
-) -> Inside:
+def start(arguments: Sequence[str], on_step: Callable[[FinishedStep], None] | None = None) -> Inside:
     """Start the engine that taper-serve would start with these arguments."""
     config = tyro.cli(ServerConfig, prog="taper-serve", args=[*arguments])
-    steps = StepLog(Path(config.step_log)) if config.step_log else None
-
-    def observe(finished: FinishedStep) -> None:
-        on_step(finished)
-        if steps:
-            steps.observe_step(finished)
-
-    backend = startup.load(config, observe)
-    return Inside(backend.engine, cast(Runner, backend.engine.runner), backend.summary)
+    started = startup.start(config, on_step=on_step)
+    return Inside(started.engine, started.runner, str(started.ready))

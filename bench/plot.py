@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.device.report import label
-from serve.engine.step_log import StepRecord, read_steps
+from serve.door import StepRecord
+from serve.engine.step_log import read_steps
 
 MARKERS = "osv^Dx*"
 

@@ -15,8 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import structlog
 
@@ -24,50 +23,11 @@ from scheduler.events import Event, Finished, TokenEmitted
 from scheduler.request import Request
 from scheduler.scheduler import RejectedError, Scheduler
 from scheduler.step import FinishedStep, Sample, ScheduledStep, Step, StepResult
+from serve.door import Failed, Load, Refused, Sink, State, Watcher
 from serve.engine.collector import Collector
+from serve.engine.step_log import StepLog, record
 
 log = structlog.get_logger("taper")
-
-State = Literal["STARTING", "SERVING", "DRAINING", "STOPPED", "FAILED"]
-Reason = Literal["QUEUE_FULL", "KV_FULL", "SLO_UNATTAINABLE", "DRAINING", "STARTING", "DUPLICATE"]
-
-
-class Refused(Exception):  # noqa: N818 - a refusal is an answer, not an error of the engine
-    """A request that the engine does not take; `detail` is for the client."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason: Reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The engine died; no more events follow."""
-
-    error: str
-
-
-Sink = Callable[[Sequence[Event | Failed]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A snapshot for load balancers and dashboards.
-
-    prediction_bias, prediction_mape, prediction_coverage  of recent steps: scheduler.predictor.Accuracy
-    """
-
-    running_requests: int
-    running_branches: int
-    queued_requests: int
-    kv_used_tokens: int
-    kv_capacity_tokens: int
-    output_tokens_per_second: float
-    steps: int = 0
-    prediction_bias: float = 0.0
-    prediction_mape: float = 0.0
-    prediction_coverage: float = 1.0
 
 
 class Handle(Protocol):
@@ -90,11 +50,13 @@ class _Launched:
         self.at = at
 
 
-class Engine:
+class InProcessEngine:
     """Runs a scheduler's steps.
 
-    `on_step` is told of every finished step, from the engine's thread. `collector` takes over the process's
-    garbage collection. Events wait for up to `hold` seconds where the host does not keep up with the device.
+    `on_step` is told of every finished step and `watch` of its figures, both from the engine's thread;
+    `step_log` gets a line of them, and is closed with the engine. `collector` takes over the garbage
+    collection of the process. Events wait for up to `hold` seconds where the host does not keep up with the
+    device.
     """
 
     RATE_WINDOW = 5.0  # seconds over which output tokens are counted
@@ -106,6 +68,8 @@ class Engine:
         runner: StepRunner,
         *,
         on_step: Callable[[FinishedStep], None] | None = None,
+        watch: Watcher | None = None,
+        step_log: StepLog | None = None,
         collector: Collector | None = None,
         hold: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
@@ -114,6 +78,8 @@ class Engine:
         self.state: State = "STARTING"
         self.runner = runner
         self._on_step = on_step
+        self._watchers = [each for each in (watch, step_log and step_log.write) if each is not None]
+        self._step_log = step_log
         self._clock = clock
         self._collector = collector
         self._hold = hold
@@ -221,6 +187,8 @@ class Engine:
                 self._sinks.clear()
             for sink in sinks:
                 sink([Failed(error)])
+            if self._step_log is not None:
+                self._step_log.close()
 
     def _loop(self) -> None:
         flying: _Launched | None = None
@@ -266,11 +234,18 @@ class Engine:
                 self._recent.popleft()
         if self._waits >= self.IN_TIME or now - self._published >= self._hold:
             self._publish()
-        if self._on_step is not None:
-            self._on_step(FinishedStep(scheduled.step, scheduled.forecast, result.seconds))
+        self._report(FinishedStep(scheduled.step, scheduled.forecast, result.seconds), now)
         if self._collector is not None:
             self._collector.busy(now)
         return now
+
+    def _report(self, finished: FinishedStep, ended: float) -> None:
+        if self._on_step is not None:
+            self._on_step(finished)
+        if self._watchers:
+            figures = record(finished, ended)
+            for watch in self._watchers:
+                watch(figures)
 
     def _publish(self) -> None:
         """Hand each request the events that wait."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +15,7 @@ import structlog
 
 from attention import BACKENDS, default_backend
 from model.checkpoint import abstract_model, load_model, model_folder
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.tokenizer import Tokenizer
 from scheduler.controller import Controller, ControllerConfig
@@ -24,21 +25,49 @@ from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import FinishedStep
 from serve.config import ServerConfig
+from serve.door import Watcher
 from serve.engine.calibration import MOST_OFF, conditions, load_profile, matching, misses
 from serve.engine.collector import Collector
-from serve.engine.engine import Engine
+from serve.engine.engine import InProcessEngine
 from serve.engine.memory import MemoryPlan, device_limit, remembered
 from serve.engine.ready import Ready
 from serve.engine.runner import Runner, RunnerConfig
-from serve.server.requests import ServedModel
-from serve.server.server import Backend
+from serve.engine.step_log import StepLog
+from serve.served import Served, ServedModel
 
 log = structlog.get_logger("taper")
 
 NOMINAL_PAGES = 2048  # on a device that does not say how much memory it has; and to size a step with
 
 
-def load(config: ServerConfig, on_step: Callable[[FinishedStep], None]) -> Backend:
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A started engine, the runner behind it, its model as clients see it, and what getting ready came to."""
+
+    engine: InProcessEngine
+    runner: Runner
+    model: ServedModel
+    ready: Ready
+
+
+def load(config: ServerConfig, watch: Watcher) -> Served:
+    """Get ready and start what `config` asks for; `watch` is told of every step. Raises as `start` does."""
+    started = start(config, watch=watch)
+    return Served(
+        engine=started.engine,
+        model=started.model,
+        device=started.ready.device,
+        largest_bucket=started.runner.buckets.largest,
+        summary=str(started.ready),
+    )
+
+
+def start(
+    config: ServerConfig,
+    *,
+    watch: Watcher | None = None,
+    on_step: Callable[[FinishedStep], None] | None = None,
+) -> Started:
     """Load the model while every program compiles, measure their times and start the engine.
 
     Raises what is wrong with the config or the model folder, before anything is served.
@@ -47,16 +76,16 @@ def load(config: ServerConfig, on_step: Callable[[FinishedStep], None]) -> Backe
     _keep_compiled_programs(config.compilation_cache)
     # A preset has no tokenizer of its own: the embedded one will do for random weights.
     tokenizer = Tokenizer.from_folder(model_folder(config.model) or cast(Path, model_folder("default")))
-    started, dtype = time.perf_counter(), jnp.dtype(config.dtype)
+    began, dtype = time.perf_counter(), jnp.dtype(config.dtype)
     with jax.enable_x64(config.dtype == "float64"), ThreadPoolExecutor(max_workers=1) as compiler:
         compiling = compiler.submit(_compiled_runner, config, abstract_model(config.model, dtype))
         model = load_model(config.model, dtype, config.load_format, seed=config.seed)
         jax.block_until_ready(model.split()[1])
-        loaded = time.perf_counter() - started
+        loaded = time.perf_counter() - began
         runner, compiled, memory = compiling.result()
         runner.hold(model)
     device = jax.devices()[0].device_kind
-    latency, source = _latency(config, runner, device)
+    latency, source = predictor_for(config, runner, device)
     ready = Ready(
         model=model.config,
         dtype=dtype.name,
@@ -67,41 +96,61 @@ def load(config: ServerConfig, on_step: Callable[[FinishedStep], None]) -> Backe
         latency_source=source,
         load_seconds=loaded,
         compile_seconds=compiled,
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - began,
     )
-    max_context = min(model.config.max_context, config.max_context or model.config.max_context)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            num_pages=runner.config.num_pages,
-            page_size=runner.config.page_size,
-            num_slots=runner.config.num_slots,
-            max_context=max_context,
-            max_queue=config.max_queue,
-            reserve=config.reserve,
-            prefix_cache=config.prefix_cache,
+    served = served_model(config, model.config, tokenizer)
+    engine = InProcessEngine(
+        Scheduler(
+            scheduler_config(config, runner.config, served.max_context),
+            Controller(latency, config.policy, controller_config(config, runner.buckets.largest)),
+            tokenizer,
         ),
-        Controller(
-            latency,
-            config.policy,
-            ControllerConfig(
-                rho=config.rho,
-                fill=config.fill,
-                repay=config.repay,
-                max_chunk=config.max_chunk or runner.buckets.largest,
-            ),
-        ),
-        tokenizer,
+        runner,
+        on_step=on_step,
+        watch=watch,
+        step_log=StepLog(Path(config.step_log)) if config.step_log else None,
+        collector=Collector(),
+        hold=config.hold_ms / 1e3,
     )
-    served = ServedModel(
-        name=model.config.name,
-        architecture=model.config.architecture,
-        tokenizer=tokenizer,
-        vocab_size=model.config.vocab_size,
+    engine.start()
+    return Started(engine, runner, served, ready)
+
+
+# --- what each part is told --------------------------------------------------------------------------------
+
+
+def scheduler_config(config: ServerConfig, runner: RunnerConfig, max_context: int) -> SchedulerConfig:
+    return SchedulerConfig(
+        num_pages=runner.num_pages,
+        page_size=runner.page_size,
+        num_slots=runner.num_slots,
         max_context=max_context,
-        eos_ids=tokenizer.eos_ids or model.config.eos_ids,
-        join=model.config.join,
+        max_queue=config.max_queue,
+        reserve=config.reserve,
+        prefix_cache=config.prefix_cache,
+    )
+
+
+def controller_config(config: ServerConfig, largest_bucket: int) -> ControllerConfig:
+    return ControllerConfig(
+        rho=config.rho,
+        fill=config.fill,
+        repay=config.repay,
+        max_chunk=config.max_chunk or largest_bucket,
+    )
+
+
+def served_model(config: ServerConfig, model: ModelConfig, tokenizer: Tokenizer) -> ServedModel:
+    return ServedModel(
+        name=model.name,
+        architecture=model.architecture,
+        tokenizer=tokenizer,
+        vocab_size=model.vocab_size,
+        max_context=min(model.max_context, config.max_context or model.max_context),
+        eos_ids=tokenizer.eos_ids or model.eos_ids,
+        join=model.join,
         grammars=GRAMMARS,
-        own_grammar=model.config.tag_grammar,
+        own_grammar=model.tag_grammar,
         max_branches=config.max_branches,
         max_depth=config.max_depth,
         max_logit_bias=config.max_logit_bias,
@@ -109,15 +158,9 @@ def load(config: ServerConfig, on_step: Callable[[FinishedStep], None]) -> Backe
         default_max_tokens=config.default_max_tokens,
         default_slo=Slo(tpot=config.tpot_slo_ms / 1e3, ttft=config.ttft_slo_ms / 1e3),
     )
-    engine = Engine(scheduler, runner, on_step=on_step, collector=Collector(), hold=config.hold_ms / 1e3)
-    engine.start()
-    return Backend(
-        engine=engine,
-        model=served,
-        device=ready.device,
-        largest_bucket=runner.buckets.largest,
-        summary=str(ready),
-    )
+
+
+# --- getting ready -----------------------------------------------------------------------------------------
 
 
 def _compiled_runner(
@@ -145,7 +188,7 @@ def _compiled_runner(
         return runner, runner.compile(), memory
 
 
-def _latency(config: ServerConfig, runner: Runner, device: str) -> tuple[StepLatencyModel, str]:
+def predictor_for(config: ServerConfig, runner: Runner, device: str) -> tuple[StepLatencyModel, str]:
     """The step-time predictor, and where its figures are from. Warms every program up."""
     measured = runner.measure()
     wanted = conditions(device, runner.model_config, runner.dtype.name, runner.config.backend)

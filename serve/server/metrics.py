@@ -6,17 +6,15 @@ Steps are observed from the engine's thread, requests from the event loop's; loa
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, start_http_server
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
 from scheduler.events import Finished
-from scheduler.step import FinishedStep
+from serve.door import Load, StepRecord
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 2, 4)
@@ -44,25 +42,6 @@ class Histogram:
         names = [*map(floatToGoString, self._bounds), "+Inf"]
         buckets = [*zip(names, accumulate(self._counts), strict=True)]
         return [HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)]
-
-
-class LoadSnapshot(Protocol):
-    @property
-    def running_requests(self) -> int: ...
-    @property
-    def running_branches(self) -> int: ...
-    @property
-    def queued_requests(self) -> int: ...
-    @property
-    def kv_used_tokens(self) -> int: ...
-    @property
-    def kv_capacity_tokens(self) -> int: ...
-    @property
-    def prediction_bias(self) -> float: ...
-    @property
-    def prediction_mape(self) -> float: ...
-    @property
-    def prediction_coverage(self) -> float: ...
 
 
 class Metrics:
@@ -93,13 +72,12 @@ class Metrics:
         )
         self._width = histogram("width_branches", "Branches of a request that advance in a step", _WIDTHS)
 
-    def observe_step(self, finished: FinishedStep) -> None:
-        forecast, seconds = finished.forecast, finished.seconds
-        self._step.observe(seconds)
-        if forecast.seconds > 0:
-            self._ratio.observe(seconds / forecast.seconds)
-        self._externality.observe(max(0.0, forecast.seconds - forecast.baseline_seconds))
-        for width in Tally(entry.request_id for entry in finished.step.entries if entry.samples).values():
+    def observe_step(self, step: StepRecord) -> None:
+        self._step.observe(step.seconds)
+        if step.predicted > 0:
+            self._ratio.observe(step.seconds / step.predicted)
+        self._externality.observe(max(0.0, step.predicted - step.baseline))
+        for width in step.widths:
             self._width.observe(width)
 
     def observe_finished(self, event: Finished) -> None:
@@ -115,7 +93,7 @@ class Metrics:
     def count_request(self, code: str) -> None:
         self._requests.labels(code).inc()
 
-    def watch_load(self, load: Callable[[], LoadSnapshot]) -> None:
+    def watch_load(self, load: Callable[[], Load]) -> None:
         """Report `load()` whenever the metrics are scraped."""
         self.registry.register(_LoadCollector(load))
 
@@ -132,7 +110,7 @@ class Metrics:
 
 
 class _LoadCollector:
-    def __init__(self, load: Callable[[], LoadSnapshot]) -> None:
+    def __init__(self, load: Callable[[], Load]) -> None:
         self._load = load
 
     def describe(self) -> list[Metric]:

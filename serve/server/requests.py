@@ -10,9 +10,8 @@ import math
 import re
 import secrets
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -33,6 +32,7 @@ from scheduler.sampling import OPTIONS, Option, SamplingParams
 from scheduler.stopping import Stopping
 from serve.api.errors import InvalidRequestError, Violation
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from serve.served import ServedModel
 
 ROLES = ("system", "user", "assistant", "tool")
 JOINS = {pb.JOIN_KV: "kv", pb.JOIN_REPREFILL: "reprefill", pb.JOIN_NONE: "none"}
@@ -45,41 +45,6 @@ MAX_PRIORITY = 100
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SLACK = 1e-6  # a float32 0.01 is a little less than 0.01
-
-
-class Tokenizer(Protocol):
-    """What the service asks of a tokenizer."""
-
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]: ...
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str: ...
-    @property
-    def supports_chat(self) -> bool: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
-    """The served model as clients see it, and the limits of a request. Times are in seconds.
-
-    join         the model's own join, `kv` or `reprefill`
-    grammars     the tag sets that a model-driven request may name; own_grammar is the model's own, if any
-    """
-
-    name: str
-    architecture: str
-    tokenizer: Tokenizer
-    vocab_size: int
-    max_context: int
-    eos_ids: tuple[int, ...]
-    join: str = "reprefill"
-    grammars: Mapping[str, TagGrammar] = field(default_factory=lambda: {MULTIVERSE.name: MULTIVERSE})
-    own_grammar: str | None = None
-    max_branches: int = 64
-    max_depth: int = 4
-    max_logit_bias: int = 64
-    max_top_logprobs: int = 8
-    default_max_tokens: int = 256
-    default_slo: Slo = field(default_factory=Slo)
 
 
 def read_request(message: pb.GenerateRequest, model: ServedModel) -> Request:

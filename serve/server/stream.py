@@ -15,7 +15,7 @@ from functools import partial
 
 from scheduler.events import Event, Finished
 from serve.api.errors import OverloadedError, ServiceError
-from serve.engine.engine import Failed
+from serve.door import Failed
 
 
 class Doorbell:

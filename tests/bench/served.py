@@ -13,8 +13,10 @@ from scheduler.predictor import StepLatencyModel
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Sample, Step
 from serve.config import ServerConfig
-from serve.engine.engine import Engine
-from serve.server.server import Backend, Service, listen, shut_down
+from serve.engine.engine import InProcessEngine
+from serve.served import Served
+from serve.server.server import listen, shut_down
+from serve.server.service import Service
 from tests.serve.fakes import ByteTokenizer, served_model
 
 BUCKETS = (4, 16, 64)
@@ -40,16 +42,16 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class Served:
+class Listening:
     address: str
     metrics_url: str
-    engine: Engine
+    engine: InProcessEngine
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Served]:
+def serving() -> Iterator[Listening]:
     """Runs in a thread of its own."""
-    found: list[Served] = []
+    found: list[Listening] = []
     up, stop = threading.Event(), threading.Event()
 
     async def serve() -> None:
@@ -60,13 +62,13 @@ def serving() -> Iterator[Served]:
         scheduler = Scheduler(
             config, Controller(StepLatencyModel(dict.fromkeys(BUCKETS, 1e-6))), ByteTokenizer()
         )
-        engine = Engine(scheduler, Runner(), on_step=service.metrics.observe_step)
+        engine = InProcessEngine(scheduler, Runner(), watch=service.metrics.observe_step)
         engine.start()
-        service.serve(Backend(engine=engine, model=served_model(max_context=MAX_CONTEXT)))
+        service.serve(Served(engine=engine, model=served_model(max_context=MAX_CONTEXT)))
         server, address = listen(service)
         await server.start()
         port, stop_metrics = service.metrics.listen(0)
-        found.append(Served(address, f"http://127.0.0.1:{port}/metrics", engine))
+        found.append(Listening(address, f"http://127.0.0.1:{port}/metrics", engine))
         up.set()
         await asyncio.to_thread(stop.wait)
         await shut_down(server, service, timeout=0.0)

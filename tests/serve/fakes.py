@@ -22,9 +22,10 @@ from scheduler.request import Request
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason
 from serve.config import ServerConfig
-from serve.engine.engine import Failed, Load, Refused
-from serve.server.requests import ServedModel
-from serve.server.server import Backend, Service, listen, shut_down
+from serve.door import Failed, Load, Refused
+from serve.served import Served, ServedModel
+from serve.server.server import listen, shut_down
+from serve.server.service import Service
 
 EOS = 256
 VOCAB = 300
@@ -155,7 +156,7 @@ def listening(engine: FakeEngine) -> Iterator[str]:
 
     async def serve() -> None:
         service = Service(ServerConfig(port=0))
-        service.serve(Backend(engine=engine, model=served_model()))
+        service.serve(Served(engine=engine, model=served_model()))
         server, address = listen(service)
         await server.start()
         addresses.append(address)

@@ -22,7 +22,8 @@ from scheduler.request import Request
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Sample, Step
 from scheduler.stopping import FinishReason
-from serve.engine.engine import Engine, Failed
+from serve.door import Failed
+from serve.engine.engine import InProcessEngine
 from serve.engine.runner import Runner, RunnerConfig, StepHandle
 
 PAGE_SIZE = 4
@@ -206,7 +207,7 @@ def run(
         if not left:
             done.set()
 
-    engine = Engine(scheduler, Recorder(runner, record.steps))
+    engine = InProcessEngine(scheduler, Recorder(runner, record.steps))
     engine.start()
     for request in requests:
         engine.submit(request, sink)

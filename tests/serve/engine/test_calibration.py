@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.config import PRESETS
-from scheduler.predictor import StepLatencyModel
+from scheduler.predictor import StepLatencyModel, StepLoad
 from serve.config import ServerConfig
 from serve.engine import calibration, startup
 from serve.engine.calibration import conditions, load_profile, matching, shipped
@@ -62,14 +62,12 @@ class TimedRunner:
     def measure(self) -> StepLatencyModel:
         return StepLatencyModel({8: self._seconds})
 
-    def probe(self, bucket: int, pages_each: int):
-        from scheduler.predictor import StepLoad
-
-        return type("Plan", (), {"load": StepLoad(bucket, private_kv=512, items=8, raw_kv=512)})
+    def probe_load(self, bucket: int, pages_each: int) -> StepLoad:
+        return StepLoad(bucket, private_kv=512, items=8, raw_kv=512)
 
 
 def started_with(seconds: float, device: str = "NVIDIA H200", **options: str) -> tuple[StepLatencyModel, str]:
-    return startup._latency(ServerConfig(**options), TimedRunner(seconds), device)  # type: ignore[arg-type]
+    return startup.predictor_for(ServerConfig(**options), TimedRunner(seconds), device)  # type: ignore[arg-type]
 
 
 def test_a_server_starts_from_the_profile_that_fits() -> None:

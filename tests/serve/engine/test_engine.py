@@ -15,7 +15,8 @@ from scheduler.program import Plan
 from scheduler.request import Request, Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Entry, FinishedStep, Sample, Step
-from serve.engine.engine import Engine, Failed, Refused
+from serve.door import Failed, Refused
+from serve.engine.engine import InProcessEngine
 from serve.engine.runner import Runner
 from tests.serve.lab import NUM_PAGES, NUM_SLOTS, PAGE_SIZE, Letters, answer, run
 from tests.serve.loads import load, parallel, serial
@@ -113,7 +114,7 @@ def test_a_cancel_frees_everything_before_the_next_plan(exact_runner: Runner, ph
     submitted = threading.Event()
     # Pages for the mates and, unless it is to stay queued, for the victim too.
     sched = scheduler(23 if phase == "queued" else NUM_PAGES, max_chunk=7)
-    engine = Engine(sched, Cancelling())  # type: ignore[arg-type]
+    engine = InProcessEngine(sched, Cancelling())  # type: ignore[arg-type]
     listeners = {r.id: Listener() for r in mates}
     heard: list[Event | Failed] = []
     engine.start()
@@ -134,7 +135,7 @@ def test_a_cancel_frees_everything_before_the_next_plan(exact_runner: Runner, ph
 
 def test_a_drain_finishes_what_runs_and_refuses_what_comes() -> None:
     listener, proceed = Listener(), threading.Event()
-    engine = Engine(scheduler(), Device(lambda step: proceed.wait(10) and None))
+    engine = InProcessEngine(scheduler(), Device(lambda step: proceed.wait(10) and None))
     engine.start()
     engine.submit(request("r", serial(20)), listener)
     stopping = threading.Thread(target=engine.stop, kwargs={"drain": True, "timeout": 30})
@@ -152,7 +153,7 @@ def test_a_drain_finishes_what_runs_and_refuses_what_comes() -> None:
 
 def test_a_stop_without_drain_tells_those_that_run() -> None:
     listener, started = Listener(), threading.Event()
-    engine = Engine(scheduler(), Device(lambda step: started.set()))
+    engine = InProcessEngine(scheduler(), Device(lambda step: started.set()))
     engine.start()
     engine.submit(request("r", serial(500)), listener)
     assert started.wait(10)
@@ -166,7 +167,7 @@ def test_a_crash_is_told_to_every_request() -> None:
             raise RuntimeError("the device is gone")
 
     listener = Listener()
-    engine = Engine(scheduler(), Device(crash))
+    engine = InProcessEngine(scheduler(), Device(crash))
     engine.start()
     engine.submit(request("r", serial(20)), listener)
     last = listener.wait()[-1]
@@ -178,7 +179,7 @@ def test_a_crash_is_told_to_every_request() -> None:
 
 
 def test_refusals_say_why() -> None:
-    engine = Engine(scheduler(num_pages=8), Device())
+    engine = InProcessEngine(scheduler(num_pages=8), Device())
     with pytest.raises(Refused) as refusal:
         engine.submit(request("early", serial(1)), Listener())
     assert refusal.value.reason == "STARTING"
@@ -201,7 +202,7 @@ def test_one_sink_call_carries_all_branches_of_a_step() -> None:
             done.set()
 
     results: list[FinishedStep] = []
-    engine = Engine(scheduler(policy="eager"), Device(), on_step=results.append)
+    engine = InProcessEngine(scheduler(policy="eager"), Device(), on_step=results.append)
     engine.start()
     engine.submit(request("r", parallel("none", 5, 5, 5, 5)), sink)
     assert done.wait(30)
@@ -227,7 +228,7 @@ def batches_of_tokens(device: Device, hold: float, tokens: int) -> list[int]:
             done.set()
 
     device.hook = launched
-    engine = Engine(scheduler(), device, hold=hold, clock=lambda: now)
+    engine = InProcessEngine(scheduler(), device, hold=hold, clock=lambda: now)
     engine.start()
     engine.submit(request("r", serial(tokens)), sink)
     assert done.wait(30)
@@ -243,11 +244,14 @@ def test_where_the_host_does_not_keep_up_steps_are_published_together() -> None:
 
 def test_the_host_keeps_up_when_it_had_to_wait_some_steps_in_a_row() -> None:
     counts = batches_of_tokens(Device(works=lambda step: step.step_id != 4), 1.0, 12)
-    assert counts == [1] * 4 + [1 + Engine.IN_TIME] + [1] * (7 - Engine.IN_TIME)
+    assert counts == [1] * 4 + [1 + InProcessEngine.IN_TIME] + [1] * (7 - InProcessEngine.IN_TIME)
 
 
 def test_an_id_is_taken_until_its_end_is_told() -> None:
-    engine, proceed = Engine(scheduler(), Device(lambda step: proceed.wait(10) and None)), threading.Event()
+    engine, proceed = (
+        InProcessEngine(scheduler(), Device(lambda step: proceed.wait(10) and None)),
+        threading.Event(),
+    )
     engine.start()
     listener = Listener()
     engine.submit(request("r", serial(2)), listener)
@@ -260,7 +264,7 @@ def test_an_id_is_taken_until_its_end_is_told() -> None:
 
 
 def test_the_policy_switches_while_requests_run() -> None:
-    engine = Engine(scheduler(policy="off"), Device())
+    engine = InProcessEngine(scheduler(policy="off"), Device())
     engine.set_policy("cap:3")
     assert engine.policy == "cap:3"
     with pytest.raises(ValueError, match="unknown policy"):

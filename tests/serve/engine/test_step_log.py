@@ -4,52 +4,66 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from scheduler.predictor import StepLoad
-from serve.engine.step_log import StepLog, StepRecord, read_steps
-from tests.serve.server.test_metrics import entry, step
+from scheduler.step import Entry, FinishedStep, Forecast, SegmentRead, Step
+from serve.door import StepRecord
+from serve.engine.step_log import StepLog, read_steps, record
 
 
-def test_a_step_becomes_a_line_and_comes_back(tmp_path: Path) -> None:
-    log = StepLog(tmp_path / "steps", clock=lambda: 7.5)
-    log.observe_step(step(entry("a", 1), entry("a", 2), entry("b", 0, samples=False)))
-    log.close()
-    (read,) = read_steps((tmp_path / "steps").read_text().splitlines(keepends=True))
-    assert read == StepRecord(
+def entry(request: str, branch: int, *, samples: bool = True) -> Entry:
+    read = SegmentRead((0,), 1)
+    return Entry(request, branch, 0, 0 if samples else None, 0, 0, 1, None, (), read, samples, ())
+
+
+def finished(*entries: Entry, budget: float = 0.025) -> FinishedStep:
+    deferred = (("a", 3), ("b", 4))
+    forecast = Forecast(StepLoad(len(entries)), 0.02, 0.015, budget_seconds=budget, deferred=deferred)
+    return FinishedStep(Step(1, entries, slots=(), bucket=8), forecast, 0.03)
+
+
+def test_a_record_says_what_a_step_held_and_what_was_expected_of_it() -> None:
+    step = finished(entry("a", 1), entry("a", 2), entry("c", 1), entry("b", 0, samples=False))
+    assert record(step, ended=7.5) == StepRecord(
         ended=7.5,
         bucket=8,
-        load=StepLoad(3),
-        requests=1,
-        branches=2,
-        deferred=0,
+        load=StepLoad(4),
+        requests=2,
+        branches=3,
+        deferred=2,
         predicted=0.02,
         baseline=0.015,
-        budget=0.02,
+        budget=0.025,
         seconds=0.03,
+        widths=(2, 1),
     )
 
 
-def test_a_step_without_a_budget_is_still_strict_json(tmp_path: Path) -> None:
-    finished = step(entry("a", 0))
+def test_a_record_becomes_a_line_and_comes_back_without_the_widths(tmp_path: Path) -> None:
     log = StepLog(tmp_path / "steps")
-    unlimited = replace(finished.forecast, budget_seconds=math.inf)
-    log.observe_step(replace(finished, forecast=unlimited))
+    written = record(finished(entry("a", 1), entry("a", 2)), ended=7.5)
+    log.write(written)
+    log.close()
+    (read,) = read_steps((tmp_path / "steps").read_text().splitlines(keepends=True))
+    assert read == written._replace(widths=())
+
+
+def test_a_step_without_a_budget_is_still_strict_json(tmp_path: Path) -> None:
+    log = StepLog(tmp_path / "steps")
+    log.write(record(finished(entry("a", 0), budget=math.inf), ended=0.0))
     log.close()
     line = (tmp_path / "steps").read_text()
     assert json.loads(line, parse_constant=pytest.fail)["budget"] is None
 
 
 def test_lines_reach_the_file_while_the_server_runs_and_a_torn_one_is_left_out(tmp_path: Path) -> None:
-    now = 0.0
-    log = StepLog(tmp_path / "steps", clock=lambda: now)
-    for _ in range(3):
-        now += 0.9 * StepLog.FLUSH_SECONDS
-        log.observe_step(step(entry("a", 0)))
+    log = StepLog(tmp_path / "steps")
+    for number in range(4):
+        log.write(record(finished(entry("a", 0)), ended=0.9 * number * StepLog.FLUSH_SECONDS))
     written = (tmp_path / "steps").read_text()
-    assert len([*read_steps(written.splitlines(keepends=True))]) == 2
-    assert len([*read_steps((written + '{"ended": 1').splitlines(keepends=True))]) == 2
+    assert len([*read_steps(written.splitlines(keepends=True))]) == 3
+    assert len([*read_steps((written + '{"ended": 1').splitlines(keepends=True))]) == 3
     log.close()

@@ -5,36 +5,30 @@ from __future__ import annotations
 import urllib.request
 
 from scheduler.predictor import StepLoad
-from scheduler.step import Entry, FinishedStep, Forecast, SegmentRead, Step
+from scheduler.program import Plan
+from scheduler.request import Request
+from serve.door import StepRecord
 from serve.server.metrics import Metrics
 from tests.serve.fakes import FakeEngine, finished
 
-
-def entry(request: str, branch: int, *, samples: bool = True) -> Entry:
-    return Entry(
-        request_id=request,
-        branch=branch,
-        segment=0,
-        slot=0,
-        start=0,
-        ordinal=0,
-        rows=1,
-        tokens=None,
-        context=(),
-        own=SegmentRead((0,), 1),
-        samples=samples,
-        path=(),
-    )
-
-
-def step(*entries: Entry) -> FinishedStep:
-    forecast = Forecast(StepLoad(len(entries)), 0.02, 0.015, budget_seconds=0.02, deferred=())
-    return FinishedStep(Step(1, entries, slots=(), bucket=8), forecast, 0.03)
+STEP = StepRecord(
+    ended=1.0,
+    bucket=8,
+    load=StepLoad(3),
+    requests=2,
+    branches=3,
+    deferred=0,
+    predicted=0.02,
+    baseline=0.015,
+    budget=0.02,
+    seconds=0.03,
+    widths=(2, 1),
+)
 
 
 def test_a_step_is_measured_against_its_prediction():
     metrics = Metrics()
-    metrics.observe_step(step(entry("a", 0)))
+    metrics.observe_step(STEP)
     value = metrics.registry.get_sample_value
     assert value("taper_step_seconds_sum") == 0.03
     assert value("taper_step_prediction_ratio_sum") == 1.5
@@ -43,7 +37,7 @@ def test_a_step_is_measured_against_its_prediction():
 
 def test_width_counts_the_branches_of_each_request_that_advance():
     metrics = Metrics()
-    metrics.observe_step(step(entry("a", 1), entry("a", 2), entry("b", 0), entry("c", 0, samples=False)))
+    metrics.observe_step(STEP)
     assert metrics.registry.get_sample_value("taper_width_branches_count") == 2
     assert metrics.registry.get_sample_value("taper_width_branches_sum") == 3
 
@@ -66,7 +60,7 @@ def test_load_is_read_when_it_is_scraped():
     metrics, engine = Metrics(), FakeEngine()
     metrics.watch_load(engine.load)
     assert metrics.registry.get_sample_value("taper_running_requests") == 0
-    engine._sinks["r"] = print
+    engine.submit(Request(id="r", prompt=(1,), program=Plan(stages=())), print)
     assert metrics.registry.get_sample_value("taper_running_requests") == 1
     assert metrics.registry.get_sample_value("taper_kv_used_tokens") == 10
     assert metrics.registry.get_sample_value("taper_prediction_coverage") == 1.0

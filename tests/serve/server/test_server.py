@@ -34,9 +34,10 @@ from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_gr
 from serve.client.answer import Completion, Finished, events_of
 from serve.client.client import AsyncClient, generate_request
 from serve.config import ServerConfig
-from serve.engine.engine import Failed, Refused
-from serve.server import server as server_module
-from serve.server.server import SERVICES, Backend, Service, listen, shut_down
+from serve.door import Failed, Refused
+from serve.served import Served
+from serve.server.server import SERVICES, listen, shut_down
+from serve.server.service import Service
 from tests.serve.fakes import FakeEngine, finished, served_model
 
 CONFIG = ServerConfig(port=0)
@@ -51,11 +52,11 @@ def in_loop(test: Callable[..., Coroutine]) -> Callable:
 
 
 @contextlib.asynccontextmanager
-async def serving(engine: FakeEngine | None = None) -> AsyncIterator[tuple[Service, str]]:
+async def serving(engine: FakeEngine | None = None, **options: int) -> AsyncIterator[tuple[Service, str]]:
     """A server, with an engine or still without one, and its address."""
-    service = Service(CONFIG)
+    service = Service(CONFIG, **options)
     if engine is not None:
-        service.serve(Backend(engine=engine, model=served_model(), device="fake"))
+        service.serve(Served(engine=engine, model=served_model(), device="fake"))
     server, address = listen(service)
     await server.start()
     try:
@@ -65,8 +66,8 @@ async def serving(engine: FakeEngine | None = None) -> AsyncIterator[tuple[Servi
 
 
 @contextlib.asynccontextmanager
-async def connected(engine: FakeEngine) -> AsyncIterator[AsyncClient]:
-    async with serving(engine) as (_, address), AsyncClient(address) as client:
+async def connected(engine: FakeEngine, **options: int) -> AsyncIterator[AsyncClient]:
+    async with serving(engine, **options) as (_, address), AsyncClient(address) as client:
         yield client
 
 
@@ -291,10 +292,9 @@ async def test_a_reader_with_an_interval_gets_fewer_messages_and_the_same_answer
 
 
 @in_loop
-async def test_a_reader_that_does_not_read_is_given_up(monkeypatch):
-    monkeypatch.setattr(server_module, "_WAITING_EVENTS", 100)
+async def test_a_reader_that_does_not_read_is_given_up():
     engine = FakeEngine()
-    async with connected(engine) as client:
+    async with connected(engine, waiting_events=100) as client:
         running = asyncio.ensure_future(client.complete("go", request_id="r"))
         await until(engine, lambda e: "r" in e.requests)
         engine.tell("r", *begin(), *(token(count) for count in range(1, 200)))
@@ -306,11 +306,13 @@ async def test_a_reader_that_does_not_read_is_given_up(monkeypatch):
 
 @in_loop
 @pytest.mark.parametrize(("reads", "steps"), [(True, 100), (False, 1000)])
-async def test_a_full_socket_counts_as_not_reading(monkeypatch, reads, steps):
+async def test_a_full_socket_counts_as_not_reading(reads, steps):
     """gRPC's own buffers are bounded: what a client leaves unread ends up waiting in the server."""
-    monkeypatch.setattr(server_module, "_WAITING_EVENTS", 1000)
     engine = FakeEngine()
-    async with serving(engine) as (_, address), grpc.aio.insecure_channel(address) as channel:
+    async with (
+        serving(engine, waiting_events=1000) as (_, address),
+        grpc.aio.insecure_channel(address) as channel,
+    ):
         message = generate_request("go", request_id="r", logprobs=True, top_logprobs=8)
         call = inference_grpc.InferenceServiceStub(channel).Generate(message)
         await until(engine, lambda e: "r" in e.requests)
@@ -366,7 +368,7 @@ async def test_a_starting_server_says_so():
             assert (caught.value.reason, caught.value.retry_after) == ("STARTING", 1.0)
         info = await client.server_info()
         assert info.state == control_service_pb2.SERVER_STATE_STARTING
-        service.serve(Backend(engine=FakeEngine(answer), model=served_model()))
+        service.serve(Served(engine=FakeEngine(answer), model=served_model()))
         assert [await health(channel, name) for name in ("", *SERVICES)] == ["SERVING"] * 3
         assert (await client.complete("go")).text == "aa"
 
@@ -535,7 +537,8 @@ async def test_requests_are_counted_by_how_they_ended():
 PROCESS = """
 import sys, threading
 from serve.config import ServerConfig
-from serve.server.server import Backend, run
+from serve.served import Served
+from serve.server.server import run
 from tests.serve.fakes import FakeEngine, served_model
 from tests.serve.server.test_server import answer
 
@@ -545,7 +548,7 @@ def load(config, on_step):
     if "hangs" in sys.argv:
         print("loading", flush=True)
         threading.Event().wait()
-    return Backend(engine=FakeEngine(None if "waits" in sys.argv else answer), model=served_model())
+    return Served(engine=FakeEngine(None if "waits" in sys.argv else answer), model=served_model())
 
 run(ServerConfig(port=0, metrics_port=0, drain_timeout=20.0), load)
 """

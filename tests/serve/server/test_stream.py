@@ -10,7 +10,7 @@ import pytest
 
 from scheduler.events import Event, WidthChanged
 from serve.api.errors import CancelledError, InternalError, OverloadedError
-from serve.engine.engine import Failed
+from serve.door import Failed
 from serve.server.stream import Doorbell, Stream
 from tests.serve.fakes import finished
 

@@ -1,0 +1,128 @@
+"""The engine's door: what the server and the engine know of each other, and all that they do.
+
+Requests and cancels go in. What each step brought comes out: the events of every request to its sink, and one
+`StepRecord` for whoever watches the steps. Nothing that passes here holds a device or a lock, so that the
+engine may live in another process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from scheduler.events import Event
+from scheduler.predictor import StepLoad
+from scheduler.request import Request
+
+State = Literal["STARTING", "SERVING", "DRAINING", "STOPPED", "FAILED"]
+Reason = Literal["QUEUE_FULL", "KV_FULL", "SLO_UNATTAINABLE", "DRAINING", "STARTING", "DUPLICATE"]
+
+
+class Refused(Exception):  # noqa: N818 - a refusal is an answer, not an error of the engine
+    """A request that the engine does not take; `detail` is for the client."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason: Reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine died; no more events follow."""
+
+    error: str
+
+
+Sink = Callable[[Sequence[Event | Failed]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A snapshot for load balancers and dashboards.
+
+    prediction_bias, prediction_mape, prediction_coverage  of recent steps: scheduler.predictor.Accuracy
+    """
+
+    running_requests: int
+    running_branches: int
+    queued_requests: int
+    kv_used_tokens: int
+    kv_capacity_tokens: int
+    output_tokens_per_second: float
+    steps: int = 0
+    prediction_bias: float = 0.0
+    prediction_mape: float = 0.0
+    prediction_coverage: float = 1.0
+
+
+class StepRecord(NamedTuple):
+    """A finished step in figures. Times are in seconds, `ended` by the monotonic clock.
+
+    requests, branches    that it should give a token
+    deferred              branches that could have advanced and did not
+    predicted, baseline   seconds, by the predictor as it was when the step was planned
+    budget                seconds that it was allowed; None where nothing limited it
+    seconds               from the end of the step before it, or from its launch if that was later
+    widths                of each request that it should give a token: how many of its branches advanced
+    """
+
+    ended: float
+    bucket: int
+    load: StepLoad
+    requests: int
+    branches: int
+    deferred: int
+    predicted: float
+    baseline: float
+    budget: float | None
+    seconds: float
+    widths: tuple[int, ...] = ()
+
+
+Watcher = Callable[[StepRecord], None]
+"""Is told of every finished step, from the engine's thread."""
+
+
+class Engine(Protocol):
+    """Serves requests; its methods may be called from any thread.
+
+    state   SERVING from `start` on, until `stop` or a failure
+    policy  the admission policy of extra branches
+    """
+
+    @property
+    def state(self) -> State: ...
+    @property
+    def policy(self) -> str: ...
+
+    def start(self) -> None:
+        """Take requests from now on."""
+        ...
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queue a request; `sink` gets its events, at most once a step, from the engine's thread.
+
+        Raises Refused, or ValueError for a program that cannot run.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request: its pages are free before the next step is planned. False if it is unknown."""
+        ...
+
+    def set_policy(self, policy: str) -> None:
+        """Switch the admission policy from the next step on. Raises ValueError."""
+        ...
+
+    def load(self) -> Load:
+        """How busy it is."""
+        ...
+
+    def stop(self, *, drain: bool, timeout: float) -> None:
+        """Take no more requests; with `drain`, finish those that run, for up to `timeout` seconds.
+
+        The sinks of those that are left get a `Failed`.
+        """
+        ...

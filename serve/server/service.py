@@ -1,0 +1,148 @@
+"""What the servicers share: what is served, once it is loaded, and the calls that run.
+
+The engine knows nothing of calls: each call owns one request, and whatever ends the call (its reader, its
+deadline, Abort, a drain) cancels that request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+import uuid
+
+import structlog
+
+from scheduler.request import Request
+from serve.api.errors import (
+    CancelledError,
+    DuplicateRequestError,
+    InternalError,
+    ServiceError,
+    UnavailableError,
+    refused,
+)
+from serve.config import ServerConfig
+from serve.door import Failed, Refused
+from serve.served import Served
+from serve.server.metrics import Metrics
+from serve.server.stream import Doorbell, Stream
+from serve.text.detokenizer import Speller
+
+log = structlog.get_logger("taper")
+
+WAITING_EVENTS = 8192  # of one stream whose reader is slow
+
+
+class Service:
+    """What the servicers share: what is served, once it is loaded, and the calls that run."""
+
+    def __init__(self, config: ServerConfig, *, waiting_events: int = WAITING_EVENTS) -> None:
+        """`waiting_events`: the most events of a stream that wait for its reader."""
+        self.config = config
+        self._waiting_events = waiting_events
+        self.metrics = Metrics()
+        self.instance_id = uuid.uuid4().hex
+        self.started = time.monotonic()
+        self.draining = False
+        self._served: Served | None = None
+        self._streams: dict[str, Stream] = {}
+        self._doorbell: Doorbell | None = None  # made in the event loop
+        self._spellers: dict[bool, Speller] = {}
+
+    @property
+    def state(self) -> str:
+        if self._served is None:
+            return "DRAINING" if self.draining else "STARTING"
+        state = self._served.engine.state
+        return "DRAINING" if self.draining and state == "SERVING" else state
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._streams
+
+    def serve(self, served: Served) -> None:
+        """From here on, requests are taken."""
+        self._served = served
+        self._spellers = {
+            skip: Speller(served.model.tokenizer, skip_special_tokens=skip) for skip in (False, True)
+        }
+        self.metrics.watch_load(served.engine.load)
+
+    def served(self) -> Served:
+        """Raises UnavailableError until the model is loaded."""
+        if self._served is None:
+            raise UnavailableError("the server is starting", reason="STARTING", retry_after=1.0)
+        return self._served
+
+    def accepting(self) -> Served:
+        """Raises UnavailableError while no requests are taken."""
+        state = self.state
+        if state != "SERVING":
+            raise UnavailableError(f"the server is {state.lower()}", reason=state, retry_after=1.0)
+        return self.served()
+
+    def speller(self, *, skip_special_tokens: bool) -> Speller:
+        return self._spellers[skip_special_tokens]
+
+    def open(self, request: Request, *, interval: float = 0.0) -> Stream:
+        """Submit a request; `interval` is its stream's. Raises ServiceError when it is not taken."""
+        engine = self.accepting().engine
+        if request.id in self._streams:
+            raise DuplicateRequestError(f"request {request.id!r} is running", reason="DUPLICATE")
+        if self._doorbell is None:
+            self._doorbell = Doorbell()
+        stream = Stream(
+            self._doorbell,
+            bound=self._waiting_events,
+            on_overflow=functools.partial(engine.cancel, request.id),
+            explain=functools.partial(self._explain, request.id),
+            interval=interval,
+        )
+        try:
+            engine.submit(request, stream.put)
+        except Refused as refusal:
+            raise refused(refusal.reason, refusal.detail) from refusal
+        self._streams[request.id] = stream
+        return stream
+
+    def close(self, request_id: str, *, finished: bool) -> None:
+        """The call has ended. What it had asked for is forgotten, if it runs still."""
+        del self._streams[request_id]
+        if not finished:
+            self.served().engine.cancel(request_id)
+
+    def abort(self, request_id: str) -> bool:
+        """End a call from outside of it; False if there is none."""
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return False
+        self.served().engine.cancel(request_id)
+        stream.end(CancelledError("aborted", reason="ABORTED", request_id=request_id))
+        return True
+
+    async def drain(self, timeout: float) -> None:
+        """Take no more requests, and finish those that run, for up to `timeout` seconds."""
+        self.draining = True
+        if self._served is not None:
+            await asyncio.to_thread(self._served.engine.stop, drain=True, timeout=timeout)
+        for stream in self._streams.values():
+            stream.end(_stopping())
+
+    def halt(self) -> None:
+        """Cut a drain short."""
+        if self._served is not None:
+            stop = functools.partial(self._served.engine.stop, drain=False, timeout=0.0)
+            threading.Thread(target=stop, name="taper-halt", daemon=True).start()
+
+    def _explain(self, request_id: str, failed: Failed) -> ServiceError:
+        """What the caller is told when the engine gives up its request."""
+        if self.state != "FAILED":
+            return _stopping()
+        log.error("the engine failed", request_id=request_id, error=failed.error)
+        return InternalError("the engine failed", reason="ENGINE_FAILED", request_id=request_id)
+
+
+def _stopping() -> ServiceError:
+    return UnavailableError("the server is stopping", reason="STOPPED", retry_after=1.0)
