@@ -74,6 +74,13 @@ def write(result: Mapping[str, Any], target: str | Path | None) -> None:
         Path(target).write_text(text + "\n")
 
 
+def conclude(result: dict[str, Any], text: str, target: str | Path | None) -> dict[str, Any]:
+    """Write a whole result, and say it to a reader, with what it ran on."""
+    write(result, target)
+    say(f"{text}\n{ran_on(result)}", target)
+    return result
+
+
 def _finite(value: Any) -> Any:
     match value:
         case float():

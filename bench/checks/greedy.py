@@ -34,14 +34,9 @@ def random_prompts(scale: Scale, config: ModelConfig, seed: int) -> list[list[in
 
 def greedy_here(folder: Path, prompts: Sequence[Sequence[int]], scale: Scale, backend: str | None) -> Tokens:
     model = load_model(str(folder), jnp.float32)
-    return generate(
-        model,
-        prompts,
-        max_tokens=scale.new_tokens,
-        branches=scale.branches,
-        page_size=PAGE,
-        backend=backend,
-    ).ids
+    tokens, width = scale.new_tokens, scale.branches
+    run = generate(model, prompts, max_tokens=tokens, branches=width, page_size=PAGE, backend=backend)
+    return run.ids
 
 
 def greedy_on_cpu(folder: Path, prompts: Sequence[Sequence[int]], scale: Scale) -> Tokens:

@@ -38,7 +38,7 @@ from bench import hardware
 from bench.checks.forests import LARGE_LOGITS, SMALL, Forest, Grid, Matrix, Tree
 from bench.command import Command
 from bench.device.work import Planner, planner, row_order
-from bench.result import head, keep, ran_on, say, write
+from bench.result import conclude, head, keep, say
 
 if TYPE_CHECKING:
     from jax import Array
@@ -399,8 +399,7 @@ def main(arguments: Sequence[str]) -> int:
         say(f"[{seconds:6.1f} s] {len(done)} of {len(cases)} cases", options.json)
         result = found | {"seconds": seconds} | report(done, results)
         keep(result, options.json)
-    write(result, options.json)
-    say(f"{text(result)}\n{ran_on(result)}", options.json)
+    conclude(result, text(result), options.json)
     return int(result["bad"] > 0)
 
 

@@ -32,7 +32,7 @@ from bench.checks.logits import AGREEMENT_BAR, ERROR_BAR, LEAD, Served, check_lo
 from bench.checks.scale import SCALES
 from bench.checks.schedules import check_schedules
 from bench.command import Command
-from bench.result import head, ran_on, say, write
+from bench.result import conclude, head
 
 
 def passed(result: Mapping[str, Any]) -> bool:
@@ -97,9 +97,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     result["logits"] = check_logits(served, options.seed)
     result["schedules"] = check_schedules(served, options.seed)
     result["ok"] = passed(result)
-    write(result, options.json)
-    say(f"{text(result)}\n{ran_on(result)}", options.json)
-    return result
+    return conclude(result, text(result), options.json)
 
 
 if __name__ == "__main__":

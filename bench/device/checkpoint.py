@@ -26,7 +26,7 @@ import numpy as np
 from bench import hardware
 from bench.command import Command
 from bench.device.step import tiny
-from bench.result import head, ran_on, say, write
+from bench.result import conclude, head
 from bench.timing import seconds
 from model.checkpoint import load_model, save_orbax
 from model.config import PRESETS, ModelConfig
@@ -173,9 +173,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
             "seed": options.seed,
             **measure(config, Path(name), options.seed),
         }
-    write(result, options.json)
-    say(f"{text(result)}\n{ran_on(result)}", options.json)
-    return result
+    return conclude(result, text(result), options.json)
 
 
 if __name__ == "__main__":

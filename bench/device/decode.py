@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from bench import hardware
 from bench.command import Command
 from bench.device.floor import floor_seconds
-from bench.result import head, ran_on, say, write
+from bench.result import conclude, head
 from model.checkpoint import load_model
 from model.config import PRESETS
 from model.decode import STRIDE, generate
@@ -59,13 +59,11 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "over_floor": per_step / floor,
         "tokens_per_second": options.branches / per_step,
     }
-    write(result, options.json)
     text = (
         f"{config.name}, {options.branches} sequences: {result['tokens_per_second']:.1f} tokens/s, "
         f"{result['step_ms']:.2f} ms a step, {result['over_floor']:.3f} x the floor, {result['floor_ms']:.2f}"
     )
-    say(f"{text}\n{ran_on(result)}", options.json)
-    return result
+    return conclude(result, text, options.json)
 
 
 if __name__ == "__main__":

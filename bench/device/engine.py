@@ -23,7 +23,7 @@ from bench.device.floor import floor_seconds
 from bench.device.probe import Shape, probe
 from bench.inside import Inside
 from bench.load.workload import Item
-from bench.result import head, ran_on, say, write
+from bench.result import conclude, head, say
 from bench.timing import Stopwatch, clock, spread
 from scheduler.predictor import StepLoad
 from scheduler.request import Slo
@@ -165,9 +165,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "compilations": compilations.count,
         "buckets": bucket_rows(runner, options.kv_levels, copy),
     }
-    write(result, options.json)
-    say(f"{text(result)}\n{ran_on(result)}", options.json)
-    return result
+    return conclude(result, text(result), options.json)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from bench import hardware, inside
 from bench.command import Command, split
 from bench.inside import Inside
 from bench.load.workload import Item, Workload, named
-from bench.result import head, ran_on, say, write
+from bench.result import conclude, head, say, write
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.request import Slo
 from scheduler.step import FinishedStep
@@ -207,9 +207,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         still = StepLatencyModel.from_profile(profile, here.runner.buckets)
         profile["serving"] = {"command": result["command"], **serving(results, still)}
         write(profile, options.into)
-    write(result, options.json)
-    say(f"{text(result)}\n{ran_on(result)}", options.json)
-    return result
+    return conclude(result, text(result), options.json)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from bench import hardware
 from bench.command import Command
 from bench.device.floor import kv_bytes, weight_bytes
 from bench.device.shapes import PageTables, Shape, shrunk
-from bench.result import head, keep, ran_on, say, write
+from bench.result import conclude, head, keep, say
 from bench.timing import seconds_per_call
 from model.config import PRESETS, ModelConfig
 from model.decoder import Decoder
@@ -246,9 +246,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         calls, repeats = (2, 1) if small else (10, 3)
         result["cases"].append(bench.measure(shape, result["copy_tb_s"], calls, repeats))
         keep(result, options.json)
-    write(result, options.json)
-    say(f"{text(result['cases'])}\n{ran_on(result)}", options.json)
-    return result
+    return conclude(result, text(result["cases"]), options.json)
 
 
 if __name__ == "__main__":

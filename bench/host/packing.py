@@ -19,7 +19,7 @@ from attention import Reads
 from bench import hardware
 from bench.command import Command
 from bench.device.shapes import WIDE_HEADS, Shape
-from bench.result import head, ran_on, say, write
+from bench.result import conclude, head, say
 from bench.timing import median_seconds
 from scheduler.step import Entry, SegmentRead, Step
 from serve.engine.packing import step_inputs
@@ -92,9 +92,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
                 result["cases"].append(case)
                 times = f"plan {case['plan_us']:6.0f} us, step_inputs {case['step_inputs_us']:6.0f} us"
                 say(f"{shape.label:<30}{backend:<5} {times}", options.json)
-    say(ran_on(result), options.json)
-    write(result, options.json)
-    return result
+    return conclude(result, f"Medians of {options.repeats} calls.", options.json)
 
 
 if __name__ == "__main__":

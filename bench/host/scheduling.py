@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from bench.command import Command
-from bench.result import head, ran_on, say, write
+from bench.result import conclude, head
 from bench.simulate.simulation import MAX_CONTEXT, Bytes, Profile
 from bench.timing import Stopwatch, no_collections
 from scheduler.controller import Controller
@@ -105,10 +105,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     for requests, branches, plans in CASES:
         row = measure(requests, branches, options.plans or plans)
         result["rows"].append(row)
-        say(", ".join(f"{key} {value:.4g}" for key, value in row.items()), options.json)
-    say(ran_on(result), options.json)
-    write(result, options.json)
-    return result
+    lines = [", ".join(f"{key} {value:.4g}" for key, value in row.items()) for row in result["rows"]]
+    return conclude(result, "\n".join(lines), options.json)
 
 
 if __name__ == "__main__":

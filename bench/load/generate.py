@@ -34,7 +34,7 @@ from bench.command import Command, split
 from bench.device.floor import floor_seconds, kv_bytes, weight_bytes
 from bench.load.driver import Answer, connected, message, play
 from bench.load.workload import Item
-from bench.result import head, keep, ran_on, say, write
+from bench.result import conclude, head, keep
 from bench.server import started
 from bench.timing import clock
 from model.checkpoint import model_config
@@ -350,9 +350,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         result["peers"][setting] = child(setting, load)
         compare(result, load)
         keep(result, options.json)
-    write(result, options.json)
-    say(f"{text(result)}\n{ran_on(result)}", options.json)
-    return result
+    return conclude(result, text(result), options.json)
 
 
 if __name__ == "__main__":

@@ -316,12 +316,10 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         found = report(options, asyncio.run(played(options)), command().typed(arguments))
     except (ServiceError, OSError, ValueError) as error:
         sys.exit(f"bench.load.serve: {error}")
-    result.write(found, options.json)
     lines = [table(found, options.metric_percentiles)]
-    lines.append(f"The client took {found['client_cpu_share']:.0%} of a core. {result.ran_on(found)}")
+    lines.append(f"The client took {found['client_cpu_share']:.0%} of a core.")
     lines += [f"{count} failed: {error}" for error, count in found["errors"].items()]
-    result.say("\n".join(lines), options.json)
-    return found
+    return result.conclude(found, "\n".join(lines), options.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 from bench.command import Command
 from bench.load.measures import Window
 from bench.load.workload import named
-from bench.result import head, ran_on, say, write
+from bench.result import conclude, head
 from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW, table
 from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, targets
 from bench.timing import no_collections
@@ -235,9 +235,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "sha256": setting.workload.digest,
         "rows": rows,
     }
-    write(result, options.json)
-    say(f"{table(rows)}\n{ran_on(result)}", options.json)
-    return result
+    return conclude(result, table(rows), options.json)
 
 
 if __name__ == "__main__":

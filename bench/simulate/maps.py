@@ -35,7 +35,7 @@ from bench.command import Command
 from bench.load.measures import Window, cells
 from bench.load.workload import TPOT_SLO_MULTIPLE, Item, Workload, fanout, lognormal, named, open_loop
 from bench.plot import plot_maps
-from bench.result import head, ran_on, say, write
+from bench.result import conclude, head
 from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW
 from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, targets, unloaded_tpot
 from bench.timing import no_collections
@@ -244,14 +244,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "capacity": {name: capacity(rows, name) for name in ("load", "clients") if name in options.maps},
         "rows": rows,
     }
-    write(found, options.json)
-    say(f"{table(rows)}\n{ran_on(found)}", options.json)
+    lines = [table(rows)]
     for name, by_policy in found["capacity"].items():
-        most = ", ".join(f"{policy} {load}" for policy, load in by_policy.items())
-        say(f"capacity, {name}: {most}", options.json)
+        most = ", ".join(f"{label} {load}" for label, load in by_policy.items())
+        lines.append(f"capacity, {name}: {most}")
     if options.plot is not None:
         plot_maps(found, options.plot)
-    return found
+    return conclude(found, "\n".join(lines), options.json)
 
 
 if __name__ == "__main__":

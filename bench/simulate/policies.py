@@ -21,7 +21,7 @@ from typing import Any
 from bench.command import Command
 from bench.load.measures import COLUMNS, Window, cells, titles
 from bench.load.workload import TTFT_SLO, named
-from bench.result import head, ran_on, say, write
+from bench.result import conclude, head
 from bench.simulate.simulation import Profile, Setting, in_processes, simulate, targets
 from scheduler.controller import ControllerConfig
 from scheduler.request import Slo
@@ -102,9 +102,6 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "statistics": setting.workload.statistics(),
         "rows": [each for each, _ in results],
     }
-    write(result, options.json)
-    say(f"{table(result['rows'])}\n{ran_on(result)}", options.json)
-    for each, cost in results:
-        took = ", ".join(f"{key} {value:.4g}" for key, value in cost.items())
-        say(f"{each['policy']:<10}{took}", options.json)
-    return result
+    took = [", ".join(f"{key} {value:.4g}" for key, value in cost.items()) for _, cost in results]
+    costs = [f"{policy:<10}{each}" for policy, each in zip(policies, took, strict=True)]
+    return conclude(result, "\n".join([table(result["rows"]), *costs]), options.json)

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench.device import decode, engine
+from bench.device.probe import Shape, probe
+from scheduler.step import FinishedStep, Forecast
+
+
+def finished(requests: int, rows: int = 1) -> FinishedStep:
+    """A step in which so many requests advance, each by so many rows."""
+    probed, load = probe(Shape(8, requests, 1, requests), page_size=4)
+    entries = tuple(entry._replace(rows=rows) for entry in probed.entries)
+    return FinishedStep(replace(probed, entries=entries), Forecast(load, 0.0, 0.0, 0.0, ()), 0.01)
+
+
+def test_a_steady_step_has_every_request_by_one_token_and_follows_such_a_step() -> None:
+    first, second, third = (finished(3) for _ in range(3))
+    results = [finished(2), first, second, finished(3, rows=2), third, finished(2)]
+    assert engine.steady(results, 3) == [second]
 
 
 def test_the_engine_is_timed_against_its_own_executable(tmp_path: Path) -> None:

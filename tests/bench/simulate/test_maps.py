@@ -65,10 +65,10 @@ def test_capacity_is_the_last_load_before_the_first_that_is_too_much() -> None:
 def test_a_map_is_simulated_written_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(maps.simulator, "WARMUP", 0.0)
-    monkeypatch.setattr(maps.simulator, "WINDOW", 2.0)
-    monkeypatch.setattr(maps.simulator, "COOLDOWN", 0.0)
-    monkeypatch.setattr(maps, "ProcessPoolExecutor", InOneProcess)
+    monkeypatch.setattr(maps, "WARMUP", 0.0)
+    monkeypatch.setattr(maps, "WINDOW", 2.0)
+    monkeypatch.setattr(maps, "COOLDOWN", 0.0)
+    monkeypatch.setattr(maps, "in_processes", InOneProcess)
     out = tmp_path / "maps.json"
     found = maps.main(["--maps", "margin", "--seeds", "1", "--json", str(out)])
     assert json.loads(out.read_text()) == found
