@@ -64,6 +64,8 @@ def test_presets_have_the_published_number_of_parameters() -> None:
         replace(
             PRESETS["qwen3-8b"],
             architecture="llama",
+            rms_norm_eps=1e-5,
+            max_context=8192,
             bos_id=None,
             rope_scaling=Llama3Scaling(
                 factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_context=8192
@@ -81,6 +83,23 @@ def test_a_llama_config_is_of_its_architecture_and_has_its_own_rotary_base() -> 
     assert config.rope_theta == 100000.0
     assert config.head_dim == 64
     assert (config.bos_id, config.eos_ids) == (1, (2,))
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes_it_for() -> None:
+    optional = (
+        "num_key_value_heads",
+        "head_dim",
+        "rope_theta",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "eos_token_id",
+    )
+    config = ModelConfig.from_hf({key: value for key, value in LLAMA.items() if key not in optional})
+    assert config.num_kv_heads == config.num_heads
+    assert config.head_dim == config.hidden_size // config.num_heads
+    assert (config.rope_theta, config.rms_norm_eps) == (10_000.0, 1e-6)
+    assert not config.tie_embeddings
+    assert config.eos_ids == ()
 
 
 def test_rotary_settings_are_read_as_either_major_version_of_transformers_writes_them() -> None:
@@ -143,7 +162,7 @@ def test_all_faults_are_named_at_once() -> None:
 
 def test_a_folder_adds_the_end_tokens_of_its_generation_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     config = ModelConfig.from_folder(tmp_path)
-    assert config.eos_ids == (2, 7)
+    assert config.eos_ids == (2, 7, 9)
     assert config.name == tmp_path.name

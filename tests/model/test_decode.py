@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -85,6 +85,13 @@ def test_penalties_count_the_prompt_and_what_was_generated(model: Decoder) -> No
         assert not set(ids) & set(prompt)
 
 
+def test_each_prompt_is_counted_for_its_own_branches_to_its_last_token(model: Decoder) -> None:
+    """7 would always be next, but where it was already."""
+    shy = SamplingParams(logit_bias=((7, 1e4),), repetition_penalty=1e6)
+    answers = generate(model, [[7], [5], [5, 7, 6]], max_tokens=2, branches=2, sampling=shy).ids
+    assert [[branch.count(7) for branch in branches] for branches in answers] == [[0, 0], [1, 1], [0, 0]]
+
+
 def test_a_generated_token_counts_once_and_one_of_the_prompt_never(model: Decoder) -> None:
     """The prompt's last token is fed by the loop as what it generates is, but was not generated."""
     liked = SamplingParams(logit_bias=((7, 1e4),), frequency_penalty=6e3)
@@ -113,6 +120,21 @@ def test_the_loop_is_compiled_with_the_cheapest_sampler_that_suffices(
     monkeypatch.setattr(decode, "compile_generation", compile_generation)
     generate(model, PROMPTS, max_tokens=TOKENS, sampling=sampling)
     assert taken == [sampler]
+
+
+@pytest.mark.parametrize("eos_ids", [(), (0,), (3, 5), range(8), range(9)])
+def test_no_token_ends_a_branch_but_those_that_were_given(
+    model: Decoder, eos_ids: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[decode.Arrays] = []
+
+    def run(weights: object, cache: object, slots: object, arrays: decode.Arrays) -> tuple[np.ndarray]:
+        told.append(arrays)
+        return (arrays.tokens,)
+
+    monkeypatch.setattr(decode, "compile_generation", lambda *arguments: run)
+    generate(model, [[7]], max_tokens=TOKENS, eos_ids=eos_ids)
+    assert {token for token in told[0].eos_ids.tolist() if token >= 0} == set(eos_ids)
 
 
 def test_a_branch_ends_before_the_end_of_sequence_token(model: Decoder, greedy: list[list[int]]) -> None:

@@ -151,6 +151,8 @@ def test_the_index_lists_every_tensor_once(golden_folder: Callable[[str], Path])
     index = json.loads((golden_folder(SHARDED) / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == CHECKPOINTS[SHARDED].tensors().keys()
     assert len(set(index["weight_map"].values())) == 3
+    tensors = CHECKPOINTS[SHARDED].tensors().values()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_random_weights_depend_on_the_seed_alone() -> None:

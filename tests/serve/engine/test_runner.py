@@ -121,14 +121,20 @@ def test_a_step_takes_the_sampler_that_its_own_samples_need(
         return call(program, *arguments)
 
     monkeypatch.setattr(StepProgram, "__call__", counted)
-    for options, uses in (
-        (SamplingParams(presence_penalty=1.0), USES_PENALTIES),
-        (SamplingParams(temperature=1.0, top_k=3), USES_RANDOM | USES_TOP),
-        (SamplingParams(), 0),
+    for requests, options, uses in (
+        (1, SamplingParams(presence_penalty=1.0), USES_PENALTIES),
+        (2, SamplingParams(temperature=1.0, top_k=3), USES_RANDOM | USES_TOP),
+        (1, SamplingParams(), 0),
     ):
         plan = Plan(stages=(serial(3),))
-        run(runner, [Request(id="r", prompt=(5, 6, 7), program=plan, sampling=options)])
-        assert used == [uses] * 3
+        run(
+            runner,
+            [
+                Request(id=f"r{index}", prompt=(5, 6, 7), program=plan, sampling=options)
+                for index in range(requests)
+            ],
+        )
+        assert set(used) == {uses}
         used.clear()
 
 
