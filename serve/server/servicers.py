@@ -19,7 +19,8 @@ from serve.api.protos.taper.v1 import control_service_pb2_grpc as control_grpc
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
 from serve.served import ServedModel
-from serve.server.requests import check_ids, check_model, read_prompt, read_request, unknown_fields
+from serve.server.faults import check_ids, check_model, unknown_fields
+from serve.server.requests import read_prompt, read_request
 from serve.server.responses import ResponseWriter, duration
 from serve.server.service import Service
 

@@ -1,0 +1,99 @@
+"""What is wrong with a message: every fault by its field's path, found before anything is done.
+
+Nothing is silently clamped or dropped: a field that this server does not know is refused by its number, an id
+outside of the vocabulary by its place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from serve.api.errors import InvalidRequestError, Violation
+from serve.served import ServedModel
+
+SLACK = 1e-6  # a float32 0.01 is a little less than 0.01
+
+
+class Faults:
+    """The faults of one message so far. Whoever finds one goes on with something usable."""
+
+    def __init__(self, message: Message, model: ServedModel) -> None:
+        self.model = model
+        self._violations = list(unknown_fields(message))
+        self._too_long: dict[str, str] = {}  # limit and got, once the context has been exceeded
+
+    def __len__(self) -> int:
+        return len(self._violations)
+
+    def add(self, path: str, description: str) -> None:
+        self._violations.append(Violation(path, description))
+
+    def extend(self, violations: Iterable[Violation]) -> None:
+        self._violations += violations
+
+    def raise_any(self) -> None:
+        """Raises InvalidRequestError with all of them, if there are any."""
+        if self._violations:
+            reason = "PROMPT_TOO_LONG" if self._too_long else ""
+            raise InvalidRequestError.of(self._violations, reason=reason, metadata=self._too_long)
+
+    # --- checks that several parts of a message share --------------------------------------------------
+
+    def ids(self, ids: Sequence[int], path: str) -> list[int]:
+        """Token ids, each of which must be in the vocabulary."""
+        self.extend(check_ids(ids, self.model, path))
+        return list(ids)
+
+    def number(
+        self, message: Message, name: str, path: str, default: float, low: float, high: float
+    ) -> float:
+        """A field that may be left out, and must be in [low, high]."""
+        if not message.HasField(name):
+            return default
+        value = getattr(message, name)
+        if not (math.isfinite(value) and low - SLACK * abs(low) <= value <= high + SLACK * abs(high)):
+            self.add(f"{path}.{name}", f"{low:g} to {high:g} are possible, got {value:g}")
+            return default
+        return value
+
+    def check_room(self, tokens: int, path: str) -> None:
+        """One position has to be left for the answer."""
+        limit = self.model.max_context - 1
+        if tokens > limit and not self._too_long:
+            self._too_long = {"limit": str(limit), "got": str(tokens)}
+            self.add(path, f"the context would hold {tokens} given tokens, and at most {limit} are possible")
+
+
+def check_model(name: str, model: ServedModel) -> Iterator[Violation]:
+    """A violation unless `name` is the served model's, or empty."""
+    if name not in ("", model.name):
+        yield Violation("model", f"this server serves {model.name!r}, not {name!r}")
+
+
+def check_ids(ids: Iterable[int], model: ServedModel, path: str) -> Iterator[Violation]:
+    """A violation for each id outside of the vocabulary: a gather would silently read another row."""
+    for index, token in enumerate(ids):
+        if token >= model.vocab_size:
+            yield Violation(
+                f"{path}[{index}]", f"{token} is not less than {model.vocab_size}, the vocabulary"
+            )
+
+
+def unknown_fields(message: Message, path: str = "") -> Iterator[Violation]:
+    """A violation for each field that this server's schema does not have."""
+    for unknown in UnknownFieldSet(message):
+        name = f"{path}.{unknown.field_number}" if path else str(unknown.field_number)
+        yield Violation(name, "this server does not know the field with this number")
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None or descriptor.message_type.GetOptions().map_entry:
+            continue
+        name = f"{path}.{descriptor.name}" if path else descriptor.name
+        if isinstance(value, Message):
+            yield from unknown_fields(value, name)
+        else:
+            for index, item in enumerate(value):
+                yield from unknown_fields(item, f"{name}[{index}]")

@@ -1,0 +1,229 @@
+"""A request's program as it comes over the wire: stages, or the tags of a model that forks by itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from scheduler.grammars import MULTIVERSE, TagGrammar
+from scheduler.program import (
+    BranchSpec,
+    ParallelStage,
+    Plan,
+    SerialStage,
+    Stage,
+    TagProgram,
+    fault_of_beginning,
+    fault_of_following,
+)
+from scheduler.sampling import SamplingParams
+from scheduler.stopping import Stopping
+from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from serve.server.faults import Faults
+from serve.server.sampling import read_sampling
+
+JOINS = {pb.JOIN_KV: "kv", pb.JOIN_REPREFILL: "reprefill", pb.JOIN_NONE: "none"}
+MAX_STAGES = 64  # in one list of stages
+MAX_STOPS = 16
+MAX_STOP_BYTES = 256
+MAX_TAG_BYTES = 256
+
+
+class ProgramReader:
+    """Reads one program. `sampling` is what its stages have unless they say otherwise."""
+
+    def __init__(self, faults: Faults, sampling: SamplingParams, *, include_stop: bool) -> None:
+        self._faults = faults
+        self._model = faults.model
+        self._sampling = sampling
+        self._include_stop = include_stop
+        self._branches = 0
+
+    def program(self, message: pb.GenerateRequest, position: int) -> Plan | TagProgram:
+        """What the request does after its prompt, which ends at `position`."""
+        kind = message.WhichOneof("program")
+        if kind == "plan":
+            if not message.plan.stages:
+                self._faults.add("plan.stages", "at least one stage is needed")
+            stages, _ = self._stages(message.plan.stages, "plan.stages", position, 0, self._sampling)
+            return Plan(stages=stages)
+        if kind == "model_driven":
+            return self._model_driven(message.model_driven, "model_driven")
+        return Plan(stages=(SerialStage(stopping=self._stopping(message.stopping, "stopping")),))
+
+    def _stages(
+        self, stages: Sequence[pb.Stage], path: str, position: int, depth: int, base: SamplingParams
+    ) -> tuple[tuple[Stage, ...], int]:
+        """The stages, and the least position after them: what they force into the context counts."""
+        read: list[Stage] = []
+        if len(stages) > MAX_STAGES:
+            self._faults.add(path, f"at most {MAX_STAGES} stages are possible, got {len(stages)}")
+            return (), position
+        for index, stage in enumerate(stages):
+            name = f"{path}[{index}]"
+            before = read[-1] if read else None
+            if fault := fault_of_following(before):
+                self._faults.add(name, fault)
+            if stage.WhichOneof("kind") == "serial":
+                serial = self._serial(stage.serial, f"{name}.serial", position, base)
+                position += len(serial.prefix)
+                read.append(serial)
+            elif stage.WhichOneof("kind") == "parallel":
+                name = f"{name}.parallel"
+                parallel, position = self._parallel(stage.parallel, name, position, depth + 1, base)
+                read.append(parallel)
+            else:
+                self._faults.add(name, "one of serial and parallel is needed")
+                continue
+            if fault := fault_of_beginning(read[-1], before):
+                self._faults.add(name, fault)
+        return tuple(read), position
+
+    def _serial(self, stage: pb.SerialStage, path: str, position: int, base: SamplingParams) -> SerialStage:
+        sampling = read_sampling(self._faults, stage.sampling, base, f"{path}.sampling")
+        return SerialStage(
+            prefix=self._prefix(stage.prefix, f"{path}.prefix", position),
+            stopping=self._stopping(stage.stopping, f"{path}.stopping"),
+            sampling=self._unless_default(sampling),
+        )
+
+    def _parallel(
+        self, stage: pb.ParallelStage, path: str, position: int, depth: int, base: SamplingParams
+    ) -> tuple[ParallelStage, int]:
+        if depth > self._model.max_depth:
+            self._faults.add(path, f"forks can be nested {self._model.max_depth} deep at most")
+            return ParallelStage(branches=()), position
+        self._branches += len(stage.branches)
+        if self._branches > self._model.max_branches:
+            self._faults.add(
+                f"{path}.branches", f"a request can have {self._model.max_branches} branches at most"
+            )
+            return ParallelStage(branches=()), position
+        if not stage.branches:
+            self._faults.add(f"{path}.branches", "at least one branch is needed")
+        join = self._join(stage.join, f"{path}.join")
+        branches: list[BranchSpec] = []
+        ends: list[int] = []
+        labels: set[str] = set()
+        for index, spec in enumerate(stage.branches):
+            name = f"{path}.branches[{index}]"
+            if spec.label and spec.label in labels:
+                self._faults.add(f"{name}.label", f"another branch of the stage is labelled {spec.label!r}")
+            labels.add(spec.label)
+            branch, end = self._branch(spec, name, position, depth, base)
+            branches.append(branch)
+            ends.append(end - position)
+        after = {"kv": max(ends, default=0), "reprefill": sum(ends), "none": 0}[join]
+        self._faults.check_room(position + after, path)
+        return ParallelStage(branches=tuple(branches), join=join), position + after
+
+    def _branch(
+        self, spec: pb.BranchSpec, path: str, position: int, depth: int, base: SamplingParams
+    ) -> tuple[BranchSpec, int]:
+        prefix = self._prefix(spec.prefix, f"{path}.prefix", position)
+        sampling = read_sampling(self._faults, spec.sampling, base, f"{path}.sampling")
+        stages, end = self._stages(spec.stages, f"{path}.stages", position + len(prefix), depth, sampling)
+        branch = BranchSpec(
+            label=spec.label,
+            prefix=prefix,
+            stopping=self._stopping(spec.stopping, f"{path}.stopping"),
+            sampling=self._unless_default(sampling),
+            stages=stages,
+        )
+        return branch, end
+
+    def _model_driven(self, driven: pb.ModelDriven, path: str) -> TagProgram:
+        stopping = self._stopping(driven.stopping, f"{path}.stopping")
+        branch_tokens = driven.branch_max_tokens if driven.HasField("branch_max_tokens") else None
+        if branch_tokens == 0:
+            self._faults.add(f"{path}.branch_max_tokens", "must be at least 1")
+        return TagProgram(
+            grammar=self._grammar(driven, path),
+            stopping=stopping,
+            branch_max_tokens=min(branch_tokens or stopping.max_tokens, self._model.max_context),
+            max_branches=self._limit(driven, "max_branches", path, self._model.max_branches),
+            max_depth=self._limit(driven, "max_depth", path, self._model.max_depth),
+        )
+
+    def _limit(self, driven: pb.ModelDriven, name: str, path: str, most: int) -> int:
+        value = getattr(driven, name) if driven.HasField(name) else most
+        if not 1 <= value <= most:
+            self._faults.add(f"{path}.{name}", f"1 to {most} are possible, got {value}")
+        return value
+
+    def _grammar(self, driven: pb.ModelDriven, path: str) -> TagGrammar:
+        model = self._model
+        if driven.WhichOneof("tags") == "fork_tags":
+            return self._fork_tags(driven.fork_tags, f"{path}.fork_tags")
+        name = driven.tag_set or model.own_grammar
+        if name is None:
+            self._faults.add(
+                f"{path}.tag_set", f"{model.name!r} has no tags of its own: name a tag set, or send tags"
+            )
+        elif name not in model.grammars:
+            self._faults.add(f"{path}.tag_set", f"{name!r} is not one of {', '.join(model.grammars)}")
+        return model.grammars.get(name or "", MULTIVERSE)  # any will do beside a violation
+
+    def _fork_tags(self, tags: pb.ForkTags, path: str) -> TagGrammar:
+        for name in ("plan_open", "label_open", "label_close", "plan_close", "branch_open", "branch_close"):
+            if not getattr(tags, name):
+                self._faults.add(f"{path}.{name}", "is needed")
+        for descriptor, value in tags.ListFields():
+            if isinstance(value, str) and len(value.encode()) > MAX_TAG_BYTES:
+                self._faults.add(f"{path}.{descriptor.name}", f"at most {MAX_TAG_BYTES} bytes are possible")
+        join = self._join(tags.join, f"{path}.join")
+        if join == "none":
+            self._faults.add(f"{path}.join", "the branches of a model-driven fork are always joined")
+        if join == "kv" and not tags.join_open:
+            self._faults.add(f"{path}.join_open", "is needed after a kv join")
+        # Bounded repetitions over literals: a client cannot make the match slow.
+        label = r"[ \t]{0,8}([^\n]{1,128}?)[ \t]{0,8}"
+        return TagGrammar(
+            name="request",
+            plan_open=tags.plan_open,
+            outline=re.escape(tags.label_open) + label + re.escape(tags.label_close),
+            plan_close=tags.plan_close,
+            branch_open=tags.branch_open,
+            branch_close=tags.branch_close,
+            join_open=tags.join_open,
+            join=join,
+        )
+
+    # --- parts of a stage ------------------------------------------------------------------------------
+
+    def _join(self, join: pb.Join, path: str) -> str:
+        if join != pb.JOIN_UNSPECIFIED and join not in JOINS:
+            self._faults.add(path, f"{join} is not a Join of this server")
+        return JOINS.get(join, self._model.join)
+
+    def _prefix(self, prefix: pb.Prefix, path: str, position: int) -> tuple[int, ...]:
+        ids: list[int] = []
+        if prefix.WhichOneof("kind") == "text":
+            ids = self._model.tokenizer.encode(prefix.text)
+        elif prefix.WhichOneof("kind") == "token_ids":
+            ids = self._faults.ids(prefix.token_ids.ids, f"{path}.token_ids.ids")
+        self._faults.check_room(position + len(ids), path)
+        return tuple(ids)
+
+    def _stopping(self, stopping: pb.StoppingCriteria, path: str) -> Stopping:
+        model = self._model
+        most = stopping.max_tokens if stopping.HasField("max_tokens") else model.default_max_tokens
+        if most < 1:
+            self._faults.add(f"{path}.max_tokens", "must be at least 1")
+        for name in ("stop", "stop_token_ids"):
+            count = len(getattr(stopping, name))
+            if count > MAX_STOPS:
+                self._faults.add(f"{path}.{name}", f"at most {MAX_STOPS} are possible, got {count}")
+        for index, text in enumerate(stopping.stop):
+            if not 1 <= len(text.encode()) <= MAX_STOP_BYTES:
+                self._faults.add(f"{path}.stop[{index}]", f"1 to {MAX_STOP_BYTES} bytes are possible")
+        return Stopping(
+            max_tokens=min(most, model.max_context),  # the context ends it first
+            eos_ids=frozenset() if stopping.ignore_eos else frozenset(model.eos_ids),
+            stop_ids=frozenset(self._faults.ids(stopping.stop_token_ids, f"{path}.stop_token_ids")),
+            stop_strings=tuple(stopping.stop),
+            include_stop=self._include_stop,
+        )
+
+    def _unless_default(self, sampling: SamplingParams) -> SamplingParams | None:
+        return None if sampling == self._sampling else sampling
