@@ -26,6 +26,8 @@ NAME = "qwen3-gqa2-untied-wide-heads-bf16"
 def converted(golden_folder: Callable[[str], Path], tmp_path: Path) -> Path:
     source = shutil.copytree(golden_folder(NAME), tmp_path / "source")
     (source / "tokenizer.json").write_text("{}")
+    index = {"weight_map": {"lm_head.weight": "model.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
     (source / "chat_template.jinja").write_text("{{ messages }}")
     out = tmp_path / "converted"
     convert_hf(source, out)
