@@ -64,11 +64,19 @@ class Costs:
     raw_kv: float = 0.0
 
 
-class Accuracy:
-    """Running statistics of predictions: r = measured / predicted - 1, of the last WINDOW steps.
+class PredictionAccuracy(NamedTuple):
+    """How well recent steps were predicted: r = measured / predicted - 1.
 
     bias  mean of r; mape, mean of |r|; coverage, share of steps within predicted * (1 + margin at the time)
     """
+
+    bias: float = 0.0
+    mape: float = 0.0
+    coverage: float = 1.0
+
+
+class Accuracy:
+    """Running statistics of the predictions of the last WINDOW steps."""
 
     WINDOW = 256
     LEAST = 32  # steps before the quantile is taken from them
@@ -95,17 +103,13 @@ class Accuracy:
         low, high = self.MARGIN_BOUNDS
         return min(high, max(low, self._sorted[int(self.QUANTILE * (len(self._sorted) - 1))]))
 
-    @property
-    def bias(self) -> float:
-        return sum(self._sorted) / len(self._sorted) if self._sorted else 0.0
-
-    @property
-    def mape(self) -> float:
-        return sum(map(abs, self._sorted)) / len(self._sorted) if self._sorted else 0.0
-
-    @property
-    def coverage(self) -> float:
-        return sum(within for _, within in self._recent) / len(self._recent) if self._recent else 1.0
+    def snapshot(self) -> PredictionAccuracy:
+        steps = len(self._recent)
+        if not steps:
+            return PredictionAccuracy()
+        size = sum(map(abs, self._sorted)) / steps
+        within = sum(within for _, within in self._recent)
+        return PredictionAccuracy(sum(self._sorted) / steps, size, within / steps)
 
 
 class StepLatencyModel:

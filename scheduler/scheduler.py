@@ -62,6 +62,8 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLoad:
+    """Requests that run and wait, their branches, and the KV positions of the pages that are owned."""
+
     running_requests: int
     running_branches: int
     queued_requests: int

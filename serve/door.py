@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from scheduler.events import Event
-from scheduler.predictor import StepLoad
+from scheduler.predictor import PredictionAccuracy, StepLoad
 from scheduler.request import Request
+from scheduler.scheduler import SchedulerLoad
 
 State = Literal["STARTING", "SERVING", "DRAINING", "STOPPED", "FAILED"]
 Reason = Literal["QUEUE_FULL", "KV_FULL", "SLO_UNATTAINABLE", "DRAINING", "STARTING", "DUPLICATE"]
@@ -40,21 +41,12 @@ Sink = Callable[[Sequence[Event | Failed]], None]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A snapshot for load balancers and dashboards.
+    """How busy an engine is, and how well it has lately predicted its steps, `steps` so far."""
 
-    prediction_bias, prediction_mape, prediction_coverage  of recent steps: scheduler.predictor.Accuracy
-    """
-
-    running_requests: int
-    running_branches: int
-    queued_requests: int
-    kv_used_tokens: int
-    kv_capacity_tokens: int
+    scheduler: SchedulerLoad
+    accuracy: PredictionAccuracy
     output_tokens_per_second: float
-    steps: int = 0
-    prediction_bias: float = 0.0
-    prediction_mape: float = 0.0
-    prediction_coverage: float = 1.0
+    steps: int
 
 
 class StepRecord(NamedTuple):

@@ -138,22 +138,14 @@ class InProcessEngine:
 
     def load(self) -> Load:
         with self._wake:
-            load, now = self.scheduler.load(), self._clock()
-            accuracy = self.scheduler.controller.latency.accuracy
-            bias, mape, coverage = accuracy.bias, accuracy.mape, accuracy.coverage
+            now = self._clock()
             tokens = sum(count for at, count in self._recent if now - at <= self.RATE_WINDOW)
-        return Load(
-            running_requests=load.running_requests,
-            running_branches=load.running_branches,
-            queued_requests=load.queued_requests,
-            kv_used_tokens=load.kv_used_tokens,
-            kv_capacity_tokens=load.kv_capacity_tokens,
-            output_tokens_per_second=tokens / self.RATE_WINDOW,
-            steps=self._steps,
-            prediction_bias=bias,
-            prediction_mape=mape,
-            prediction_coverage=coverage,
-        )
+            return Load(
+                scheduler=self.scheduler.load(),
+                accuracy=self.scheduler.controller.latency.accuracy.snapshot(),
+                output_tokens_per_second=tokens / self.RATE_WINDOW,
+                steps=self._steps,
+            )
 
     def stop(self, *, drain: bool, timeout: float) -> None:
         """Take no more requests; with `drain`, finish those that run, for up to `timeout` seconds."""

@@ -118,15 +118,16 @@ class _LoadCollector:
 
     def collect(self) -> Iterator[Metric]:
         load = self._load()
+        now, accuracy = load.scheduler, load.accuracy
         gauges = {
-            "running_requests": load.running_requests,
-            "running_branches": load.running_branches,
-            "queued_requests": load.queued_requests,
-            "kv_used_tokens": load.kv_used_tokens,
-            "kv_capacity_tokens": load.kv_capacity_tokens,
-            "prediction_bias": load.prediction_bias,
-            "prediction_mape": load.prediction_mape,
-            "prediction_coverage": load.prediction_coverage,
+            "running_requests": now.running_requests,
+            "running_branches": now.running_branches,
+            "queued_requests": now.queued_requests,
+            "kv_used_tokens": now.kv_used_tokens,
+            "kv_capacity_tokens": now.kv_capacity_tokens,
+            "prediction_bias": accuracy.bias,
+            "prediction_mape": accuracy.mape,
+            "prediction_coverage": accuracy.coverage,
         }
         for name, value in gauges.items():
             yield GaugeMetricFamily(f"taper_{name}", name.replace("_", " "), value=value)

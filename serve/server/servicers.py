@@ -152,7 +152,7 @@ class ControlServicer(control_grpc.ControlServiceServicer):
             served = service.served()
             info.device, info.policy = served.device, served.engine.policy
             info.max_step_branches = served.largest_bucket
-            info.kv_capacity_tokens = served.engine.load().kv_capacity_tokens
+            info.kv_capacity_tokens = served.engine.load().scheduler.kv_capacity_tokens
         return info
 
     @_answers
@@ -161,12 +161,13 @@ class ControlServicer(control_grpc.ControlServiceServicer):
     ) -> control_pb.GetLoadResponse:
         _check(request)
         load = self.service.served().engine.load()
+        now = load.scheduler
         return control_pb.GetLoadResponse(
-            running_requests=load.running_requests,
-            running_branches=load.running_branches,
-            queued_requests=load.queued_requests,
-            kv_used_tokens=load.kv_used_tokens,
-            kv_capacity_tokens=load.kv_capacity_tokens,
+            running_requests=now.running_requests,
+            running_branches=now.running_branches,
+            queued_requests=now.queued_requests,
+            kv_used_tokens=now.kv_used_tokens,
+            kv_capacity_tokens=now.kv_capacity_tokens,
             output_tokens_per_second=load.output_tokens_per_second,
             steps=load.steps,
         )

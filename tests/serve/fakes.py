@@ -18,11 +18,14 @@ from scheduler.events import (
     TokenEmitted,
     Usage,
 )
+from scheduler.predictor import PredictionAccuracy
+from scheduler.program import check_program
 from scheduler.request import Request
+from scheduler.scheduler import SchedulerLoad
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason
 from serve.config import ServerConfig
-from serve.door import Failed, Load, Refused
+from serve.door import Failed, Load, Refused, Sink, State
 from serve.served import Served, ServedModel
 from serve.server.server import listen, shut_down
 from serve.server.service import Service
@@ -66,23 +69,31 @@ def served_model(**changes) -> ServedModel:
 class FakeEngine:
     """Takes requests and keeps them; a test says what becomes of them with `tell`."""
 
-    def __init__(self, on_submit: Callable[[FakeEngine, Request], None] | None = None) -> None:
-        self.state = "SERVING"
+    def __init__(
+        self, on_submit: Callable[[FakeEngine, Request], None] | None = None, *, state: State = "SERVING"
+    ) -> None:
+        self.state: State = state
         self.policy = "taper"
         self.requests: dict[str, Request] = {}
         self.cancelled: list[str] = []
         self.refusal: Refused | None = None
         self.drained = threading.Event()
-        self._sinks: dict[str, Callable[[Sequence[Event | Failed]], None]] = {}
+        self._sinks: dict[str, Sink] = {}
         self._on_submit = on_submit
         self._change = threading.Condition()
 
     # --- the engine's public face ----------------------------------------------------------------------
 
-    def submit(self, request: Request, sink: Callable[[Sequence[Event | Failed]], None]) -> None:
+    def submit(self, request: Request, sink: Sink) -> None:
         if self.refusal is not None:
             raise self.refusal
+        if self.state != "SERVING":
+            reason = "STARTING" if self.state == "STARTING" else "DRAINING"
+            raise Refused(reason, "no requests are taken")
+        check_program(request.program)
         with self._change:
+            if request.id in self._sinks:
+                raise Refused("DUPLICATE", f"request {request.id!r} is running")
             self.requests[request.id] = request
             self._sinks[request.id] = sink
             self._change.notify_all()
@@ -101,14 +112,8 @@ class FakeEngine:
         self.policy = policy
 
     def load(self) -> Load:
-        return Load(
-            running_requests=len(self._sinks),
-            running_branches=len(self._sinks),
-            queued_requests=0,
-            kv_used_tokens=10,
-            kv_capacity_tokens=1000,
-            output_tokens_per_second=1.5,
-        )
+        now = SchedulerLoad(len(self._sinks), len(self._sinks), 0, kv_used_tokens=10, kv_capacity_tokens=1000)
+        return Load(now, PredictionAccuracy(), output_tokens_per_second=1.5, steps=0)
 
     def start(self) -> None:
         self.state = "SERVING"
@@ -121,7 +126,10 @@ class FakeEngine:
                 self.drained.set()
                 self._change.wait_for(lambda: not self._sinks or self.state == "STOPPED", timeout)
             self.state = "STOPPED"
+            left, self._sinks = [*self._sinks.values()], {}
             self._change.notify_all()
+        for sink in left:
+            sink([Failed("the engine stopped")])
 
     # --- what a test says ------------------------------------------------------------------------------
 
@@ -172,6 +180,15 @@ def listening(engine: FakeEngine) -> Iterator[str]:
     thread.join()
 
 
+def begin(name: str, stage: int, *infos: tuple[int, int, str, str]) -> StageStarted:
+    """A stage of branches, each as (id, parent, label, prefix); of the trunk alone if none is given."""
+    branches = (
+        BranchInfo(id, parent, label, tuple(prefix.encode()))
+        for id, parent, label, prefix in infos or ((0, 0, "", ""),)
+    )
+    return StageStarted(name, stage, tuple(branches))
+
+
 def say(name: str, branch: int, text: str, at: int = 1) -> list[TokenEmitted]:
     return [
         TokenEmitted(name, branch, Sample(byte, -0.5, ((7, -1.0),)), at + i)
@@ -183,28 +200,27 @@ def fork_and_join(engine: FakeEngine, request) -> None:
     """An introduction, two branches, one of which forks again, a conclusion. Ids that begin "held" wait."""
     name = request.id
 
-    def begin(stage: int, *infos: tuple[int, int, str, str]) -> StageStarted:
-        branches = (
-            BranchInfo(id, parent, label, tuple(prefix.encode())) for id, parent, label, prefix in infos
-        )
-        return StageStarted(name, stage, tuple(branches))
-
     def end(stage: int, branch: int, reason: FinishReason, stop=None, count: int = 1, final: bool = True):
         return StageFinished(name, stage, branch, reason, stop, count, final)
 
     done = FinishReason.MAX_TOKENS
-    engine.tell(name, events.Started(name, 3, 2), begin(0, (0, 0, "", "")), *say(name, 0, "Hi. "))
+    engine.tell(name, events.Started(name, 3, 2), begin(name, 0, (0, 0, "", "")), *say(name, 0, "Hi. "))
     if name.startswith("held"):
         return
-    engine.tell(name, end(0, 0, done, final=False), begin(1, (1, 0, "tea", "Tea: "), (2, 0, "", "Coffee: ")))
+    engine.tell(
+        name, end(0, 0, done, final=False), begin(name, 1, (1, 0, "tea", "Tea: "), (2, 0, "", "Coffee: "))
+    )
     engine.tell(name, events.WidthChanged(name, 2, 2), *say(name, 1, "good"), *say(name, 2, "b"))
     engine.tell(
         name, *say(name, 2, "ad", 2), end(1, 1, FinishReason.STOP, "\n", 4), end(1, 2, done, final=False)
     )
     engine.tell(
-        name, begin(2, (3, 2, "", ", or "), (4, 2, "", ", and ")), *say(name, 3, "x"), *say(name, 4, "y")
+        name,
+        begin(name, 2, (3, 2, "", ", or "), (4, 2, "", ", and ")),
+        *say(name, 3, "x"),
+        *say(name, 4, "y"),
     )
     engine.tell(name, end(2, 3, done), end(2, 4, FinishReason.EOS, 256), events.Joined(name, 2, (3, 4)))
     engine.tell(name, end(1, 2, FinishReason.FORKED, None, 3), events.Joined(name, 1, (1, 2)))
-    engine.tell(name, begin(3, (0, 0, "", " So: ")), *say(name, 0, "tea.", 5), end(3, 0, done, None, 8))
+    engine.tell(name, begin(name, 3, (0, 0, "", " So: ")), *say(name, 0, "tea.", 5), end(3, 0, done, None, 8))
     engine.tell(name, finished(name, 17))

@@ -53,7 +53,7 @@ def test_the_margin_is_the_one_before_the_step_was_learned_from() -> None:
         latency.observe(StepLoad(8), 0.012)
     assert recorder.margins[0] == 0.07
     assert recorder.margins[-1] > 0.1
-    assert latency.accuracy.bias > 0.0
+    assert latency.accuracy.snapshot().bias > 0.0
 
 
 def test_a_server_is_calibrated_and_its_predictions_are_measured(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_every_policy_serves_the_same_requests(server: Served, tmp_path: Path) -
     assert (off["width_branches"], off["step_externality_seconds"]) == (1.0, 0.0)
     assert rows[1]["server"]["width_branches"] > 2
     assert found["tpot_slo_ms"] == pytest.approx(2 * found["unloaded_tpot_ms"])
-    assert server.engine.load().running_requests == 0, "it is drained in the end"
+    assert server.engine.load().scheduler.running_requests == 0, "it is drained in the end"
     assert server.engine.policy == found["server"]["policy"], "it has the policy that it had"
 
 

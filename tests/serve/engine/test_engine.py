@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -15,9 +16,10 @@ from scheduler.program import Plan
 from scheduler.request import Request, Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Entry, FinishedStep, Sample, Step
-from serve.door import Failed, Refused
+from serve.door import Failed, Refused, StepRecord
 from serve.engine.engine import InProcessEngine
 from serve.engine.runner import Runner
+from serve.engine.step_log import StepLog, read_steps
 from tests.serve.lab import NUM_PAGES, NUM_SLOTS, PAGE_SIZE, Letters, answer, run
 from tests.serve.loads import load, parallel, serial
 
@@ -133,34 +135,6 @@ def test_a_cancel_frees_everything_before_the_next_plan(exact_runner: Runner, ph
     assert sched.load().kv_used_tokens == 0
 
 
-def test_a_drain_finishes_what_runs_and_refuses_what_comes() -> None:
-    listener, proceed = Listener(), threading.Event()
-    engine = InProcessEngine(scheduler(), Device(lambda step: proceed.wait(10) and None))
-    engine.start()
-    engine.submit(request("r", serial(20)), listener)
-    stopping = threading.Thread(target=engine.stop, kwargs={"drain": True, "timeout": 30})
-    stopping.start()
-    while engine.state == "SERVING":
-        pass
-    with pytest.raises(Refused) as refusal:
-        engine.submit(request("late", serial(1)), Listener())
-    assert refusal.value.reason == "DRAINING"
-    proceed.set()
-    assert isinstance(listener.wait()[-1], Finished)
-    stopping.join(30)
-    assert engine.state == "STOPPED"
-
-
-def test_a_stop_without_drain_tells_those_that_run() -> None:
-    listener, started = Listener(), threading.Event()
-    engine = InProcessEngine(scheduler(), Device(lambda step: started.set()))
-    engine.start()
-    engine.submit(request("r", serial(500)), listener)
-    assert started.wait(10)
-    engine.stop(drain=False, timeout=0)
-    assert isinstance(listener.wait()[-1], Failed)
-
-
 def test_a_crash_is_told_to_every_request() -> None:
     def crash(step: Step) -> None:
         if step.step_id == 3:
@@ -201,8 +175,7 @@ def test_one_sink_call_carries_all_branches_of_a_step() -> None:
         if isinstance(events[-1], Finished):
             done.set()
 
-    results: list[FinishedStep] = []
-    engine = InProcessEngine(scheduler(policy="eager"), Device(), on_step=results.append)
+    engine = InProcessEngine(scheduler(policy="eager"), Device())
     engine.start()
     engine.submit(request("r", parallel("none", 5, 5, 5, 5)), sink)
     assert done.wait(30)
@@ -210,8 +183,63 @@ def test_one_sink_call_carries_all_branches_of_a_step() -> None:
     tokens = [sum(isinstance(event, TokenEmitted) for event in batch) for batch in batches]
     assert sum(tokens) == 20
     assert max(tokens) == 4
-    assert len(results) >= 5
-    assert all(result.seconds >= 0 for result in results)
+
+
+class Queue:
+    """A device that takes 10 ms for each step, one after the other, and a clock that its host reads.
+
+    A launch takes the host 1 ms. Waiting for a step takes until it has ended.
+    """
+
+    STEP, LAUNCH = 0.010, 0.001
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.free = 0.0  # when the device has done all that was launched
+
+    def launch(self, step: Step) -> Queue.Launched:
+        self.now += self.LAUNCH
+        self.free = max(self.free, self.now) + self.STEP
+        return Queue.Launched(self, step, self.free)
+
+    @dataclass
+    class Launched:
+        queue: Queue
+        step: Step
+        end: float
+
+        def is_ready(self) -> bool:
+            return self.queue.now >= self.end
+
+        def samples(self) -> tuple[Sample, ...]:
+            self.queue.now = max(self.queue.now, self.end)
+            return tuple(Sample(65) for entry in self.step.entries if entry.samples)
+
+
+def test_a_steps_time_counts_from_the_end_of_the_one_before_it(tmp_path: Path) -> None:
+    """Each is launched while the one before it runs: from its launch to its end would be too long."""
+    queue, finished, records = Queue(), list[FinishedStep](), list[StepRecord]()
+    engine = InProcessEngine(
+        scheduler(),
+        queue,
+        on_step=finished.append,
+        watch=records.append,
+        step_log=StepLog(tmp_path / "steps"),
+        clock=lambda: queue.now,
+    )
+    engine.start()
+    listener = Listener()
+    engine.submit(request("r", serial(8)), listener)
+    listener.wait()
+    engine.stop(drain=True, timeout=5)
+    assert [step.seconds for step in finished] == pytest.approx([Queue.STEP] * len(finished))
+    assert len(finished) >= 8
+    assert [step.step.step_id for step in finished] == [*range(len(finished))]
+    ends = [Queue.LAUNCH + Queue.STEP * (1 + number) for number in range(len(records))]
+    assert [record.ended for record in records] == pytest.approx(ends)
+    assert [record.seconds for record in records] == [step.seconds for step in finished]
+    lines = (tmp_path / "steps").read_text().splitlines(keepends=True)
+    assert len([*read_steps(lines)]) == len(records), "the log is whole when the engine has stopped"
 
 
 def batches_of_tokens(device: Device, hold: float, tokens: int) -> list[int]:

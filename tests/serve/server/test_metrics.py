@@ -5,8 +5,9 @@ from __future__ import annotations
 import urllib.request
 
 from scheduler.predictor import StepLoad
-from scheduler.program import Plan
+from scheduler.program import Plan, SerialStage
 from scheduler.request import Request
+from scheduler.stopping import Stopping
 from serve.door import StepRecord
 from serve.server.metrics import Metrics
 from tests.serve.fakes import FakeEngine, finished
@@ -58,9 +59,10 @@ def test_finished_requests_add_up():
 
 def test_load_is_read_when_it_is_scraped():
     metrics, engine = Metrics(), FakeEngine()
+    stage = SerialStage(stopping=Stopping(max_tokens=1))
     metrics.watch_load(engine.load)
     assert metrics.registry.get_sample_value("taper_running_requests") == 0
-    engine.submit(Request(id="r", prompt=(1,), program=Plan(stages=())), print)
+    engine.submit(Request(id="r", prompt=(1,), program=Plan(stages=(stage,))), print)
     assert metrics.registry.get_sample_value("taper_running_requests") == 1
     assert metrics.registry.get_sample_value("taper_kv_used_tokens") == 10
     assert metrics.registry.get_sample_value("taper_prediction_coverage") == 1.0
