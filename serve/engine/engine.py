@@ -82,7 +82,7 @@ class InProcessEngine:
         self._step_log = step_log
         self._clock = clock
         self._collector = collector
-        self._hold = hold
+        self.hold = hold
         self._events: list[Event] = []  # not published yet
         self._published = clock()
         self._waits = self.IN_TIME  # for so many steps in a row
@@ -224,7 +224,7 @@ class InProcessEngine:
             self._recent.append((now, sum(isinstance(event, TokenEmitted) for event in events)))
             while now - self._recent[0][0] > self.RATE_WINDOW:
                 self._recent.popleft()
-        if self._waits >= self.IN_TIME or now - self._published >= self._hold:
+        if self._waits >= self.IN_TIME or now - self._published >= self.hold:
             self._publish()
         self._report(FinishedStep(scheduled.step, scheduled.forecast, result.seconds), now)
         if self._collector is not None:

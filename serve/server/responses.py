@@ -141,7 +141,6 @@ class ResponseWriter:
                 delta = self._delta(event.branch)
                 delta.text += rest
                 delta.completion_tokens = event.completion_tokens
-        self._deltas.pop(event.branch, None)
         if event.final:
             finished = pb.BranchFinished(
                 branch_id=event.branch,

@@ -51,7 +51,7 @@ class ByteLevel:
 class WordPieces:
     """Marks words by a leading space, and drops the first: like SentencePiece."""
 
-    words = ("▁the", "▁cat", "▁", "s", "<0xE6>", "<0x97>", "<0xA5>")
+    words = ("▁the", "▁cat", "▁", "s", "<0xE6>", "<0x97>", "<0xA5>", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>")
 
     def __init__(self) -> None:
         vocab = {word: index for index, word in enumerate(self.words)}
@@ -183,12 +183,21 @@ def test_bytes_that_stand_for_themselves_become_characters():
     assert [detokenizer.push(token) for token in (1, 4, 5, 6, 0)] == [" cat", "", "", "日", " the"]
 
 
+def test_a_character_of_four_such_bytes_waits_for_all_of_them():
+    """The decoder shows an unreadable sign for each of them until the last has come."""
+    detokenizer = Detokenizer(Speller(WordPieces(), skip_special_tokens=True), context=[0])
+    assert [detokenizer.push(token) for token in (7, 8, 9, 10, 3)] == ["", "", "", "🙂", "s"]
+
+
 class Counting(ByteTokenizer):
+    """Counts the tokens that are decoded, and the calls."""
+
     def __init__(self) -> None:
-        self.decoded = 0
+        self.decoded = self.calls = 0
 
     def decode(self, ids, skip_special_tokens=False):
         self.decoded += len(ids)
+        self.calls += 1
         return super().decode(ids, skip_special_tokens)
 
 
@@ -201,3 +210,14 @@ def test_a_token_costs_the_same_however_long_the_text(ids):
     tokenizer = Counting()
     pieces(Detokenizer(Speller(tokenizer, skip_special_tokens=True), stops=["###"]), ids)
     assert tokenizer.decoded < 40 * len(ids)
+
+
+def test_whole_characters_that_were_spelled_before_are_not_decoded_again():
+    tokenizer = Counting()
+    speller = Speller(tokenizer, skip_special_tokens=True)
+    pieces(Detokenizer(speller), list(b"plain text"))
+    known, again = tokenizer.calls, Detokenizer(speller)
+    again.push(ord("p"))
+    first = tokenizer.calls - known
+    assert "".join(again.push(token) for token in b"lain text" * 50) == "lain text" * 50
+    assert tokenizer.calls - known == first, "only what nothing comes before is decoded"

@@ -1,0 +1,124 @@
+"""Every option of taper-serve arrives where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.checkpoint import load_model
+from scheduler.request import Slo
+from serve.config import ServerConfig
+from serve.engine import startup
+from serve.engine.startup import Started
+
+# Of each option: a value other than the default, and what of a started engine shows that it arrived.
+ENGINE: dict[str, tuple[Any, Callable[[Started], Any]]] = {
+    "dtype": ("bfloat16", lambda s: s.runner.dtype.name),
+    "attention": ("reference", lambda s: s.ready.runner.backend),
+    "page_size": (8, lambda s: s.engine.scheduler.config.page_size),
+    "num_pages": (96, lambda s: s.engine.scheduler.config.num_pages),
+    "buckets": ((2, 4), lambda s: tuple(s.engine.scheduler.controller.latency.buckets)),
+    "prefix_cache": (False, lambda s: s.engine.scheduler.config.prefix_cache),
+    "max_context": (90, lambda s: s.engine.scheduler.config.max_context),
+    "max_queue": (7, lambda s: s.engine.scheduler.config.max_queue),
+    "reserve": (0.25, lambda s: s.engine.scheduler.config.reserve),
+    "policy": ("cap:3", lambda s: s.engine.policy),
+    "rho": (0.5, lambda s: s.engine.scheduler.controller.config.rho),
+    "repay": (3.0, lambda s: s.engine.scheduler.controller.config.repay),
+    "fill": (False, lambda s: s.engine.scheduler.controller.config.fill),
+    "max_chunk": (3, lambda s: s.engine.scheduler.controller.config.max_chunk),
+    "hold_ms": (7.0, lambda s: 1e3 * s.engine.hold),
+    "max_branches": (5, lambda s: s.model.max_branches),
+    "max_depth": (2, lambda s: s.model.max_depth),
+    "max_logit_bias": (3, lambda s: s.model.max_logit_bias),
+    "max_top_logprobs": (2, lambda s: s.model.max_top_logprobs),
+    "default_max_tokens": (11, lambda s: s.model.default_max_tokens),
+    "tpot_slo_ms": (70.0, lambda s: 1e3 * s.model.default_slo.tpot),
+    "ttft_slo_ms": (900.0, lambda s: 1e3 * s.model.default_slo.ttft),
+    "profile": ("measure", lambda s: s.ready.latency_source.split()[0].removesuffix("d")),
+}
+# Those that need more than a look: the tests below, and those named.
+SHOWN_BELOW = {"model", "load_format", "seed", "compilation_cache", "step_log"}
+SHOWN_ELSEWHERE = {
+    "predictor": "test_calibration",
+    "deterministic": "test_a_form_that_the_backend_lacks_is_refused",
+    "host": "test_server",
+    "port": "test_server",
+    "metrics_port": "test_server",
+    "drain_timeout": "test_server",
+    "explain": "test_end_to_end",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("started")
+
+
+@pytest.fixture(scope="module")
+def started(folder: Path) -> Iterator[Started]:
+    chosen = {name: value for name, (value, _) in ENGINE.items()}
+    config = ServerConfig(
+        model="default",
+        load_format="random",
+        seed=5,
+        compilation_cache=str(folder / "programs"),
+        step_log=str(folder / "steps.jsonl"),
+        **chosen,
+    )
+    before = jax.config.jax_compilation_cache_dir
+    made = startup.start(config)
+    yield made
+    made.engine.stop(drain=False, timeout=10.0)
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_every_option_is_in_a_table() -> None:
+    known = ENGINE.keys() | SHOWN_BELOW | SHOWN_ELSEWHERE.keys()
+    assert known == {field.name for field in fields(ServerConfig)}
+    defaults = ServerConfig().for_platform("cpu")
+    assert [name for name, (value, _) in ENGINE.items() if value == getattr(defaults, name)] == []
+
+
+@pytest.mark.parametrize("option", ENGINE)
+def test_an_option_arrives(started: Started, option: str) -> None:
+    value, seen = ENGINE[option]
+    assert seen(started) == (pytest.approx(value) if isinstance(value, float) else value)
+
+
+def test_the_limits_of_a_request_are_those_of_the_device(started: Started) -> None:
+    assert started.runner.config.max_logit_bias == started.model.max_logit_bias
+    assert started.runner.config.max_top_logprobs == started.model.max_top_logprobs
+    assert started.runner.config.num_slots == started.engine.scheduler.config.num_slots == 8
+    assert started.model.max_context == started.engine.scheduler.config.max_context
+    assert started.model.name == "taper-tiny"
+    assert started.model.default_slo == Slo(tpot=0.07, ttft=0.9)
+
+
+def test_weights_are_random_by_their_seed(started: Started) -> None:
+    _, wanted = load_model("default", jnp.bfloat16, "random", seed=5).split()
+    _, others = load_model("default", jnp.bfloat16, "random", seed=6).split()
+    np.testing.assert_array_equal(started.runner.weights[0], wanted[0])
+    assert (np.asarray(wanted[0]) != np.asarray(others[0])).any()
+
+
+def test_programs_and_steps_are_written_where_they_should_be(started: Started, folder: Path) -> None:
+    assert [*(folder / "programs").iterdir()]
+    assert (folder / "steps.jsonl").exists()
+
+
+def test_chunks_are_as_large_as_the_largest_bucket_unless_they_are_chosen() -> None:
+    assert startup.controller_config(ServerConfig(), largest_bucket=64).max_chunk == 64
+    assert startup.controller_config(ServerConfig(max_chunk=3), largest_bucket=64).max_chunk == 3
+
+
+def test_a_form_that_the_backend_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="no deterministic form"):
+        startup.start(ServerConfig(deterministic=True, compilation_cache=None))
