@@ -1,16 +1,13 @@
-"""The scheduler's rules: who gets in, who advances in a step, what it may cost, who gives way."""
+"""The scheduler's rules: who gets in, who starts, who gives way, who is gone."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import pytest
-from hypothesis import given
 
 from scheduler.controller import ControllerConfig
 from scheduler.events import (
@@ -23,59 +20,22 @@ from scheduler.events import (
     WidthChanged,
 )
 from scheduler.grammars import MULTIVERSE
-from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
+from scheduler.program import Plan, TagProgram
 from scheduler.request import Request, Slo
 from scheduler.scheduler import RejectedError, Scheduler
-from scheduler.step import Entry, Step, StepResult
-from scheduler.stopping import Stopping
+from scheduler.step import StepResult
 from tests.scheduler.alphabet import LETTERS, PLAIN, Alphabet, tokens
 from tests.scheduler.interpreter import Interpreter
-from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving
-from tests.scheduler.symbolic import SymbolicModel, unique_kv_tokens, widths
-from tests.scheduler.world import Setting, World, assert_says, roomy, serve
+from tests.scheduler.requests import fork, request, serial, stopping
+from tests.scheduler.strategies import RELAXED
+from tests.scheduler.symbolic import SymbolicModel
+from tests.scheduler.world import Setting, World, assert_says, serve
 
 TALKS_ON = SymbolicModel(LETTERS)
 MODEL = SymbolicModel(PLAIN)
 UNFILLED = ControllerConfig(rho=0.8, repay=0.0, fill=False)
 FLOOR_ONLY = ControllerConfig(rho=0.0, fill=False)
 NEVER = Slo(tpot=math.inf, ttft=math.inf)
-
-
-def stopping(tokens: int) -> Stopping:
-    return Stopping(max_tokens=tokens)
-
-
-def serial(tokens: int, prefix: tuple[int, ...] = ()) -> SerialStage:
-    return SerialStage(stopping=stopping(tokens), prefix=prefix)
-
-
-def fork(width: int, tokens: int = 6, join: str = "none", stages: tuple[Stage, ...] = ()) -> ParallelStage:
-    spec = BranchSpec(stopping=stopping(tokens), prefix=LETTERS[:1], stages=stages)
-    return ParallelStage(branches=(spec,) * width, join=join)
-
-
-def request(name: str, *stages: Stage, prompt: int = 4, slo: Slo = RELAXED, **more: Any) -> Request:
-    ids = tuple(LETTERS[n % len(LETTERS)] for n in range(prompt))
-    return Request(id=name, prompt=ids, program=Plan(stages=stages), slo=slo, **more)
-
-
-def run_until(world: World, reached: Callable[[], bool], most: int = 300) -> None:
-    for _ in range(most):
-        if reached():
-            return
-        world.step()
-    raise AssertionError("never reached")
-
-
-def emitted(world: World, name: str) -> int:
-    return sum(isinstance(event, TokenEmitted) for event in world.events[name])
-
-
-def rows_by_request(step: Step) -> dict[str, int]:
-    rows: dict[str, int] = defaultdict(int)
-    for entry in step.entries:
-        rows[entry.request_id] += entry.rows
-    return rows
 
 
 # --- who gets in ---------------------------------------------------------------------------------------
@@ -147,17 +107,13 @@ def test_more_branches_than_slots_take_turns_with_them() -> None:
 # --- who starts ----------------------------------------------------------------------------------------
 
 
-def running(world: World) -> list[str]:
-    return [live.request.id for live in world.scheduler.running]
-
-
 def test_a_request_waits_until_its_worst_case_fits_beside_what_the_others_still_read() -> None:
     world = World(Setting(num_pages=10, page_size=4, max_chunk=4), TALKS_ON)
     world.add(request("a", serial(4), prompt=20))
     world.add(request("b", serial(4), prompt=17))
     world.step()
     assert world.pool.available == 9, "enough for b's 6, if a's prompt had not to be read"
-    assert running(world) == ["a"]
+    assert world.running == ["a"]
     world.run([])
 
 
@@ -167,24 +123,10 @@ def test_what_running_requests_may_still_grow_by_is_left_to_them(reserve: float,
     setting = Setting(num_pages=16, page_size=4, reserve=reserve)
     world = World(setting, TALKS_ON)
     world.add(request("a", serial(36), prompt=4))
-    run_until(world, lambda: emitted(world, "a") > 1)
+    world.run_until(lambda: world.emitted("a") > 1)
     world.add(request("b", serial(36), prompt=4))
     world.step()
-    assert (running(world) == ["a", "b"]) == together
-    world.run([])
-
-
-def test_a_running_request_is_priced_before_its_prompt_is_read() -> None:
-    """c would be the fourth row of a bucket of three, though only a decodes so far."""
-    world = World(Setting(buckets=(3, 32), prompt_floor=1, max_chunk=1, in_flight=0), TALKS_ON)
-    slo = Slo(tpot=0.0023, ttft=9.0)
-    for name in "ab":
-        world.add(request(name, serial(30), prompt=1 if name == "a" else 30, slo=slo))
-    run_until(world, lambda: emitted(world, "a") > 1)
-    assert running(world) == ["a", "b"]
-    world.add(request("c", serial(30), prompt=30, slo=slo))
-    world.step()
-    assert running(world) == ["a", "b"]
+    assert (world.running == ["a", "b"]) == together
     world.run([])
 
 
@@ -193,20 +135,9 @@ def test_nothing_overtakes_a_request_that_waits_for_pages() -> None:
     world.add(request("a", serial(12), prompt=20))
     world.add(request("large", serial(20), prompt=20))
     world.add(request("small", serial(1), prompt=2))
-    run_until(world, lambda: emitted(world, "a") > 3)
-    assert running(world) == ["a"]
+    world.run_until(lambda: world.emitted("a") > 3)
+    assert world.running == ["a"]
     world.run([])
-
-
-def test_a_request_starts_only_if_the_step_with_it_keeps_every_tpot_target() -> None:
-    buckets = (4, 8)  # 1.4 ms and 1.8 ms
-    world = World(Setting(buckets=buckets, prompt_floor=4), TALKS_ON)
-    world.add(request("a", serial(9), slo=Slo(tpot=0.0017, ttft=9.0)))
-    world.add(request("b", serial(9), slo=Slo(tpot=9.0, ttft=9.0)))
-    run_until(world, lambda: emitted(world, "a") > 4)
-    assert running(world) == ["a"]
-    world.run([])
-    assert emitted(world, "b") == 9
 
 
 def test_alone_any_request_starts() -> None:
@@ -225,262 +156,6 @@ def test_who_has_missed_the_ttft_target_starts_after_the_others_but_for_one_star
     first = [name for name, events in world.events.items() if isinstance(events[0], Started)]
     assert [n for n, name in enumerate(first) if name.startswith("late")] == [7, 15, 20]
     assert [name for name in first if name.startswith("live")] == [f"live{n}" for n in range(18)]
-
-
-# --- what a step holds ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("in_flight", [0, 1])
-@pytest.mark.parametrize("policy", ["off", "cap:2", "eager", "taper"])
-def test_every_decoding_request_advances_in_every_step(policy: str, in_flight: int) -> None:
-    world = World(Setting(policy=policy, in_flight=in_flight), TALKS_ON)
-    for name in "abc":
-        world.add(request(name, fork(3, tokens=20)))
-    run_until(world, lambda: all(emitted(world, name) for name in "abc"))
-    for _ in range(12):
-        scheduled = world.launch()
-        assert scheduled is not None
-        assert set(widths(scheduled.step)) == {"a", "b", "c"}
-        world.land()
-
-
-def test_a_branch_with_much_to_read_leaves_a_row_for_everybody() -> None:
-    """Each begins with more rows than its share of the bucket."""
-    spec = BranchSpec(stopping=stopping(9), prefix=LETTERS[:1])
-    stages = (serial(3), ParallelStage(branches=(spec,) * 3, join="none"))
-    world = World(Setting(policy="eager", buckets=(4,), prompt_floor=2), TALKS_ON)
-    for name in "abcd":
-        world.add(request(name, *stages, prompt=1))
-    run_until(world, lambda: all(world.scheduler.live[name].prompt_read for name in "abcd"))
-    while not world.scheduler.idle:
-        ready = {live.request.id for live in world.scheduler.running if live.runnable()}
-        scheduled = world.launch()
-        assert set(widths(scheduled.step) if scheduled else ()) == ready
-        world.land()
-
-
-def test_at_width_one_branches_take_turns() -> None:
-    world = serve([request("r", fork(3, tokens=5))], Setting(policy="off", in_flight=0), TALKS_ON)
-    turns = [entry.branch for step in world.steps for entry in step.entries if entry.samples]
-    assert turns == [1, 2, 3] * 5
-
-
-def test_a_cap_is_the_number_of_branches_that_advance() -> None:
-    world = serve([request("r", fork(4, tokens=8))], Setting(policy="cap:3", in_flight=0), TALKS_ON)
-    assert [widths(step)["r"] for step in world.steps[1:9]] == [3] * 8
-
-
-@pytest.mark.parametrize(
-    ("policy", "priority", "expected"),
-    [
-        ("taper", 5, {"old": 4, "young": 1}),
-        ("taper:priority", 5, {"old": 1, "young": 4}),
-        ("taper:priority", 0, {"old": 4, "young": 1}),
-        ("taper:priority", -5, {"old": 4, "young": 1}),
-    ],
-)
-def test_the_budget_goes_to_the_most_urgent_request(
-    policy: str, priority: int, expected: dict[str, int]
-) -> None:
-    """The step has room for three branches more than one of each."""
-    world = World(Setting(policy=policy, buckets=(5,), in_flight=0), TALKS_ON)
-    world.add(request("old", fork(4, tokens=30)))
-    world.add(request("young", fork(4, tokens=30), priority=priority))
-    run_until(world, lambda: emitted(world, "old") > 1 and emitted(world, "young") > 1)
-    assert running(world) == ["old", "young"], "who starts first is not its business"
-    for _ in range(5):
-        world.step()
-        assert widths(world.steps[-1]) == expected
-
-
-@pytest.mark.parametrize("tpot", [1e-9, 0.0011])
-def test_if_everybody_is_late_the_width_is_one(tpot: float) -> None:
-    slo = Slo(tpot=tpot, ttft=1e-9)
-    world = serve([request("r", fork(6), slo=slo)], Setting(policy="taper", controller=UNFILLED), TALKS_ON)
-    assert {widths(step)["r"] for step in world.steps} == {1}
-
-
-def test_padding_is_filled_even_without_slack() -> None:
-    slo = Slo(tpot=0.0014, ttft=1.0)  # the bucket of 4 takes 1.4 ms
-    setting = Setting(policy="taper", buckets=(4, 32), in_flight=0, prompt_floor=2)
-    filled = serve([request("r", fork(6, tokens=20), slo=slo)], setting, TALKS_ON)
-    narrow = serve(
-        [request("r", fork(6, tokens=20), slo=slo)], replace(setting, controller=UNFILLED), TALKS_ON
-    )
-    assert max(widths(step)["r"] for step in filled.steps) == 4
-    assert max(widths(step)["r"] for step in narrow.steps) == 1
-
-
-def shape(step: Step) -> list[tuple[str, int, int, bool]]:
-    """Without ids, which are given in the order of arrival."""
-    return sorted((entry.request_id, entry.start, entry.rows, entry.samples) for entry in step.entries)
-
-
-@examples(60)
-@given(loads(plans), serving)
-def test_without_targets_taper_is_eager(load: list[Request], setting: Setting) -> None:
-    """As long as the largest bucket holds everybody: what they leave out beyond that is a matter of taste."""
-    setting = roomy(load, replace(setting, buckets=(4, 64)))
-    load = [replace(request, slo=NEVER) for request in load]
-    taper, eager = (serve(load, replace(setting, policy=name), MODEL) for name in ("taper", "eager"))
-    if all(step.rows < 64 for step in eager.steps):
-        assert [shape(step) for step in taper.steps] == [shape(step) for step in eager.steps]
-
-
-# --- what a step may cost ------------------------------------------------------------------------------
-
-
-def cost(world: World, entries: Sequence[Entry]) -> float:
-    """An independent account of a step's seconds."""
-    rows = sum(entry.rows for entry in entries)
-    bucket = min(bucket for bucket in world.setting.buckets if bucket >= rows)
-    return 1e-3 + 1e-4 * bucket + 2e-6 * unique_kv_tokens(entries, world.setting.page_size)
-
-
-def first_of_each(step: Step) -> list[Entry]:
-    """The baseline, where everybody has one row: it is planned first."""
-    return [*{entry.request_id: entry for entry in reversed(step.entries)}.values()]
-
-
-@pytest.mark.parametrize("in_flight", [0, 1])
-@pytest.mark.parametrize("policy", ["off", "cap:2", "eager", "taper"])
-def test_the_budget_is_what_the_most_urgent_request_can_spare(policy: str, in_flight: int) -> None:
-    """Recomputed from the plan's entries and the times of the tokens, for requests that all decode."""
-    slos = {"a": 0.0042, "b": 0.0031, "c": 0.0055}
-    buckets = (2, 4, 8, 16, 32)
-    world = World(Setting(policy=policy, in_flight=in_flight, controller=UNFILLED, buckets=buckets), TALKS_ON)
-    for name, stage in (("a", fork(8, tokens=30)), ("b", serial(60)), ("c", fork(9, tokens=30))):
-        world.add(request(name, stage, slo=Slo(tpot=slos[name], ttft=9.0), prompt=6))
-    run_until(world, lambda: all(emitted(world, name) >= 3 for name in slos))
-    over = 0
-    for _ in range(25):
-        start = world.now + sum(scheduled.forecast.seconds for scheduled in world.flying)
-        scheduled = world.launch()
-        assert scheduled is not None
-        forecast, entries = scheduled.forecast, scheduled.step.entries
-        t0 = cost(world, first_of_each(scheduled.step))
-        assert forecast.baseline_seconds == pytest.approx(t0)
-        assert forecast.seconds == pytest.approx(cost(world, entries))
-        last = start if in_flight else world.now  # everybody has a token in every step
-        on_time = [last + tpot - start - t0 for tpot in slos.values() if last + tpot - start >= t0]
-        assert forecast.budget_seconds == pytest.approx(t0 + 0.8 * min(on_time, default=0.0))
-        over += forecast.seconds > forecast.budget_seconds + 1e-12
-        world.land()
-    assert over == (25 if policy == "eager" else 0)
-
-
-def test_a_request_that_must_wait_is_the_most_urgent() -> None:
-    """Its deadline is that of its last token, whoever else has had one since."""
-    world = World(Setting(policy="taper", in_flight=0, controller=UNFILLED, buckets=(2, 16)), TALKS_ON)
-    world.add(request("wide", fork(8, tokens=40), slo=Slo(tpot=0.006, ttft=9.0)))
-    world.add(request("other", serial(40), slo=Slo(tpot=0.006, ttft=9.0)))
-    run_until(world, lambda: emitted(world, "other") > 2)
-    world.now += 0.0035  # a stall: 2.5 ms are left, the bucket of 16 takes 2.6
-    scheduled = world.launch()
-    assert scheduled is not None
-    assert scheduled.step.bucket == 2
-    t0 = scheduled.forecast.baseline_seconds
-    assert scheduled.forecast.budget_seconds == pytest.approx(t0 + 0.8 * (0.0025 - t0))
-
-
-def test_a_prompt_that_is_due_narrows_the_branches() -> None:
-    def width(ttft: float) -> int:
-        setting = Setting(buckets=(2, 8, 16), in_flight=0, controller=UNFILLED, prompt_floor=1, max_chunk=4)
-        world = World(setting, TALKS_ON)
-        world.add(request("wide", fork(12, tokens=40), slo=Slo(tpot=0.02, ttft=9.0)))
-        run_until(world, lambda: emitted(world, "wide") > 12)
-        world.add(request("prompt", serial(1), prompt=41, slo=Slo(tpot=1.0, ttft=ttft)))
-        world.step()
-        return widths(world.steps[-1])["wide"]
-
-    assert width(ttft=9.0) == 12
-    # 40 tokens in 10 chunks leave 2.2 ms for each. The bucket of 16 takes 2.6; that of 8 has room for a chunk
-    # of 4 and for 4 branches.
-    assert width(ttft=0.022) == 4
-
-
-def test_a_late_request_does_not_narrow_the_others() -> None:
-    setting = Setting(policy="taper", buckets=(2, 4, 8, 16), in_flight=0, controller=UNFILLED, prompt_floor=2)
-    world = World(setting, TALKS_ON)
-    world.add(request("wide", fork(8, tokens=40), slo=Slo(tpot=0.01, ttft=9.0)))
-    world.add(request("doomed", serial(40), slo=Slo(tpot=0.0019, ttft=9.0)))
-    run_until(world, lambda: emitted(world, "doomed") > 2)
-    assert widths(world.steps[-1])["wide"] == 3
-    world.now += 0.005  # a stall
-    world.step()
-    assert widths(world.steps[-1])["wide"] == 8
-    world.step()
-    assert widths(world.steps[-1])["wide"] == 3
-
-
-def test_no_width_is_told_before_the_start() -> None:
-    world = serve([request("r", fork(3), prompt=30)], Setting(policy="eager", max_chunk=4), TALKS_ON)
-    kinds = [type(event) for event in world.events["r"]]
-    assert kinds[0] is Started
-    assert WidthChanged in kinds
-
-
-# --- prompts -------------------------------------------------------------------------------------------
-
-
-def test_a_prompt_reads_a_little_in_every_step_whatever_the_slack() -> None:
-    world = World(Setting(policy="eager", buckets=(4, 8, 32), prompt_floor=4, late_by=1.2), TALKS_ON)
-    world.add(request("decoding", serial(90), slo=Slo(tpot=0.0025, ttft=9.0)))
-    run_until(world, lambda: emitted(world, "decoding") > 3)
-    world.add(request("reading", serial(1), prompt=60, slo=Slo(tpot=1.0, ttft=1e-6)))
-    world.now += 1.0  # it has missed its target, and the other one is about to be late
-    run_until(world, lambda: running(world) == ["decoding", "reading"])
-    start = len(world.steps) - 1
-    run_until(world, lambda: emitted(world, "reading") > 0)
-    read = [rows_by_request(step)["reading"] for step in world.steps[start:]]
-    assert min([rows for rows in read if rows][:-1]) >= 4
-    assert len(read) <= 17
-
-
-def test_the_prompt_that_is_due_first_has_the_floor() -> None:
-    setting = Setting(policy="off", prompt_floor=4, max_chunk=4, controller=UNFILLED, in_flight=0)
-    world = World(setting, TALKS_ON)
-    world.add(request("decoding", serial(99), slo=Slo(tpot=0.0019, ttft=9.0)))
-    run_until(world, lambda: emitted(world, "decoding") > 3)
-    world.add(request("relaxed", serial(1), prompt=40, slo=Slo(tpot=1.0, ttft=20.0)))
-    world.add(request("urgent", serial(1), prompt=40, slo=Slo(tpot=1.0, ttft=10.0)))
-    run_until(world, lambda: emitted(world, "urgent") + emitted(world, "relaxed") > 0)
-    assert emitted(world, "urgent") == 1
-
-
-def test_a_prompt_that_missed_its_target_is_not_starved_by_those_that_have_not() -> None:
-    setting = Setting(
-        policy="off", buckets=(8,), prompt_floor=2, max_chunk=2, controller=FLOOR_ONLY, in_flight=0
-    )
-    world = World(setting, TALKS_ON)
-    world.add(request("decoding", serial(150), slo=Slo(tpot=0.0030, ttft=9.0)))
-    world.add(request("late", serial(1), prompt=20, slo=Slo(tpot=1.0, ttft=0.0001)))
-    for number in range(5):
-        world.add(request(f"live{number}", serial(1), prompt=60, slo=Slo(tpot=1.0, ttft=90.0)))
-    run_until(world, lambda: emitted(world, "late") > 0, most=100)
-    assert emitted(world, "live4") == 0
-
-
-def test_prompts_are_read_at_the_pace_of_their_target_and_faster_if_there_is_slack() -> None:
-    def steps(ttft: float, tpot: float) -> int:
-        setting = Setting(
-            policy="off", buckets=(4, 8, 64), prompt_floor=2, max_chunk=32, controller=UNFILLED, in_flight=0
-        )
-        world = World(setting, TALKS_ON)
-        world.add(request("decoding", serial(99), slo=Slo(tpot=tpot, ttft=9.0)))
-        run_until(world, lambda: emitted(world, "decoding") > 2)
-        before = len(world.steps)
-        world.add(request("reading", serial(1), prompt=64, slo=Slo(tpot=1.0, ttft=ttft)))
-        run_until(world, lambda: emitted(world, "reading") > 0)
-        return len(world.steps) - before
-
-    assert steps(ttft=9.0, tpot=1.0) <= 4, "nothing is urgent: whole chunks"
-    assert steps(ttft=9.0, tpot=0.002) > 9, "no room for the bucket of 64 within the TPOT target"
-
-
-def test_a_chunk_is_bounded() -> None:
-    world = serve([request("r", serial(2), prompt=50)], Setting(max_chunk=7, buckets=(64,)), TALKS_ON)
-    assert [rows_by_request(step)["r"] for step in world.steps[:8]] == [7] * 7 + [1]
 
 
 # --- the prefix cache ----------------------------------------------------------------------------------
@@ -555,12 +230,12 @@ def test_the_queue_waits_behind_the_preempted() -> None:
     world = World(Setting(num_pages=16, page_size=4, policy="eager", prefix_cache=False), TALKS_ON)
     world.add(request("old", serial(40), prompt=4))
     world.add(request("young", serial(40), prompt=4))
-    run_until(world, lambda: bool(world.scheduler.preempted))
+    world.run_until(lambda: bool(world.scheduler.preempted))
     world.add(request("new", serial(1), prompt=2))
     assert world.scheduler.load().queued_requests == 2
     while world.scheduler.preempted:
         world.step()
-        assert "new" not in running(world) or not world.scheduler.preempted
+        assert "new" not in world.running or not world.scheduler.preempted
     world.run([])
 
 
@@ -586,7 +261,7 @@ def in_fork(world: World) -> bool:
 
 
 def read_of_prompt(world: World) -> int:
-    root = world.scheduler.live["r"]._root
+    root = world.scheduler.live["r"].segments.get(0)
     return 0 if root is None else root.computed
 
 
@@ -598,8 +273,8 @@ def segments_before_trunk(world: World) -> int:
 PHASES: dict[str, Callable[[World], bool]] = {
     "queued": lambda world: True,
     "mid-prompt": lambda world: 0 < read_of_prompt(world) < 30,
-    "serial decode": lambda world: emitted(world, "r") in (2, 3),
-    "inside a fork": lambda world: in_fork(world) and emitted(world, "r") > 9,
+    "serial decode": lambda world: world.emitted("r") in (2, 3),
+    "inside a fork": lambda world: in_fork(world) and world.emitted("r") > 9,
     "inside a nested fork": lambda world: len(world.scheduler.live["r"].branches) > 4,
     "between fork and join": lambda world: in_fork(world) and world.scheduler.live["r"].width == 1,
     "after the join": lambda world: segments_before_trunk(world) > 3,
@@ -615,9 +290,9 @@ def test_a_cancelled_request_is_gone_at_once_and_nobody_else_notices(phase: str,
     world = World(Setting(in_flight=in_flight, max_chunk=4, num_pages=pages, prefix_cache=False), MODEL)
     for other in others:
         world.add(other)
-    run_until(world, lambda: emitted(world, "y") > 2)
+    world.run_until(lambda: world.emitted("y") > 2)
     world.add(request("r", *NESTED, prompt=30))
-    run_until(world, lambda: PHASES[phase](world))
+    world.run_until(lambda: PHASES[phase](world))
     pages_of = [page for s in world.scheduler.live["r"].segments.values() for page in s.pages]
     assert world.cancel("r")
     assert not world.cancel("r")
@@ -640,7 +315,7 @@ def test_a_cancelled_request_is_gone_at_once_and_nobody_else_notices(phase: str,
 def test_an_id_may_come_back_while_a_step_of_its_former_self_is_in_flight() -> None:
     world = World(Setting(policy="eager"), MODEL)
     world.add(request("r", fork(4, tokens=9)))
-    run_until(world, lambda: emitted(world, "r") > 3)
+    world.run_until(lambda: world.emitted("r") > 3)
     world.launch()
     world.cancel("r")
     world.events.clear()
@@ -684,7 +359,7 @@ def test_load_counts_what_runs_and_what_waits() -> None:
     world = World(Setting(num_pages=20, page_size=4, policy="eager"), TALKS_ON)
     world.add(request("a", fork(3, tokens=9), prompt=8))
     world.add(request("b", serial(9), prompt=60))
-    run_until(world, lambda: emitted(world, "a") > 3)
+    world.run_until(lambda: world.emitted("a") > 3)
     load = world.scheduler.load()
     assert (load.running_requests, load.running_branches, load.queued_requests) == (1, 3, 1)
     assert (load.kv_used_tokens, load.kv_capacity_tokens) == (4 * world.pool.owned, 80)
@@ -705,7 +380,14 @@ def test_a_model_driven_fork_that_does_not_fit_decodes_on() -> None:
     roomy, tight = (serve([wanted], Setting(num_pages=pages), model) for pages in (60, 16))
     assert len(roomy.answer("r")) == 2
     assert len(tight.answer("r")) == 1
-    assert emitted(tight, "r") == 60
+    assert tight.emitted("r") == 60
+
+
+def test_no_width_is_told_before_the_start() -> None:
+    world = serve([request("r", fork(3), prompt=30)], Setting(policy="eager", max_chunk=4), TALKS_ON)
+    kinds = [type(event) for event in world.events["r"]]
+    assert kinds[0] is Started
+    assert WidthChanged in kinds
 
 
 def test_events_come_in_the_order_of_occurrence() -> None:

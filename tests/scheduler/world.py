@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from scheduler.controller import Controller, ControllerConfig
@@ -151,6 +151,14 @@ class World:
         self.check()
         return events
 
+    def run_until(self, reached: Callable[[], bool], most: int = 300) -> None:
+        """Serve what has been added until `reached` says so."""
+        for _ in range(most):
+            if reached():
+                return
+            self.step()
+        raise AssertionError("never reached")
+
     def run(self, requests: Iterable[Request], max_steps: int = 5000) -> None:
         """Serve all of `requests`."""
         arriving = deque(requests)
@@ -253,6 +261,15 @@ class World:
     def recomputed(self) -> int:
         """How often the KV of a token was computed again where it stands; not what a dropped one cost."""
         return self.computed.total() - len(self.computed)
+
+    @property
+    def running(self) -> list[str]:
+        """The requests that run, the oldest first."""
+        return [live.request.id for live in self.scheduler.running]
+
+    def emitted(self, request_id: str) -> int:
+        """Tokens of the request so far."""
+        return sum(isinstance(event, TokenEmitted) for event in self.events[request_id])
 
     def holds_anything(self, request_id: str) -> bool:
         return request_id in self.scheduler.live

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from scheduler.cursor import Cursor, Decode, End, Fork, cursor
+from scheduler.grammars import MULTIVERSE
+from scheduler.program import (
+    BranchSpec,
+    ParallelStage,
+    Plan,
+    SerialStage,
+    TagProgram,
+)
+from scheduler.stopping import FinishReason, Stopping
+from tests.scheduler.alphabet import Alphabet, tokens
+
+FOUR = Stopping(max_tokens=4)
+CODEC = Alphabet()
+
+
+def spec(**more: object) -> BranchSpec:
+    return BranchSpec(**({"stopping": FOUR} | more))  # type: ignore[arg-type]
+
+
+# --- plans -----------------------------------------------------------------------------------------------
+
+
+def test_a_plan_goes_through_its_stages_in_order() -> None:
+    nested = ParallelStage(branches=(spec(),), join="none")
+    plan = Plan(
+        stages=(
+            SerialStage(stopping=FOUR, prefix=(1,)),
+            ParallelStage(branches=(spec(label="x", prefix=(2,)), spec(stages=(nested,))), join="kv"),
+            SerialStage(stopping=FOUR, prefix=(3,)),
+        )
+    )
+    where = cursor(plan, CODEC)
+    assert where.begin(10) == Decode((1,), FOUR)
+    assert where.on_token([1, 5], 1, 12) is None
+    fork = where.on_stop(FinishReason.EOS)
+    assert isinstance(fork, Fork)
+    assert (fork.index, fork.join) == (1, "kv")
+    assert [child.label for child in fork.children] == ["x", ""]
+    assert [child.first for child in fork.children] == [Decode((2,), FOUR), Decode((), FOUR)]
+    assert fork.children[0].cursor.on_stop(FinishReason.STOP) == End(FinishReason.STOP)
+    inner = fork.children[1].cursor.on_stop(FinishReason.STOP)
+    assert isinstance(inner, Fork)
+    assert inner.index == 0
+    assert where.on_join(20) == Decode((3,), FOUR)
+    assert where.on_stop(FinishReason.MAX_TOKENS) == End(FinishReason.MAX_TOKENS)
+
+
+def test_a_plan_that_ends_in_branches_says_so() -> None:
+    where = cursor(Plan(stages=(ParallelStage(branches=(spec(),)),)), CODEC)
+    assert isinstance(where.begin(1), Fork)
+    assert where.on_join(5) == End(FinishReason.FORKED)
+
+
+# --- tags ------------------------------------------------------------------------------------------------
+
+
+PROGRAM = TagProgram(
+    grammar=MULTIVERSE,
+    stopping=Stopping(max_tokens=100, stop_strings=("d",)),
+    branch_max_tokens=20,
+    max_branches=3,
+    max_depth=2,
+)
+FORK = "a<Goal><Outline>1:a<Outline>2.1:b</Goal>"
+
+
+def feed(where: Cursor, text: str, position: int = 10) -> list[object]:
+    """What the cursor says to each token of `text`, generated from `position` on."""
+    given = [*tokens(text)]
+    return [where.on_token(given[: n + 1], 0, position + n + 1) for n in range(len(given))]
+
+
+def started(program: TagProgram = PROGRAM) -> Cursor:
+    where = cursor(program, CODEC)
+    assert isinstance(where.begin(10), Decode)
+    return where
+
+
+def test_a_tag_program_decodes_up_to_its_limit() -> None:
+    assert cursor(PROGRAM, CODEC).begin(10) == Decode((), PROGRAM.stopping)
+
+
+def test_the_closing_tag_forks_into_the_outlines() -> None:
+    *before, fork = feed(started(), FORK)
+    assert before == [None] * len(before)
+    assert isinstance(fork, Fork)
+    assert (fork.index, fork.join) == (0, "kv")
+    assert [child.label for child in fork.children] == ["1", "2.1"]
+    assert [CODEC.decode(child.first.prefix) for child in fork.children] == ["\n<Path>\n1:", "\n<Path>\n2.1:"]
+
+
+def test_a_branch_may_use_what_is_left_for_it_and_no_more() -> None:
+    fork = feed(started(), FORK)[-1]
+    assert isinstance(fork, Fork)
+    first = fork.children[0].first
+    assert first.stopping.max_tokens == 20 - len(first.prefix)
+    assert first.stopping.stop_strings == ("d",)
+    short = replace(PROGRAM, stopping=Stopping(max_tokens=len(tokens(FORK)) + 10))
+    fork = feed(started(short), FORK)[-1]
+    assert isinstance(fork, Fork)
+    assert fork.children[0].first.stopping.max_tokens == 10 - len(first.prefix)
+
+
+def test_a_branch_ends_with_its_tag_and_the_trunk_does_not() -> None:
+    fork = feed(started(), FORK)[-1]
+    assert isinstance(fork, Fork)
+    assert feed(fork.children[0].cursor, "ab</Path>")[-1] == End(FinishReason.BRANCH_CLOSED)
+    assert feed(started(), "ab</Path>")[-1] is None
+
+
+def test_a_branch_may_fork_again_up_to_the_depth() -> None:
+    fork = feed(started(), FORK)[-1]
+    assert isinstance(fork, Fork)
+    nested = feed(fork.children[0].cursor, FORK)[-1]
+    assert isinstance(nested, Fork)
+    assert feed(nested.children[0].cursor, FORK)[-1] is None
+
+
+def test_a_tag_may_come_in_pieces() -> None:
+    assert isinstance(feed(started(), "<Goal><Outline>1:</Goal>".replace("</Goal>", ""))[-1], type(None))
+    where, given = started(), [*tokens("<Goal><Outline>1:"), *tokens("</"), *tokens("Goal>")]
+    assert isinstance(where.on_token(given, 0, 20), Fork)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<Goal>a</Goal>",  # no outline
+        "<Outline>1:</Goal>",  # never begun
+        "<Goal><Outline>1:<Outline>2:<Outline>3:<Outline>1.1:</Goal>",  # too many
+        "<Outline>1:<Goal>a</Goal>",  # before it began
+    ],
+)
+def test_a_malformed_fork_is_no_fork_and_the_next_one_is(text: str) -> None:
+    assert feed(started(), text)[-1] is None
+    where = started()
+    feed(where, text)
+    fork = feed(where, text + FORK)[-1]
+    assert isinstance(fork, Fork)
+    assert [child.label for child in fork.children] == ["1", "2.1"]
+
+
+def test_two_tags_close_together_are_two() -> None:
+    assert isinstance(feed(started(), "<Goal></Goal><Goal><Outline>1:</Goal>")[-1], Fork)
+
+
+def test_a_fork_without_room_for_its_branches_is_no_fork() -> None:
+    short = replace(PROGRAM, stopping=Stopping(max_tokens=len(tokens(FORK)) + 4))
+    assert feed(started(short), FORK)[-1] is None
+
+
+def test_only_what_the_stage_generated_counts() -> None:
+    given = [*tokens("<Goal><Outline>1:")]
+    assert started().on_token([*given, *tokens("</Goal>")], len(given), 20) is None
+
+
+def test_the_parent_goes_on_after_the_conclusion_is_opened() -> None:
+    action = started().on_join(30)
+    assert isinstance(action, Decode)
+    assert CODEC.decode(action.prefix) == "\n<Conclusion>\n"
+    assert action.stopping.max_tokens == 10 + 100 - 30 - len(action.prefix)
+    assert started().on_join(108) == End(FinishReason.MAX_TOKENS)
+
+
+def test_stops_end_a_model_driven_branch() -> None:
+    assert started().on_stop(FinishReason.EOS) == End(FinishReason.EOS)
