@@ -1,6 +1,6 @@
 """Rooms know each other in one direction: serve -> {scheduler, model}, model -> attention, bench -> all.
 
-Inside `serve/` there are walls too: at the wire (`api`) and round the device.
+Inside `serve/` there are walls too: at the wire (`api`), at the engine's door, and round the device.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,10 @@ PARTS = {
     "client": {"api", "client"},
     "text": {"text"},
     "config": {"config"},
+    "door": {"door"},
+    "served": {"served", "door", "config"},
+    "server": {"server", "api", "text", "door", "served", "config"},
+    "engine": {"engine", "text", "door", "served", "config"},
 }
 
 ABSENT = {
@@ -39,6 +44,8 @@ ABSENT = {
     "serve/client": (*DEVICE, "model", "scheduler"),
     "serve/text": DEVICE,
     "serve/config.py": DEVICE,
+    "serve/door.py": DEVICE,
+    "serve/served.py": DEVICE,
     "serve/server": DEVICE,
 }
 
@@ -106,6 +113,14 @@ def test_a_part_of_the_server_knows_only_those_it_may(part: str) -> None:
         if name.startswith("serve.")
     }
     assert not {(path, name) for path, name in known if name not in PARTS[part]}
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {dotted(path): set(imported(path)) for room in ROOMS for path in modules(room)}
+    try:
+        TopologicalSorter({name: found & graph.keys() for name, found in graph.items()}).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def test_the_scheduler_is_written_in_the_standard_library_alone() -> None:
