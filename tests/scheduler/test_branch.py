@@ -64,3 +64,10 @@ def test_history_tells_given_from_generated() -> None:
     segments = chain((2, 2), (1, 1))
     segments[1].append(99)
     assert branch(*segments).history() == ((0, 1, 10), (99,))
+
+
+def test_ancestors_known_to_be_complete_are_not_looked_through_again() -> None:
+    segments = chain((5, 5), (3, 3), (2, 0))
+    decoding = branch(*segments)
+    assert decoding.backlog == 2
+    assert decoding.complete == 2

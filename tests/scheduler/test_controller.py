@@ -10,11 +10,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 
-from scheduler.controller import ControllerConfig
+from scheduler.controller import Controller, ControllerConfig, Turn
+from scheduler.policy import Extra
+from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.program import BranchSpec, ParallelStage
 from scheduler.request import Request, Slo
-from scheduler.step import Entry, Step
+from scheduler.step import Entry, Forecast, Step
 from tests.scheduler.alphabet import LETTERS, PLAIN
+from tests.scheduler.drafts import Bench
 from tests.scheduler.requests import fork, request, serial, stopping
 from tests.scheduler.strategies import examples, loads, plans, serving
 from tests.scheduler.symbolic import SymbolicModel, unique_kv_tokens, widths
@@ -60,6 +63,55 @@ def test_a_request_starts_only_if_the_step_with_it_keeps_every_tpot_target() -> 
     assert world.running == ["a"]
     world.run([])
     assert world.emitted("b") == 9
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_a_start_weighs_what_decoding_forces_the_floor_and_every_prompt_that_is_not_read(
+    decoding: bool,
+) -> None:
+    """The bucket of 8 takes 1.8 ms, a KV position 2 us; a start leaves a twentieth of the target."""
+    world = World(Setting(buckets=(8, 32), prompt_floor=4, in_flight=0), TALKS_ON)
+    positions = 4 + 50  # the floor's, and the new prompt's
+    if decoding:
+        world.add(request("decoding", serial(40), prompt=9))
+        world.run_until(lambda: world.emitted("decoding") == 3)
+        world.add(request("reading", serial(40), prompt=70))
+        world.step()
+        positions += 9 + 3 + 70
+
+    def may_start(tpot: float) -> bool:
+        name = f"tpot {tpot}"
+        world.add(request(name, serial(40), prompt=50, slo=Slo(tpot=tpot, ttft=9.0)))
+        return world.scheduler.controller.may_start(world.scheduler.live[name], world.scheduler.running)
+
+    least = (1.8e-3 + 2e-6 * positions) / 0.95
+    assert may_start(1.0001 * least)
+    assert not may_start(0.9999 * least)
+
+
+def test_the_floor_is_at_most_half_of_the_largest_bucket() -> None:
+    def floor(prompt_floor: int, largest: int) -> int:
+        config = ControllerConfig(prompt_floor=prompt_floor)
+        return Controller(StepLatencyModel({largest: 0.01}), "off", config).floor
+
+    assert [floor(32, 64), floor(32, 8), floor(32, 1), floor(0, 8)] == [32, 4, 1, 1]
+
+
+def test_the_controller_learns_from_what_steps_took() -> None:
+    controller = Controller(Bench().latency)
+    load = StepLoad(4, private_kv=10)
+    before = controller.latency.predict(load)
+    forecast = Forecast(load, before, before, before, ())
+    for _ in range(200):
+        controller.learn(forecast, 1.2 * before)
+    assert controller.latency.predict(load) == pytest.approx(1.2 * before, rel=0.01)
+
+
+def test_the_controller_hears_of_every_step() -> None:
+    world = World(Setting(late_by=1.2), TALKS_ON)
+    world.add(request("r", serial(20)))
+    world.run_until(lambda: world.emitted("r") == 20)
+    assert world.scheduler.controller.latency.accuracy.snapshot().bias > 0.01
 
 
 # --- what a step holds ---------------------------------------------------------------------------------
@@ -162,6 +214,45 @@ def test_without_targets_taper_is_eager(load: list[Request], setting: Setting) -
         assert [shape(step) for step in taper.steps] == [shape(step) for step in eager.steps]
 
 
+def test_padding_is_filled_for_no_more_than_a_hundredth_of_the_target() -> None:
+    """A token in the KV costs 2 us, a hundredth of the target is 14: soon a branch reads too much."""
+    slo = Slo(tpot=0.0014, ttft=1.0)
+    setting = Setting(policy="taper", buckets=(4, 32), in_flight=0, prompt_floor=2)
+    world = serve([request("r", fork(6, tokens=20), slo=slo)], setting, TALKS_ON)
+    assert {widths(step)["r"] for step in world.steps} >= {1, 4}
+    for forecast in world.forecasts[1:]:  # the first one reads the prompt, and hurts nobody
+        assert forecast.seconds <= forecast.baseline_seconds + 0.014e-3 + 1e-12
+
+
+def test_padding_is_filled_with_the_cheapest_branches() -> None:
+    controller = Controller(Bench().latency)
+    draft = Bench().draft()
+    extras = [Extra(number, 0, 1, seconds) for number, seconds in enumerate((5.0, 1.0, 4.0, 2.0, 3.0))]
+    draft.baseline = 100.0
+    assert controller.filled(draft, extras) == 110.0, "the bucket of the baseline has room for four"
+    assert controller.filled(draft, [Extra(0, 0, 3, 1.0), Extra(1, 0, 2, 2.0)]) == 101.0
+
+
+def test_a_branch_with_more_to_read_than_the_floor_waits_for_its_turn() -> None:
+    specs = tuple(BranchSpec(stopping=stopping(6), prefix=LETTERS[:1] * rows) for rows in (1, 10, 10))
+    stage = ParallelStage(branches=specs, join="none")
+    world = serve([request("r", stage)], Setting(policy="eager", in_flight=0), TALKS_ON)
+    assert max(entry.rows for step in world.steps[1:] for entry in step.entries) == 4
+    widest = max(world.steps[1:], key=lambda step: step.rows)
+    assert widest.rows <= 4 + 2 + 1, "one that reads, the rest of another, and one that decodes"
+
+
+def test_a_branch_that_does_not_fit_whole_is_left_out() -> None:
+    spec = BranchSpec(stopping=stopping(6), prefix=LETTERS[:3])
+    stage = ParallelStage(branches=(spec,) * 4, join="none")
+    world = World(Setting(policy="eager", buckets=(8,), in_flight=0), TALKS_ON)
+    world.add(request("r", serial(1), stage))
+    world.run_until(lambda: world.emitted("r") == 1)
+    world.step()
+    assert [entry.rows for entry in world.steps[-1].entries] == [1, 3, 3]
+    world.run([])
+
+
 # --- what a step may cost ------------------------------------------------------------------------------
 
 
@@ -234,6 +325,20 @@ def test_a_prompt_that_is_due_narrows_the_branches() -> None:
     assert width(ttft=0.022) == 4
 
 
+def test_where_everybody_is_late_a_prompt_that_is_not_gives_no_slack() -> None:
+    setting = Setting(policy="taper", in_flight=0, controller=UNFILLED, max_chunk=4)
+    world = World(setting, TALKS_ON)
+    world.add(request("wide", fork(6, tokens=20), slo=Slo(tpot=9.0, ttft=9.0)))
+    world.add(request("reading", serial(1), prompt=120, slo=Slo(tpot=1.0, ttft=900.0)))
+    world.run_until(lambda: world.emitted("wide") > 3)
+    assert world.forecasts[-1].budget_seconds > 2 * world.forecasts[-1].baseline_seconds
+    world.now += 90.0  # a stall
+    scheduled = world.launch()
+    assert scheduled is not None
+    assert widths(scheduled.step)["wide"] == 1
+    assert scheduled.forecast.budget_seconds == scheduled.forecast.baseline_seconds
+
+
 def test_a_late_request_does_not_narrow_the_others() -> None:
     setting = Setting(policy="taper", buckets=(2, 4, 8, 16), in_flight=0, controller=UNFILLED, prompt_floor=2)
     world = World(setting, TALKS_ON)
@@ -289,6 +394,36 @@ def test_a_prompt_that_missed_its_target_is_not_starved_by_those_that_have_not()
     assert world.emitted("live4") == 0
 
 
+def test_the_floor_goes_to_a_prompt_that_can_be_in_time_but_for_one_step_in_eight() -> None:
+    setting = Setting(
+        policy="off", buckets=(8,), prompt_floor=2, max_chunk=2, controller=FLOOR_ONLY, in_flight=0
+    )
+    world = World(setting, TALKS_ON)
+    world.add(request("decoding", serial(150), slo=Slo(tpot=0.0030, ttft=9.0)))
+    world.run_until(lambda: world.emitted("decoding") > 2)
+    world.add(request("late", serial(1), prompt=90, slo=Slo(tpot=1.0, ttft=0.0001)))
+    world.add(request("live", serial(1), prompt=90, slo=Slo(tpot=1.0, ttft=90.0)))
+    world.step()
+    for _ in range(20):
+        world.step()
+        step = world.steps[-1]
+        reader = "live" if step.step_id % 8 else "late"
+        assert rows_by_request(step) == {"decoding": 1, reader: 2}
+
+
+def test_there_is_a_row_for_a_prompt_beside_branches_with_much_to_read() -> None:
+    spec = BranchSpec(stopping=stopping(9), prefix=LETTERS[:1] * 4)
+    stages = (serial(3), ParallelStage(branches=(spec,) * 3, join="none"))
+    world = World(Setting(policy="off", buckets=(8,), prompt_floor=4, in_flight=0), TALKS_ON)
+    for name in "ab":
+        world.add(request(name, *stages, prompt=1))
+    world.run_until(lambda: world.emitted("a") == world.emitted("b") == 3)
+    world.add(request("reading", serial(1), prompt=60))
+    for _ in range(4):
+        world.step()
+        assert set(rows_by_request(world.steps[-1])) == {"a", "b", "reading"}
+
+
 def test_prompts_are_read_at_the_pace_of_their_target_and_faster_if_there_is_slack() -> None:
     def steps(ttft: float, tpot: float) -> int:
         setting = Setting(
@@ -304,6 +439,22 @@ def test_prompts_are_read_at_the_pace_of_their_target_and_faster_if_there_is_sla
 
     assert steps(ttft=9.0, tpot=1.0) <= 4, "nothing is urgent: whole chunks"
     assert steps(ttft=9.0, tpot=0.002) > 9, "no room for the bucket of 64 within the TPOT target"
+
+
+def test_the_pace_of_a_prompt_follows_from_what_steps_may_take() -> None:
+    """The budget leaves five steps until the prompt is due."""
+    bench = Bench()
+    controller = Controller(bench.latency, config=ControllerConfig(max_chunk=7))
+    live = bench.live(serial(1), prompt=12)
+    reading = [Turn(live, live.runnable())]
+    draft = bench.draft()
+    draft.budget = live.pace.reading_deadline / 5
+    controller.read_prompts(draft, reading, at_pace=True)
+    assert draft.rows == 3
+    controller.read_prompts(draft, reading, at_pace=True)
+    assert draft.rows == 3, "that much is read already"
+    controller.read_prompts(draft, reading, at_pace=False)
+    assert draft.rows == 7, "a chunk is one with what was read before it"
 
 
 def test_a_chunk_is_bounded() -> None:

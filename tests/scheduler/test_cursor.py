@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -154,6 +155,22 @@ def test_two_tags_close_together_are_two() -> None:
 def test_a_fork_without_room_for_its_branches_is_no_fork() -> None:
     short = replace(PROGRAM, stopping=Stopping(max_tokens=len(tokens(FORK)) + 4))
     assert feed(started(short), FORK)[-1] is None
+
+
+def test_a_token_costs_no_more_to_look_at_the_more_have_come_before() -> None:
+    class Counting(Alphabet):
+        decoded = 0
+
+        def decode(self, ids: Sequence[int]) -> str:
+            self.decoded += len(ids)
+            return super().decode(ids)
+
+    codec = Counting()
+    where = cursor(PROGRAM, codec)
+    where.begin(10)
+    given = [*tokens("a" * 500)]
+    where.on_token(given, 0, 510)
+    assert codec.decoded <= 4 * len("</Goal>")
 
 
 def test_only_what_the_stage_generated_counts() -> None:

@@ -1,65 +1,18 @@
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from scheduler.draft import StepDraft
-from scheduler.live_request import LiveRequest
-from scheduler.pages import PagePool
-from scheduler.predictor import StepLatencyModel
-from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage
-from scheduler.request import Request
-from scheduler.step import Entry, Sample
+from scheduler.predictor import StepLatencyModel, StepLoad
+from scheduler.program import BranchSpec, ParallelStage, SerialStage
+from scheduler.step import Entry
 from scheduler.stopping import Stopping
-from tests.scheduler.alphabet import Alphabet
+from tests.scheduler.drafts import Bench
 from tests.scheduler.symbolic import unique_kv_tokens
 
 FORK = ParallelStage(
     branches=tuple(BranchSpec(stopping=Stopping(max_tokens=9), prefix=(n, n)) for n in (1, 2, 3)), join="kv"
 )
-
-
-class Bench:
-    """A pool of 20 pages of 4, and drafts of steps on it."""
-
-    def __init__(self, num_pages: int = 20) -> None:
-        self.pool = PagePool(num_pages, 4)
-        self.latency = StepLatencyModel({4: 0.010, 16: 0.020}, 1e-4)
-        self.slots = [*range(64)]
-        self.steps = itertools.count()
-        self.asked: list[int] = []
-
-    def live(self, *stages: Stage, prompt: int = 6, name: str = "r") -> LiveRequest:
-        live = LiveRequest(
-            Request(id=name, prompt=tuple(range(prompt)), program=Plan(stages=stages)),
-            now=0.0,
-            pool=self.pool,
-            codec=Alphabet(),
-            free_slots=self.slots,
-            max_context=100,
-        )
-        live.resume(0.0)
-        return live
-
-    def draft(self) -> StepDraft:
-        def refuse(draft: StepDraft, live: LiveRequest, pages: int) -> bool:
-            self.asked.append(pages)
-            return False
-
-        return StepDraft(
-            next(self.steps),
-            0.0,
-            self.pool,
-            self.latency,
-            make_room=refuse,
-            take_slot=self.slots.pop,
-        )
-
-    def accept(self, live: LiveRequest, draft: StepDraft, token: int = 9) -> None:
-        for entry in draft.entries:
-            if entry.samples and entry.request_id == live.request.id:
-                live.accept(entry, Sample(token), 1.0)
 
 
 def serial(tokens: int = 9) -> SerialStage:
@@ -246,3 +199,99 @@ def test_its_count_of_kv_is_the_entries_own() -> None:
             for branch in live.runnable():
                 draft.add(live, branch, 2)
         assert draft.load.kv_tokens == unique_kv_tokens(draft.entries, page_size=4)
+
+
+LONG = ParallelStage(branches=(BranchSpec(stopping=Stopping(max_tokens=9), prefix=(1,) * 6),) * 3)
+
+
+@pytest.mark.parametrize("pieces", [(5,), (1, 4), (4, 1), (2, 2, 1)])
+def test_an_entry_made_longer_costs_what_it_costs_at_once(pieces: tuple[int, ...]) -> None:
+    bench = Bench()
+    live = bench.live(LONG, prompt=6)
+    first, second, _ = live.runnable()
+    bench.draft().add(live, first, 6)
+    draft = bench.draft()
+    for rows in pieces:
+        assert draft.add(live, second, rows) == rows
+    chunk_context = sum(6 + position for position in (2, 3, 4, 5))
+    assert draft.load == StepLoad(5, 6, 5, 2, chunk_context, 6 + 5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_what_a_branch_would_add_is_what_it_adds(rows: int) -> None:
+    bench = Bench()
+    live = bench.live(LONG, prompt=6)
+    branches = live.runnable()
+    bench.draft().add(live, branches[0], 7)
+    draft = bench.draft()
+    for branch in branches:
+        expected = draft.load.plus(draft.added(branch, rows))
+        assert draft.add(live, branch, rows) == rows
+        assert draft.load == expected
+
+
+def test_a_price_is_that_of_what_the_branch_would_add() -> None:
+    """Also for a page that two requests share: it is read already."""
+    bench = Bench()
+    lives = [bench.live(serial(), prompt=10, name="a")]
+    read = bench.draft()
+    read.add(lives[0], lives[0].runnable()[0], 16)
+    lives[0].publish_prefix()
+    lives.append(bench.live(serial(), prompt=9, name="b"))
+    draft = bench.draft()
+    draft.add(lives[0], lives[0].runnable()[0], 1)
+    (branch,) = lives[1].runnable()
+    assert draft.prices([branch]) == [(1, bench.latency.reading_seconds(draft.added(branch, 1)))]
+
+
+# --- what it takes to plan ---------------------------------------------------------------------------------
+
+
+class Counting(StepLatencyModel):
+    """Counts what it is asked."""
+
+    asked = 0
+
+    def reading_seconds(self, load: StepLoad) -> float:
+        self.asked += 1
+        return super().reading_seconds(load)
+
+
+def test_branches_with_one_row_are_priced_by_one_line() -> None:
+    latency = Counting({4: 0.010, 16: 0.020}, 1e-4)
+    bench = Bench(latency=latency)
+    live = bench.live(FORK)
+    for _ in range(3):
+        draft = bench.draft()
+        for branch in live.runnable():
+            draft.add(live, branch, 9)
+        bench.accept(live, draft)
+    draft = bench.draft()
+    first, *others = live.runnable()
+    draft.add(live, first, 1)
+    latency.asked = 0
+    prices = draft.prices(others)
+    assert latency.asked == 0
+    expected = [latency.reading_seconds(draft.added(branch, 1)) for branch in others]
+    assert [seconds for _, seconds in prices] == pytest.approx(expected)
+
+
+def test_what_is_affordable_is_found_by_bisection() -> None:
+    latency = Counting({256: 0.010}, 1e-4)
+    bench = Bench(num_pages=100, latency=latency)
+    (trunk,) = bench.live(serial(), prompt=90).runnable()
+    draft = bench.draft()
+    draft.budget = 0.010 + 70.5e-4
+    latency.asked = 0
+    assert draft.affordable(trunk, 90) == 70
+    assert latency.asked <= 3 + 8
+
+
+def test_branches_of_a_fork_share_one_view_of_what_came_before() -> None:
+    bench = Bench()
+    live = bench.live(FORK)
+    draft = bench.draft()
+    for branch in live.runnable():
+        draft.add(live, branch, 9)
+    first, *others = (entry for entry in draft.entries if entry.samples)
+    assert all(entry.context is first.context for entry in others)

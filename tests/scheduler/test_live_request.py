@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from scheduler.events import (
@@ -20,7 +22,7 @@ from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stag
 from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
 from scheduler.stopping import FinishReason, Stopping
-from tests.scheduler.alphabet import EOS, ID, LETTERS, STOP, tokens
+from tests.scheduler.alphabet import EOS, ID, LETTERS, STOP, Alphabet, tokens
 from tests.scheduler.symbolic import SymbolicModel
 from tests.scheduler.world import Setting, World, serve
 
@@ -262,3 +264,19 @@ def test_finished_is_the_last_event_and_started_the_first() -> None:
     assert isinstance(events[0], Started)
     assert isinstance(events[-1], Finished)
     assert sum(isinstance(event, Started | Finished) for event in events) == 2
+
+
+def test_a_stop_string_is_looked_for_in_as_many_tokens_as_it_has_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at: list[int] = []
+    decode = Alphabet.decode
+
+    def counting(codec: Alphabet, ids: Sequence[int]) -> str:
+        looked_at.append(len(ids))
+        return decode(codec, ids)
+
+    monkeypatch.setattr(Alphabet, "decode", counting)
+    world = serve([request(serial(60, stop_strings=("dd", "bbb")))], Setting(), TALKS_ON)
+    assert world.emitted("r") == 60
+    assert max(looked_at) == 3

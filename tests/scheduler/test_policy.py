@@ -162,3 +162,18 @@ def test_an_unknown_policy_is_refused(name: str) -> None:
 def test_a_cap_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         policy("cap:0")
+
+
+def test_how_many_fit_is_found_by_bisection() -> None:
+    class Counting(StepLatencyModel):
+        asked = 0
+
+        def rows_seconds(self, rows: int) -> float:
+            self.asked += 1
+            return super().rows_seconds(rows)
+
+    latency = Counting({1024: 0.010})
+    extras = [Extra(number, 0, 1, 1e-5) for number in range(500)]
+    latency.asked = 0
+    assert len(Taper().admit(extras, Baseline(1, 0.0, 0.010 + 300.5e-5), latency)) == 300
+    assert latency.asked <= 10

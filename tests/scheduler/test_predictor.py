@@ -198,6 +198,18 @@ def test_whatever_is_seen_predictions_stay_within_bounds_and_ascend(
     assert 0.0 < seconds[0] < 0.010 * 6.2
 
 
+def test_every_correction_has_its_bound() -> None:
+    """However far off steps are: the scale, the offset, and the offset of the bucket."""
+    slow, fast = fresh(), fresh()
+    for _ in range(3000):
+        slow.observe(StepLoad(16), 100.0)
+        fast.observe(StepLoad(4), 1e-9)
+    assert (slow.scale, slow.offset) == pytest.approx((2.0, 4.0 * 0.010))
+    assert slow.rows_seconds(16) == pytest.approx(2.0 * 0.022 + 4.0 * 0.010 + 0.1 * 0.022)
+    assert (fast.scale, fast.offset) == pytest.approx((0.5, -0.25 * 0.010))
+    assert fast.rows_seconds(4) == pytest.approx(0.5 * 0.010 - 0.25 * 0.010 - 0.1 * 0.010)
+
+
 # --- how well it predicts ----------------------------------------------------------------------------------
 
 

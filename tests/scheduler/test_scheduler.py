@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,7 @@ from scheduler.events import (
     WidthChanged,
 )
 from scheduler.grammars import MULTIVERSE
+from scheduler.pages import PrefixCache
 from scheduler.program import Plan, TagProgram
 from scheduler.request import Request, Slo
 from scheduler.scheduler import RejectedError, Scheduler
@@ -239,6 +242,31 @@ def test_the_queue_waits_behind_the_preempted() -> None:
     world.run([])
 
 
+def test_a_request_without_pages_is_not_preempted_in_vain() -> None:
+    """The youngest has begun, and read nothing yet."""
+    setting = Setting(
+        num_pages=15,
+        page_size=4,
+        policy="off",
+        buckets=(8,),
+        prompt_floor=2,
+        max_chunk=2,
+        controller=ControllerConfig(rho=0.0, fill=False),
+        prefix_cache=False,
+        in_flight=0,
+    )
+    world = World(setting, TALKS_ON)
+    slo = Slo(tpot=0.01, ttft=90.0)
+    world.add(request("old", serial(40), prompt=4, slo=slo))
+    world.run_until(lambda: world.emitted("old") == 1)
+    world.add(request("reading", serial(4), prompt=40, slo=slo))
+    world.add(request("waiting", serial(1), prompt=8, slo=replace(slo, ttft=99.0)))
+    world.run_until(lambda: bool(world.scheduler.preempted), most=60)
+    assert world.running == ["old", "waiting"]
+    world.run([])
+    assert world.finished("waiting").usage.preemptions == 0
+
+
 def test_the_tails_of_branches_go_before_their_request() -> None:
     load = [request("old", serial(40), prompt=8), request("young", fork(4, tokens=20), prompt=8)]
     world = serve(load, Setting(num_pages=28, page_size=4, policy="eager", prefix_cache=False), MODEL)
@@ -324,6 +352,68 @@ def test_an_id_may_come_back_while_a_step_of_its_former_self_is_in_flight() -> N
     world.run([])
     assert_says(world, [again], MODEL)
     assert isinstance(world.events["r"][0], Started), "no width of its former self is told"
+
+
+# --- what planning takes -------------------------------------------------------------------------------
+
+
+def calls_of_steps(world: World) -> list[int]:
+    """From now on, the function calls of each `schedule` and each `update`."""
+    counts: list[int] = []
+
+    def counting(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def outer(*arguments: Any) -> Any:
+            counts.append(0)
+
+            def count(frame: object, event: str, argument: object) -> None:
+                counts[-1] += event in ("call", "c_call")
+
+            sys.setprofile(count)
+            try:
+                return inner(*arguments)
+            finally:
+                sys.setprofile(None)
+
+        return outer
+
+    for name in ("schedule", "update"):
+        setattr(world.scheduler, name, counting(getattr(world.scheduler, name)))
+    return counts
+
+
+def test_a_step_costs_the_same_whatever_the_pool_holds_and_whatever_came_before() -> None:
+    """The branches of a request decode their fourth to eighth token: the calls of these steps."""
+
+    def calls(pages: int, prompt: int, first: int) -> int:
+        setting = Setting(num_pages=pages, policy="eager", in_flight=0, max_context=1000, max_chunk=32)
+        world = World(setting, TALKS_ON)
+        serving = (serial(first), fork(6, tokens=12))
+        world.add(request("r", *serving, prompt=prompt))
+        world.run_until(lambda: world.emitted("r") == first + 6 * 3)
+        counts = calls_of_steps(world)
+        world.run_until(lambda: world.emitted("r") == first + 6 * 8)
+        return sum(counts)
+
+    little = calls(pages=60, prompt=7, first=40)
+    assert calls(pages=3000, prompt=7, first=40) == little
+    assert calls(pages=300, prompt=307, first=140) == pytest.approx(little, rel=0.02), "the predictor learns"
+    assert little < 5000
+
+
+def test_a_page_of_a_prefix_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[bytes] = []
+
+    def insert(cache: PrefixCache, key: bytes, page: int) -> int:
+        listed.append(key)
+        return known(cache, key, page)
+
+    known = PrefixCache.insert
+    monkeypatch.setattr(PrefixCache, "insert", insert)
+    world = World(Setting(page_size=4), TALKS_ON)
+    world.run([request("a", serial(60), prompt=30)])
+    assert len(listed) == (30 + 60 - 1) // 4
+    world.run([request("b", serial(1), prompt=30)])
+    assert len(listed) == (30 + 60 - 1) // 4, "these were known"
 
 
 # --- the rest ------------------------------------------------------------------------------------------
