@@ -1,6 +1,6 @@
 """Queries, keys and values on their way into attention: norm of each head, rotary position, KV write.
 
-The plain form, which is the oracle of what a backend does in one launch.
+`write` is the plain form, which is the oracle of what a backend does in one launch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ class Places(NamedTuple):
     offset: Int32[Any, " rows"]
 
 
+def group_size(heads: int, kv_heads: int) -> int:
+    """Query heads of each KV head. Raises ValueError if they cannot be shared out evenly."""
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads evenly")
+    return heads // kv_heads
+
+
 def wide(dtype: Any) -> Any:
     """The dtype of sums and exponentials: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -51,15 +58,15 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def enter(
+def write(
     qkv: Float[Array, "rows all_heads head_dim"],
     norms: HeadNorms | None,
-    angles: tuple[Float[Array, "rows pairs"], Float[Array, "rows pairs"]],
-    k_pages: Float[Array, "pages kv_heads page_size head_dim"],
-    v_pages: Float[Array, "pages kv_heads page_size head_dim"],
+    angles: tuple[Array, Array],
+    pages: tuple[Array, Array],
     places: Places,
-) -> tuple[Array, Array, Array]:
-    """See `attention.enter`."""
+) -> tuple[Array, tuple[Array, Array]]:
+    """`attention.backend.Backend.write` to pages of keys and of values, [pages, kv_heads, page, head_dim]."""
+    k_pages, v_pages = pages
     heads, kv_heads = qkv.shape[1] - 2 * k_pages.shape[1], k_pages.shape[1]
     q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=1)
     if norms is not None:
@@ -68,4 +75,4 @@ def enter(
     page, offset = places
     k_pages = k_pages.at[page, :, offset].set(k.astype(k_pages.dtype), mode="drop")
     v_pages = v_pages.at[page, :, offset].set(v.astype(v_pages.dtype), mode="drop")
-    return q, k_pages, v_pages
+    return q, (k_pages, v_pages)

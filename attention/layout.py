@@ -21,16 +21,19 @@ WHOLE = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Capacity:
+class ItemCapacity:
     """Array sizes of the work lists of one row bucket."""
 
     rows: int
     items: int
     page_refs: int
+    page_size: int
 
     @classmethod
-    def for_bucket(cls, rows: int, num_pages: int, pages_per_read: int | None = None) -> Capacity:
-        """Room for every plan of at most `rows` rows.
+    def for_bucket(
+        cls, rows: int, num_pages: int, page_size: int, pages_per_read: int | None = None
+    ) -> ItemCapacity:
+        """Room for every step of at most `rows` rows.
 
         The items are the nodes of a tree with at most `rows` leaves in which every inner node branches, so
         2 * rows - 1 suffice. A pool page is referred to once, and once more by each read that sees only a
@@ -40,7 +43,7 @@ class Capacity:
         refs = num_pages + rows
         if pages_per_read is not None:
             refs = min(refs, rows * pages_per_read)
-        return cls(rows=rows, items=2 * rows, page_refs=refs)
+        return cls(rows=rows, items=2 * rows, page_refs=refs, page_size=page_size)
 
     def empty(self) -> WorkList:
         return WorkList(
@@ -78,19 +81,16 @@ class WorkList(NamedTuple):
     num_single: Int32[Any, ""]
 
 
-def plan_rows(reads: Reads, capacity: Capacity, page_size: int) -> tuple[Int[np.ndarray, " reads"], WorkList]:
-    """Lay rows out in tree order and list the work: `order[i]` is the index of the read whose rows come i-th.
+def lay_out_items(reads: Reads, capacity: ItemCapacity) -> tuple[Int[np.ndarray, " reads"], WorkList]:
+    """`attention.backend.Backend.lay_out`: rows in tree order, and an item for each run of pages shared.
 
-    Rows are packed without gaps in that order. Reads share a page if their pages (ids and valid counts) agree
+    Reads share a page if their pages (ids and valid counts) agree
     from the root up to it, and all of their rows see all of it.
-
-    Raises:
-      ValueError: a read is malformed, or rows, items or page references exceed `capacity`.
     """
     work = capacity.empty()
     if not reads.own:
         return np.zeros(0, np.int64), work
-    order, tree = ReadTree.of(reads, page_size)
+    order, tree = ReadTree.of(reads, capacity.page_size)
     read, last, start, stop = _tree_nodes(tree.shared, tree.count)
 
     row_end = tree.rows.cumsum()

@@ -1,4 +1,4 @@
-"""What a step's query rows read: segments of KV pages in, arrays in tree order out. NumPy only.
+"""What a step's query rows read: runs of KV pages in, arrays in tree order out. NumPy only.
 
 Tree order is depth first over the pages, so rows that share pages are neighbours. It mostly follows from the
 segments: reads with the same context share all of it, and siblings' own pages differ from the first one on.
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @runtime_checkable
-class SegmentRead(Protocol):
-    """A KV segment as rows read it: a run of pages, all of them full but the last.
+class AnyPageRun(Protocol):
+    """A KV segment as rows read it: pages, all of them full but the last.
 
     pages   page ids, as few as hold `length` positions. An array of int32 (NumPy's, or array.array's "i") is
             read at once, any other sequence one by one
@@ -34,8 +34,8 @@ class SegmentRead(Protocol):
     def length(self) -> int: ...
 
 
-class Segment(NamedTuple):
-    """A SegmentRead."""
+class PageRun(NamedTuple):
+    """An AnyPageRun."""
 
     pages: Sequence[int] | np.ndarray
     length: int
@@ -51,8 +51,8 @@ class Read(NamedTuple):
     ordinal  index inside `own` of the first row; row i sees its positions up to and including ordinal + i
     """
 
-    context: Sequence[SegmentRead]
-    own: SegmentRead
+    context: Sequence[AnyPageRun]
+    own: AnyPageRun
     rows: int
     ordinal: int
 
@@ -60,8 +60,8 @@ class Read(NamedTuple):
 class Reads(NamedTuple):
     """The reads of a step, by column: hundreds of Reads take longer to make than to plan."""
 
-    context: Sequence[Sequence[SegmentRead]]
-    own: Sequence[SegmentRead]
+    context: Sequence[Sequence[AnyPageRun]]
+    own: Sequence[AnyPageRun]
     rows: Sequence[int] | np.ndarray
     ordinal: Sequence[int] | np.ndarray
 
@@ -294,7 +294,7 @@ def _distinct(objects: Sequence[Any]) -> tuple[list[Any], Int[np.ndarray, " obje
 
 
 def _joined(
-    contexts: list[Sequence[SegmentRead]], page_size: int
+    contexts: list[Sequence[AnyPageRun]], page_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The contexts' pages end to end, their valid counts, and how many pages each context has."""
     segments = list(chain.from_iterable(contexts))

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attention.heads import group_size
+from attention.items import ItemBackend
 from attention.layout import WorkList
 
 if TYPE_CHECKING:
     from jax import Array
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool
 
 
-def attend(
-    q: Float[Array, "rows heads head_dim"],
-    k_pages: Float[Array, "pages kv_heads page_size head_dim"],
-    v_pages: Float[Array, "pages kv_heads page_size head_dim"],
-    work: WorkList,
-    *,
-    scale: float,
-) -> tuple[Float[Array, "rows heads head_dim"], Float[Array, "rows heads"]]:
-    """Attention output in q's dtype and log-sum-exp in the accumulation dtype; see `attention`."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    (rows, heads, head_dim), (_, kv_heads, page_size, _) = q.shape, k_pages.shape
-    visible = visible_positions(work, rows, page_size)
-    filled = visible.any(0)
-    k = jnp.where(filled[:, None, :, None], k_pages[work.page_ids], 0).astype(dtype)
-    v = jnp.where(filled[:, None, :, None], v_pages[work.page_ids], 0).astype(dtype)
-    grouped = q.astype(dtype).reshape(rows, kv_heads, heads // kv_heads, head_dim) * scale
-    scores = jnp.einsum("rhgd,nhpd->rhgnp", grouped, k, precision="highest")
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    lse = jax.nn.logsumexp(scores, axis=(-2, -1))
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0)[..., None, None])
-    out = jnp.einsum("rhgnp,nhpd->rhgd", weights, v, precision="highest")
-    return out.reshape(q.shape).astype(q.dtype), lse.reshape(rows, heads)
+@dataclass(frozen=True, slots=True)
+class Reference(ItemBackend):
+    @property
+    def name(self) -> str:
+        return "reference"
+
+    def attend(
+        self, q: Array, pages: Sequence[Array], work: WorkList, *, scale: float
+    ) -> tuple[Array, Array]:
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        (rows, heads, head_dim), (_, kv_heads, page_size, _) = q.shape, pages[0].shape
+        visible = visible_positions(work, rows, page_size)
+        filled = visible.any(0)
+        k, v = (jnp.where(filled[:, None, :, None], x[work.page_ids], 0).astype(dtype) for x in pages)
+        grouped = q.astype(dtype).reshape(rows, kv_heads, group_size(heads, kv_heads), head_dim) * scale
+        scores = jnp.einsum("rhgd,nhpd->rhgnp", grouped, k, precision="highest")
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        lse = jax.nn.logsumexp(scores, axis=(-2, -1))
+        weights = jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0)[..., None, None])
+        out = jnp.einsum("rhgnp,nhpd->rhgd", weights, v, precision="highest")
+        return out.reshape(q.shape).astype(q.dtype), lse.reshape(rows, heads)
 
 
 def visible_positions(work: WorkList, rows: int, page_size: int) -> Bool[Array, "rows page_refs page_size"]:

@@ -20,40 +20,13 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Seconds that a worker needs while all are busy; with head_dim 128 in bfloat16. Only ratios matter.
-
-    Measured on an H200 with 264 workers, which then stream 4.06 (narrow) and 3.6 (wide) TB/s together; but
-    `alone` is an estimate.
-    """
-
-    narrow_token: float = 512 * 264 / 4.06e12  # a key and a value, for the rows of a narrow tile
-    wide_token: float = 512 * 264 / 3.6e12
-    tile: float = 1.5e-6
-    partial: float = 128 * 8 * 264 / 4e12  # one query head's partial result of a row, written and merged
-    alone: float = 0.4  # what a token takes a worker while most others idle, relative to the above
-
-    def block(self, tiling: Tiling, rows: Int[np.ndarray, " tiles"]) -> np.ndarray:
-        """What a tile of so many rows takes a worker for a block, of one head."""
-        tokens = tiling.block_pages * tiling.page_size
-        return tokens * np.where(rows > tiling.narrow_rows, self.wide_token, self.narrow_token)
-
-    def partial_row(self, tiling: Tiling) -> float:
-        """Of a row's partial result: of its query heads per KV head, 16 of which fill a narrow tile."""
-        return self.partial * max(1, 16 // tiling.narrow_rows)
-
-
-COSTS = Costs()
 CLOSE = 1.2  # a split this near to an even load is rarely bettered by a coarser one: not worth planning it
 
 
-def plan_tiles(reads: Reads, capacity: TileCapacity) -> tuple[Int[np.ndarray, " reads"], TileList]:
-    """Lay rows out in tree order and cut them into tiles: `order` is as of `attention.layout.plan_rows`.
+def lay_out_tiles(reads: Reads, capacity: TileCapacity) -> tuple[Int[np.ndarray, " reads"], TileList]:
+    """`attention.backend.Backend.lay_out`: rows in tree order, cut into tiles.
 
-    Raises:
-      ValueError: a read is malformed, or rows, tiles or page references exceed `capacity` however coarsely
-        the tiles are split.
+    Raises ValueError if they exceed `capacity` however coarsely the tiles are split.
     """
     tiling, out = capacity.tiling, capacity.empty()
     if not reads.own:
@@ -92,12 +65,12 @@ def _cut(reads: ReadTree, tiling: Tiling) -> np.ndarray:
     rows, shared, narrow = reads.rows, reads.shared, tiling.narrow_rows
     if not shared.any():
         return np.arange(len(rows))
-    page = COSTS.narrow_token * tiling.page_size
-    more = COSTS.wide_token * tiling.page_size - page
-    again = page * shared + COSTS.tile * (shared > 0)  # to cut here
+    page = tiling.costs.narrow_token * tiling.page_size
+    more = tiling.costs.wide_token * tiling.page_size - page
+    again = page * shared + tiling.costs.tile * (shared > 0)  # to cut here
     beside = shared.copy()  # shared with either neighbour
     np.maximum(shared[:-1], shared[1:], out=beside[:-1])
-    again_beside = page * beside + COSTS.tile * (beside > 0)
+    again_beside = page * beside + tiling.costs.tile * (beside > 0)
     small = rows <= narrow
     joins = ~small | (again_beside > narrow * more * (reads.count - beside))
     first = _pack(reads, _with_previous(joins), again, tiling.wide_rows)
@@ -400,15 +373,15 @@ class _Parts:
         tiling: Tiling,
     ) -> _Parts:
         blocks = _blocks(whole, tiling.block_pages) + _blocks(masked, tiling.block_pages)
-        seconds = COSTS.tile + blocks * COSTS.block(tiling, row_end - row)
+        seconds = tiling.costs.tile + blocks * tiling.block_seconds(row_end - row)
         return cls(tile, row, row_end, whole, masked, blocks, slots, seconds)
 
     def predict(self, tiling: Tiling) -> tuple[float, float]:
         """Seconds that the parts take together, and that they would take if the load were even."""
         workers = tiling.head_workers
-        mean = (self.seconds.sum() + COSTS.partial_row(tiling) * self.slots.sum()) / workers
+        mean = (self.seconds.sum() + tiling.partial_row_seconds * self.slots.sum()) / workers
         if len(self.seconds) <= workers:
-            return mean + COSTS.alone * max(0.0, self.seconds.max() - mean), mean
+            return mean + tiling.costs.alone * max(0.0, self.seconds.max() - mean), mean
         # Longest first, as many at a time as there are workers, and the longest to whoever has least.
         rounds = -(-len(self.seconds) // workers)
         ranked = np.zeros(rounds * workers)
@@ -418,7 +391,7 @@ class _Parts:
             load = np.sort(load)[::-1] + ranked[begin : begin + workers]
         longest = max(mean, load.max())
         # Who is left at the end has more of the memory's bandwidth.
-        return mean + COSTS.alone * (longest - mean), mean
+        return mean + tiling.costs.alone * (longest - mean), mean
 
     def write(self, tiles: _Tiles, out: TileList) -> None:
         order = np.argsort(-self.seconds, kind="stable")
@@ -463,7 +436,7 @@ def _split(tiles: _Tiles, capacity: TileCapacity) -> _Parts:
     seconds, mean = best.predict(tiling)
     if seconds < 1.05 * mean:
         return best
-    block_seconds = COSTS.block(tiling, tiles.row_end - tiles.row)
+    block_seconds = tiling.block_seconds(tiles.row_end - tiles.row)
     blocks, end, previous = best.blocks, np.cumsum(best.seconds), np.inf
     for share in (1, 2, 4, 8):
         workers = tiling.head_workers // share

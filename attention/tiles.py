@@ -20,6 +20,24 @@ MAX_PAGE_SIZE = MAX_ROWS = 128  # what page_sees has bits for
 NO_LIMIT = 255  # page_sees: every offset is seen
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Seconds that a device's worker needs while all are busy. Only their ratios matter.
+
+    narrow_token  a key and a value, for the rows of a narrow tile
+    wide_token    the same, for those of a wide tile
+    tile          what a tile costs besides
+    partial       one query head's partial result of a row, written and merged
+    alone         what a token takes a worker while most others idle, relative to the above
+    """
+
+    narrow_token: float
+    wide_token: float
+    tile: float
+    partial: float
+    alone: float
+
+
 @dataclass(frozen=True, slots=True)
 class Tiling:
     """How a device's kernel cuts a step into tiles. Static: known to the kernel and to the planner.
@@ -30,6 +48,7 @@ class Tiling:
     wide_rows    most rows of a wide tile
     block_pages  page references that the kernel reads at once
     workers      (tile, KV head) pairs that the device computes at the same time
+    costs        what the device takes for them
     alone        each read has a tile of its own, whose pages come in order and unsplit: what a row computes
                  does not depend on the other rows
     """
@@ -40,6 +59,7 @@ class Tiling:
     wide_rows: int
     block_pages: int
     workers: int
+    costs: Costs
     alone: bool = False
 
     def __post_init__(self) -> None:
@@ -57,6 +77,16 @@ class Tiling:
         """How many tiles the device computes at the same time, with all of their heads."""
         return max(1, self.workers // self.kv_heads)
 
+    def block_seconds(self, rows: Int[np.ndarray, " tiles"]) -> np.ndarray:
+        """What a tile of so many rows takes a worker for a block, of one head."""
+        token = np.where(rows > self.narrow_rows, self.costs.wide_token, self.costs.narrow_token)
+        return self.block_pages * self.page_size * token
+
+    @property
+    def partial_row_seconds(self) -> float:
+        """Of a row's partial result: of its query heads per KV head, 16 of which fill a narrow tile."""
+        return self.costs.partial * max(1, 16 // self.narrow_rows)
+
 
 @dataclass(frozen=True, slots=True)
 class TileCapacity:
@@ -72,7 +102,7 @@ class TileCapacity:
     def for_bucket(
         cls, rows: int, num_pages: int, tiling: Tiling, pages_per_read: int | None = None
     ) -> TileCapacity:
-        """Room for every plan of at most `rows` rows.
+        """Room for every step of at most `rows` rows.
 
         Splitting makes one tile more per cut, and there are fewer cuts than `tiling.head_workers`. A pool
         page is referred to once, once more by each read that sees only a part of it, and once more where a

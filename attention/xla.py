@@ -7,12 +7,16 @@ every item of the row continues; so there are no partial results to merge.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attention.heads import group_size
+from attention.items import ItemBackend
 from attention.layout import WorkList
 
 if TYPE_CHECKING:
@@ -56,25 +60,25 @@ class Softmax(NamedTuple):
         return self.values / total[..., None], jnp.where(some, self.maximum + jnp.log(total), -jnp.inf)
 
 
-def attend(
-    q: Float[Array, "rows heads head_dim"],
-    k_pages: Float[Array, "pages kv_heads page_size head_dim"],
-    v_pages: Float[Array, "pages kv_heads page_size head_dim"],
-    work: WorkList,
-    *,
-    scale: float,
-) -> tuple[Float[Array, "rows heads head_dim"], Float[Array, "rows heads"]]:
-    """Attention output in q's dtype and log-sum-exp in the accumulation dtype; see `attention`."""
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    (rows, heads, head_dim), kv_heads = q.shape, k_pages.shape[1]
-    work = WorkList(*map(jnp.asarray, work))
-    reader = _Reader(k_pages, v_pages, work)
-    query = (q.astype(dtype) * scale).reshape(rows, kv_heads, heads // kv_heads, head_dim)
-    state = Softmax.empty(query.shape, dtype)
-    state = reader.read_single_rows(state, query)
-    state = reader.read_row_tiles(state, query)
-    out, lse = state.finish()
-    return out.reshape(q.shape).astype(q.dtype), lse.reshape(rows, heads)
+@dataclass(frozen=True, slots=True)
+class Xla(ItemBackend):
+    @property
+    def name(self) -> str:
+        return "xla"
+
+    def attend(
+        self, q: Array, pages: Sequence[Array], work: WorkList, *, scale: float
+    ) -> tuple[Array, Array]:
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        (rows, heads, head_dim), kv_heads = q.shape, pages[0].shape[1]
+        k_pages, v_pages = pages
+        reader = _Reader(k_pages, v_pages, WorkList(*map(jnp.asarray, work)))
+        query = (q.astype(dtype) * scale).reshape(rows, kv_heads, group_size(heads, kv_heads), head_dim)
+        state = Softmax.empty(query.shape, dtype)
+        state = reader.read_single_rows(state, query)
+        state = reader.read_row_tiles(state, query)
+        out, lse = state.finish()
+        return out.reshape(q.shape).astype(q.dtype), lse.reshape(rows, heads)
 
 
 class _Reader(NamedTuple):

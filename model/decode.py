@@ -19,9 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import attention
-from attention import Read, Reads, Segment, TileList, WorkList, default_backend
-from attention.tiles import refilled
+from attention import Backend, PageRun, Read, Reads, Work, default_backend
 from model.config import ModelConfig
 from model.decoder import Decoder, ModelStructure
 from model.kv_cache import KVCache
@@ -70,7 +68,7 @@ def generate(
     sampling: SamplingParams | None = None,
     eos_ids: Sequence[int] = (),
     page_size: int = 16,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Generation:
     """Continues every prompt (token ids) in `branches` branches, until `eos_ids` or `max_tokens`.
 
@@ -88,11 +86,12 @@ def generate(
         raise ValueError(f"a seed has 64 bits: 0..{2**64 - 1}, not {sampling.seed}")
     backend = backend or default_backend(model.config.head_dim, model.dtype)
     batch = _batch(prompts, branches, max_tokens, page_size, eos_ids, model.config, backend)
-    cache = KVCache.create(model.config, batch.num_pages, page_size, model.dtype)
+    cache = KVCache.abstract(backend, model.config, batch.num_pages, page_size, model.dtype).zeros()
     slots = _slots(model, prompts, branches, sampling)
     structure, weights = model.split()
     arguments = weights, cache, slots, batch.arrays
-    program = compile_generation(structure, _Shapes.of(arguments), backend, sampler_for(uses_of(sampling)))
+    uses = sampler_for(uses_of(sampling))
+    program = compile_generation(structure, _Shapes.of(arguments), backend, page_size, uses)
     started = time.perf_counter()
     tokens, *_ = program(*arguments)
     tokens = np.asarray(tokens)
@@ -133,7 +132,7 @@ class PromptRows(NamedTuple):
     positions: Int32[Any, " rows"]
     write_page: Int32[Any, " rows"]
     write_offset: Int32[Any, " rows"]
-    work: WorkList | TileList
+    work: Work
 
 
 class Arrays(NamedTuple):
@@ -143,8 +142,7 @@ class Arrays(NamedTuple):
     start       rotary position of each branch's first row
     tail_pages  the branches' own pages
     work        what the branches' rows read at the end
-    tail_begin  of each page reference of `work`: the first position of its branch that is on that page, or -1
-                if the page is a prompt's
+    tail_begin  of each page: the first position of its branch that is on it, or -1 if it is a prompt's
     branch_key  model.sampling.branch_key of each branch
     eos_ids     tokens that end a branch, padded with -1
     tokens      all -1: where the tokens go; their number is rounded up to a multiple of STRIDE
@@ -153,8 +151,8 @@ class Arrays(NamedTuple):
     prompts: PromptRows
     start: Int32[Any, " branches"]
     tail_pages: Int32[Any, "branches tail_pages"]
-    work: WorkList | TileList
-    tail_begin: Int32[Any, " page_refs"]
+    work: Work
+    tail_begin: Int32[Any, " pages"]
     branch_key: Int32[Any, " branches"]
     eos_ids: Int32[Any, " eos"]
     tokens: Int32[Any, "max_tokens branches"]
@@ -175,7 +173,7 @@ def _batch(
     page_size: int,
     eos_ids: Sequence[int],
     config: ModelConfig,
-    backend: str,
+    backend: Backend,
 ) -> Batch:
     shared = [len(prompt) - 1 for prompt in prompts]
     # Padded to a power of two, so that prompts of other lengths can use the same program.
@@ -185,24 +183,24 @@ def _batch(
     num_pages = rows // page_size + len(prompts) + count * tail
     prompt_reads, branch_reads, tail_pages = _reads(shared, branches, tail, page_size)
 
-    def planned(reads: list[Read], rows: int) -> tuple[np.ndarray, WorkList | TileList]:
+    def laid_out(reads: list[Read], rows: int) -> tuple[np.ndarray, Work]:
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        capacity = attention.capacity(
-            backend, rows, num_pages, heads=heads, kv_heads=kv_heads, page_size=page_size
-        )
-        return attention.plan(Reads.of(reads), capacity, page_size)
+        capacity = backend.capacity(rows, num_pages, heads=heads, kv_heads=kv_heads, page_size=page_size)
+        return backend.lay_out(Reads.of(reads), capacity)
 
-    order, branch_work = planned(branch_reads, count)
-    assert (order == np.arange(count)).all(), "page ids ascend, so single rows are in tree order"
+    order, branch_work = laid_out(branch_reads, count)
+    assert (order == np.arange(count)).all(), "page ids ascend, so single rows keep their order"
     begin = np.full(num_pages, -1, np.int32)
     begin[tail_pages] = page_size * np.arange(tail)
     keys = [branch_key(((0, branch),) if branches > 1 else ()) for branch in range(branches)]
     arrays = Arrays(
-        prompts=_prompt_rows(prompts, rows, prompt_reads, *planned(prompt_reads, rows), num_pages, page_size),
+        prompts=_prompt_rows(
+            prompts, rows, prompt_reads, *laid_out(prompt_reads, rows), num_pages, page_size
+        ),
         start=np.repeat(np.array(shared, np.int32), branches),
         tail_pages=tail_pages,
         work=branch_work,
-        tail_begin=begin[branch_work.page_ids],
+        tail_begin=begin,
         branch_key=np.array(keys * len(prompts), np.int32),
         eos_ids=np.pad(np.array(eos_ids, np.int32), (0, 8 - len(eos_ids) % 8), constant_values=-1),
         tokens=np.full((max_tokens, count), -1, np.int32),
@@ -226,13 +224,13 @@ def _reads(
     page = 0
     for number, length in enumerate(shared):
         end = page - (-length // page_size)
-        prompt, page = Segment(range(page, end), length), end
+        prompt, page = PageRun(range(page, end), length), end
         if length:
             prompt_reads.append(Read((), prompt, rows=length, ordinal=0))
         for branch in range(number * branches, (number + 1) * branches):
             tail_pages[branch] = np.arange(page, page + tail)
             page += tail
-            *before, own = (Segment((own,), almost_full) for own in tail_pages[branch].tolist())
+            *before, own = (PageRun((own,), almost_full) for own in tail_pages[branch].tolist())
             context = (prompt, *before) if length else tuple(before)
             branch_reads.append(Read(context, own, rows=1, ordinal=almost_full - 1))
     return prompt_reads, branch_reads, tail_pages
@@ -243,7 +241,7 @@ def _prompt_rows(
     size: int,
     reads: Sequence[Read],
     order: np.ndarray,
-    work: WorkList | TileList,
+    work: Work,
     nowhere: int,
     page_size: int,
 ) -> PromptRows:
@@ -297,7 +295,8 @@ def decode_loop(
     arrays: Arrays,
     *,
     structure: ModelStructure,
-    backend: str,
+    backend: Backend,
+    page_size: int,
     uses: int,
 ) -> tuple[Int32[Array, "max_tokens branches"], KVCache, SlotState]:
     """Reads the prompts, then samples until every branch has ended. The cache and slots may be donated.
@@ -316,7 +315,7 @@ def decode_loop(
         return (progress.step < max_tokens) & ~progress.ended.all()
 
     def stride(progress: Progress) -> Progress:
-        feed = partial(_feed, model, arrays, backend, uses)
+        feed = partial(_feed, model, arrays, backend, page_size, uses)
         return lax.fori_loop(0, STRIDE, lambda _, progress: feed(progress), progress)
 
     start = Progress(np.int32(0), arrays.tokens, jnp.zeros(count, bool), cache, slots)
@@ -324,18 +323,21 @@ def decode_loop(
     return end.tokens, end.cache, end.slots
 
 
-def _feed(model: Decoder, arrays: Arrays, backend: str, uses: int, progress: Progress) -> Progress:
+def _feed(
+    model: Decoder, arrays: Arrays, backend: Backend, page_size: int, uses: int, progress: Progress
+) -> Progress:
     """Feeds every branch its last token, and samples the next."""
     step, tokens, ended, cache, slots = progress
-    count, page_size = ended.size, cache.page_size
+    count, begin = ended.size, arrays.tail_begin
     fed, positions = slots.last_token, arrays.start + step
+    filled = jnp.where(begin < 0, -1, jnp.clip(step + 1 - begin, 0, page_size))
     hidden, cache = model.forward(
         fed,
         positions,
         cache,
         arrays.tail_pages[:, step // page_size],
         jnp.broadcast_to(step % page_size, (count,)),
-        _work_after(arrays, step, page_size),
+        backend.refill(arrays.work, filled),
         backend,
     )
     every = jnp.arange(count, dtype=jnp.int32)
@@ -350,15 +352,6 @@ def _feed(model: Decoder, arrays: Arrays, backend: str, uses: int, progress: Pro
     tokens = lax.dynamic_update_slice_in_dim(tokens, outputs.token[None], step, 0)
     ended |= (outputs.token[:, None] == arrays.eos_ids).any(1)
     return Progress(step + 1, tokens, ended, cache, slots)
-
-
-def _work_after(arrays: Arrays, step: Int32[Array, ""], page_size: int) -> WorkList | TileList:
-    """The branches' work with their pages filled as of this step."""
-    work, begin = arrays.work, arrays.tail_begin
-    filled = jnp.clip(step + 1 - begin, 0, page_size)
-    if isinstance(work, TileList):
-        return work._replace(page_sees=jnp.where(begin < 0, work.page_sees, refilled(work.page_sees, filled)))
-    return work._replace(page_valid=jnp.where(begin < 0, work.page_valid, filled))
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,9 +369,9 @@ class _Shapes:
 
 @lru_cache(maxsize=16)
 def compile_generation(
-    structure: ModelStructure, shapes: _Shapes, backend: str, uses: int
+    structure: ModelStructure, shapes: _Shapes, backend: Backend, page_size: int, uses: int
 ) -> jax.stages.Compiled:
     """`decode_loop` compiled for (weights, cache, slots, arrays); cache and slots are donated."""
-    loop = partial(decode_loop, structure=structure, backend=backend, uses=uses)
+    loop = partial(decode_loop, structure=structure, backend=backend, page_size=page_size, uses=uses)
     arguments = jax.tree.unflatten(shapes.treedef, shapes.leaves)
     return jax.jit(loop, donate_argnums=(1, 2)).lower(*arguments).compile()

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from attention import BACKENDS
+from attention import BACKENDS, backend_named
 from model.checkpoint import LoadFormat, load_model, model_folder
 from model.decode import generate
 from model.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def _report(command: Decode) -> str:
         sampling=command.sampling,
         eos_ids=() if command.ignore_eos else (tokenizer and tokenizer.eos_ids) or model.config.eos_ids,
         page_size=command.page_size,
-        backend=None if command.attention == "auto" else command.attention,
+        backend=None if command.attention == "auto" else backend_named(command.attention),
     )
     answers = [
         [

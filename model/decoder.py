@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import nnx
 
-from attention import Places
+from attention import Backend, Places, Work
 from attention.heads import wide
 from model.config import ModelConfig
 from model.kv_cache import KVCache
@@ -20,8 +20,6 @@ from model.layers import DecoderLayer, RMSNorm, Rows, decoder_layer, parameter, 
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
-
-    from attention import TileList, WorkList
 
 
 class Decoder(nnx.Module):
@@ -50,21 +48,21 @@ class Decoder(nnx.Module):
         cache: KVCache,
         write_page: Int[Array, " rows"],
         write_offset: Int[Array, " rows"],
-        work: WorkList | TileList,
-        backend: str,
+        work: Work,
+        backend: Backend,
     ) -> tuple[Float[Array, "rows embed"], KVCache]:
         """One step over packed rows: writes each row's KV at (write_page, write_offset), then reads `work`.
 
         Returns the residual stream before the final norm (see `logits`) and the updated cache. A row whose
-        write_page is no page writes nowhere; a row that no work item covers attends to nothing.
+        write_page is no page writes nowhere; a row to which `work` gives nothing attends to nothing.
         """
         hidden = self.embedding[...][tokens]
         angles = rotary_angles(self.config, positions, hidden.dtype)
         rows = Rows(angles, Places(write_page, write_offset), work)
         layers = []
-        for layer, kv in zip(self.layers, cache.layers, strict=True):
-            hidden, kv = decoder_layer(layer, hidden, kv, rows, backend=backend)
-            layers.append(kv)
+        for layer, pages in zip(self.layers, cache.layers, strict=True):
+            hidden, pages = decoder_layer(layer, hidden, pages, rows, backend=backend)
+            layers.append(pages)
         return hidden, KVCache(tuple(layers))
 
     def logits(self, hidden: Float[Array, "n embed"]) -> Float[Array, "n vocab"]:

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from attention import Backend, PageArray, Pages
 from model.config import ModelConfig
 from model.sharding import ON_ONE_DEVICE, Placement
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-
-PAGE_AXES = ("pages", "kv_heads", "page", "head_dim")
-
 
 class KVCache(NamedTuple):
-    """(k_pages, v_pages) per layer, each [pages, kv_heads, page_size, head_dim].
+    """The pages of each layer, in the arrays of an attention backend.
 
     A pytree; programs take it donated and return it, so there is only ever one.
     """
 
-    layers: tuple[
-        tuple[
-            Float[Any, "pages kv_heads page_size head_dim"],
-            Float[Any, "pages kv_heads page_size head_dim"],
-        ],
-        ...,
-    ]
+    layers: tuple[Pages, ...]
 
     @classmethod
     def abstract(
         cls,
+        backend: Backend,
         config: ModelConfig,
         num_pages: int,
         page_size: int,
@@ -40,35 +31,28 @@ class KVCache(NamedTuple):
         placement: Placement = ON_ONE_DEVICE,
     ) -> KVCache:
         """The cache's shapes, to compile programs from before it exists."""
-        sharding = placement.sharding(PAGE_AXES)
-        shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
-        pages = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        return cls(((pages, pages),) * config.num_layers)
 
-    @classmethod
-    def create(
-        cls,
-        config: ModelConfig,
-        num_pages: int,
-        page_size: int,
-        dtype: Any,
-        placement: Placement = ON_ONE_DEVICE,
-    ) -> KVCache:
-        """A cache of zeros. What a page holds before it is written is never read."""
-        abstract = cls.abstract(config, num_pages, page_size, dtype, placement)
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), abstract)
+        def array(page: PageArray) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(page.shape, page.dtype, sharding=placement.sharding(page.axes))
 
-    @property
-    def num_pages(self) -> int:
-        return self.layers[0][0].shape[0]
+        layer = tuple(map(array, _layer(backend, config, num_pages, page_size, dtype)))
+        return cls((layer,) * config.num_layers)
 
-    @property
-    def page_size(self) -> int:
-        return self.layers[0][0].shape[2]
+    def zeros(self) -> KVCache:
+        """A cache of these shapes. What a page holds before it is written is never read."""
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), self)
 
 
-def bytes_per_page(config: ModelConfig, page_size: int, dtype: Any) -> int:
+def bytes_per_page(backend: Backend, config: ModelConfig, page_size: int, dtype: Any) -> int:
     """Bytes that one page id takes over all layers, keys and values."""
-    return (
-        2 * config.num_layers * config.num_kv_heads * page_size * config.head_dim * jnp.dtype(dtype).itemsize
+    layer = _layer(backend, config, 1, page_size, dtype)
+    return config.num_layers * sum(array.nbytes for array in layer)
+
+
+def _layer(
+    backend: Backend, config: ModelConfig, num_pages: int, page_size: int, dtype: Any
+) -> tuple[PageArray, ...]:
+    heads, head_dim = config.num_kv_heads, config.head_dim
+    return tuple(
+        backend.pages(num_pages, kv_heads=heads, page_size=page_size, head_dim=head_dim, dtype=dtype)
     )

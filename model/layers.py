@@ -19,15 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attention import HeadNorms, Places, enter, shared_prefix_attention
+from attention import Backend, HeadNorms, Pages, Places, Work
 from attention.heads import rms_norm, wide
 from model.architecture import ARCHITECTURES
 from model.config import Llama3Scaling, ModelConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
-
-    from attention import TileList, WorkList
 
 
 class Parts(NamedTuple):
@@ -103,7 +101,7 @@ class Rows(NamedTuple):
 
     angles: tuple[Float[Array, "rows pairs"], Float[Array, "rows pairs"]]
     places: Places
-    work: WorkList | TileList
+    work: Work
 
 
 class Attention(nnx.Module):
@@ -126,16 +124,16 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "rows embed"],
-        kv: tuple[Array, Array],
+        pages: Pages,
         rows: Rows,
-        backend: str,
-    ) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
+        backend: Backend,
+    ) -> tuple[Float[Array, "rows embed"], Pages]:
         qkv = jnp.concatenate(
             [product("re,ehd->rhd", x, heads) for heads in (self.q, self.k, self.v)], axis=1
         )
-        q, k_pages, v_pages = enter(qkv, self.norms, rows.angles, *kv, rows.places, backend=backend)
-        out = shared_prefix_attention(q, k_pages, v_pages, rows.work, scale=self.scale, backend=backend)
-        return product("rhd,hde->re", out, self.o), (k_pages, v_pages)
+        q, pages = backend.write(qkv, self.norms, rows.angles, pages, rows.places)
+        out, _ = backend.attend(q, pages, rows.work, scale=self.scale)
+        return product("rhd,hde->re", out, self.o), pages
 
     @property
     def norms(self) -> HeadNorms | None:
@@ -170,12 +168,12 @@ class DecoderLayer(nnx.Module):
 def decoder_layer(
     layer: DecoderLayer,
     hidden: Float[Array, "rows embed"],
-    kv: tuple[Array, Array],
+    pages: Pages,
     rows: Rows,
     *,
-    backend: str,
-) -> tuple[Float[Array, "rows embed"], tuple[Array, Array]]:
+    backend: Backend,
+) -> tuple[Float[Array, "rows embed"], Pages]:
     """A layer's output and its KV pages: one jitted function, which a program of many layers traces once."""
-    out, kv = layer.attention(layer.attention_norm(hidden), kv, rows, backend)
+    out, pages = layer.attention(layer.attention_norm(hidden), pages, rows, backend)
     hidden = hidden + out
-    return hidden + layer.mlp(layer.mlp_norm(hidden)), kv
+    return hidden + layer.mlp(layer.mlp_norm(hidden)), pages

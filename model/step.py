@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import attention
-from attention import Capacity, TileCapacity, TileList, WorkList
+from attention import Backend, Capacity, Work
 from model.config import ModelConfig
 from model.decoder import Decoder, ModelStructure
 from model.kv_cache import KVCache
@@ -46,22 +45,27 @@ class StepInputs(NamedTuple):
     positions: Int32[Any, " rows"]
     write_page: Int32[Any, " rows"]
     write_offset: Int32[Any, " rows"]
-    work: WorkList | TileList
+    work: Work
     sample: SampleInputs
 
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """Where each array of a bucket's StepInputs lies in its packed vector. Hashable: one per program."""
+    """Where each array of a bucket's StepInputs lies in its packed vector, and what its rows attend with.
 
-    capacity: Capacity | TileCapacity
+    Hashable: one per program.
+    """
+
+    backend: Backend
+    capacity: Capacity
+    page_size: int
     samples: int
 
     @classmethod
     def for_bucket(
         cls,
         config: ModelConfig,
-        backend: str,
+        backend: Backend,
         rows: int,
         *,
         num_pages: int,
@@ -70,8 +74,7 @@ class StepLayout:
         pages_per_read: int | None = None,
     ) -> StepLayout:
         """Room for every step of a model with at most `rows` rows, of which `samples` sample."""
-        capacity = attention.capacity(
-            backend,
+        capacity = backend.capacity(
             rows,
             num_pages,
             heads=config.num_heads,
@@ -79,7 +82,7 @@ class StepLayout:
             page_size=page_size,
             pages_per_read=pages_per_read,
         )
-        return cls(capacity, samples)
+        return cls(backend, capacity, page_size, samples)
 
     @property
     def size(self) -> int:
@@ -143,7 +146,6 @@ def forward(
     packed: Int32[Array, " size"],
     *,
     layout: StepLayout,
-    backend: str,
 ) -> tuple[KVCache, Float[Array, "samples vocab"], Int32[Array, " samples"]]:
     """Feeds every row; the logits of those that sample, and what was fed in them.
 
@@ -153,7 +155,7 @@ def forward(
     tokens = inputs.tokens
     fed = jnp.where(tokens < 0, last_token[jnp.maximum(-1 - tokens, 0)], tokens)
     hidden, cache = model.forward(
-        fed, inputs.positions, cache, inputs.write_page, inputs.write_offset, inputs.work, backend
+        fed, inputs.positions, cache, inputs.write_page, inputs.write_offset, inputs.work, layout.backend
     )
     rows = inputs.sample.row
     return cache, model.logits(hidden[rows]), fed[rows]
@@ -195,14 +197,13 @@ def compile_step(
     slots: SlotState,
     *,
     layout: StepLayout,
-    backend: str,
     max_top_logprobs: int,
     samplers: Sequence[int] = SAMPLERS,
 ) -> StepProgram:
     """Compiles a bucket's step ahead of time, from arrays or from their shapes (jax.ShapeDtypeStruct)."""
 
     def taper_step(weights: tuple[Any, ...], cache: KVCache, last_token: Array, packed: Array) -> Any:
-        return forward(structure.merge(weights), cache, last_token, packed, layout=layout, backend=backend)
+        return forward(structure.merge(weights), cache, last_token, packed, layout=layout)
 
     def taper_sample(slots: SlotState, logits: Array, fed: Array, packed: Array, *, uses: int) -> Any:
         inputs = layout.unpack(packed).sample

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attention import Read, Segment
+from attention import PageRun, Read
 
 RAGGED = 300  # a matrix's tail of this length stands for lengths from 1 to it
 LARGE_LOGITS = 16.0  # factor on the queries, exact in bfloat16: logits up to about 60
@@ -143,11 +143,11 @@ class Forest:
     def _reads(self, grid: Grid) -> Iterator[Read]:
         """One for each row that reads anything; without a tail, the prefix is its own."""
         prefix_pages = -(-self.prefix_length // grid.page)
-        prefixes = [Segment(ids[:prefix_pages], self.prefix_length) for ids in self.prefix_ids]
+        prefixes = [PageRun(ids[:prefix_pages], self.prefix_length) for ids in self.prefix_ids]
         contexts = [(prefix,) if prefix_pages else () for prefix in prefixes]
         for row in self.rows.tolist():
             group, length = row // grid.width, int(self.tail_length[row])
-            own = Segment(self.tail_ids[row, : -(-length // grid.page)], length)
+            own = PageRun(self.tail_ids[row, : -(-length // grid.page)], length)
             context = contexts[group]
             if not length:
                 context, own = (), prefixes[group]
@@ -173,10 +173,10 @@ class Tree:
         free = list(rng.permutation(cls.POSITIONS // page))
         reads: list[Read] = []
 
-        def grow(context: tuple[Segment, ...], depth: int) -> None:
+        def grow(context: tuple[PageRun, ...], depth: int) -> None:
             rows = int(rng.integers(2, 50)) if rng.random() < 0.15 else 1
             length = rows + int(rng.integers(0, 3 * page))
-            own = Segment([int(free.pop()) for _ in range(-(-length // page))], length)
+            own = PageRun([int(free.pop()) for _ in range(-(-length // page))], length)
             leaf = Read(context, own, rows, length - rows)
             if depth == 0 or rng.random() < 0.2:
                 reads.append(leaf)

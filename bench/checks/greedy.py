@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from attention import Backend
 from bench.checks.scale import PAGE, Scale
 from model.checkpoint import load_model
 from model.config import ModelConfig
@@ -32,7 +33,9 @@ def random_prompts(scale: Scale, config: ModelConfig, seed: int) -> list[list[in
     return [rng.integers(0, config.vocab_size, length).tolist() for length in scale.prompts]
 
 
-def greedy_here(folder: Path, prompts: Sequence[Sequence[int]], scale: Scale, backend: str | None) -> Tokens:
+def greedy_here(
+    folder: Path, prompts: Sequence[Sequence[int]], scale: Scale, backend: Backend | None
+) -> Tokens:
     model = load_model(str(folder), jnp.float32)
     tokens, width = scale.new_tokens, scale.branches
     run = generate(model, prompts, max_tokens=tokens, branches=width, page_size=PAGE, backend=backend)
@@ -82,7 +85,7 @@ def compare_tokens(ours: Tokens, theirs: Tokens | None) -> dict[str, Any] | None
     return {"same": same, "tokens": total, "ok": same == total}
 
 
-def check_greedy(scale: Scale, config: ModelConfig, seed: int, backend: str | None) -> dict[str, Any]:
+def check_greedy(scale: Scale, config: ModelConfig, seed: int, backend: Backend | None) -> dict[str, Any]:
     prompts = random_prompts(scale, config, seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

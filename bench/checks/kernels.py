@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention import default_backend, shared_prefix_attention
+from attention import Backend, backend_named, default_backend
 from bench import hardware
 from bench.checks.forests import LARGE_LOGITS, SMALL, Forest, Grid, Matrix, Tree
 from bench.command import Command
@@ -79,7 +79,7 @@ class Setup:
     head_dim: int
     kv_heads: int
     grid: Grid
-    backend: str
+    backend: Backend
 
     @property
     def rows(self) -> int:
@@ -147,15 +147,8 @@ def check(
     row_of = inputs["row_of"]
     used = row_of < setup.rows
     scale = setup.head_dim**-0.5
-    out, lse = shared_prefix_attention(
-        q.at[row_of].get(mode="fill", fill_value=1),
-        k_pages,
-        v_pages,
-        inputs["work"],
-        scale=scale,
-        backend=setup.backend,
-        return_lse=True,
-    )
+    queries = q.at[row_of].get(mode="fill", fill_value=1)
+    out, lse = setup.backend.attend(queries, (k_pages, v_pages), inputs["work"], scale=scale)
     reference = tree_reference if setup.kind == "tree" else forest_reference
     wide_k, wide_v = (
         jnp.where(filled[:, None, :, None], x, 0).astype(jnp.float32) for x in (k_pages, v_pages)
@@ -248,7 +241,7 @@ def all_cases(matrix: Matrix, seed: int) -> Iterator[Case]:
             yield Case("tree", *configuration, seed=next(numbers))
 
 
-def setup_of(case: Case, matrix: Matrix, backend: str) -> Setup:
+def setup_of(case: Case, matrix: Matrix, backend: Backend) -> Setup:
     grid = Grid.of(matrix, case.page, narrow=case.width <= matrix.narrow)
     return Setup(case.kind, case.group_size, case.page, case.head_dim, matrix.kv_heads, grid, backend)
 
@@ -284,7 +277,7 @@ def shapes_of(setup: Setup) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
 
 
 def run_cases(
-    cases: Sequence[Case], matrix: Matrix, backend: str, processes: int
+    cases: Sequence[Case], matrix: Matrix, backend: Backend, processes: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """What `check` gives, [n, 4], of the cases with these indices; one program's cases after another's."""
     by_setup: dict[Setup, list[int]] = {}
@@ -374,25 +367,27 @@ def text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], backend: Backend | None = None) -> int:
+    """`backend`: one that has no name, instead of the command's."""
     parser = Command("bench.checks.kernels", "Checks attention.")
-    parser.add_argument("--backend", default=default_backend(128, jnp.bfloat16))
+    parser.add_argument("--backend", default=default_backend(128, jnp.bfloat16).name)
     parser.add_argument("--sample", type=int, help="that many cases, drawn at random, instead of all")
     parser.add_argument("--scale", choices=["full", "small"], default="full")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**24)
     parser.add_argument("--processes", type=int, default=0, help="that plan beside this one")
     options = parser.parse_args(arguments)
+    backend = backend or backend_named(options.backend)
     start = time.perf_counter()
     matrix = SMALL if options.scale == "small" else Matrix()
     cases = list(all_cases(matrix, options.seed))
     if options.sample is not None:
         cases = random.Random(options.seed).sample(cases, options.sample)
     found = head(parser.typed(arguments), hardware.describe())
-    found |= {"backend": options.backend, "seed": options.seed, "planned_cases": len(cases)}
+    found |= {"backend": backend.name, "seed": options.seed, "planned_cases": len(cases)}
     done: list[Case] = []
     results = np.zeros((0, 4))
     result: dict[str, Any] = {}
-    for members, values in run_cases(cases, matrix, options.backend, options.processes):
+    for members, values in run_cases(cases, matrix, backend, options.processes):
         done += [cases[index] for index in members]
         results = np.concatenate([results, values])
         seconds = time.perf_counter() - start

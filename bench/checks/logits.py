@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import attention
-from attention.reads import Read, Reads
-from attention.reads import Segment as Filled
+from attention import Backend, PageRun, Read, Reads, default_backend
 from bench.checks.scale import PAGE, Scale
 from model.config import ModelConfig
 from model.decoder import Decoder
@@ -51,9 +49,9 @@ class Segment:
     def left(self) -> int:
         return len(self.tokens) - self.fed
 
-    def filled(self) -> Filled:
+    def filled(self) -> PageRun:
         """What has been fed."""
-        return Filled(self.pages[: -(-self.fed // PAGE)], self.fed)
+        return PageRun(self.pages[: -(-self.fed // PAGE)], self.fed)
 
 
 class Pages:
@@ -72,10 +70,10 @@ class Pages:
 class Served:
     """A model behind one compiled step program that gives the logits of every row."""
 
-    def __init__(self, scale: Scale, seed: int, backend: str | None) -> None:
+    def __init__(self, scale: Scale, seed: int, backend: Backend | None) -> None:
         self.scale, self.config = scale, scale.logits
         dtype = jnp.bfloat16
-        backend = backend or attention.default_backend(self.config.head_dim, dtype)
+        backend = backend or default_backend(self.config.head_dim, dtype)
         longest = -(-scale.trunk // PAGE) - (-scale.tail // PAGE)
         # Everything that a check feeds, twice: for the requests, and for those beside them.
         self.num_pages = 2 * scale.requests * (scale.width + 1) * longest
@@ -89,13 +87,13 @@ class Served:
             pages_per_read=longest,
         )
         self.model = random_weights(Decoder(self.config, dtype), seed, ON_ONE_DEVICE)
-        self.cache = KVCache.create(self.config, self.num_pages, PAGE, dtype)
+        self.cache = KVCache.abstract(backend, self.config, self.num_pages, PAGE, dtype).zeros()
         structure, self.weights = self.model.split()
 
         def step(weights: Any, cache: KVCache, packed: Array) -> tuple[KVCache, Array]:
             nothing = jnp.zeros(1, jnp.int32)
             model = structure.merge(weights)
-            return forward(model, cache, nothing, packed, layout=self.layout, backend=backend)[:2]
+            return forward(model, cache, nothing, packed, layout=self.layout)[:2]
 
         arguments = self.weights, self.cache, jax.ShapeDtypeStruct((self.layout.size,), jnp.int32)
         self.step = jax.jit(step, donate_argnums=1).lower(*arguments).compile()
@@ -111,7 +109,7 @@ class Served:
             reads.append(Read(context, segment.filled(), count, first))
             page, offset = np.array(segment.pages)[ordinals // PAGE], ordinals % PAGE
             rows.append((segment.tokens[ordinals], segment.start + ordinals, page, offset))
-        order, work = attention.plan(Reads.of(reads), self.layout.capacity, PAGE)
+        order, work = self.layout.backend.lay_out(Reads.of(reads), self.layout.capacity)
         arrays = [np.concatenate([rows[i][part] for i in order]).astype(np.int32) for part in range(4)]
         every = np.arange(len(arrays[0]), dtype=np.int32)
         sample = SampleInputs(**dict.fromkeys(SampleInputs._fields, every))

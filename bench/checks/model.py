@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import jax.numpy as jnp
 
-import attention
+from attention import Backend, backend_named, default_backend
 from bench import hardware
 from bench.checks.greedy import check_greedy
 from bench.checks.logits import AGREEMENT_BAR, ERROR_BAR, LEAD, Served, check_logits
@@ -71,7 +71,8 @@ def _verdict(ok: bool) -> str:
     return "(ok)" if ok else "(MISSED)"
 
 
-def main(arguments: Sequence[str]) -> dict[str, Any]:
+def main(arguments: Sequence[str], backend: Backend | None = None) -> dict[str, Any]:
+    """`backend`: one that has no name, instead of the command's."""
     parser = Command("bench.checks.model", "Checks what a model computes on this device.")
     parser.add_argument("--backend", default=None, help="default: the device's")
     parser.add_argument("--scale", choices=sorted(SCALES), default="full")
@@ -79,8 +80,9 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     scale = SCALES[options.scale]
+    backend = backend or (backend_named(options.backend) if options.backend else None)
     backends = {
-        jnp.dtype(dtype).name: options.backend or attention.default_backend(config.head_dim, dtype)
+        jnp.dtype(dtype).name: (backend or default_backend(config.head_dim, dtype)).name
         for dtype, config in ((jnp.float32, scale.greedy[0]), (jnp.bfloat16, scale.logits))
     }
     result: dict[str, Any] = {
@@ -89,11 +91,11 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "rows": scale.rows,
         "seed": options.seed,
         "greedy": [
-            check_greedy(scale, config, options.seed, options.backend)
+            check_greedy(scale, config, options.seed, backend)
             for config in (() if options.without_greedy else scale.greedy)
         ],
     }
-    served = Served(scale, options.seed, options.backend)
+    served = Served(scale, options.seed, backend)
     result["logits"] = check_logits(served, options.seed)
     result["schedules"] = check_schedules(served, options.seed)
     result["ok"] = passed(result)

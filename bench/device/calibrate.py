@@ -163,7 +163,7 @@ def profile(name: str, points: Sequence[Point], runner: Runner, device: str) -> 
     config = runner.config
     return {
         "name": name,
-        **conditions(device, runner.model_config, runner.dtype.name, config.backend),
+        **conditions(device, runner.model_config, runner.dtype.name, config.backend.name),
         "num_pages": config.num_pages,
         "page_size": config.page_size,
         "forms": fit(points),

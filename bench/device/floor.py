@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.kv_cache import bytes_per_page
 
 
 def weight_bytes(config: ModelConfig, dtype: Any) -> int:
@@ -19,8 +18,9 @@ def weight_bytes(config: ModelConfig, dtype: Any) -> int:
 
 
 def kv_bytes(config: ModelConfig, dtype: Any, tokens: float) -> float:
-    """Bytes of the KV of so many positions."""
-    return tokens * bytes_per_page(config, 1, jnp.dtype(dtype))
+    """Bytes of the keys and values of so many positions, however they are kept."""
+    elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return tokens * elements * jnp.dtype(dtype).itemsize
 
 
 def floor_seconds(config: ModelConfig, dtype: Any, kv_tokens: float, copy_tb_s: float) -> float:

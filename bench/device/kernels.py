@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention import default_backend, shared_prefix_attention
+from attention import Work, backend_named, default_backend
 from bench import hardware
 from bench.command import Command
 from bench.device.peers import FlashInfer, peer_names
 from bench.device.report import summary, table
 from bench.device.shapes import RANDOM_DISTRIBUTION, PageTables, Shape, random_shapes, shrunk, suite_shapes
-from bench.device.work import moved, planner, row_order
+from bench.device.work import Planner, planner, row_order
 from bench.plot import plot_cases
 from bench.result import head, keep, say, write
 from bench.timing import seconds_per_call
@@ -83,7 +82,8 @@ class Prepared:
     tables: PageTables
     rows: np.ndarray  # where each of the work list's rows lies in the order of the branches
     bucket: int
-    work: Any
+    plan: Planner
+    work: Work
     plan_seconds: float
 
 
@@ -91,7 +91,7 @@ class KernelBench:
     """The pools, the programs and the results of one run."""
 
     def __init__(self, options: Options) -> None:
-        self.options = options
+        self.options, self.backend = options, backend_named(options.backend)
         self.started = time.perf_counter()
         self.shapes = [
             shape for suite in options.suite for shape in suite_shapes(suite, options.page, options.heads)
@@ -151,7 +151,7 @@ class KernelBench:
         reads = tables.reads()
         bucket = next(size for size in ROW_BUCKETS if shape.rows <= size)
         plan = planner(
-            self.options.backend,
+            self.backend,
             rows=bucket,
             num_pages=self.pool_pages(shape),
             pages_per_read=max(other.longest for other in self.same_pages(shape)),
@@ -162,7 +162,7 @@ class KernelBench:
         start = time.perf_counter()
         order, work = plan(reads)
         seconds = time.perf_counter() - start
-        return Prepared(shape, tables, row_order(reads, order), bucket, work, seconds)
+        return Prepared(shape, tables, row_order(reads, order), bucket, plan, work, seconds)
 
     def program(self, item: Prepared) -> Future[Program]:
         """The program of a shape's bucket, compiled in the background."""
@@ -179,8 +179,11 @@ class KernelBench:
 
     def compile(self, q: Any, pool: Any, work: Any) -> Program:
         scale = q.shape[-1] ** -0.5
+
         # Jitted, so that the calls of the loop are traced and lowered once.
-        attend = jax.jit(partial(shared_prefix_attention, backend=self.options.backend, scale=scale))
+        @jax.jit
+        def attend(q: Array, k_pages: Array, v_pages: Array, work: Work) -> Array:
+            return self.backend.attend(q, (k_pages, v_pages), work, scale=scale)[0]
 
         def loop(q: Array, k_pages: Array, v_pages: Array, works: Sequence[Any]) -> Array:
             def body(_: Any, q: Array) -> Array:
@@ -242,7 +245,8 @@ class KernelBench:
         ours[: shape.rows] = q[item.rows]
         ours = jax.device_put(ours)
         sets = self.page_sets(shape)
-        works = [jax.device_put(moved(item.work, index % sets * shape.pages)) for index in range(self.sets)]
+        moved = [item.tables.moved(index % sets * shape.pages) for index in range(self.sets)]
+        works = [jax.device_put(item.plan(tables.reads())[1]) for tables in moved]
         out = np.zeros(q.shape, np.float32)
         out[item.rows] = np.asarray(program.once(ours, k_pages, v_pages, works[0]))[: shape.rows]
         return case | self.time_ours(program, ours, k_pages, v_pages, works, floor), out
@@ -338,7 +342,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         default=Options.heads,
         help="query heads of the suites",
     )
-    add("--backend", default=default_backend(128, jnp.bfloat16))
+    add("--backend", default=default_backend(128, jnp.bfloat16).name)
     add("--scale", choices=["full", "tiny"], default="full", help="tiny: shapes that a CPU can run")
     add("--plot", type=Path, help="an image file (needs matplotlib)")
     add("--budget-seconds", type=float, default=float("inf"), help="no new measurement starts after this")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from attention import Read, Segment
+from attention import PageRun, Read
 
 BYTES = 2  # of a bfloat16 element
 WIDE_HEADS = (64, 8)  # query and KV heads of Qwen3-32B
@@ -132,6 +132,10 @@ class PageTables:
         counts = -(-shape.tails // shape.page)
         return cls(shape, prefix.reshape(shape.groups, -1), np.split(rest, np.cumsum(counts)[:-1]))
 
+    def moved(self, pages: int) -> PageTables:
+        """The same tokens on pages that lie `pages` further on in the pool."""
+        return replace(self, prefix=self.prefix + pages, tails=[tail + pages for tail in self.tails])
+
     def group_of(self, branch: int) -> int:
         return branch // self.shape.width
 
@@ -148,9 +152,9 @@ class PageTables:
     def reads(self) -> list[Read]:
         """One per branch, in order."""
         shape, rows = self.shape, self.shape.rows_per_branch
-        contexts = [(Segment(pages, shape.prefix),) if shape.prefix else () for pages in self.prefix]
+        contexts = [(PageRun(pages, shape.prefix),) if shape.prefix else () for pages in self.prefix]
         return [
-            Read(contexts[self.group_of(branch)], Segment(pages, length), rows, length - rows)
+            Read(contexts[self.group_of(branch)], PageRun(pages, length), rows, length - rows)
             for branch, (pages, length) in enumerate(zip(self.tails, shape.tails.tolist(), strict=True))
         ]
 

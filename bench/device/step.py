@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import attention
-from attention import Reads
+from attention import Backend, Reads, backend_named, default_backend
+from attention.wrapped import Wrapped
 from bench import hardware
 from bench.command import Command
 from bench.device.floor import kv_bytes, weight_bytes
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 # groups, width, prefix and tail tokens.
 CASES = ((8, 8, 2048, 192), (16, 8, 2048, 192), (32, 4, 2048, 192), (32, 8, 1024, 192), (64, 1, 2048, 192))
-WITHOUT_ATTENTION = "without attention"
 DTYPE = jnp.bfloat16
 
 
@@ -63,38 +62,42 @@ def tiny(config: ModelConfig) -> ModelConfig:
     )
 
 
-def leave_attention_out(backend: str) -> None:
-    """Adds a backend that gives every row its query, and writes keys and values as `backend` does."""
+class WithoutAttention(Wrapped):
+    """Gives every row its query, and writes keys and values as the wrapped backend does."""
 
-    def pass_through(q: Array, *_: Any, scale: float) -> tuple[Array, Array]:
-        del scale
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        return "without attention"
+
+    def attend(self, q: Array, pages: Any, work: Any, *, scale: float) -> tuple[Array, Array]:
+        del pages, work, scale
         return q, jnp.zeros(q.shape[:2], jnp.float32)
-
-    attention.BACKENDS[WITHOUT_ATTENTION] = attention.BACKENDS[backend]._replace(attend=pass_through)
 
 
 class StepBench:
     """A model, its cache, and the step programs of every row count among the cases."""
 
-    def __init__(self, config: ModelConfig, shapes: Sequence[Shape], backend: str, seed: int) -> None:
-        self.config, self.shapes, self.backend, self.seed = config, shapes, backend, seed
+    def __init__(self, config: ModelConfig, shapes: Sequence[Shape], backend: Backend, seed: int) -> None:
+        self.config, self.shapes, self.seed = config, shapes, seed
+        self.backend, self.without = backend, WithoutAttention(backend)
         self.page = shapes[0].page
         self.num_pages = max(shape.pages for shape in shapes)
         self.rows = sorted({shape.rows for shape in shapes})
         self.num_slots = max(self.rows)
-        leave_attention_out(backend)
         # One after the other, on an idle device: XLA times matrix products there to choose among them.
-        keys = [(rows, name) for rows in self.rows for name in (backend, WITHOUT_ATTENTION)]
+        keys = [(rows, each) for rows in self.rows for each in (backend, self.without)]
         self.programs = {key: self.compile(*key) for key in keys}
         model = random_weights(Decoder(config, DTYPE), seed, ON_ONE_DEVICE)
         self.structure, self.weights = model.split()
         self.state = self.random_cache(), SlotState.create(self.num_slots, config.vocab_size, 1)
         self.weight_bytes = weight_bytes(config, DTYPE)
 
-    def layout(self, rows: int) -> StepLayout:
+    def layout(self, rows: int, backend: Backend) -> StepLayout:
         return StepLayout.for_bucket(
             self.config,
-            self.backend,
+            backend,
             rows,
             num_pages=self.num_pages,
             page_size=self.page,
@@ -102,21 +105,20 @@ class StepBench:
             pages_per_read=max(shape.longest for shape in self.shapes),
         )
 
-    def compile(self, rows: int, backend: str) -> StepProgram:
+    def compile(self, rows: int, backend: Backend) -> StepProgram:
         structure, weights = place_model(Decoder(self.config, DTYPE), ON_ONE_DEVICE).split()
         return compile_step(
             structure,
             weights,
-            KVCache.abstract(self.config, self.num_pages, self.page, DTYPE),
+            KVCache.abstract(self.backend, self.config, self.num_pages, self.page, DTYPE),
             SlotState.abstract(self.num_slots, self.config.vocab_size, 1),
-            layout=self.layout(rows),
-            backend=backend,
+            layout=self.layout(rows, backend),
             max_top_logprobs=1,
             samplers=(0,),
         )
 
     def random_cache(self) -> KVCache:
-        shapes = KVCache.abstract(self.config, self.num_pages, self.page, DTYPE)
+        shapes = KVCache.abstract(self.backend, self.config, self.num_pages, self.page, DTYPE)
         leaves, treedef = jax.tree.flatten(shapes)
         normal = jax.jit(lambda key: jax.random.normal(key, leaves[0].shape, DTYPE))
         keys = jax.random.split(jax.random.key(self.seed), len(leaves))
@@ -125,8 +127,8 @@ class StepBench:
     def inputs(self, shape: Shape) -> np.ndarray:
         """The packed step: every branch feeds its slot's last token, writes it and chooses the next."""
         tables, rows = PageTables.of(shape, self.seed), np.arange(shape.rows, dtype=np.int32)
-        layout = self.layout(shape.rows)
-        order, work = attention.plan(Reads.of(tables.reads()), layout.capacity, self.page)
+        layout = self.layout(shape.rows, self.backend)
+        order, work = self.backend.lay_out(Reads.of(tables.reads()), layout.capacity)
         slot = order.astype(np.int32)
         position = (shape.prefix + shape.tails[order] - 1).astype(np.int32)
         return layout.pack(
@@ -146,7 +148,7 @@ class StepBench:
             )
         )
 
-    def seconds(self, shape: Shape, backend: str, calls: int, repeats: int) -> float:
+    def seconds(self, shape: Shape, backend: Backend, calls: int, repeats: int) -> float:
         """Median wall time of a step in a queue of `calls` steps."""
         program, packed = self.programs[shape.rows, backend], self.inputs(shape)
 
@@ -160,8 +162,7 @@ class StepBench:
         read = kv_bytes(self.config, DTYPE, shape.kv_tokens)
         kv, weights = (1e3 * size / copy_tb_s / 1e12 for size in (read, self.weight_bytes))
         step, without = (
-            1e3 * self.seconds(shape, backend, calls, repeats)
-            for backend in (self.backend, WITHOUT_ATTENTION)
+            1e3 * self.seconds(shape, backend, calls, repeats) for backend in (self.backend, self.without)
         )
         return {
             **{name: getattr(shape, name) for name in ("groups", "width", "prefix", "tail", "rows", "page")},
@@ -177,14 +178,14 @@ class StepBench:
 
     def memory(self) -> list[dict[str, Any]]:
         """What each compiled step allocates, and how much of it is the donated cache, in bytes."""
-        cache = self.num_pages * bytes_per_page(self.config, self.page, DTYPE)
+        cache = self.num_pages * bytes_per_page(self.backend, self.config, self.page, DTYPE)
         rows: list[dict[str, Any]] = []
         for (count, backend), program in self.programs.items():
             analysis = program.forward.memory_analysis()
             rows.append(
                 {
                     "rows": count,
-                    "backend": backend,
+                    "backend": backend.name,
                     "cache_bytes": cache,
                     "aliased_bytes": getattr(analysis, "alias_size_in_bytes", None),
                     "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None),
@@ -230,12 +231,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     small = options.scale == "tiny"
     if small:
         config, shapes = tiny(config), [shrunk(shape) for shape in shapes]
-    backend = options.backend or attention.default_backend(config.head_dim, DTYPE)
+    named = options.backend and backend_named(options.backend)
+    backend = named or default_backend(config.head_dim, DTYPE)
     result: dict[str, Any] = {
         **head(command().typed(arguments), hardware.describe()),
         "model": config.name,
         "layers": config.num_layers,
-        "backend": backend,
+        "backend": backend.name,
         "copy_tb_s": hardware.copy_tb_s(**({"size": 2**20} if small else {})),
         "cases": [],
     }

@@ -1,21 +1,20 @@
-"""Work lists of a benchmark's reads, from the planner that the attention backend goes with."""
+"""What an attention backend makes of a benchmark's reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
 
 import numpy as np
 
-from attention import Read, Reads, capacity, plan
+from attention import Backend, Capacity, Read, Reads, Work
 
-Planner = Callable[[Sequence[Read]], tuple[np.ndarray, Any]]
+Planner = Callable[[Sequence[Read]], tuple[np.ndarray, Work]]
 
 
 def planner(
-    backend: str,
+    backend: Backend,
     *,
     rows: int,
     num_pages: int,
@@ -24,13 +23,12 @@ def planner(
     q_heads: int,
     kv_heads: int,
 ) -> Planner:
-    """What turns reads into (order, work list) for a backend; `order[i]` is the read whose rows come i-th.
+    """What turns reads into (order, work) for a backend; `order[i]` is the read whose rows come i-th.
 
-    Its lists have the array sizes of a bucket of `rows` rows over a pool of `num_pages`, whatever the reads.
+    Its work has the array sizes of a bucket of `rows` rows over a pool of `num_pages`, whatever the reads.
     It can be sent to another process, which needs no device to use it.
     """
-    room = capacity(
-        backend,
+    room = backend.capacity(
         rows,
         num_pages,
         heads=q_heads,
@@ -38,20 +36,15 @@ def planner(
         page_size=page_size,
         pages_per_read=pages_per_read,
     )
-    return partial(_plan, capacity=room, page_size=page_size)
+    return partial(_lay_out, backend=backend, capacity=room)
 
 
-def _plan(reads: Sequence[Read], **room: Any) -> tuple[np.ndarray, Any]:
-    return plan(Reads.of(reads), **room)
-
-
-def moved(work: Any, pages: int) -> Any:
-    """The same work list over pages that lie `pages` further on in the pool."""
-    return work._replace(page_ids=work.page_ids + np.int32(pages))
+def _lay_out(reads: Sequence[Read], backend: Backend, capacity: Capacity) -> tuple[np.ndarray, Work]:
+    return backend.lay_out(Reads.of(reads), capacity)
 
 
 def row_order(reads: Sequence[Read], order: np.ndarray) -> np.ndarray:
-    """[rows] for each row of the work list, its index where the reads' rows lie in the reads' own order."""
+    """[rows] for each row of the work, its index where the reads' rows lie in the reads' own order."""
     ends = np.cumsum([read.rows for read in reads]).tolist()
     rows = [range(ends[i] - reads[i].rows, ends[i]) for i in order.tolist()]
     return np.fromiter(chain.from_iterable(rows), np.int64)

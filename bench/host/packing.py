@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-import attention
-from attention import Reads
+from attention import Backend, Reads, backend_named
 from bench import hardware
 from bench.command import Command
 from bench.device.shapes import WIDE_HEADS, Shape
 from bench.result import conclude, head, say
 from bench.timing import median_seconds
+from model.step import StepLayout
 from scheduler.step import Entry, SegmentRead, Step
 from serve.engine.packing import step_inputs
 
@@ -58,10 +58,9 @@ def step_of(shape: Shape, seed: int = 0) -> Step:
     return Step(0, tuple(entries), (), shape.rows)
 
 
-def measure(shape: Shape, backend: str, repeats: int) -> dict[str, Any]:
+def measure(shape: Shape, backend: Backend, repeats: int) -> dict[str, Any]:
     step = step_of(shape)
-    capacity = attention.capacity(
-        backend,
+    capacity = backend.capacity(
         shape.rows,
         shape.pages,
         heads=shape.q_heads,
@@ -69,13 +68,14 @@ def measure(shape: Shape, backend: str, repeats: int) -> dict[str, Any]:
         page_size=shape.page,
         pages_per_read=shape.longest,
     )
+    layout = StepLayout(backend, capacity, shape.page, samples=shape.rows)
     entries = step.entries
     reads = Reads(*zip(*((e.context, e.own, e.rows, e.ordinal) for e in entries), strict=True))
     return {
         **{name: getattr(shape, name) for name in ("groups", "width", "prefix", "tail", "page", "rows")},
-        "backend": backend,
-        "plan_us": 1e6 * median_seconds(lambda: attention.plan(reads, capacity, shape.page), repeats),
-        "step_inputs_us": 1e6 * median_seconds(lambda: step_inputs(step, capacity, shape.page), repeats),
+        "backend": backend.name,
+        "plan_us": 1e6 * median_seconds(lambda: backend.lay_out(reads, capacity), repeats),
+        "step_inputs_us": 1e6 * median_seconds(lambda: step_inputs(step, layout), repeats),
     }
 
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         for page in (64, 16):
             for backend in ("gpu", "xla"):
                 shape = Shape("decode", *lengths, page, *WIDE_HEADS)
-                case = measure(shape, backend, options.repeats)
+                case = measure(shape, backend_named(backend), options.repeats)
                 result["cases"].append(case)
                 times = f"plan {case['plan_us']:6.0f} us, step_inputs {case['step_inputs_us']:6.0f} us"
                 say(f"{shape.label:<30}{backend:<5} {times}", options.json)

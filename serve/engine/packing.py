@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-import attention
-from attention import Capacity, Reads, TileCapacity
+from attention import Reads
 from model.sampling import SampleInputs, branch_key
-from model.step import StepInputs
+from model.step import StepInputs, StepLayout
 from scheduler.step import Entry, Step
 
 _branch_key = lru_cache(maxsize=65536)(branch_key)
 
 
-def step_inputs(step: Step, capacity: Capacity | TileCapacity, page_size: int) -> StepInputs:
+def step_inputs(step: Step, layout: StepLayout) -> StepInputs:
     """The arrays of a step, not yet padded. Samples are in the step's order; rows are in tree order."""
     columns = _Columns(step.entries)
-    order, work = attention.plan(columns.reads, capacity, page_size)
+    order, work = layout.backend.lay_out(columns.reads, layout.capacity)
+    page_size = layout.page_size
     count = columns.rows[order]
     end = count.cumsum()
     entry = order.repeat(count)  # of each row

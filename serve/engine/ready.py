@@ -39,10 +39,10 @@ class Ready:
     def __str__(self) -> str:
         """The table, as lines of text."""
         runner = self.runner
-        page = bytes_per_page(self.model, runner.page_size, self.dtype)
+        page = bytes_per_page(runner.backend, self.model, runner.page_size, self.dtype)
         tokens = runner.num_pages * runner.page_size
         lines = [
-            f"{self.model.name}, {self.dtype}, on {self.device}, attention by {runner.backend}",
+            f"{self.model.name}, {self.dtype}, on {self.device}, attention by {runner.backend.name}",
             f"  weights    on the device after {self.load_seconds:.1f} s",
             f"  KV pool    {runner.num_pages} pages of {runner.page_size} tokens: {tokens} tokens, "
             f"{page * runner.num_pages / GIB:.1f} GiB",

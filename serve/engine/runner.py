@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention import Backend
 from model.decoder import Decoder
 from model.kv_cache import KVCache, bytes_per_page
 from model.sampling import SampleOutputs, SlotState, assign, count_history, pack_assignments, uses_of
@@ -48,7 +49,7 @@ class RunnerConfig:
     page_size: int
     buckets: tuple[int, ...]
     num_slots: int
-    backend: str
+    backend: Backend
     max_logit_bias: int = 64
     max_top_logprobs: int = 8
 
@@ -114,7 +115,7 @@ class Runner:
         _, self.weights = model.split()
         config, vocab = self.config, self.model_config.vocab_size
         with self._precision():
-            self.cache = KVCache.create(self.model_config, config.num_pages, config.page_size, self.dtype)
+            self.cache = self._cache_shapes.zeros()
             self.slots = SlotState.create(config.num_slots, vocab, config.max_logit_bias)
 
     @property
@@ -128,6 +129,13 @@ class Runner:
         config = self.config
         return SlotState.abstract(config.num_slots, self.model_config.vocab_size, config.max_logit_bias)
 
+    @property
+    def _cache_shapes(self) -> KVCache:
+        config = self.config
+        return KVCache.abstract(
+            config.backend, self.model_config, config.num_pages, config.page_size, self.dtype
+        )
+
     def memory(self, limit: int) -> MemoryPlan:
         """How `limit` bytes divide; compiles the largest step to learn what it needs."""
         self._compile_bucket(self.buckets.largest)
@@ -136,7 +144,7 @@ class Runner:
             weights=_bytes(self._weight_shapes),
             slots=_bytes(self._slot_shapes),
             step=self._programs[self.buckets.largest].working_bytes,
-            page=bytes_per_page(self.model_config, self.config.page_size, self.dtype),
+            page=bytes_per_page(self.config.backend, self.model_config, self.config.page_size, self.dtype),
         )
 
     def _compile_bucket(self, bucket: int) -> float:
@@ -153,10 +161,9 @@ class Runner:
             self._programs[bucket] = compile_step(
                 self._structure,
                 self._weight_shapes,
-                KVCache.abstract(self.model_config, config.num_pages, config.page_size, self.dtype),
+                self._cache_shapes,
                 self._slot_shapes,
                 layout=layout,
-                backend=config.backend,
                 max_top_logprobs=config.max_top_logprobs,
             )
         return time.perf_counter() - started
@@ -240,7 +247,7 @@ class Runner:
     def packed(self, step: Step) -> tuple[StepProgram, np.ndarray]:
         """The program of a step's bucket, and what it is told."""
         program = self._programs[step.bucket]
-        return program, program.layout.pack(step_inputs(step, program.layout.capacity, self.config.page_size))
+        return program, program.layout.pack(step_inputs(step, program.layout))
 
     def _set_slots(self, setups: Sequence[SlotSetup]) -> None:
         for start in range(0, len(setups), self.ASSIGNMENTS):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import structlog
 
-from attention import BACKENDS, default_backend
+from attention import Backend, backend_named, default_backend
 from model.checkpoint import abstract_model, load_model, model_folder
 from model.config import ModelConfig
 from model.decoder import Decoder
@@ -191,7 +191,7 @@ def _compiled_runner(
 def predictor_for(config: ServerConfig, runner: Runner, device: str) -> tuple[StepLatencyModel, str]:
     """The step-time predictor, and where its figures are from. Warms every program up."""
     measured = runner.measure()
-    wanted = conditions(device, runner.model_config, runner.dtype.name, runner.config.backend)
+    wanted = conditions(device, runner.model_config, runner.dtype.name, runner.config.backend.name)
     if config.profile == "auto":
         profile = next(matching(wanted), None)
     else:
@@ -211,15 +211,11 @@ def predictor_for(config: ServerConfig, runner: Runner, device: str) -> tuple[St
     return model, f"profile {profile['name']}, {config.predictor}"
 
 
-def _attention(config: ServerConfig, model: Decoder) -> str:
+def _attention(config: ServerConfig, model: Decoder) -> Backend:
     if config.attention != "auto":
-        return config.attention
+        return backend_named(config.attention)
     backend = default_backend(model.config.head_dim, model.dtype)
-    if not config.deterministic:
-        return backend
-    if f"{backend}-alone" not in BACKENDS:
-        raise ValueError(f"attention by {backend} has no deterministic form: leave --deterministic out")
-    return f"{backend}-alone"
+    return backend.deterministic() if config.deterministic else backend
 
 
 def _keep_compiled_programs(folder: str | None) -> None:

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import attention
-from attention import Capacity, Read, Reads, TileCapacity, TileList, WorkList, shared_prefix_attention
+from attention import Backend, Capacity, Read, Reads, Work
+from attention.xla import Xla
 from tests.attention.forest import filled, pages_of
 
-_attend = jax.jit(partial(shared_prefix_attention, return_lse=True), static_argnames=("scale", "backend"))
+
+@partial(jax.jit, static_argnames=("scale", "backend"))
+def _attend(q, k_pages, v_pages, work, *, scale: float, backend: Backend):
+    return backend.attend(q, (k_pages, v_pages), work, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,12 @@ class Case:
     q: np.ndarray
     k_pages: np.ndarray
     v_pages: np.ndarray
-    work: WorkList | TileList
+    work: Work
     scale: float
     out: np.ndarray
     lse: np.ndarray
 
-    def errors(self, backend: str) -> tuple[float, float]:
+    def errors(self, backend: Backend) -> tuple[float, float]:
         """(relative norm of the output's error, largest error of a log-sum-exp) of a backend."""
         out, lse = self.run(backend)
         real = np.isfinite(self.lse)
@@ -39,7 +42,7 @@ class Case:
         norm = np.linalg.norm(out - self.out) / max(np.linalg.norm(self.out), 1e-300)
         return float(norm), float(np.abs(lse[real] - self.lse[real]).max(initial=0.0))
 
-    def run(self, backend: str) -> tuple[np.ndarray, np.ndarray]:
+    def run(self, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
         arrays = map(jnp.asarray, (self.q, self.k_pages, self.v_pages))
         out, lse = _attend(*arrays, self.work, scale=self.scale, backend=backend)
         assert out.dtype == self.q.dtype
@@ -54,24 +57,23 @@ def make_case(
     group: int = 2,
     head_dim: int = 16,
     dtype: np.dtype | type = np.float32,
-    backend: str = "xla",
-    capacity: Capacity | TileCapacity | None = None,
+    backend: Backend | None = None,
+    capacity: Capacity | None = None,
     num_pages: int | None = None,
     magnitude: float = 1.0,
     seed: int = 0,
 ) -> Case:
-    rng = np.random.default_rng(seed)
+    rng, backend = np.random.default_rng(seed), backend or Xla()
     num_pages = num_pages or max((page for read in reads for page in pages_of(read)), default=0) + 2
     heads = kv_heads * group
-    capacity = capacity or attention.capacity(
-        backend,
+    capacity = capacity or backend.capacity(
         sum(read.rows for read in reads) + 3,
         num_pages,
         heads=heads,
         kv_heads=kv_heads,
         page_size=page_size,
     )
-    order, work = attention.plan(Reads.of(reads), capacity, page_size)
+    order, work = backend.lay_out(Reads.of(reads), capacity)
     pool = (num_pages, kv_heads, page_size, head_dim)
     # Cast first, so that the answer is that of the same inputs.
     q = (magnitude * rng.normal(size=(capacity.rows, heads, head_dim))).astype(dtype)

@@ -10,12 +10,12 @@ from functools import cached_property
 from hypothesis import strategies as st
 
 from attention.layout import WorkList
-from attention.reads import Read, Segment, SegmentRead
+from attention.reads import AnyPageRun, PageRun, Read
 
 SYSTEM_PAGES = 3  # full pages of a prompt that requests share through a prefix cache
 
 
-def filled(segments: Iterable[SegmentRead], page_size: int) -> Iterator[tuple[int, int]]:
+def filled(segments: Iterable[AnyPageRun], page_size: int) -> Iterator[tuple[int, int]]:
     """(page, filled positions) of the segments' pages, end to end."""
     for segment in segments:
         for index, page in enumerate(segment.pages):
@@ -34,19 +34,19 @@ class Forest:
     page_size: int
     stride: int  # odd, so that it visits every page of a power of two
     num_pages: int = 4096
-    leaves: list[tuple[tuple[Segment, ...], Segment, int]] = field(default_factory=list)
+    leaves: list[tuple[tuple[PageRun, ...], PageRun, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.free = [(self.stride * i) % self.num_pages for i in range(self.num_pages)]
         self.system = tuple(self.free.pop() for _ in range(SYSTEM_PAGES))
 
-    def segment(self, length: int, cached: int = 0) -> Segment:
+    def segment(self, length: int, cached: int = 0) -> PageRun:
         count = -(-length // self.page_size)
-        return Segment(self.system[:cached] + tuple(self.free.pop() for _ in range(count - cached)), length)
+        return PageRun(self.system[:cached] + tuple(self.free.pop() for _ in range(count - cached)), length)
 
-    def first(self, segment: Segment, length: int) -> Segment:
+    def first(self, segment: PageRun, length: int) -> PageRun:
         """The first `length` positions of a segment."""
-        return Segment(segment.pages[: -(-length // self.page_size)], length)
+        return PageRun(segment.pages[: -(-length // self.page_size)], length)
 
     @cached_property
     def reads(self) -> list[Read]:
@@ -67,12 +67,12 @@ def forests(draw: st.DrawFn, page_sizes: tuple[int, ...] = (1, 2, 4), aliased: b
     )
     lengths = st.integers(0, 5 * forest.page_size)
 
-    def leaf(context: tuple[Segment, ...], cached: int = 0) -> None:
+    def leaf(context: tuple[PageRun, ...], cached: int = 0) -> None:
         rows = draw(st.sampled_from([1, 1, 2, 3, 7]))
         before = draw(st.integers(0, 4 * forest.page_size)) + cached * forest.page_size
         forest.leaves.append((context, forest.segment(before + rows, cached), rows))
 
-    def grow(context: tuple[Segment, ...], depth: int) -> None:
+    def grow(context: tuple[PageRun, ...], depth: int) -> None:
         match draw(st.sampled_from(["leaf", "fork", "join"])) if depth < 3 else "leaf":
             case "leaf":
                 leaf(context if draw(st.booleans()) else (*context,))
@@ -94,7 +94,7 @@ def forests(draw: st.DrawFn, page_sizes: tuple[int, ...] = (1, 2, 4), aliased: b
     for context, own, rows in forest.leaves.copy() if aliased else ():
         match draw(st.sampled_from(["no", "no", "same", "shorter", "sealed", "moved"])):
             case "same":
-                forest.leaves.append(((*context,), Segment(own.pages, own.length), rows))
+                forest.leaves.append(((*context,), PageRun(own.pages, own.length), rows))
             case "shorter":
                 length = draw(st.integers(1, own.length))
                 forest.leaves.append((context, forest.first(own, length), min(rows, length)))
@@ -168,7 +168,7 @@ def mixed_reads(page_size: int) -> list[Read]:
     """
     forest = Forest(page_size=page_size, stride=2053)
 
-    def leaf(context: tuple[Segment, ...], length: int, rows: int = 1, cached: int = 0) -> None:
+    def leaf(context: tuple[PageRun, ...], length: int, rows: int = 1, cached: int = 0) -> None:
         forest.leaves.append((context, forest.segment(length, cached), rows))
 
     trunk = forest.segment(150)

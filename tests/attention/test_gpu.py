@@ -15,22 +15,13 @@ import pytest
 from hypothesis import given, settings
 from jax import Array
 
-import attention
-from attention import (
-    HeadNorms,
-    Places,
-    Read,
-    Reads,
-    Segment,
-    TileCapacity,
-    enter,
-    gpu,
-    shared_prefix_attention,
-)
+from attention import HeadNorms, PageRun, Places, Read, Reads, gpu_tiles
+from attention.gpu import Gpu
+from attention.tiles import TileCapacity
 from tests.attention.dense import make_case
 from tests.attention.forest import Forest, forests, groups_of_branches, mixed_reads
 
-BACKEND = "gpu-interpreted"
+BACKEND = Gpu(interpret=True)
 case = partial(make_case, backend=BACKEND)
 
 
@@ -85,7 +76,7 @@ def test_trees_and_prompt_chunks_agree_with_brute_force(
 @given(forests(page_sizes=(4,)))
 @settings(max_examples=20, deadline=None)
 def test_random_trees_agree_with_brute_force(forest: Forest) -> None:
-    tiling = replace(gpu.tiling(heads=4, kv_heads=2, page_size=4), workers=16)
+    tiling = replace(BACKEND.tiling(heads=4, kv_heads=2, page_size=4), workers=16)
     capacity = TileCapacity.for_bucket(256, forest.num_pages, tiling, pages_per_read=64)
     made = case(forest.reads, page_size=4, capacity=capacity, num_pages=forest.num_pages)
     assert max(made.errors(BACKEND)) < 5e-6
@@ -111,10 +102,10 @@ def fused_exp2(factor: float, x: Array, shift: Array, *, fast: bool) -> Array:
 def test_the_fused_exponential_is_safe_where_a_row_has_seen_nothing(
     head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "_exp2", fused_exp2)
+    monkeypatch.setattr(gpu_tiles, "exponential", fused_exp2)
     jax.clear_caches()
     reads = groups_of_branches(1, 5, 16, [200], 16)
-    tiling = replace(gpu.tiling(heads=16, kv_heads=2, page_size=16), workers=16)
+    tiling = replace(BACKEND.tiling(heads=16, kv_heads=2, page_size=16), workers=16)
     capacity = TileCapacity.for_bucket(8, 256, tiling)
     made = case(
         reads, page_size=16, group=8, head_dim=head_dim, dtype=np.float32, capacity=capacity, num_pages=256
@@ -127,7 +118,7 @@ def test_the_fused_exponential_is_safe_where_a_row_has_seen_nothing(
 @pytest.mark.parametrize("workers", [2, 64, 4096])
 def test_splits_change_nothing(workers: int) -> None:
     reads = groups_of_branches(1, 5, 511, [300, 1, 64, 17, 255], 16)
-    tiling = replace(gpu.tiling(heads=4, kv_heads=2, page_size=16), workers=workers)
+    tiling = replace(BACKEND.tiling(heads=4, kv_heads=2, page_size=16), workers=workers)
     capacity = TileCapacity.for_bucket(8, 256, tiling)
     made = case(reads, page_size=16, capacity=capacity, num_pages=256)
     assert (int(made.work.num_tiles) > 10) == (workers > 32)
@@ -139,19 +130,20 @@ def test_splits_change_nothing(workers: int) -> None:
 def test_a_row_alone_computes_the_same_bits_whatever_the_other_rows_are() -> None:
     """Decode rows beside siblings, requests and prompt chunks; and parts of each as steps of their own."""
     page_size, heads, kv_heads, head_dim, num_pages = 64, 4, 2, 16, 64
-    context = (Segment((5, 9, 30), 150), Segment((7,), 64))
+    context = (PageRun((5, 9, 30), 150), PageRun((7,), 64))
     reads = [
-        Read(context, Segment((11, 3), 70), rows=1, ordinal=69),
-        Read(context, Segment((12,), 9), rows=1, ordinal=8),
-        Read(context[:1], Segment((20, 21, 22), 140), rows=20, ordinal=120),
-        Read((), Segment((40, 41), 128), rows=1, ordinal=127),
-        Read((), Segment((50, 51, 52), 131), rows=30, ordinal=101),
+        Read(context, PageRun((11, 3), 70), rows=1, ordinal=69),
+        Read(context, PageRun((12,), 9), rows=1, ordinal=8),
+        Read(context[:1], PageRun((20, 21, 22), 140), rows=20, ordinal=120),
+        Read((), PageRun((40, 41), 128), rows=1, ordinal=127),
+        Read((), PageRun((50, 51, 52), 131), rows=30, ordinal=101),
     ]
-    capacity = TileCapacity.for_bucket(64, num_pages, gpu.tiling(heads, kv_heads, page_size, alone=True))
+    alone = Gpu(alone=True, interpret=True)
+    capacity = TileCapacity.for_bucket(64, num_pages, alone.tiling(heads, kv_heads, page_size))
     keys = jax.random.split(jax.random.key(3), 3)
     k, v = (jax.random.normal(key, (num_pages, kv_heads, page_size, head_dim)) for key in keys[:2])
     queries = jax.random.normal(keys[2], (len(reads), 64, heads, head_dim))
-    attend = jax.jit(partial(gpu.attend, scale=0.25, alone=True, interpret=True))
+    attend = jax.jit(partial(alone.attend, scale=0.25))
 
     def rows_of(parts: list[tuple[int, int, int]]) -> dict[tuple[int, int], np.ndarray]:
         """What the rows first..end of each read compute, in one step: by (read, row)."""
@@ -166,14 +158,14 @@ def test_a_row_alone_computes_the_same_bits_whatever_the_other_rows_are() -> Non
             )
             for n, first, end in parts
         ]
-        order, tiles = attention.plan(Reads.of(step), capacity, page_size)
+        order, tiles = alone.lay_out(Reads.of(step), capacity)
         names = [(parts[i][0], row) for i in order for row in range(*parts[i][1:])]
         q = (
             jnp.zeros((64, heads, head_dim))
             .at[: len(names)]
             .set(jnp.stack([queries[name] for name in names]))
         )
-        out, lse = attend(q, k, v, tiles)
+        out, lse = attend(q, (k, v), tiles)
         both = np.concatenate([out, lse[..., None]], axis=-1)
         return dict(zip(names, both, strict=False))
 
@@ -190,15 +182,15 @@ def test_no_work_gives_zeros() -> None:
 
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:
-    capacity = attention.capacity(BACKEND, 4, 8, heads=2, kv_heads=2, page_size=16)
+    capacity = BACKEND.capacity(4, 8, heads=2, kv_heads=2, page_size=16)
     q, pages = jnp.zeros((4, 2, 48)), jnp.zeros((8, 2, 16, 48))
     with pytest.raises(ValueError, match="not 48, float32"):
-        shared_prefix_attention(q, pages, pages, capacity.empty(), scale=1.0, backend=BACKEND)
-    assert not gpu.supports(48, jnp.bfloat16)
-    assert not gpu.supports(64, np.float64)
+        BACKEND.attend(q, (pages, pages), capacity.empty(), scale=1.0)
+    assert not BACKEND.supports(48, jnp.bfloat16)
+    assert not BACKEND.supports(64, np.float64)
     q, pages = jnp.zeros((4, 2, 32)), jnp.zeros((8, 2, 24, 32))
     with pytest.raises(ValueError, match="power of two, not 24"):
-        shared_prefix_attention(q, pages, pages, capacity.empty(), scale=1.0, backend=BACKEND)
+        BACKEND.attend(q, (pages, pages), capacity.empty(), scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -206,9 +198,8 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
 def test_the_kernels_lower_for_cuda_without_a_gpu(page_size: int, dtype: type) -> None:
     """No PTX is made here; this notices a JAX whose Pallas no longer takes what the kernels are made of."""
     rows, heads, kv_heads, head_dim, num_pages = 16, 40, 8, 128, 64
-    tiles = attention.capacity(
-        "gpu", rows, num_pages, heads=heads, kv_heads=kv_heads, page_size=page_size
-    ).empty()
+    gpu = Gpu()
+    tiles = gpu.capacity(rows, num_pages, heads=heads, kv_heads=kv_heads, page_size=page_size).empty()
     pool = jax.ShapeDtypeStruct((num_pages, kv_heads, page_size, head_dim), dtype)
     new = jax.ShapeDtypeStruct((rows, heads + 2 * kv_heads, head_dim), dtype)
     scale = jax.ShapeDtypeStruct((head_dim,), dtype)
@@ -217,8 +208,8 @@ def test_the_kernels_lower_for_cuda_without_a_gpu(page_size: int, dtype: type) -
 
     def layer(k_pages, v_pages, qkv, scale, angle, places, tiles):
         norms, angles = HeadNorms(scale, scale, 1e-6), (angle, angle)
-        q, *pools = enter(qkv, norms, angles, k_pages, v_pages, places, backend="gpu")
-        return shared_prefix_attention(q, *pools, tiles, scale=0.1, backend="gpu"), pools
+        q, pools = gpu.write(qkv, norms, angles, (k_pages, v_pages), places)
+        return gpu.attend(q, pools, tiles, scale=0.1), pools
 
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention import HeadNorms, Places, enter
+from attention import Backend, HeadNorms, Places
+from attention.gpu import Gpu
+from attention.xla import Xla
 
 ROWS, PAGES, PAGE_SIZE, HEAD_DIM = 5, 6, 16, 32
-EVERY_BACKEND = pytest.mark.parametrize("backend", ["xla", "gpu-interpreted"])
+EVERY_BACKEND = pytest.mark.parametrize(
+    "backend", [Xla(), Gpu(interpret=True)], ids=lambda backend: backend.name
+)
 # Page 6 and 2**30 are not in the pool.
 PLACES = Places(jnp.array([4, 6, 0, 4, 2**30], jnp.int32), jnp.array([3, 1, 2, 15, 0], jnp.int32))
 
@@ -34,8 +36,9 @@ class Case:
         self.angles = jnp.cos(turns), jnp.sin(turns)
         self.pool = jnp.ones((PAGES, kv_heads, PAGE_SIZE, HEAD_DIM), dtype)
 
-    def enter(self, backend: str) -> tuple[jax.Array, ...]:
-        return enter(self.qkv, self.norms, self.angles, self.pool, self.pool, PLACES, backend=backend)
+    def write(self, backend: Backend) -> tuple[jax.Array, ...]:
+        q, pages = backend.write(self.qkv, self.norms, self.angles, (self.pool, self.pool), PLACES)
+        return q, *pages
 
     def expected(self, x: jax.Array, scale: jax.Array | None) -> np.ndarray:
         """In float64: heads of a root mean square of 1, times the scale, turned as complex pairs."""
@@ -52,10 +55,10 @@ class Case:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "normed"), [(2, 2, True), (9, 3, True), (20, 10, False)])
 def test_heads_are_normalised_turned_and_written(
-    backend: str, dtype: type, heads: int, kv_heads: int, normed: bool
+    backend: Backend, dtype: type, heads: int, kv_heads: int, normed: bool
 ) -> None:
     case = Case(heads, kv_heads, dtype, normed=normed)
-    q, k_pages, v_pages = case.enter(backend)
+    q, k_pages, v_pages = case.write(backend)
     q_scale, k_scale = case.norms[:2] if case.norms else (None, None)
     expected_k, expected_v = np.ones(case.pool.shape), np.ones(case.pool.shape)
     for row, (page, offset) in enumerate(zip(*map(np.asarray, PLACES), strict=True)):
@@ -69,25 +72,24 @@ def test_heads_are_normalised_turned_and_written(
 
 
 @EVERY_BACKEND
-def test_what_no_row_writes_stays_as_it_was(backend: str) -> None:
+def test_what_no_row_writes_stays_as_it_was(backend: Backend) -> None:
     case = Case(4, 2, jnp.float32, normed=True)
     untouched = np.ones((PAGES, PAGE_SIZE), bool)
     untouched[[4, 0, 4], [3, 2, 15]] = False
-    for pages in case.enter(backend)[1:]:
+    for pages in case.write(backend)[1:]:
         np.testing.assert_array_equal((np.asarray(pages) == 1).all(axis=(1, 3)), untouched)
 
 
 @EVERY_BACKEND
-def test_writes_take_the_pool_dtype(backend: str) -> None:
+def test_writes_take_the_pool_dtype(backend: Backend) -> None:
     case = Case(2, 2, jnp.float32, normed=False)
     case.pool = case.pool.astype(jnp.bfloat16)
-    assert [array.dtype for array in case.enter(backend)] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
+    assert [array.dtype for array in case.write(backend)] == [jnp.float32, jnp.bfloat16, jnp.bfloat16]
 
 
 def test_a_donated_pool_is_written_in_place() -> None:
     case = Case(2, 2, jnp.float32, normed=True)
     pools = jnp.array(case.pool), jnp.array(case.pool)
     before = {pages.unsafe_buffer_pointer() for pages in pools}
-    program = jax.jit(partial(enter, backend="xla"), donate_argnums=(3, 4), static_argnames="backend")
-    _, *after = program(case.qkv, None, case.angles, *pools, PLACES)
+    _, after = jax.jit(Xla().write, donate_argnums=3)(case.qkv, None, case.angles, pools, PLACES)
     assert {pages.unsafe_buffer_pointer() for pages in after} == before

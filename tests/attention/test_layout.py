@@ -3,6 +3,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention.layout import WHOLE, Capacity, WorkList, plan_rows
-from attention.reads import Read, Reads, Segment
+from attention.layout import WHOLE, ItemCapacity, WorkList, lay_out_items
+from attention.reads import PageRun, Read, Reads
 from tests.attention.forest import (
     Forest,
     forests,
@@ -22,13 +23,13 @@ from tests.attention.forest import (
     readers_of_shared_pages,
 )
 
-ROOM = Capacity(rows=512, items=512, page_refs=4096)
+ROOM = ItemCapacity(rows=512, items=512, page_refs=4096, page_size=4)
 
 
 def decode(context: list[int], own: int, filled: int) -> Read:
     """One row at the end of a page of its own, after full context pages of four positions."""
-    before = (Segment(context, 4 * len(context)),) if context else ()
-    return Read(before, Segment([own], filled), rows=1, ordinal=filled - 1)
+    before = (PageRun(context, 4 * len(context)),) if context else ()
+    return Read(before, PageRun([own], filled), rows=1, ordinal=filled - 1)
 
 
 def items(work: WorkList) -> list[tuple[list[int], tuple[int, int], int]]:
@@ -46,7 +47,7 @@ def items(work: WorkList) -> list[tuple[list[int], tuple[int, int], int]]:
 @given(st.one_of(forests(), forests(aliased=True)))
 @settings(max_examples=200, deadline=None)
 def test_every_row_reads_every_position_that_it_must_once_and_no_other(forest: Forest) -> None:
-    order, work = plan_rows(Reads.of(forest.reads), ROOM, forest.page_size)
+    order, work = lay_out_items(Reads.of(forest.reads), replace(ROOM, page_size=forest.page_size))
     needed = Counter()
     first_row = 0
     for index in order:
@@ -62,7 +63,7 @@ def test_every_row_reads_every_position_that_it_must_once_and_no_other(forest: F
 @given(forests())
 @settings(max_examples=100, deadline=None)
 def test_order_is_a_permutation_and_singles_come_first_longest_first(forest: Forest) -> None:
-    order, work = plan_rows(Reads.of(forest.reads), ROOM, forest.page_size)
+    order, work = lay_out_items(Reads.of(forest.reads), replace(ROOM, page_size=forest.page_size))
     assert sorted(order) == list(range(len(forest.reads)))
     single = slice(int(work.num_single))
     assert (work.item_rows[single, 1] == 1).all()
@@ -75,7 +76,7 @@ def test_order_is_a_permutation_and_singles_come_first_longest_first(forest: For
 @given(forests())
 @settings(max_examples=150, deadline=None)
 def test_a_shared_page_is_read_once_and_runs_of_pages_are_maximal(forest: Forest) -> None:
-    _, work = plan_rows(Reads.of(forest.reads), ROOM, forest.page_size)
+    _, work = lay_out_items(Reads.of(forest.reads), replace(ROOM, page_size=forest.page_size))
     readers = readers_of_shared_pages(forest.reads, forest.page_size)
     assert work.item_pages[: work.num_items, 1].sum() == readers.total()
     assert work.num_items == len(readers)
@@ -87,17 +88,17 @@ def test_the_bucket_capacity_always_suffices(forest: Forest) -> None:
     rows = sum(read.rows for read in forest.reads)
     longest = max(len(pages_of(read)) for read in forest.reads)
     for capacity in (
-        Capacity.for_bucket(rows, forest.num_pages),
-        Capacity.for_bucket(rows, forest.num_pages, pages_per_read=longest),
+        ItemCapacity.for_bucket(rows, forest.num_pages, forest.page_size),
+        ItemCapacity.for_bucket(rows, forest.num_pages, forest.page_size, pages_per_read=longest),
     ):
-        _, work = plan_rows(Reads.of(forest.reads), capacity, forest.page_size)
+        _, work = lay_out_items(Reads.of(forest.reads), capacity)
         assert [array.shape for array in work] == [array.shape for array in capacity.empty()]
         assert {array.dtype for array in work} == {np.dtype(np.int32)}
 
 
 def test_siblings_share_their_prefix_and_keep_their_tails() -> None:
     reads = [decode([7, 3], 9, 2), decode([], 5, 1), decode([7, 3], 2, 4)]
-    order, work = plan_rows(Reads.of(reads), ROOM, page_size=4)
+    order, work = lay_out_items(Reads.of(reads), ROOM)
     assert order.tolist() == [1, 2, 0]
     assert items(work) == [
         ([5], (0, 1), WHOLE),
@@ -109,36 +110,36 @@ def test_siblings_share_their_prefix_and_keep_their_tails() -> None:
 
 
 def test_a_prompt_chunk_is_one_causal_item() -> None:
-    chunk = Read((Segment([4], 4),), Segment([5, 6], 6), rows=3, ordinal=3)
-    _, work = plan_rows(Reads.of([chunk]), ROOM, page_size=4)
+    chunk = Read((PageRun([4], 4),), PageRun([5, 6], 6), rows=3, ordinal=3)
+    _, work = lay_out_items(Reads.of([chunk]), ROOM)
     assert items(work) == [([4, 5, 6], (0, 3), 7)]
 
 
 def test_a_chunk_shares_the_pages_that_all_of_its_rows_see_whole() -> None:
     cached = [11, 12]
-    chunk = Read((), Segment([*cached, 20], 11), rows=3, ordinal=8)
+    chunk = Read((), PageRun([*cached, 20], 11), rows=3, ordinal=8)
     sibling = decode(cached, 30, 1)
-    order, work = plan_rows(Reads.of([chunk, sibling]), ROOM, page_size=4)
+    order, work = lay_out_items(Reads.of([chunk, sibling]), ROOM)
     assert order.tolist() == [0, 1]
     assert items(work) == [([30], (3, 1), WHOLE), (cached, (0, 4), WHOLE), ([20], (0, 3), 0)]
 
 
 def test_a_page_seen_with_different_valid_counts_is_not_shared() -> None:
-    reads = [Read((Segment([1], filled),), Segment([own], 1), 1, 0) for own, filled in ((2, 3), (3, 4))]
-    _, work = plan_rows(Reads.of(reads), ROOM, page_size=4)
+    reads = [Read((PageRun([1], filled),), PageRun([own], 1), 1, 0) for own, filled in ((2, 3), (3, 4))]
+    _, work = lay_out_items(Reads.of(reads), ROOM)
     assert sorted(items(work)) == [([1, 2], (0, 1), WHOLE), ([1, 3], (1, 1), WHOLE)]
 
 
 def test_equal_contexts_are_shared_and_so_are_the_branches_of_both() -> None:
     """Neither is the same object: a request's pages, told twice."""
     reads = [decode([7, 3], own, 1) for own in (9, 5, 9, 5)]
-    order, work = plan_rows(Reads.of(reads), ROOM, page_size=4)
+    order, work = lay_out_items(Reads.of(reads), ROOM)
     assert sorted(order[:2].tolist()) == [1, 3]
     assert items(work) == [([7, 3], (0, 4), WHOLE), ([5], (0, 2), WHOLE), ([9], (2, 2), WHOLE)]
 
 
 def test_nothing_to_read_is_an_empty_list() -> None:
-    order, work = plan_rows(Reads.of([]), ROOM, page_size=4)
+    order, work = lay_out_items(Reads.of([]), ROOM)
     assert len(order) == 0
     assert work.num_items == 0
 
@@ -147,10 +148,10 @@ def test_nothing_to_read_is_an_empty_list() -> None:
 def test_pages_may_be_any_sequence(convert: Callable[[list[int]], Any]) -> None:
     reads = [decode([7, 3], 9, 2), decode([7, 3], 2, 4)]
     converted = [
-        Read(tuple(Segment(convert(s.pages), s.length) for s in context), own, rows, ordinal)
+        Read(tuple(PageRun(convert(s.pages), s.length) for s in context), own, rows, ordinal)
         for context, own, rows, ordinal in reads
     ]
-    expected, work = (plan_rows(Reads.of(each), ROOM, 4)[1] for each in (reads, converted))
+    expected, work = (lay_out_items(Reads.of(each), ROOM)[1] for each in (reads, converted))
     for ours, theirs in zip(work, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -158,27 +159,27 @@ def test_pages_may_be_any_sequence(convert: Callable[[list[int]], Any]) -> None:
 @pytest.mark.parametrize(
     ("capacity", "message"),
     [
-        (Capacity(rows=1, items=9, page_refs=9), "2 rows"),
-        (Capacity(rows=9, items=2, page_refs=9), "3 items"),
-        (Capacity(rows=9, items=9, page_refs=3), "4 page references"),
+        (ItemCapacity(rows=1, items=9, page_refs=9, page_size=4), "2 rows"),
+        (ItemCapacity(rows=9, items=2, page_refs=9, page_size=4), "3 items"),
+        (ItemCapacity(rows=9, items=9, page_refs=3, page_size=4), "4 page references"),
     ],
 )
-def test_a_plan_that_does_not_fit_says_what_does_not(capacity: Capacity, message: str) -> None:
+def test_a_plan_that_does_not_fit_says_what_does_not(capacity: ItemCapacity, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan_rows(Reads.of([decode([7, 3], 9, 2), decode([7, 3], 2, 4)]), capacity, page_size=4)
+        lay_out_items(Reads.of([decode([7, 3], 9, 2), decode([7, 3], 2, 4)]), capacity)
 
 
 @pytest.mark.parametrize(
     ("read", "message"),
     [
-        (Read((), Segment([1, 2], 4), 1, 3), "ordinal"),
-        (Read((), Segment([1], 5), 2, 3), "ordinal"),
-        (Read((Segment([1, 2], 4),), Segment([3], 1), 1, 0), "length"),
-        (Read((), Segment([-1], 4), 1, 3), "not be negative"),
-        (Read((), Segment([1], 4), 0, 3), "rows"),
-        (Read((), Segment([1], 4), 5, -1), "ordinal"),
+        (Read((), PageRun([1, 2], 4), 1, 3), "ordinal"),
+        (Read((), PageRun([1], 5), 2, 3), "ordinal"),
+        (Read((PageRun([1, 2], 4),), PageRun([3], 1), 1, 0), "length"),
+        (Read((), PageRun([-1], 4), 1, 3), "not be negative"),
+        (Read((), PageRun([1], 4), 0, 3), "rows"),
+        (Read((), PageRun([1], 4), 5, -1), "ordinal"),
     ],
 )
 def test_a_malformed_read_is_refused(read: Read, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan_rows(Reads.of([read]), ROOM, page_size=4)
+        lay_out_items(Reads.of([read]), ROOM)

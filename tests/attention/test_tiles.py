@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention.reads import Read, Reads, Segment
-from attention.tile_planner import COSTS, plan_tiles
+from attention.gpu import H200
+from attention.reads import PageRun, Read, Reads
+from attention.tile_planner import lay_out_tiles
 from attention.tiles import TileCapacity, TileList, Tiling, pack_sees, refilled, unpack_sees
 from tests.attention.forest import Forest, forests, groups_of_branches, mixed_reads, pages_of, positions_seen
 
@@ -45,6 +46,7 @@ def tiling(
         wide_rows=max(1, lanes // group),
         block_pages=max(1, 64 // page_size),
         workers=workers,
+        costs=H200,
     )
 
 
@@ -134,8 +136,9 @@ def test_every_row_sees_every_position_that_it_must_once_and_no_other(
         wide_rows=data.draw(st.sampled_from([4, 5, 8, 12, 64, 128])),
         block_pages=data.draw(st.sampled_from([1, 2, 4, 5])),
         workers=data.draw(st.sampled_from([1, 7, 64, 264])),
+        costs=H200,
     )
-    order, tiles = plan_tiles(Reads.of(forest.reads), capacity_for(forest.reads, cut))
+    order, tiles = lay_out_tiles(Reads.of(forest.reads), capacity_for(forest.reads, cut))
     check(forest.reads, order, tiles, cut)
 
 
@@ -143,7 +146,7 @@ def test_every_row_sees_every_position_that_it_must_once_and_no_other(
 @settings(max_examples=60, deadline=None)
 def test_so_it_does_with_the_tiles_of_a_gpu(forest: Forest, group: int, lanes: int) -> None:
     cut = tiling(group, forest.page_size, lanes=lanes)
-    order, tiles = plan_tiles(Reads.of(forest.reads), capacity_for(forest.reads, cut))
+    order, tiles = lay_out_tiles(Reads.of(forest.reads), capacity_for(forest.reads, cut))
     check(forest.reads, order, tiles, cut)
 
 
@@ -153,14 +156,14 @@ def test_so_it_does_with_the_tiles_of_a_gpu(forest: Forest, group: int, lanes: i
 def test_a_step_of_everything_is_covered(page_size: int, group: int, workers: int) -> None:
     cut = tiling(group, page_size, workers=workers)
     reads = mixed_reads(page_size)
-    order, tiles = plan_tiles(Reads.of(reads), capacity_for(reads, cut))
+    order, tiles = lay_out_tiles(Reads.of(reads), capacity_for(reads, cut))
     check(reads, order, tiles, cut)
 
 
 @given(forests(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 2, 64]))
 @settings(max_examples=100, deadline=None)
 def test_the_bucket_capacity_always_suffices(forest: Forest, wide_rows: int, workers: int) -> None:
-    cut = Tiling(forest.page_size, 1, 1, wide_rows, block_pages=2, workers=workers)
+    cut = Tiling(forest.page_size, 1, 1, wide_rows, block_pages=2, workers=workers, costs=H200)
     rows = sum(read.rows for read in forest.reads)
     pages = len({page for read in forest.reads for page in pages_of(read)})
     longest = max(len(pages_of(read)) for read in forest.reads)
@@ -168,7 +171,7 @@ def test_the_bucket_capacity_always_suffices(forest: Forest, wide_rows: int, wor
         TileCapacity.for_bucket(rows, pages, cut),
         TileCapacity.for_bucket(rows, pages, cut, pages_per_read=longest),
     ):
-        order, tiles = plan_tiles(Reads.of(forest.reads), capacity)
+        order, tiles = lay_out_tiles(Reads.of(forest.reads), capacity)
         assert sorted(order) == list(range(len(forest.reads)))
         assert [array.shape for array in tiles] == [array.shape for array in capacity.empty()]
         assert {array.dtype for array in tiles} == {np.dtype(np.int32)}
@@ -197,14 +200,14 @@ def test_a_page_can_be_refilled() -> None:
 
 
 def test_nothing_to_read_is_an_empty_list() -> None:
-    order, tiles = plan_tiles(Reads.of([]), TileCapacity.for_bucket(8, 16, tiling()))
+    order, tiles = lay_out_tiles(Reads.of([]), TileCapacity.for_bucket(8, 16, tiling()))
     assert len(order) == 0
     assert tiles.num_tiles == 0
     assert not tiles.row_parts.any()
 
 
 def plan(reads: list[Read], cut: Tiling) -> TileList:
-    order, tiles = plan_tiles(Reads.of(reads), capacity_for(reads, cut))
+    order, tiles = lay_out_tiles(Reads.of(reads), capacity_for(reads, cut))
     check(reads, order, tiles, cut)
     return tiles
 
@@ -233,7 +236,7 @@ def test_a_group_wider_than_a_tile_lists_its_prefix_once() -> None:
 
 
 def test_a_prompt_chunk_lists_its_context_once() -> None:
-    chunk = Read((), Segment(list(range(40)), 2500), rows=497, ordinal=2003)
+    chunk = Read((), PageRun(list(range(40)), 2500), rows=497, ordinal=2003)
     tiles = plan([chunk], tiling(workers=1))
     count = int(tiles.num_tiles)
     assert count == 63
@@ -294,7 +297,7 @@ def seconds(tiles: TileList, cut: Tiling) -> np.ndarray:
     count = int(tiles.num_tiles)
     pages = np.stack([tiles.tile_whole[:count, 1], tiles.tile_masked[:count, 1]])
     blocks = (-(-pages // cut.block_pages)).sum(0)
-    return COSTS.tile + blocks * COSTS.block(cut, tiles.tile_rows[:count, 1])
+    return H200.tile + blocks * cut.block_seconds(tiles.tile_rows[:count, 1])
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
@@ -306,7 +309,7 @@ def test_the_load_is_even(
     """As the device runs them: in the list's order, each head of a tile by whichever worker is free."""
     cut = tiling(group, page_size, lanes=lanes)
     reads = groups(count, width, prefix, tail, page_size)
-    _, tiles = plan_tiles(Reads.of(reads), capacity_for(reads, cut, num_pages=32768))
+    _, tiles = lay_out_tiles(Reads.of(reads), capacity_for(reads, cut, num_pages=32768))
     costs = seconds(tiles, cut)
     assert (np.diff(costs) <= 0).all()
     busy_until = [0.0] * cut.workers
@@ -317,7 +320,7 @@ def test_the_load_is_even(
 
 def test_tiles_that_fill_the_device_evenly_are_not_split() -> None:
     reads = groups(32, 8, 4096, 256)
-    _, tiles = plan_tiles(Reads.of(reads), capacity_for(reads, tiling()))
+    _, tiles = lay_out_tiles(Reads.of(reads), capacity_for(reads, tiling()))
     assert tiles.num_tiles == 32
     assert (tiles.row_parts[:256, 1] == -1).all()
 
@@ -334,13 +337,15 @@ def test_a_part_with_one_rows_tail_is_narrow() -> None:
 def test_splitting_is_coarsened_until_it_fits(tiles_more: int, slots: int) -> None:
     reads, cut = groups(1, 8, prefix=4096, tail=256), tiling()
     capacity = TileCapacity(8, 1 + tiles_more, page_refs=200, slots=slots, tiling=cut)
-    order, tiles = plan_tiles(Reads.of(reads), capacity)
+    order, tiles = lay_out_tiles(Reads.of(reads), capacity)
     check(reads, order, tiles, cut)
 
 
 def test_rows_share_even_at_a_loss_where_references_are_short() -> None:
     reads, cut = groups(1, 4, prefix=128, tail=4096), tiling(16, workers=1)
-    order, tiles = plan_tiles(Reads.of(reads), TileCapacity(4, 4, page_refs=2 + 4 * 64, slots=4, tiling=cut))
+    order, tiles = lay_out_tiles(
+        Reads.of(reads), TileCapacity(4, 4, page_refs=2 + 4 * 64, slots=4, tiling=cut)
+    )
     check(reads, order, tiles, cut)
     assert tiles.num_tiles == 1
 
@@ -356,13 +361,13 @@ def test_rows_share_even_at_a_loss_where_references_are_short() -> None:
 def test_a_plan_that_does_not_fit_says_what_does_not(capacity: TileCapacity, message: str) -> None:
     reads = groups(2, 5, 640, 64)
     with pytest.raises(ValueError, match=message):
-        plan_tiles(Reads.of(reads), capacity)
+        lay_out_tiles(Reads.of(reads), capacity)
 
 
 def test_a_malformed_read_is_refused() -> None:
-    reads = Reads.of([Read((), Segment([1], 65), 1, 64)])
+    reads = Reads.of([Read((), PageRun([1], 65), 1, 64)])
     with pytest.raises(ValueError, match="pages"):
-        plan_tiles(reads, TileCapacity.for_bucket(1, 16, tiling()))
+        lay_out_tiles(reads, TileCapacity.for_bucket(1, 16, tiling()))
 
 
 @pytest.mark.parametrize(

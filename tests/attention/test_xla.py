@@ -9,22 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from attention import (
-    Capacity,
-    Places,
-    Read,
-    Reads,
-    Segment,
-    WorkList,
-    enter,
-    plan_rows,
-    shared_prefix_attention,
-)
-from attention.xla import ROW_TILE
+from attention import PageRun, Places, Read, Reads
+from attention.layout import ItemCapacity, WorkList
+from attention.reference import Reference
+from attention.xla import ROW_TILE, Xla
 from tests.attention.dense import Case, make_case
 from tests.attention.forest import Forest, forests, mixed_reads
 
-attend = partial(shared_prefix_attention, scale=0.25, backend="xla")
+attend = partial(Xla().attend, scale=0.25)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +27,7 @@ def test_it_agrees_with_brute_force(kv_heads: int, group: int, page_size: int, h
     case = make_case(
         mixed_reads(page_size), page_size=page_size, kv_heads=kv_heads, group=group, head_dim=head_dim
     )
-    out, lse = case.errors("xla")
+    out, lse = case.errors(Xla())
     assert out < 2e-6
     assert lse < 5e-6
 
@@ -43,15 +35,15 @@ def test_it_agrees_with_brute_force(kv_heads: int, group: int, page_size: int, h
 @given(forests(page_sizes=(4,)))
 @settings(max_examples=40, deadline=None)
 def test_it_agrees_with_brute_force_on_random_trees(forest: Forest) -> None:
-    capacity = Capacity(rows=256, items=256, page_refs=512)
+    capacity = ItemCapacity(rows=256, items=256, page_refs=512, page_size=4)
     case = make_case(forest.reads, page_size=4, capacity=capacity, num_pages=forest.num_pages)
-    assert max(case.errors("xla")) < 5e-6
+    assert max(case.errors(Xla())) < 5e-6
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_bfloat16_inputs_are_summed_in_float32(page_size: int) -> None:
     case = make_case(mixed_reads(page_size), page_size=page_size, head_dim=64, dtype=jnp.bfloat16)
-    out, lse = case.errors("xla")
+    out, lse = case.errors(Xla())
     assert out < 3e-3
     assert lse < 1e-5
 
@@ -59,35 +51,35 @@ def test_bfloat16_inputs_are_summed_in_float32(page_size: int) -> None:
 @pytest.mark.usefixtures("x64")
 def test_float64_stays_float64() -> None:
     case = make_case(mixed_reads(16), page_size=16, head_dim=64, dtype=np.float64)
-    assert max(case.errors("xla")) < 1e-12
+    assert max(case.errors(Xla())) < 1e-12
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 60.0])
 def test_equal_and_extreme_scores_are_safe(magnitude: float) -> None:
     """60: the scores are normal with that deviation, so nearly all weight is on one position."""
     case = make_case(mixed_reads(16), page_size=16, magnitude=magnitude)
-    out, lse = case.errors("xla")
+    out, lse = case.errors(Xla())
     assert out < 2e-5
     assert lse < 1e-4
 
 
 def test_a_work_list_without_items_gives_zeros() -> None:
-    assert make_case([], page_size=4).errors("xla") == (0, 0)
+    assert make_case([], page_size=4).errors(Xla()) == (0, 0)
 
 
 def test_fewer_rows_than_a_tile() -> None:
     reads = [
-        Read((Segment([0], 4),), Segment([own], length), length - 1, 1) for own, length in ((1, 2), (2, 3))
+        Read((PageRun([0], 4),), PageRun([own], length), length - 1, 1) for own, length in ((1, 2), (2, 3))
     ]
-    capacity = Capacity(rows=3, items=6, page_refs=4)
+    capacity = ItemCapacity(rows=3, items=6, page_refs=4, page_size=4)
     assert capacity.rows < ROW_TILE
-    assert max(make_case(reads, page_size=4, capacity=capacity).errors("xla")) < 5e-6
+    assert max(make_case(reads, page_size=4, capacity=capacity).errors(Xla())) < 5e-6
 
 
 def test_an_item_may_end_at_the_last_row() -> None:
-    reads = [Read((), Segment([0], 1), 1, 0), Read((), Segment([1, 2, 3, 4, 5], 20), 20, 0)]
-    capacity = Capacity(rows=21, items=42, page_refs=6)
-    assert max(make_case(reads, page_size=4, capacity=capacity).errors("xla")) < 5e-6
+    reads = [Read((), PageRun([0], 1), 1, 0), Read((), PageRun([1, 2, 3, 4, 5], 20), 20, 0)]
+    capacity = ItemCapacity(rows=21, items=42, page_refs=6, page_size=4)
+    assert max(make_case(reads, page_size=4, capacity=capacity).errors(Xla())) < 5e-6
 
 
 def test_it_agrees_with_the_reference_where_items_alias_page_references() -> None:
@@ -104,7 +96,7 @@ def test_it_agrees_with_the_reference_where_items_alias_page_references() -> Non
     )
     full = np.nan_to_num(case.k_pages), np.nan_to_num(case.v_pages)
     aliased = Case(case.q, *full, work, case.scale, case.out, case.lse)
-    for ours, oracle in zip(aliased.run("xla"), aliased.run("reference"), strict=True):
+    for ours, oracle in zip(aliased.run(Xla()), aliased.run(Reference()), strict=True):
         np.testing.assert_allclose(ours, oracle, atol=5e-6)
 
 
@@ -120,23 +112,23 @@ def test_where_pages_lie_in_the_pool_does_not_matter() -> None:
         case.out,
         case.lse,
     )
-    np.testing.assert_array_equal(moved.run("xla")[0], case.run("xla")[0])
+    np.testing.assert_array_equal(moved.run(Xla())[0], case.run(Xla())[0])
 
 
 def test_one_program_serves_every_list_and_its_time_follows_the_list() -> None:
     """At the same capacity, a nearly empty list takes a small part of a full one's time."""
-    capacity = Capacity(rows=512, items=1024, page_refs=8192)
+    capacity = ItemCapacity(rows=512, items=1024, page_refs=8192, page_size=16)
     pages = jnp.zeros((8192, 2, 16, 32))
     q = jnp.zeros((512, 4, 32))
-    everything = [Read((), Segment(range(16 * i, 16 * i + 16), 256), 1, 255) for i in range(512)]
-    compiled = jax.jit(attend).lower(q, pages, pages, capacity.empty()).compile()
+    everything = [Read((), PageRun(range(16 * i, 16 * i + 16), 256), 1, 255) for i in range(512)]
+    compiled = jax.jit(attend).lower(q, (pages, pages), capacity.empty()).compile()
 
     def seconds(reads: list[Read]) -> float:
-        work = jax.tree.map(jnp.asarray, plan_rows(Reads.of(reads), capacity, 16)[1])
+        work = jax.tree.map(jnp.asarray, Xla().lay_out(Reads.of(reads), capacity)[1])
         times = []
         for _ in range(5):
             start = time.perf_counter()
-            jax.block_until_ready(compiled(q, pages, pages, work))
+            jax.block_until_ready(compiled(q, (pages, pages), work))
             times.append(time.perf_counter() - start)
         return min(times)
 
@@ -148,11 +140,11 @@ def test_writing_and_reading_a_donated_pool_copies_none_of_it() -> None:
     rows = jax.ShapeDtypeStruct((8, 6, 32), jnp.float32)
     angle = jax.ShapeDtypeStruct((8, 16), jnp.float32)
     places = Places(*[jax.ShapeDtypeStruct((8,), jnp.int32)] * 2)
-    work = Capacity(rows=8, items=16, page_refs=64).empty()
+    work = ItemCapacity(rows=8, items=16, page_refs=64, page_size=16).empty()
 
     def step(k_pages, v_pages, qkv, angle, places, work):
-        q, *pools = enter(qkv, None, (angle, angle), k_pages, v_pages, places, backend="xla")
-        return attend(q, *pools, work), pools
+        q, pools = Xla().write(qkv, None, (angle, angle), (k_pages, v_pages), places)
+        return attend(q, pools, work), pools
 
     program = jax.jit(step, donate_argnums=(0, 1)).lower(pool, pool, rows, angle, places, work)
     memory = program.compile().memory_analysis()

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from attention.layout import Capacity, WorkList, plan_rows
-from attention.reads import Read, Reads, Segment
+from attention import PageRun, Read, Reads
 from model.sampling import SampleInputs
-from model.step import StepInputs
+from model.step import StepInputs, StepLayout
 
 
 @dataclass
@@ -28,9 +27,9 @@ class Sequence:
     def length(self) -> int:
         return len(self.tokens)
 
-    def segment(self) -> Segment:
+    def segment(self) -> PageRun:
         """The pages in use."""
-        return Segment(self.pages[: -(-self.length // self.page_size)], self.length)
+        return PageRun(self.pages[: -(-self.length // self.page_size)], self.length)
 
     def feed(self, tokens: List[int]) -> Feed:
         """Appends tokens (ids, or -1 - slot) and says how they are written and read."""
@@ -60,16 +59,16 @@ class Feed:
     slot: int
 
 
-def step_inputs(feeds: List[Feed], capacity: Capacity, page_size: int, *, sampled: bool = True) -> StepInputs:
+def step_inputs(feeds: List[Feed], layout: StepLayout, *, sampled: bool = True) -> StepInputs:
     """A step that feeds all of `feeds` and samples after each one's last row, greedily, with logprobs."""
-    order, work = plan_rows(Reads.of([feed.read for feed in feeds]), capacity, page_size)
+    order, work = layout.backend.lay_out(Reads.of([feed.read for feed in feeds]), layout.capacity)
     feeds = [feeds[i] for i in order]
     last_row = np.cumsum([feed.read.rows for feed in feeds]) - 1
     chosen = feeds if sampled else []
     zeros = np.zeros(len(chosen), np.int32)
     return StepInputs(
         *(np.concatenate([getattr(feed, name) for feed in feeds]) for name in StepInputs._fields[:4]),
-        work=WorkList(*work),
+        work=work,
         sample=SampleInputs(
             row=last_row[: len(chosen)],
             slot=np.array([feed.slot for feed in chosen], np.int32),

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attention import Backend
+from attention.gpu import Gpu
+from attention.reference import Reference
+from attention.xla import Xla
 from model import decode
 from model.checkpoint import load_model
 from model.decode import generate
@@ -36,9 +40,9 @@ def greedy(model: Decoder) -> list[list[int]]:
     return [dense_greedy(tensors, model.config, prompt, TOKENS) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize(("page_size", "backend"), [(4, "xla"), (16, "xla"), (4, "reference")])
+@pytest.mark.parametrize(("page_size", "backend"), [(4, Xla()), (16, Xla()), (4, Reference())])
 def test_every_branch_of_every_prompt_is_the_dense_continuation(
-    model: Decoder, greedy: list[list[int]], page_size: int, backend: str
+    model: Decoder, greedy: list[list[int]], page_size: int, backend: Backend
 ) -> None:
     """Prompts of 1, 22 and 9 tokens in one batch; two branches of each."""
     generation = generate(model, PROMPTS, max_tokens=TOKENS, branches=2, page_size=page_size, backend=backend)
@@ -52,7 +56,7 @@ def test_the_gpu_kernels_generate_the_same(golden_folder: Callable[[str], Path])
     sampling = SamplingParams(temperature=0.8, seed=5)
     ours, theirs = (
         generate(model, PROMPTS, max_tokens=5, branches=3, sampling=sampling, page_size=4, backend=backend)
-        for backend in ("gpu-interpreted", "xla")
+        for backend in (Gpu(interpret=True), Xla())
     )
     assert ours.ids == theirs.ids
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from attention.xla import Xla
 from model.config import PRESETS
 from model.decoder import Decoder
-from model.kv_cache import PAGE_AXES, KVCache
+from model.kv_cache import KVCache
 from model.sharding import LOGICAL_AXES, ON_ONE_DEVICE, Placement, ShardingRules
 from model.weights import load_safetensors, parameters, place_model, random_weights
 from tests.model.checkpoints import CHECKPOINTS
@@ -46,12 +47,13 @@ def test_tensor_parallel_rules_split_every_matrix_and_replicate_every_norm(name:
         key = path[2:] if path[0] == "layers" else path
         expected = TENSOR_PARALLEL.get(key, PartitionSpec(*[None] * len(param.shape)))
         assert rules.spec(param.get_metadata("axes")) == expected, path
-    assert rules.spec(PAGE_AXES) == PartitionSpec(None, "tp", None, None)
+    for array in Xla().pages(4, kv_heads=2, page_size=16, head_dim=32, dtype=jnp.bfloat16):
+        assert rules.spec(array.axes) == PartitionSpec(None, "tp", None, None)
 
 
 def test_by_default_everything_is_whole_on_one_device() -> None:
     model = place_model(Decoder(MODELS["qwen3"], jnp.bfloat16), ON_ONE_DEVICE)
-    arrays = [*model.split()[1], *jax.tree.leaves(KVCache.abstract(model.config, 4, 16, jnp.bfloat16))]
+    arrays = [*model.split()[1], *jax.tree.leaves(KVCache.abstract(Xla(), model.config, 4, 16, jnp.bfloat16))]
     assert {array.sharding for array in arrays} == {SingleDeviceSharding(jax.devices()[0])}
 
 

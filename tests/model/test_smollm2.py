@@ -23,13 +23,14 @@ from gguf import GGMLQuantizationType as Quantization
 from safetensors.numpy import load_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from attention.layout import Capacity
+from attention.xla import Xla
 from model import decode, smollm2
 from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.kv_cache import KVCache
 from model.smollm2 import ConversionError, convert_gguf, unpermute
+from model.step import StepLayout
 from model.tokenizer import Tokenizer
 from tests.model.checkpoints import CHECKPOINTS, GOLDENS
 from tests.model.paged import Sequence, step_inputs
@@ -253,16 +254,17 @@ def logits_of(model: Decoder, text: list[int]) -> np.ndarray:
     structure, weights = model.split()
     page_size = 16
     pages = -(-len(text) // page_size)
-    cache = KVCache.create(model.config, pages, page_size, model.dtype)
+    cache = KVCache.abstract(Xla(), model.config, pages, page_size, model.dtype).zeros()
     feed = Sequence(list(range(pages)), page_size).feed(text)
-    inputs = step_inputs([feed], Capacity.for_bucket(len(text), pages), page_size)
+    sizes = {"num_pages": pages, "page_size": page_size, "samples": 1}
+    inputs = step_inputs([feed], StepLayout.for_bucket(model.config, Xla(), len(text), **sizes))
 
     @jax.jit
     def run(weights: tuple) -> jax.Array:
         model = structure.merge(weights)
         tokens, positions, page, offset = (jnp.asarray(array, jnp.int32) for array in inputs[:4])
         work = jax.tree.map(jnp.asarray, inputs.work)
-        hidden, _ = model.forward(tokens, positions, cache, page, offset, work, "xla")
+        hidden, _ = model.forward(tokens, positions, cache, page, offset, work, Xla())
         return model.logits(hidden)
 
     return np.asarray(run(weights))

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention.layout import Capacity
+from attention.gpu import Gpu
+from attention.layout import ItemCapacity
+from attention.xla import Xla
 from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.decoder import Decoder
@@ -38,7 +40,9 @@ from tests.model.paged import Feed, Sequence, step_inputs
 PAGE_SIZE = 8
 NUM_PAGES = 2000
 SLOTS = 4
-LAYOUT = StepLayout(Capacity.for_bucket(24, NUM_PAGES, pages_per_read=20), samples=4)
+LAYOUT = StepLayout(
+    Xla(), ItemCapacity.for_bucket(24, NUM_PAGES, PAGE_SIZE, pages_per_read=20), PAGE_SIZE, samples=4
+)
 
 
 class Device:
@@ -46,7 +50,7 @@ class Device:
 
     def __init__(self, model: Decoder):
         config = self.config = model.config
-        self.cache = KVCache.create(config, NUM_PAGES, PAGE_SIZE, model.dtype)
+        self.cache = KVCache.abstract(Xla(), config, NUM_PAGES, PAGE_SIZE, model.dtype).zeros()
         self.slots = SlotState.create(SLOTS, config.vocab_size, 2)
         structure, self.weights = model.split()
         self.program = compile_step(
@@ -55,12 +59,11 @@ class Device:
             self.cache,
             self.slots,
             layout=LAYOUT,
-            backend="xla",
             max_top_logprobs=3,
         )
 
     def step(self, *feeds: Feed, sampled: bool = True) -> SampleOutputs:
-        inputs = step_inputs(feeds, LAYOUT.capacity, PAGE_SIZE, sampled=sampled)
+        inputs = step_inputs(feeds, LAYOUT, sampled=sampled)
         self.cache, self.slots, outputs = self.program(
             self.weights, self.cache, self.slots, LAYOUT.pack(inputs), USES_LOGPROBS
         )
@@ -189,14 +192,14 @@ def test_no_step_on_a_gpu_makes_the_host_wait_for_the_device(device: Device) -> 
     """As a conditional or a loop of unknown length would: the host fetches what decides."""
     config = replace(device.config, head_dim=16)
     structure, weights = place_model(Decoder(config, jnp.bfloat16), ON_ONE_DEVICE).split()
-    layout = StepLayout.for_bucket(config, "gpu", 16, num_pages=9, page_size=16, samples=4)
+    layout = StepLayout.for_bucket(config, Gpu(), 16, num_pages=9, page_size=16, samples=4)
 
     def run(weights: tuple, cache: KVCache, last_token: jax.Array, packed: jax.Array) -> object:
-        return forward(structure.merge(weights), cache, last_token, packed, layout=layout, backend="gpu")
+        return forward(structure.merge(weights), cache, last_token, packed, layout=layout)
 
     program = jax.make_jaxpr(run)(
         weights,
-        KVCache.abstract(config, 9, 16, jnp.bfloat16),
+        KVCache.abstract(Gpu(), config, 9, 16, jnp.bfloat16),
         jax.ShapeDtypeStruct((SLOTS,), jnp.int32),
         jax.ShapeDtypeStruct((layout.size,), jnp.int32),
     )
@@ -225,11 +228,11 @@ def test_the_head_runs_for_sampled_rows_only(model: Decoder, config: ModelConfig
     structure, weights = model.split()
 
     def run(weights: tuple, cache: KVCache, last_token: jax.Array, packed: jax.Array) -> object:
-        return forward(structure.merge(weights), cache, last_token, packed, layout=LAYOUT, backend="xla")
+        return forward(structure.merge(weights), cache, last_token, packed, layout=LAYOUT)
 
     jaxpr = jax.make_jaxpr(run)(
         weights,
-        KVCache.abstract(config, NUM_PAGES, PAGE_SIZE, jnp.float32),
+        KVCache.abstract(Xla(), config, NUM_PAGES, PAGE_SIZE, jnp.float32),
         jax.ShapeDtypeStruct((SLOTS,), jnp.int32),
         jax.ShapeDtypeStruct((LAYOUT.size,), jnp.int32),
     )
@@ -281,7 +284,7 @@ def test_a_step_needs_room_for_the_model_and_for_its_largest_sampler() -> None:
 def inputs_of(rows: int, samples: int) -> StepInputs:
     feeds = [Sequence(pages=[i], page_size=PAGE_SIZE, slot=i).feed([50 + i]) for i in range(samples)]
     feeds.append(Sequence(pages=[10, 11, 12], page_size=PAGE_SIZE).feed([7] * (rows - samples)))
-    inputs = step_inputs(feeds, LAYOUT.capacity, PAGE_SIZE)
+    inputs = step_inputs(feeds, LAYOUT)
     sample = inputs.sample
     return inputs._replace(
         sample=sample._replace(**{n: getattr(sample, n)[:samples] for n in sample._fields})

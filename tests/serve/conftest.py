@@ -32,13 +32,14 @@ def default_runner() -> Runner:
     """The default model, the one that forks by itself."""
     import jax.numpy as jnp
 
+    from attention.xla import Xla
     from model.checkpoint import load_model
     from serve.engine.runner import Runner, RunnerConfig
 
     model = load_model("default", jnp.float32)
     runner = Runner(
         model,
-        RunnerConfig(num_pages=1024, page_size=16, buckets=(16, 64), num_slots=128, backend="xla"),
+        RunnerConfig(num_pages=1024, page_size=16, buckets=(16, 64), num_slots=128, backend=Xla()),
     )
     runner.compile()
     runner.hold(model)

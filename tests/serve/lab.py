@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attention import Backend
+from attention.xla import Xla
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.sharding import Placement
@@ -67,7 +69,7 @@ def tiny_model(dtype: Any) -> Decoder:
         return random_weights(Decoder(TINY, dtype), 7, Placement())
 
 
-def compiled_runner(model: Decoder, buckets: Sequence[int], backend: str = "xla") -> Runner:
+def compiled_runner(model: Decoder, buckets: Sequence[int], backend: Backend | None = None) -> Runner:
     runner = Runner(
         model,
         RunnerConfig(
@@ -75,7 +77,7 @@ def compiled_runner(model: Decoder, buckets: Sequence[int], backend: str = "xla"
             page_size=PAGE_SIZE,
             buckets=tuple(buckets),
             num_slots=NUM_SLOTS,
-            backend=backend,
+            backend=backend or Xla(),
             max_top_logprobs=4,
         ),
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from attention.xla import Xla
 from model.tiny.lessons import prompt, tokenizer
 from scheduler.grammars import MULTIVERSE
 from scheduler.program import TagProgram
@@ -149,7 +150,7 @@ class ScriptedRunner:
     """A symbolic device in the place of the real one."""
 
     def __init__(self, model: Scripted) -> None:
-        self.config = RunnerConfig(num_pages=1000, page_size=4, buckets=(8, 32), num_slots=64, backend="")
+        self.config = RunnerConfig(num_pages=1000, page_size=4, buckets=(8, 32), num_slots=64, backend=Xla())
         self.buckets = self.config.buckets
         self.model_config = SimpleNamespace(max_context=900)
         self._device = SymbolicDevice(1000, 4, 64, model)

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-import attention
+from attention.wrapped import Wrapped
+from attention.xla import Xla
 from bench.checks.forests import SMALL, Forest, Grid, Matrix, Tree
 from bench.checks.kernels import all_cases, main
 from tests.attention.forest import pages_of
@@ -23,17 +25,15 @@ def test_a_sample_of_the_small_matrix_passes(tmp_path: Path) -> None:
     assert result["error"] < 3e-3
 
 
-def test_a_wrong_backend_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    right = attention.BACKENDS["xla"]
+class SlightlyWrong(Wrapped):
+    __slots__ = ()
 
-    def slightly_wrong(*args, scale):
-        out, lse = right.attend(*args, scale=scale * 1.01)
-        return out, lse
+    def attend(self, q: Any, pages: Any, work: Any, *, scale: float) -> tuple[Any, Any]:
+        return self.inner.attend(q, pages, work, scale=1.01 * scale)
 
-    monkeypatch.setitem(attention.BACKENDS, "xla", right._replace(attend=slightly_wrong))
-    assert main(["--backend", "xla", "--scale", "small", "--sample", "1", "--seed", "1"]) == 1
+
+def test_a_wrong_backend_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--scale", "small", "--sample", "1", "--seed", "1"], SlightlyWrong(Xla())) == 1
     assert "1 beyond the limits" in capsys.readouterr().out
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-import attention
+from attention.wrapped import Wrapped
+from attention.xla import Xla
 from bench.checks import greedy
 from bench.checks.logits import ERROR_BAR
 from bench.checks.model import main, passed
@@ -35,17 +36,18 @@ def test_a_right_model_passes_every_check(tmp_path: Path, capsys: pytest.Capture
     assert "transformers  not installed" in capsys.readouterr().out
 
 
+class Wrong(Wrapped):
+    __slots__ = ()
+
+    def attend(self, q: Any, pages: Any, work: Any, *, scale: float) -> tuple[Any, Any]:
+        return self.inner.attend(q, pages, work, scale=0.7 * scale)
+
+
 @pytest.mark.usefixtures("without_transformers")
 def test_a_model_that_attends_wrongly_fails_every_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = attention.BACKENDS["xla"]
-
-    def attend(*arrays: Any, scale: float) -> tuple[Any, Any]:
-        return right.attend(*arrays, scale=0.7 * scale)
-
     here = greedy.greedy_here
-    monkeypatch.setitem(attention.BACKENDS, "wrong", right._replace(attend=attend))
-    monkeypatch.setattr(greedy, "greedy_on_cpu", lambda *arguments: here(*arguments, "xla"))
-    result = main(["--scale", "tiny", "--backend", "wrong"])
+    monkeypatch.setattr(greedy, "greedy_on_cpu", lambda *arguments: here(*arguments, Xla()))
+    result = main(["--scale", "tiny"], Wrong(Xla()))
     assert not result["ok"]
     assert not result["greedy"][0]["cpu"]["ok"]
     assert not result["logits"]["ok"]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import attention
 from bench import hardware
 from bench.device import step
 from bench.device.step import main
@@ -14,8 +13,7 @@ CASES = ((8, 8, 2048, 192), (32, 4, 2048, 192))
 
 
 @pytest.fixture(autouse=True)
-def own_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BACKENDS", dict(attention.BACKENDS))
+def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "CASES", CASES)
     monkeypatch.setattr(hardware, "copy_tb_s", lambda **_: 0.01)
 

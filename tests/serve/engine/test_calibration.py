@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from attention.gpu import Gpu
 from model.config import PRESETS
 from scheduler.predictor import StepLatencyModel, StepLoad
 from serve.config import ServerConfig
@@ -55,7 +56,7 @@ class TimedRunner:
     def __init__(self, seconds: float) -> None:
         self.model_config = PRESETS["qwen3-32b"]
         self.dtype = type("Dtype", (), {"name": "bfloat16"})
-        self.config = type("Config", (), {"backend": "gpu"})
+        self.config = type("Config", (), {"backend": Gpu()})
         self.buckets = [8]
         self._seconds = seconds
 

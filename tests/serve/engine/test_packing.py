@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attention.layout import Capacity
+from attention.layout import ItemCapacity
+from attention.xla import Xla
 from model.sampling import branch_key
+from model.step import StepLayout
 from scheduler.sampling import SamplingParams
 from scheduler.step import Entry, SegmentRead, SlotSetup, Step
 from serve.engine.packing import step_inputs
@@ -35,6 +37,10 @@ def entry(
     return Entry(**(fields | more))  # type: ignore[arg-type]
 
 
+def layout(rows: int) -> StepLayout:
+    return StepLayout(Xla(), ItemCapacity.for_bucket(rows, 16, page_size=4), page_size=4, samples=rows)
+
+
 def step(*entries: Entry, slots: tuple[SlotSetup, ...] = ()) -> Step:
     return Step(0, entries, slots, 8)
 
@@ -45,7 +51,7 @@ def test_two_branches_read_their_prefix_once_and_write_to_pages_of_their_own() -
         entry(1, SegmentRead((5, 1), 5), 3, (41, 42)),
         slots=(SlotSetup(1, SamplingParams()),),
     )
-    inputs = step_inputs(plan, Capacity.for_bucket(8, 16), page_size=4)
+    inputs = step_inputs(plan, layout(8))
     assert inputs.tokens.tolist() == [41, 42, -3], "page 5 comes before page 9"
     assert inputs.positions.tolist() == [9, 10, 7]
     assert inputs.write_page.tolist() == [5, 1, 9]
@@ -67,7 +73,7 @@ def test_two_branches_read_their_prefix_once_and_write_to_pages_of_their_own() -
 
 def test_an_entry_that_does_not_sample_has_no_sample() -> None:
     plan = step(entry(1, SegmentRead((5,), 2), 0, (41, 42), samples=False, slot=None))
-    inputs = step_inputs(plan, Capacity.for_bucket(8, 16), page_size=4)
+    inputs = step_inputs(plan, layout(8))
     assert inputs.sample.row.size == 0
     assert inputs.tokens.dtype == np.int32
 
@@ -79,7 +85,7 @@ def test_a_chunk_beside_decode_rows_is_written_in_order() -> None:
         entry(2, SegmentRead((4,), 3), 2, (77,)),
         slots=(SlotSetup(2, SamplingParams()),),
     )
-    inputs = step_inputs(plan, Capacity.for_bucket(16, 16), page_size=4)
+    inputs = step_inputs(plan, layout(16))
     assert inputs.tokens.tolist() == [*range(40, 47), 77, -5]
     assert inputs.positions.tolist() == [*range(8, 15), 8, 6]
     assert inputs.write_page.tolist() == [5, 5, 1, 1, 1, 1, 8, 4, 9]
@@ -92,4 +98,4 @@ def test_a_chunk_beside_decode_rows_is_written_in_order() -> None:
 def test_more_rows_than_the_bucket_are_refused() -> None:
     plan = step(entry(1, SegmentRead((5, 6, 8), 9), 0, tuple(range(9))))
     with pytest.raises(ValueError, match="rows"):
-        step_inputs(plan, Capacity.for_bucket(8, 16), page_size=4)
+        step_inputs(plan, layout(8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from attention.gpu import Gpu
 from model.config import PRESETS
 from scheduler.predictor import StepLatencyModel
 from serve.config import ServerConfig
@@ -15,7 +16,7 @@ READY = Ready(
     model=PRESETS["qwen3-32b"],
     dtype="bfloat16",
     device="NVIDIA H200",
-    runner=RunnerConfig(num_pages=3968, page_size=64, buckets=(8, 64), num_slots=128, backend="gpu"),
+    runner=RunnerConfig(num_pages=3968, page_size=64, buckets=(8, 64), num_slots=128, backend=Gpu()),
     memory=PLAN,
     latency=StepLatencyModel({8: 0.0164, 64: 0.019}),
     latency_source="profile h200-qwen3-32b, staircase",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attention.gpu import Gpu
 from model.sampling import USES_PENALTIES, USES_RANDOM, USES_TOP
 from model.step import StepProgram
 from scheduler.predictor import StepLoad
@@ -83,7 +84,7 @@ def test_nothing_compiles_while_serving(runner: Runner, policy: str) -> None:
 
 def test_the_gpu_kernels_serve_the_same_tokens(runner: Runner) -> None:
     """Forks, joins, prompt chunks and preemption through tiles; the kernels are interpreted."""
-    kernels = compiled_runner(tiny_model(jnp.float32), (16,), backend="gpu-interpreted")
+    kernels = compiled_runner(tiny_model(jnp.float32), (16,), backend=Gpu(interpret=True))
     requests = load(Slo(tpot=1.0, ttft=60.0))
     record = run(kernels, requests, policy="eager", num_pages=60)
     assert record.preemptions() > 0

@@ -21,7 +21,7 @@ from serve.engine.startup import Started
 # Of each option: a value other than the default, and what of a started engine shows that it arrived.
 ENGINE: dict[str, tuple[Any, Callable[[Started], Any]]] = {
     "dtype": ("bfloat16", lambda s: s.runner.dtype.name),
-    "attention": ("reference", lambda s: s.ready.runner.backend),
+    "attention": ("reference", lambda s: s.ready.runner.backend.name),
     "page_size": (8, lambda s: s.engine.scheduler.config.page_size),
     "num_pages": (96, lambda s: s.engine.scheduler.config.num_pages),
     "buckets": ((2, 4), lambda s: tuple(s.engine.scheduler.controller.latency.buckets)),

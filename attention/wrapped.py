@@ -1,0 +1,45 @@
+"""Wrapped: a backend that does as another one does, but for what a subclass changes.
+
+For benchmarks that leave something out, and for tests that plant a fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attention.backend import Backend, Capacity, PageArray
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapped(Backend):
+    inner: Backend
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def supports(self, head_dim: int, dtype: Any) -> bool:
+        return self.inner.supports(head_dim, dtype)
+
+    def deterministic(self) -> Backend:
+        return self.inner.deterministic()
+
+    def pages(self, num_pages: int, **sizes: Any) -> Sequence[PageArray]:
+        return self.inner.pages(num_pages, **sizes)
+
+    def capacity(self, rows: int, num_pages: int, **sizes: Any) -> Capacity:
+        return self.inner.capacity(rows, num_pages, **sizes)
+
+    def lay_out(self, reads: Any, capacity: Any) -> tuple[Any, Any]:
+        return self.inner.lay_out(reads, capacity)
+
+    def write(self, qkv: Any, norms: Any, angles: Any, pages: Any, places: Any) -> tuple[Any, Any]:
+        return self.inner.write(qkv, norms, angles, pages, places)
+
+    def attend(self, q: Any, pages: Any, work: Any, *, scale: float) -> tuple[Any, Any]:
+        return self.inner.attend(q, pages, work, scale=scale)
+
+    def refill(self, work: Any, filled: Any) -> Any:
+        return self.inner.refill(work, filled)
