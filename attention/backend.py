@@ -43,10 +43,10 @@ class Capacity(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PageArray:
-    """One array of a layer's pages: its shape, and the logical axes by which it may be sharded."""
+    """One array of a layer's pages: its shape, and logical axes by which it may be divided (None: not)."""
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     dtype: Any
 
     @property

@@ -36,12 +36,15 @@ class ShardingRules:
         """Megatron's split: heads, MLP and vocabulary over `axis`, the residual stream replicated."""
         return cls(vocab=axis, heads=axis, kv_heads=axis, mlp=axis)
 
-    def spec(self, axes: Sequence[str]) -> PartitionSpec:
-        """The PartitionSpec of an array with these logical axes. Raises ValueError for an unknown axis."""
-        unknown = [axis for axis in axes if axis not in LOGICAL_AXES]
+    def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes; one that is None is never divided.
+
+        Raises ValueError for an unknown axis.
+        """
+        unknown = [axis for axis in axes if axis not in (None, *LOGICAL_AXES)]
         if unknown:
             raise ValueError(f"unknown logical axes {unknown}; known: {', '.join(LOGICAL_AXES)}")
-        return PartitionSpec(*(getattr(self, axis) for axis in axes))
+        return PartitionSpec(*(axis and getattr(self, axis) for axis in axes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Placement:
     rules: ShardingRules = ShardingRules()
     device: Any = None
 
-    def sharding(self, axes: Sequence[str]) -> Sharding:
+    def sharding(self, axes: Sequence[str | None]) -> Sharding:
         """The sharding of an array with these logical axes. Raises ValueError for an unknown axis."""
         spec = self.rules.spec(axes)
         if self.mesh is None:
