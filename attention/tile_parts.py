@@ -1,0 +1,167 @@
+"""Which tiles are split into parts, so that all of the device has work, by predicted cost. NumPy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from attention.reads import ragged_ranges
+from attention.tile_reads import Tiles
+from attention.tiles import NO_LIMIT, TileCapacity, TileList, Tiling, pack_sees, unpack_sees
+
+CLOSE = 1.2  # a split this near to an even load is rarely bettered by a coarser one: not worth planning it
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Tiles after splitting, in the order of the tiles. Ranges of page references are [first, end)."""
+
+    tile: np.ndarray
+    row: np.ndarray
+    row_end: np.ndarray
+    whole: np.ndarray  # [parts, 2]
+    masked: np.ndarray  # [parts, 2]
+    blocks: np.ndarray
+    slots: np.ndarray  # partial results: the rows of a tile in several parts, else none
+    seconds: np.ndarray  # of a worker
+
+    @classmethod
+    def unsplit(cls, tiles: Tiles, tiling: Tiling) -> Parts:
+        every = np.arange(len(tiles.row))
+        nothing = np.zeros_like(every)
+        return cls._of(every, tiles.row, tiles.row_end, tiles.whole, tiles.masked, nothing, tiling)
+
+    @classmethod
+    def split(cls, tiles: Tiles, tile: np.ndarray, block: np.ndarray, tiling: Tiling) -> Parts:
+        """Parts that begin at block `block` of tile `tile`; every tile has one that begins at 0."""
+        size, last = tiling.block_pages, np.append(block[1:] == 0, True)
+        stop = np.where(last, 2**30, np.append(block[1:], 0))
+        bounds = size * np.stack([block, stop], 1)
+        row, row_end, whole, masked = (
+            tiles.row[tile],
+            tiles.row_end[tile],
+            tiles.whole[tile],
+            tiles.masked[tile],
+        )
+        bounds_masked = masked[:, :1] + bounds - size * _blocks(whole, size)[:, None]
+        whole = np.minimum(whole[:, :1] + bounds, whole[:, 1:])
+        masked = np.minimum(np.maximum(bounds_masked, masked[:, :1]), masked[:, 1:])
+
+        # All rows see whole pages; of the others, perhaps not all see one.
+        some = np.flatnonzero(masked[:, 0] < masked[:, 1])
+        starts = masked[some, 0] - tiles.masked[0, 0]
+        none_whole = whole[some, 0] == whole[some, 1]
+        if none_whole.any():
+            _, first, end, _ = unpack_sees(tiles.sees)
+            some = some[none_whole]
+            row_end[some] = row[some] + np.maximum.reduceat(end, starts)[none_whole]
+            row[some] += np.minimum.reduceat(first, starts)[none_whole]
+        slots = np.where((block > 0) | ~last, row_end - row, 0)
+        return cls._of(tile, row, row_end, whole, masked, slots, tiling)
+
+    @classmethod
+    def _of(
+        cls,
+        tile: np.ndarray,
+        row: np.ndarray,
+        row_end: np.ndarray,
+        whole: np.ndarray,
+        masked: np.ndarray,
+        slots: np.ndarray,
+        tiling: Tiling,
+    ) -> Parts:
+        blocks = _blocks(whole, tiling.block_pages) + _blocks(masked, tiling.block_pages)
+        seconds = tiling.costs.tile + blocks * tiling.block_seconds(row_end - row)
+        return cls(tile, row, row_end, whole, masked, blocks, slots, seconds)
+
+    def predict(self, tiling: Tiling) -> tuple[float, float]:
+        """Seconds that the parts take together, and that they would take if the load were even."""
+        workers = tiling.head_workers
+        mean = (self.seconds.sum() + tiling.partial_row_seconds * self.slots.sum()) / workers
+        if len(self.seconds) <= workers:
+            return mean + tiling.costs.alone * max(0.0, self.seconds.max() - mean), mean
+        # Longest first, as many at a time as there are workers, and the longest to whoever has least.
+        rounds = -(-len(self.seconds) // workers)
+        ranked = np.zeros(rounds * workers)
+        ranked[len(ranked) - len(self.seconds) :] = np.sort(self.seconds)
+        load = np.zeros(workers)
+        for begin in range(len(ranked) - workers, -1, -workers):
+            load = np.sort(load)[::-1] + ranked[begin : begin + workers]
+        longest = max(mean, load.max())
+        # Who is left at the end has more of the memory's bandwidth.
+        return mean + tiling.costs.alone * (longest - mean), mean
+
+    def write(self, tiles: Tiles, out: TileList) -> None:
+        order = np.argsort(-self.seconds, kind="stable")
+        count = len(order)
+        rows, slots = (self.row_end - self.row)[order], self.slots[order]
+        out.num_tiles[...] = count
+        out.tile_rows[:count, 0] = self.row[order]
+        out.tile_rows[:count, 1] = rows
+        for ours, theirs in ((self.whole, out.tile_whole), (self.masked, out.tile_masked)):
+            theirs[:count, 0] = ours[order, 0]
+            theirs[:count, 1] = (ours[:, 1] - ours[:, 0])[order]
+
+        if slots.any():
+            out.tile_part[:count] = np.where(slots > 0, np.cumsum(slots) - slots, -1)
+            slot_row = ragged_ranges(self.row[order], slots)
+            out.part_slots[np.argsort(slot_row, kind="stable")] = np.arange(len(slot_row))
+            parts = np.bincount(slot_row, minlength=len(out.row_parts))
+            out.row_parts[:, 0] = np.cumsum(parts) - parts
+            out.row_parts[:, 1] = parts
+        final = out.row_parts[: tiles.row_end[-1], 1]
+        final[final == 0] = -1
+
+        out.page_ids[: len(tiles.page_ids)] = tiles.page_ids
+        # Who sees a page is told from the first row of the part, which may not be the tile's.
+        skipped = self.row - tiles.row[self.tile]
+        sees = tiles.sees
+        if skipped.any():
+            skipped = skipped.repeat(self.masked[:, 1] - self.masked[:, 0])
+            valid, first, end, causal = unpack_sees(sees)
+            causal = np.minimum(causal + skipped, NO_LIMIT)
+            sees = pack_sees(valid, first - skipped, end - skipped, causal)
+        out.page_sees[tiles.masked[0, 0] : len(tiles.page_ids)] = sees
+
+
+def split_tiles(tiles: Tiles, capacity: TileCapacity) -> Parts:
+    """The tiles as they are, or cut for an even load where that is predicted to be faster.
+
+    To cut, the tiles are laid end to end and the line is divided evenly among all or some of the workers.
+    """
+    tiling = capacity.tiling
+    best = Parts.unsplit(tiles, tiling)
+    seconds, mean = best.predict(tiling)
+    if seconds < 1.05 * mean:
+        return best
+    block_seconds = tiling.block_seconds(tiles.row_end - tiles.row)
+    blocks, end, previous = best.blocks, np.cumsum(best.seconds), np.inf
+    for share in (1, 2, 4, 8):
+        workers = tiling.head_workers // share
+        if workers < 2 or seconds < CLOSE * mean:
+            break
+        cuts = np.arange(1, workers) * end[-1] / workers
+        tile = np.searchsorted(end, cuts, side="right")
+        block = blocks[tile] - np.rint((end[tile] - cuts) / block_seconds[tile]).astype(np.int64)
+        # A short end of a tile is not worth a part of its own.
+        least = np.maximum(cuts[0] / 8 / block_seconds[tile], 1)
+        worth = (least <= block) & (block <= blocks[tile] - least)
+        begin = np.concatenate([np.arange(len(blocks)) << 32, tile[worth] << 32 | block[worth]])
+        begin.sort()
+        begin = begin[np.append(True, begin[1:] > begin[:-1])]
+        parts = Parts.split(tiles, begin >> 32, begin & 0xFFFFFFFF, tiling)
+        if len(begin) > capacity.tiles or parts.slots.sum() > capacity.slots:
+            continue
+        predicted, _ = parts.predict(tiling)
+        if predicted < seconds:
+            best, seconds = parts, predicted
+        elif predicted > previous:
+            break
+        previous = predicted
+    return best
+
+
+def _blocks(refs: np.ndarray, block_pages: int) -> np.ndarray:
+    """Blocks of references in the ranges [first, end)."""
+    return -((refs[:, 0] - refs[:, 1]) // block_pages)
