@@ -295,3 +295,13 @@ def test_branches_of_a_fork_share_one_view_of_what_came_before() -> None:
         draft.add(live, branch, 9)
     first, *others = (entry for entry in draft.entries if entry.samples)
     assert all(entry.context is first.context for entry in others)
+
+
+def test_pages_that_are_published_are_not_looked_at_again() -> None:
+    bench = Bench()
+    live = bench.live(serial(), prompt=10)
+    bench.draft().add(live, live.runnable()[0], 16)
+    live.publish_prefix()
+    pages = live.segments[0].pages
+    live.publish_prefix()
+    assert live.segments[0].pages is pages

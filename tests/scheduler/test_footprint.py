@@ -92,3 +92,10 @@ def test_alone_a_model_driven_request_never_needs_more_whatever_it_forks(
     world = World(replace(setting, num_pages=needed), FORKS)
     world.run(load)
     assert world.finished("r0").usage.preemptions == 0
+
+
+def test_after_a_kv_join_the_context_has_room_for_what_the_longest_branch_leaves() -> None:
+    specs = tuple(BranchSpec(stopping=stopping(3), prefix=(1,) * length) for length in (1, 41))
+    after = SerialStage(stopping=stopping(100), prefix=(1,))
+    joined = ParallelStage(branches=specs, join="kv")
+    assert pages(joined, after, max_context=60) == 2 + 1 + 11 + 4  # positions 46 to 59

@@ -198,6 +198,14 @@ def test_whatever_is_seen_predictions_stay_within_bounds_and_ascend(
     assert 0.0 < seconds[0] < 0.010 * 6.2
 
 
+def test_a_larger_bucket_never_costs_less_whatever_was_seen_of_it() -> None:
+    model = StepLatencyModel({4: 0.0100, 8: 0.0101})
+    for _ in range(300):
+        model.observe(StepLoad(4), 0.0108)
+        model.observe(StepLoad(8), 0.0095)
+    assert model.rows_seconds(8) >= model.rows_seconds(4) - 1e-12
+
+
 def test_every_correction_has_its_bound() -> None:
     """However far off steps are: the scale, the offset, and the offset of the bucket."""
     slow, fast = fresh(), fresh()
