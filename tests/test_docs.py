@@ -1,4 +1,4 @@
-"""docs/life-of-a-request.md is a map: it names every source file once, and no file that is not there."""
+"""The pages that name files and words: docs/life-of-a-request.md, docs/recipes.md and docs/glossary.md."""
 
 from __future__ import annotations
 
@@ -29,3 +29,28 @@ def test_the_map_names_every_source_file_once() -> None:
     named = Counter(re.findall(rf"`((?:{'|'.join(ROOMS)})/[\w/]+\.py)`", page))
     assert set(named) == source_files()
     assert {file for file, times in named.items() if times > 1} == set()
+
+
+RECIPES = ("An attention backend", "An admission policy", "A sampling option", "A model family", "A metric")
+
+
+def test_there_is_a_recipe_for_each_kind_of_addition_and_its_files_exist() -> None:
+    page = (ROOT / "docs/recipes.md").read_text()
+    recipes = dict(re.findall(r"^## (.+?)\n(.+?)(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL))
+    assert tuple(recipes) == RECIPES
+    for name, recipe in recipes.items():
+        files = [file for file in re.findall(r"`([\w/]+\.(?:py|proto))`", recipe) if "NAME" not in file]
+        assert len(files) >= 3, name
+        assert [file for file in files if not (ROOT / file).exists()] == [], name
+
+
+def test_a_word_of_the_glossary_has_one_meaning() -> None:
+    page = (ROOT / "docs/glossary.md").read_text()
+    words = re.findall(r"^\| \*\*(.+?)\*\*", page, flags=re.MULTILINE)
+    assert len(words) > 50
+    assert Counter(words).most_common(1)[0][1] == 1
+    named = re.findall(r"`((?:attention|scheduler|serve)[\w.]*)\.([A-Z]\w+)`", page)
+    assert named
+    for module, member in named:
+        source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        assert f"class {member}" in source, f"{module}.{member}"
