@@ -91,3 +91,8 @@ def test_a_prompt_that_is_late_or_never_due_has_no_pace() -> None:
 
 def test_a_prompt_due_within_the_step_is_wanted_whole() -> None:
     assert prompt_pace(1.05, 1.0, 100, 0.1) == 100
+
+
+def test_a_margin_is_a_share_of_the_whole_step() -> None:
+    assert slack([20.0], start=10.0, baseline=4.0, margin=0.25) == pytest.approx(10.0 / 1.25 - 4.0)
+    assert slack([20.0], start=10.0, baseline=9.0, margin=0.25) == 0.0
