@@ -72,6 +72,17 @@ def test_heads_are_normalised_turned_and_written(
 
 
 @EVERY_BACKEND
+def test_heads_of_almost_nothing_are_not_blown_up(backend: Backend) -> None:
+    """Their mean square is about that which is added to it."""
+    case = Case(4, 2, jnp.float32, normed=True)
+    case.q, case.k, case.qkv = (3e-4 * x for x in (case.q, case.k, case.qkv))
+    q, k_pages, _ = case.write(backend)
+    np.testing.assert_allclose(q, case.expected(case.q, case.norms.q_scale), rtol=2e-4, atol=2e-5)
+    written = case.expected(case.k, case.norms.k_scale)[0]
+    np.testing.assert_allclose(k_pages[4, :, 3], written, rtol=2e-4, atol=2e-5)
+
+
+@EVERY_BACKEND
 def test_what_no_row_writes_stays_as_it_was(backend: Backend) -> None:
     case = Case(4, 2, jnp.float32, normed=True)
     untouched = np.ones((PAGES, PAGE_SIZE), bool)

@@ -267,6 +267,25 @@ def test_a_few_that_share_much_are_found_among_many_that_share_little() -> None:
     assert sorted(row for row in rows if row) == [2] * 10 + [8] * 4
 
 
+def test_rows_that_share_a_prefix_are_together_and_others_that_share_little_are_narrow() -> None:
+    forest = Forest(page_size=64, stride=1)
+    system, prefix = forest.segment(128), forest.segment(640)
+    forest.leaves = [((system,), forest.segment(3000), 1) for _ in "EF"]
+    forest.leaves += [((system, prefix), forest.segment(10), 1) for _ in "ABCD"]
+    tiles = plan(forest.reads, tiling(workers=1))
+    assert sorted(tiles.tile_rows[: tiles.num_tiles, 1].tolist()) == [2, 4]
+    assert tiles.tile_whole[: tiles.num_tiles, 1].max() == 12, "the prefix is read once"
+
+
+@pytest.mark.parametrize("group", [1, 2, 8, 16])
+def test_a_tile_is_priced_as_wide_from_its_first_row_over_a_narrow_ones(group: int) -> None:
+    cut = tiling(group)
+    rows = np.array([1, cut.narrow_rows, cut.narrow_rows + 1, cut.wide_rows])
+    token = cut.block_seconds(rows) / (cut.block_pages * cut.page_size)
+    narrow, wide = H200.narrow_token, H200.wide_token
+    np.testing.assert_allclose(token, [narrow, narrow, wide, wide])
+
+
 def test_reads_of_the_very_same_pages_share_them() -> None:
     reads = groups(2, 3, prefix=300, tail=70, page_size=16)
     tiles = plan([*reads, *reads], tiling(page_size=16, workers=1))
