@@ -1,0 +1,101 @@
+"""What every backend promises, whatever its work is."""
+
+from __future__ import annotations
+
+import pickle
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention import BACKENDS, Backend, PageArray, PageRun, Read, Reads
+from attention.gpu import Gpu
+from attention.reference import Reference
+from attention.wrapped import Wrapped
+from attention.xla import Xla
+
+PAGE_SIZE, NUM_PAGES, HEADS, KV_HEADS, HEAD_DIM = 4, 16, 2, 1, 16
+RUNNING = [Reference(), Xla(), Gpu(interpret=True), Wrapped(Xla())]
+EVERY_BACKEND = pytest.mark.parametrize("backend", RUNNING, ids=lambda backend: type(backend).__name__)
+
+
+def capacity(backend: Backend, rows: int, heads: int = HEADS, kv_heads: int = KV_HEADS):
+    return backend.capacity(rows, NUM_PAGES, heads=heads, kv_heads=kv_heads, page_size=PAGE_SIZE)
+
+
+def seen(backend: Backend, work: object, rows: int) -> list[list[int]]:
+    """The positions of the pool that each row reads, as the lse of equal scores and one-hot values tell."""
+    shape = (NUM_PAGES, KV_HEADS, PAGE_SIZE, 4 * HEAD_DIM)
+    positions = np.arange(NUM_PAGES * PAGE_SIZE)
+    values = np.zeros((len(positions), 4 * HEAD_DIM), np.float32)
+    values[positions, positions] = 1
+    pages = jnp.zeros(shape), jnp.asarray(values.reshape(shape))
+    out, lse = backend.attend(jnp.zeros((rows, HEADS, 4 * HEAD_DIM)), pages, work, scale=1.0)
+    read = [np.flatnonzero(row[0]).tolist() for row in np.asarray(out)]
+    counts = np.rint(np.exp(np.asarray(lse)[:, 0])).astype(int).tolist()
+    assert counts == [len(row) for row in read]
+    return read
+
+
+@EVERY_BACKEND
+def test_pages_are_refilled_where_it_says_and_nowhere_else(backend: Backend) -> None:
+    """Two branches on pages of their own, one after another, behind a prefix that stays as it is."""
+    nearly = PAGE_SIZE - 1
+    prefix = PageRun((0, 1), 6)
+    reads = [
+        Read((prefix, PageRun((first,), nearly)), PageRun((first + 1,), nearly), 1, nearly - 1)
+        for first in (2, 4)
+    ]
+    order, work = backend.lay_out(Reads.of(reads), capacity(backend, 2))
+    assert order.tolist() == [0, 1]
+    for steps in (1, 3, 4, 5, 8):
+        begin = np.full(NUM_PAGES, -1)
+        begin[[2, 3, 4, 5]] = [0, PAGE_SIZE, 0, PAGE_SIZE]
+        filled = np.where(begin < 0, -1, np.clip(steps - begin, 0, PAGE_SIZE)).astype(np.int32)
+        own = [[PAGE_SIZE * first + i for i in range(steps)] for first in (2, 4)]
+        refilled = backend.refill(work, jnp.asarray(filled))
+        assert seen(backend, refilled, 2) == [[*range(6), *mine] for mine in own], steps
+
+
+@EVERY_BACKEND
+def test_query_heads_must_be_a_multiple_of_kv_heads(backend: Backend) -> None:
+    with pytest.raises(ValueError, match="3 query heads cannot share 2 KV heads"):
+        capacity(backend, 4, heads=3, kv_heads=2)
+    pool = jnp.zeros((NUM_PAGES, 2, PAGE_SIZE, HEAD_DIM))
+    work = capacity(backend, 4, heads=4, kv_heads=2).empty()
+    with pytest.raises(ValueError, match="3 query heads cannot share 2 KV heads"):
+        backend.attend(jnp.zeros((4, 3, HEAD_DIM)), (pool, pool), work, scale=1.0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_is_a_value(name: str) -> None:
+    """As a static argument of compiled programs, and for the processes that plan."""
+    backend = BACKENDS[name]
+    again = pickle.loads(pickle.dumps(backend))
+    assert again == backend
+    assert hash(again) == hash(backend)
+    assert [other for other in BACKENDS.values() if other == backend] == [backend]
+    rooms = [each.capacity(8, 9, heads=2, kv_heads=1, page_size=64) for each in (again, backend)]
+    assert len(set(rooms)) == 1
+
+
+def test_only_the_tiles_of_a_gpu_have_a_deterministic_form() -> None:
+    assert Gpu().deterministic() == Gpu(alone=True)
+    assert Gpu(interpret=True).deterministic() == Gpu(alone=True, interpret=True)
+    assert Gpu(alone=True).tiling(16, 8, 64).alone
+    assert not Gpu().tiling(16, 8, 64).alone
+    for backend in (Reference(), Xla()):
+        with pytest.raises(ValueError, match=f"{backend.name} has no deterministic form"):
+            backend.deterministic()
+
+
+def test_an_array_of_pages_knows_its_bytes() -> None:
+    assert PageArray((3, 2, 5), ("pages", None, "head_dim"), jnp.bfloat16).nbytes == 60
+
+
+def test_room_for_work_is_no_larger_than_it_must_be() -> None:
+    """It is in every step's packed vector, and what a kernel's grid is made of."""
+    items = Xla().capacity(8, 1000, heads=16, kv_heads=8, page_size=64, pages_per_read=10)
+    assert (items.items, items.page_refs) == (16, 80)
+    tiles = Gpu().capacity(8, 1000, heads=16, kv_heads=8, page_size=64, pages_per_read=10)
+    assert (tiles.tiles, tiles.page_refs, tiles.slots) == (8 + 33, 80, 8 + 33 * 8)
