@@ -77,7 +77,7 @@ def test_bfloat16_weights_give_float32_logits_of_the_same_model(
     name = "qwen3-gqa2-untied-wide-heads-bf16"
     model = load_model(str(golden_folder(name)), jnp.bfloat16)
     tokens = list(range(3, 40))
-    logits = paged_logits(model, tokens, "xla")
+    logits = paged_logits(model, tokens, Xla())
     expected = dense_logits(CHECKPOINTS[name].tensors(), model.config, tokens)
     assert logits.dtype == np.float32
     assert np.abs(logits - expected).mean() < 0.02 * expected.std()
