@@ -6,13 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 
+from scheduler.program import Plan
 from serve import commands
 from tests.serve.fakes import FakeEngine, fork_and_join, listening
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with listening(FakeEngine(fork_and_join)) as address:
+def engine() -> FakeEngine:
+    return FakeEngine(fork_and_join)
+
+
+@pytest.fixture(scope="module")
+def address(engine: FakeEngine) -> Iterator[str]:
+    with listening(engine) as address:
         yield address
 
 
@@ -35,6 +41,22 @@ def test_an_answer_is_printed_branch_by_branch_and_whole(address, capsys):
         "Hi. Tea: goodCoffee: bad, or x, and y So: tea.",
     ]
     assert printed.err.startswith("17 tokens, 17 on the longest path, up to 2 at once; first after 500 ms")
+
+
+def test_every_option_of_the_client_arrives(engine, address):
+    run_client("Drinks?", "--max-tokens", "3", "--temperature", "0.5", "--seed", "7", "--address", address)
+    asked = [*engine.requests.values()][-1]
+    assert bytes(asked.prompt) == b"user: Drinks?\n", "a chat, where the model knows chats"
+    assert isinstance(asked.program, Plan)
+    (stage,) = asked.program.stages
+    assert [part.stopping.max_tokens for part in stage.parts] == [3]
+    assert (asked.sampling.temperature, asked.sampling.seed) == (0.5, 7)
+
+
+def test_a_prompt_can_be_sent_as_it_is(engine, address):
+    run_client("Drinks?", "--raw", "--address", address)
+    asked = [*engine.requests.values()][-1]
+    assert asked.prompt == (257, *b"Drinks?")
 
 
 def test_what_is_wrong_is_said_in_a_line(address):

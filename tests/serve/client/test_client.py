@@ -7,7 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from serve.api.errors import CancelledError, InvalidRequestError, UnavailableError
+from serve.api.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    UnavailableError,
+)
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client import client as client_module
 from serve.client.answer import (
@@ -23,12 +28,14 @@ from serve.client.answer import (
 from serve.client.client import (
     AsyncClient,
     Client,
+    Options,
     branch,
     generate_request,
     model_driven,
     parallel,
     sampling,
     serial,
+    stopping,
 )
 from tests.serve.fakes import FakeEngine, fork_and_join, listening
 
@@ -209,6 +216,98 @@ def test_what_is_not_set_is_not_sent():
     assert not message.slo.HasField("tpot_ms")
     assert not sampling().HasField("temperature")
     assert sampling(temperature=0).HasField("temperature")
+
+
+SAMPLING = {
+    "temperature": 0.5,
+    "top_p": 0.25,
+    "top_k": 3,
+    "min_p": 0.125,
+    "repetition_penalty": 1.5,
+    "presence_penalty": 0.75,
+    "frequency_penalty": -0.5,
+    "seed": 9,
+    "logit_bias": {5: 2.0},
+}
+
+
+def test_every_sampling_option_is_sent_under_its_own_name():
+    assert sampling(**SAMPLING) == pb.SamplingParams(**SAMPLING)
+    assert SAMPLING.keys() == {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
+
+
+def test_every_option_of_a_request_is_sent_under_its_own_name():
+    output = {
+        "token_ids": True,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "include_stop": True,
+        "keep_special_tokens": True,
+        "interval_ms": 7.0,
+    }
+    message = generate_request(
+        "go",
+        max_tokens=3,
+        stop=["."],
+        sampling=sampling(**SAMPLING),
+        tpot_slo_ms=20.0,
+        ttft_slo_ms=300.0,
+        request_id="mine",
+        cache_salt="salt",
+        priority=-4,
+        **output,
+    )
+    assert message == pb.GenerateRequest(
+        prompt=pb.Prompt(text="go"),
+        stopping=pb.StoppingCriteria(max_tokens=3, stop=["."]),
+        sampling=pb.SamplingParams(**SAMPLING),
+        slo=pb.Slo(tpot_ms=20.0, ttft_ms=300.0),
+        output=pb.OutputOptions(**output),
+        request_id="mine",
+        cache_salt="salt",
+        priority=-4,
+    )
+    assert Options.__annotations__.keys() >= output.keys()
+
+
+def test_a_stage_keeps_its_sampling_and_where_it_ends():
+    drawn = sampling(**SAMPLING)
+    ends = stopping(4, stop=["."], stop_token_ids=[6], ignore_eos=True)
+    wanted = pb.StoppingCriteria(max_tokens=4, stop=["."], stop_token_ids=[6], ignore_eos=True)
+    assert serial(stopping=ends, sampling=drawn).serial == pb.SerialStage(stopping=wanted, sampling=drawn)
+    short = pb.StoppingCriteria(max_tokens=4, stop=["."])
+    assert serial(max_tokens=4, stop=["."]).serial.stopping == short
+    assert branch([5], stopping=ends, sampling=drawn, label="b", then=[serial("x")]) == pb.BranchSpec(
+        label="b",
+        prefix=pb.Prefix(token_ids=pb.TokenIds(ids=[5])),
+        stopping=wanted,
+        sampling=drawn,
+        stages=[serial("x")],
+    )
+    assert branch("b", max_tokens=4, stop=["."]).stopping == short
+
+
+def test_the_limits_of_a_model_driven_request_are_sent_under_their_own_names():
+    driven = model_driven("t", max_tokens=1, branch_max_tokens=2, max_branches=3, max_depth=4)
+    assert driven == pb.ModelDriven(
+        tag_set="t",
+        stopping=pb.StoppingCriteria(max_tokens=1),
+        branch_max_tokens=2,
+        max_branches=3,
+        max_depth=4,
+    )
+
+
+def test_a_deadline_ends_a_call_that_has_no_answer(client, address):
+    async def use() -> None:
+        async with AsyncClient(address) as waiting:
+            with pytest.raises(DeadlineExceededError):
+                await waiting.complete("go", timeout=0.2, request_id="held-5")
+
+    for call in (client.generate, client.complete):
+        with pytest.raises(DeadlineExceededError):
+            list(call("go", timeout=0.2, request_id=f"held-{call.__name__}"))
+    asyncio.run(use())
 
 
 def test_prompts_are_text_ids_or_chats():

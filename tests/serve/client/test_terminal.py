@@ -7,12 +7,30 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from serve.client.answer import BranchFinished, Completion, Delta, StageBranch, StageStarted
-from serve.client.terminal import Answer
+from serve.client.answer import (
+    BranchFinished,
+    Completion,
+    Delta,
+    Event,
+    Finished,
+    StageBranch,
+    StageStarted,
+    Timing,
+    Usage,
+    WidthChanged,
+)
+from serve.client.terminal import Answer, show, summary
+
+END = Finished(
+    usage=Usage(
+        prompt_tokens=1, cached_tokens=2, completion_tokens=30, critical_path_tokens=20, preemptions=5
+    ),
+    timing=Timing(queue=1.0, ttft=0.25, tpot=0.0125, total=4.5, tpot_slo_met=True, ttft_slo_met=True),
+)
 
 
-def growing() -> Iterator[Completion]:
-    """An answer, after each of its events."""
+def growing() -> Iterator[Event]:
+    """The events of an answer that is not complete yet."""
 
     def stage(number: int, *branches: int) -> StageStarted:
         infos = (StageBranch(branch=b, parent=0, label=f"[b]{b}", prefix=f"{b}: ") for b in branches)
@@ -21,30 +39,45 @@ def growing() -> Iterator[Completion]:
     def say(branch: int, text: str) -> Delta:
         return Delta(branch=branch, text=text, token_ids=(), logprobs=(), completion_tokens=len(text))
 
-    completion = Completion()
-    yield completion
     done = BranchFinished(branch=1, reason="eos", stop=None, completion_tokens=3)
-    for event in (
-        stage(0, 0),
-        say(0, "[i]hi"),
-        stage(1, 1, 2),
-        say(1, "tea"),
-        say(2, "mud"),
-        done,
-        stage(2, 0),
-    ):
-        completion.add(event)
-        yield completion
+    yield from (stage(0, 0), say(0, "[i]hi"), stage(1, 1, 2), say(1, "tea"), say(2, "mud"), done)
+    yield stage(2, 0)
 
 
 def test_branches_are_drawn_side_by_side():
-    screen = ""
-    for completion in growing():
-        console = Console(file=io.StringIO(), width=80, force_terminal=False)
-        console.print(Answer(completion))
-        screen = console.file.getvalue()
-    lines = screen.splitlines()
+    completion, file = Completion(), io.StringIO()
+    for event in growing():
+        Console(file=io.StringIO(), width=80, force_terminal=False).print(Answer(completion))
+        completion.add(event)
+    Console(file=file, width=80, force_terminal=False).print(Answer(completion))
+    lines = file.getvalue().splitlines()
     assert lines[0].strip() == "0: [i]hi", "text is not taken for markup"
     assert any("[b]1" in line and "[b]2" in line for line in lines)
     assert any("1: tea" in line and "2: mud" in line for line in lines)
     assert any("3 tokens" in line for line in lines)
+
+
+def test_a_terminal_shows_all_of_an_answer_and_what_it_took():
+    file = io.StringIO()
+    show([*growing(), END], Console(file=file, width=80, force_terminal=True, color_system=None))
+    screen = file.getvalue()
+    for text in (
+        "[i]hi",
+        "[b]1",
+        "[b]2",
+        "1: tea",
+        "2: mud",
+        "3 tokens",
+        "30 tokens, 20 on the longest path",
+    ):
+        assert text in screen
+
+
+def test_an_answer_is_summed_up_in_a_line():
+    completion = Completion()
+    for event in (WidthChanged(width=2, wanted=4), WidthChanged(width=3, wanted=4), END):
+        completion.add(event)
+    assert summary(completion) == (
+        "30 tokens, 20 on the longest path, up to 3 at once; "
+        "first after 250 ms, then 12.5 ms each; 4.50 s in all"
+    )

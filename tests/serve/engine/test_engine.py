@@ -17,6 +17,7 @@ from scheduler.request import Request, Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Entry, FinishedStep, Sample, Step
 from serve.door import Failed, Refused, StepRecord
+from serve.engine.collector import Collector
 from serve.engine.engine import InProcessEngine
 from serve.engine.runner import Runner
 from serve.engine.step_log import StepLog, read_steps
@@ -152,6 +153,24 @@ def test_a_crash_is_told_to_every_request() -> None:
     assert engine.state == "FAILED"
 
 
+def test_what_came_before_a_crash_is_told_before_it() -> None:
+    """Also where events wait to be published together."""
+
+    def crash(step: Step) -> None:
+        if step.step_id == 6:
+            raise RuntimeError("the device is gone")
+
+    listener = Listener()
+    engine = InProcessEngine(scheduler(), Device(crash), hold=1.0, clock=lambda: 0.0)
+    engine.start()
+    engine.submit(request("r", serial(20)), listener)
+    *told, last = listener.wait()
+    engine.stop(drain=False, timeout=5)
+    assert isinstance(last, Failed)
+    counts = [event.completion_tokens for event in told if isinstance(event, TokenEmitted)]
+    assert counts == [1, 2, 3, 4, 5], "step 5 was under way, and is lost"
+
+
 def test_refusals_say_why() -> None:
     engine = InProcessEngine(scheduler(num_pages=8), Device())
     with pytest.raises(Refused) as refusal:
@@ -240,6 +259,53 @@ def test_a_steps_time_counts_from_the_end_of_the_one_before_it(tmp_path: Path) -
     assert [record.seconds for record in records] == [step.seconds for step in finished]
     lines = (tmp_path / "steps").read_text().splitlines(keepends=True)
     assert len([*read_steps(lines)]) == len(records), "the log is whole when the engine has stopped"
+
+
+def test_load_says_how_many_tokens_came_in_the_last_seconds() -> None:
+    queue, finished = Queue(), list[FinishedStep]()
+    engine = InProcessEngine(scheduler(), queue, on_step=finished.append, clock=lambda: queue.now)
+    engine.start()
+    listener = Listener()
+    engine.submit(request("r", serial(8)), listener)
+    listener.wait()
+    rate = 8 / InProcessEngine.RATE_WINDOW
+    assert engine.load().output_tokens_per_second == pytest.approx(rate)
+    queue.now += InProcessEngine.RATE_WINDOW / 2
+    assert engine.load().output_tokens_per_second == pytest.approx(rate)
+    queue.now += InProcessEngine.RATE_WINDOW
+    assert engine.load().output_tokens_per_second == 0.0
+    engine.stop(drain=True, timeout=5)
+    assert engine.load().steps == len(finished) >= 8
+
+
+def test_the_collector_learns_when_the_engine_is_idle_and_when_it_is_not() -> None:
+    idle, calls = threading.Event(), list[tuple[str, float]]()
+
+    class Noting(Collector):
+        def start(self, now: float) -> None:
+            calls.append(("start", now))
+
+        def idle(self, now: float) -> None:
+            calls.append(("idle", now))
+            idle.set()
+
+        def busy(self, now: float) -> None:
+            calls.append(("busy", now))
+
+    queue = Queue()
+    engine = InProcessEngine(scheduler(), queue, collector=Noting(), clock=lambda: queue.now)
+    engine.start()
+    assert idle.wait(10)
+    assert calls == [("start", 0.0), ("idle", 0.0)]
+    idle.clear()
+    listener = Listener()
+    engine.submit(request("r", serial(8)), listener)
+    listener.wait()
+    assert idle.wait(10), "it is idle again"
+    engine.stop(drain=True, timeout=5)
+    times = [now for name, now in calls if name == "busy"]
+    assert len(times) == engine.load().steps
+    assert times == sorted({*times}), "once a step, by the engine's clock"
 
 
 def batches_of_tokens(device: Device, hold: float, tokens: int) -> list[int]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import urllib.request
 
-from scheduler.predictor import StepLoad
+from scheduler.predictor import PredictionAccuracy, StepLoad
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request
+from scheduler.scheduler import SchedulerLoad
 from scheduler.stopping import Stopping
-from serve.door import StepRecord
+from serve.door import Load, StepRecord
 from serve.server.metrics import Metrics
 from tests.serve.fakes import FakeEngine, finished
 
@@ -55,6 +56,29 @@ def test_finished_requests_add_up():
     assert value("taper_slo_total", {"target": "tpot", "met": "true"}) == 2
     assert value("taper_slo_total", {"target": "ttft", "met": "false"}) == 2
     assert value("taper_ttft_seconds_sum") == 1.0
+    assert value("taper_tpot_seconds_sum") == 0.02
+
+
+def test_every_figure_of_the_load_has_a_gauge_of_its_own():
+    metrics = Metrics()
+    metrics.watch_load(lambda: Load(SchedulerLoad(1, 2, 3, 4, 5), PredictionAccuracy(6.0, 7.0, 8.0), 0.0, 0))
+    gauges = {
+        sample.name: sample.value
+        for family in metrics.registry.collect()
+        if family.type == "gauge"
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+    assert gauges == {
+        "taper_running_requests": 1,
+        "taper_running_branches": 2,
+        "taper_queued_requests": 3,
+        "taper_kv_used_tokens": 4,
+        "taper_kv_capacity_tokens": 5,
+        "taper_prediction_bias": 6,
+        "taper_prediction_mape": 7,
+        "taper_prediction_coverage": 8,
+    }
 
 
 def test_load_is_read_when_it_is_scraped():

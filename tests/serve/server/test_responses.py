@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pytest
 from google.protobuf.json_format import MessageToDict
 
 from scheduler.events import (
     BranchInfo,
+    Finished,
     Joined,
     StageFinished,
     StageStarted,
     Started,
+    Timing,
     TokenEmitted,
+    Usage,
     WidthChanged,
 )
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
@@ -121,6 +127,48 @@ def test_a_request_is_told_in_order():
             },
         ),
     ]
+
+
+def test_every_figure_of_the_end_has_a_field_of_its_own():
+    usage = Usage(
+        prompt_tokens=1, cached_tokens=2, completion_tokens=3, critical_path_tokens=4, preemptions=5
+    )
+    timing = Timing(queue=1.0, ttft=2.0, tpot=3.0, total=4.0, tpot_slo_met=False, ttft_slo_met=True)
+    ((_, fields),) = told(writer().write([Finished("r", usage, timing)]))
+    assert fields == {
+        "usage": {
+            "prompt_tokens": 1,
+            "cached_tokens": 2,
+            "completion_tokens": 3,
+            "critical_path_tokens": 4,
+            "preemptions": 5,
+        },
+        "timing": {
+            "queue_time": "1s",
+            "time_to_first_token": "2s",
+            "time_per_output_token": "3s",
+            "total_time": "4s",
+            "ttft_slo_met": True,
+        },
+    }
+
+
+class Words:
+    """Decodes ids to words with spaces between them, and no space before the first."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(f"w{token}" for token in ids)
+
+
+@pytest.mark.parametrize("prefix", [(), (5,)], ids=["the prompt", "a forced prefix"])
+@pytest.mark.parametrize("prompt", [(1, 2), ()])
+def test_a_first_word_is_spelled_as_what_stands_before_it_wants(prompt, prefix):
+    request = Request(id="r", prompt=prompt, program=Plan(stages=(SerialStage(stopping=STOP),)))
+    stream = ResponseWriter(request, pb.OutputOptions(), Speller(Words(), skip_special_tokens=True))
+    begin = StageStarted("r", 0, (BranchInfo(0, 0, "", prefix),))
+    message = stream.write([begin, TokenEmitted("r", 0, Sample(7), 1), ends(0, count=1)])
+    text = "".join(event.delta.text for event in message.events)
+    assert text == (" w7" if prompt or prefix else "w7")
 
 
 def test_every_finish_reason_has_a_name_on_the_wire():

@@ -8,6 +8,7 @@ import functools
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine
 
@@ -17,6 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from scheduler.events import BranchInfo, StageStarted, Started, TokenEmitted, WidthChanged
+from scheduler.predictor import PredictionAccuracy
+from scheduler.scheduler import SchedulerLoad
 from scheduler.step import Sample
 from serve.api.errors import (
     CancelledError,
@@ -34,11 +37,11 @@ from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_gr
 from serve.client.answer import Completion, Finished, events_of
 from serve.client.client import AsyncClient, generate_request
 from serve.config import ServerConfig
-from serve.door import Failed, Refused
+from serve.door import Failed, Load, Refused
 from serve.served import Served
 from serve.server.server import SERVICES, listen, shut_down
 from serve.server.service import Service
-from tests.serve.fakes import FakeEngine, finished, served_model
+from tests.serve.fakes import ByteTokenizer, FakeEngine, finished, served_model
 
 CONFIG = ServerConfig(port=0)
 
@@ -57,10 +60,17 @@ async def serving(engine: FakeEngine | None = None, **options: int) -> AsyncIter
     service = Service(CONFIG, **options)
     if engine is not None:
         service.serve(Served(engine=engine, model=served_model(), device="fake"))
+    async with listening_to(service) as address:
+        yield service, address
+
+
+@contextlib.asynccontextmanager
+async def listening_to(service: Service) -> AsyncIterator[str]:
+    """The address of a server in this loop."""
     server, address = listen(service)
     await server.start()
     try:
-        yield service, address
+        yield address
     finally:
         await shut_down(server, service, timeout=0.0)
 
@@ -129,13 +139,15 @@ async def test_a_cancelled_call_cancels_its_request():
 @in_loop
 async def test_a_call_cancelled_in_the_queue_cancels_its_request():
     engine = FakeEngine()
-    async with connected(engine) as client:
+    async with serving(engine) as (service, address), AsyncClient(address) as client:
         waiting = asyncio.ensure_future(client.complete("go", request_id="r"))
         await until(engine, lambda e: "r" in e.requests)
         waiting.cancel()
         await until(engine, lambda e: e.cancelled == ["r"])
         with pytest.raises(asyncio.CancelledError):
             await waiting
+    count = functools.partial(service.metrics.registry.get_sample_value, "taper_requests_total")
+    assert (count({"code": "CANCELLED"}), count({"code": "OK"})) == (1, None)
 
 
 @in_loop
@@ -163,6 +175,17 @@ async def test_abort_ends_exactly_the_calls_that_it_names():
         assert (await calls["r10"]).text == "aa"
         assert await client.abort("r1") == ()
     assert set(engine.cancelled) == {"r1"}
+
+
+@in_loop
+async def test_special_tokens_are_shown_when_they_are_wanted():
+    def special(engine: FakeEngine, request) -> None:
+        engine.tell(request.id, *begin(request.id), TokenEmitted(request.id, 0, Sample(257), 1))
+        engine.tell(request.id, finished(request.id))
+
+    async with connected(FakeEngine(special)) as client:
+        assert (await client.complete("go")).text == ""
+        assert (await client.complete("go", keep_special_tokens=True)).text == "<begin>"
 
 
 @in_loop
@@ -206,10 +229,11 @@ async def test_what_is_wrong_with_a_request_comes_back_by_path():
 async def test_the_engines_refusals_reach_the_caller(reason, kind):
     engine = FakeEngine()
     engine.refusal = Refused(reason, "not now")
-    async with connected(engine) as client:
+    async with serving(engine) as (service, address), AsyncClient(address) as client:
         with pytest.raises(kind) as caught:
             await client.complete("go", request_id="r")
         assert (caught.value.reason, caught.value.message) == (reason, "not now")
+        assert service.is_idle, "an id that was refused is free"
     assert not engine.cancelled, "another request may have this id"
 
 
@@ -487,6 +511,87 @@ async def test_a_server_describes_itself():
 
 
 @in_loop
+async def test_every_limit_of_the_model_has_a_field_of_its_own():
+    served = served_model(
+        eos_ids=(7, 8),
+        join="kv",
+        own_grammar="multiverse",
+        max_branches=11,
+        max_depth=12,
+        max_top_logprobs=13,
+        max_logit_bias=14,
+        default_max_tokens=15,
+    )
+    service = Service(CONFIG)
+    service.serve(Served(engine=FakeEngine(), model=served))
+    async with listening_to(service) as address, AsyncClient(address) as client:
+        assert await client.model_info() == control_service_pb2.GetModelInfoResponse(
+            model="tiny",
+            architecture="qwen3",
+            vocab_size=300,
+            max_context_tokens=200,
+            max_branches=11,
+            max_depth=12,
+            max_top_logprobs=13,
+            max_logit_bias=14,
+            default_max_tokens=15,
+            eos_token_ids=[7, 8],
+            default_join=inference_service_pb2.JOIN_KV,
+            tag_sets=["multiverse"],
+            default_tag_set="multiverse",
+            supports_chat=True,
+        )
+
+
+@in_loop
+async def test_a_server_says_what_it_can_hold_and_which_one_it_is():
+    service = Service(ServerConfig(port=0, max_queue=17))
+    service.serve(Served(engine=FakeEngine(), model=served_model(), largest_bucket=23))
+    async with listening_to(service) as address, AsyncClient(address) as client:
+        info = await client.server_info()
+        assert (info.max_queued_requests, info.max_step_branches) == (17, 23)
+        assert info.instance_id == service.instance_id
+        assert info.version
+
+
+@in_loop
+async def test_every_figure_of_the_load_has_a_field_of_its_own():
+    class Busy(FakeEngine):
+        def load(self) -> Load:
+            return Load(SchedulerLoad(1, 2, 3, 4, 5), PredictionAccuracy(), 6.5, steps=7)
+
+    async with connected(Busy()) as client:
+        assert await client.load() == control_service_pb2.GetLoadResponse(
+            running_requests=1,
+            running_branches=2,
+            queued_requests=3,
+            kv_used_tokens=4,
+            kv_capacity_tokens=5,
+            output_tokens_per_second=6.5,
+            steps=7,
+        )
+
+
+@in_loop
+async def test_the_loop_does_not_wait_for_a_long_prompt_to_be_tokenized():
+    encoders: set[int] = set()
+
+    class Noting(ByteTokenizer):
+        def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+            encoders.add(threading.get_ident())
+            return super().encode(text, add_special_tokens)
+
+    service = Service(CONFIG)
+    service.serve(Served(engine=FakeEngine(answer), model=served_model(tokenizer=Noting())))
+    async with listening_to(service) as address, AsyncClient(address) as client:
+        for call in (client.complete("go"), client.tokenize("go")):
+            encoders.clear()
+            await call
+            assert encoders
+            assert threading.get_ident() not in encoders
+
+
+@in_loop
 async def test_the_policy_can_be_switched_while_running():
     async with connected(FakeEngine()) as client:
         assert await client.set_policy("off") == "taper"
@@ -524,8 +629,11 @@ async def test_requests_are_counted_by_how_they_ended():
     engine = FakeEngine(answer)
     async with serving(engine) as (service, address), AsyncClient(address) as client:
         await client.complete("go")
+        await client.load()
         with pytest.raises(ServiceError):
             await client.complete([])
+        with pytest.raises(ServiceError):
+            await client.set_policy("fast")
     count = functools.partial(service.metrics.registry.get_sample_value, "taper_requests_total")
     assert count({"code": "OK"}) == 1
     assert count({"code": "INVALID_ARGUMENT"}) == 1
