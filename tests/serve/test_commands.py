@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from scheduler.program import Plan
 from serve import commands
+from serve.config import ServerConfig
 from tests.serve.fakes import FakeEngine, fork_and_join, listening
 
 
@@ -68,6 +72,32 @@ def test_what_is_wrong_is_said_in_a_line(address):
 def test_branches_that_begin_alike_can_be_asked_for(address, capsys):
     run_client("Drinks?", "--branch", "A ", "--branch", "A ", "--address", address)
     assert "Hi. " in capsys.readouterr().out
+
+
+def test_the_server_is_run_with_its_options_and_a_loader(monkeypatch):
+    ran, loader = [], ModuleType("serve.engine.startup")
+    loader.load = object()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, loader.__name__, loader)  # its own imports JAX
+    monkeypatch.setattr("serve.server.server.run", lambda *told: ran.append(told))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    commands.serve(["--policy", "eager"])
+    assert ran == [(ServerConfig(policy="eager"), loader.load)]
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5", "an operator's own choice stands"
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    commands.serve([])
+    assert float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) > 0.9
+
+
+def test_what_keeps_the_server_from_starting_is_said_in_a_line(monkeypatch):
+    def fail(config: ServerConfig, load: object) -> None:
+        raise OSError("cannot listen")
+
+    monkeypatch.setitem(sys.modules, "serve.engine.startup", SimpleNamespace(load=None))
+    monkeypatch.setattr("serve.server.server.run", fail)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    with pytest.raises(SystemExit) as caught:
+        commands.serve([])
+    assert str(caught.value) == "taper-serve: cannot listen"
 
 
 @pytest.mark.parametrize("command", [commands.serve, commands.client])

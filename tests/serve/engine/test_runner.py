@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 
 from attention.gpu import Gpu
-from model.sampling import USES_PENALTIES, USES_RANDOM, USES_TOP
+from model.sampling import USES_PENALTIES, USES_RANDOM, USES_TOP, SampleOutputs
 from model.step import StepProgram
 from scheduler.predictor import StepLoad
 from scheduler.program import Plan
 from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
-from serve.engine.runner import Runner
+from scheduler.step import Sample, SlotSetup
+from serve.engine.runner import Runner, StepHandle
 from tests.serve.lab import compiled_runner, run, tiny_model
 from tests.serve.loads import load, serial
 
@@ -108,6 +110,60 @@ def test_log_probabilities_come_with_the_sample(runner: Runner) -> None:
         assert sample.logprob == pytest.approx(sample.top[0][1])
         assert len(sample.top) == 3
         assert np.all(np.diff([logprob for _, logprob in sample.top]) <= 0)
+
+
+class Output:
+    """An array on the device that knows what the host asked of it."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values, self.asked = values, list[str]()
+
+    def copy_to_host_async(self) -> None:
+        self.asked.append("copy")
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        self.asked.append("wait")
+        return np.array(self.values)
+
+
+def test_only_what_is_wanted_of_a_step_comes_to_the_host() -> None:
+    """Tokens are on their way before anybody waits for them. The last sample is padding."""
+
+    def flown(*wanted: SamplingParams) -> tuple[StepHandle, list[Output]]:
+        best = (-0.5, -1.0)
+        outputs = [
+            Output(5, 6, 0),
+            Output(-0.5, -0.25, 0.0),
+            Output((5, 1), (6, 2), (0, 0)),
+            Output(best, best, best),
+        ]
+        return StepHandle(SampleOutputs(*outputs), [*wanted]), outputs  # type: ignore[arg-type]
+
+    plain, told = SamplingParams(), SamplingParams(logprobs=True, top_logprobs=1)
+    handle, outputs = flown(plain, plain)
+    assert [output.asked for output in outputs] == [["copy"], [], [], []]
+    assert handle.samples() == (Sample(5), Sample(6))
+    assert [output.asked for output in outputs] == [["copy", "wait"], [], [], []]
+    handle, _ = flown(plain, told)
+    assert handle.samples() == (Sample(5), Sample(6, -0.25, ((6, -0.5),)))
+
+
+def test_all_that_a_slot_is_told_arrives_however_much_it_is(runner: Runner) -> None:
+    """More slots than one call of the assign program sets, more history than one call counts."""
+    many = Runner.HISTORY + 3
+    generated = tuple(index % 7 for index in range(many))
+    given = (*[3] * Runner.HISTORY, 9)
+    options = [SamplingParams(temperature=1.0 + slot) for slot in range(Runner.ASSIGNMENTS + 4)]
+    step = runner.probe(min(runner.buckets), 1)  # samples in slots of its own
+    first, last = len(step.entries), len(step.entries) + len(options)
+    setups = tuple(SlotSetup(first + i, each, given, generated) for i, each in enumerate(options))
+    runner.launch(replace(step, slots=setups))
+    temperatures = runner.slots.options["temperature"][first:last]
+    np.testing.assert_array_equal(temperatures, [each.temperature for each in options])
+    for slot in (first, last - 1):
+        counts = np.bincount(generated, minlength=131)
+        np.testing.assert_array_equal(runner.slots.generated_count[slot], counts)
+        assert np.flatnonzero(runner.slots.given_seen[slot]).tolist() == [3, 9]
 
 
 def test_a_step_takes_the_sampler_that_its_own_samples_need(

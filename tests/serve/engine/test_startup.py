@@ -15,8 +15,10 @@ import pytest
 from model.checkpoint import load_model
 from scheduler.request import Slo
 from serve.config import ServerConfig
+from serve.door import StepRecord, Watcher
 from serve.engine import startup
 from serve.engine.startup import Started
+from serve.served import Served
 
 # Of each option: a value other than the default, and what of a started engine shows that it arrived.
 ENGINE: dict[str, tuple[Any, Callable[[Started], Any]]] = {
@@ -100,6 +102,26 @@ def test_the_limits_of_a_request_are_those_of_the_device(started: Started) -> No
     assert started.model.max_context == started.engine.scheduler.config.max_context
     assert started.model.name == "taper-tiny"
     assert started.model.default_slo == Slo(tpot=0.07, ttft=0.9)
+
+
+def test_what_is_served_is_what_was_started(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[ServerConfig, Watcher | None]] = []
+
+    def start(config: ServerConfig, *, watch: Watcher | None = None) -> Started:
+        asked.append((config, watch))
+        return started
+
+    monkeypatch.setattr(startup, "start", start)
+    config, records = ServerConfig(port=0), list[StepRecord]()
+    served = startup.load(config, records.append)
+    assert asked == [(config, records.append)]
+    assert served == Served(
+        engine=started.engine,
+        model=started.model,
+        device=jax.devices()[0].device_kind,
+        largest_bucket=4,
+        summary=str(started.ready),
+    )
 
 
 def test_weights_are_random_by_their_seed(started: Started) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.grammars import MULTIVERSE
+from scheduler.grammars import MULTIVERSE, TagGrammar
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, TagProgram, check_program
 from scheduler.request import Slo
 from scheduler.sampling import OPTIONS, Option
@@ -152,6 +152,8 @@ def test_zero_is_not_unset():
 def test_targets_are_milliseconds_outside_and_seconds_inside():
     request = read(generate_request("go", tpot_slo_ms=25), default_slo=Slo(tpot=1, ttft=2))
     assert request.slo == Slo(tpot=0.025, ttft=2)
+    request = read(generate_request("go", ttft_slo_ms=25), default_slo=Slo(tpot=1, ttft=2))
+    assert request.slo == Slo(tpot=1, ttft=0.025)
 
 
 def test_logprobs_are_asked_of_every_stage():
@@ -161,17 +163,31 @@ def test_logprobs_are_asked_of_every_stage():
         assert (each.logprobs, each.top_logprobs) == (True, 2)
 
 
+def test_only_requests_of_one_salt_share_prompts():
+    assert read(generate_request("go", cache_salt="mine")).cache_salt == "mine"
+    assert read(generate_request("go")).cache_salt == ""
+
+
+def test_a_kept_stop_string_is_kept_in_every_stage():
+    for include in (False, True):
+        message = generate_request("go", include_stop=include, plan=[parallel(["a"]), serial("b")])
+        stages = read(message).program.stages
+        assert [part.stopping.include_stop for stage in stages for part in stage.parts] == [include] * 2
+
+
 @pytest.mark.parametrize("priority", [-100, 0, 100])
 def test_a_priority_is_kept(priority):
     assert read(generate_request("go", priority=priority)).priority == priority
 
 
 def test_a_model_driven_request_takes_the_models_own_tags():
-    message = generate_request("go", plan=model_driven(max_tokens=50, branch_max_tokens=20, max_branches=3))
+    driven = model_driven(max_tokens=50, branch_max_tokens=20, max_branches=3, max_depth=2)
+    message = generate_request("go", plan=driven)
     program = read(message, own_grammar="multiverse").program
     assert isinstance(program, TagProgram)
     assert program.grammar == MULTIVERSE
-    assert (program.stopping.max_tokens, program.branch_max_tokens, program.max_branches) == (50, 20, 3)
+    assert (program.stopping.max_tokens, program.branch_max_tokens) == (50, 20)
+    assert (program.max_branches, program.max_depth) == (3, 2)
 
 
 TAGS = pb.ForkTags(
@@ -188,7 +204,16 @@ TAGS = pb.ForkTags(
 
 def test_a_client_can_bring_tags_of_its_own():
     grammar = read(generate_request("go", plan=model_driven(fork_tags=TAGS))).program.grammar
-    assert (grammar.plan_open, grammar.branch_close, grammar.join) == ("<plan>", "</b>", "kv")
+    assert grammar == TagGrammar(
+        name="request",
+        plan_open="<plan>",
+        outline=grammar.outline,
+        plan_close="</plan>",
+        branch_open="<b {label}>",
+        branch_close="</b>",
+        join_open="<all>",
+        join="kv",
+    )
     assert re.findall(grammar.outline, "* one * and\n* 2.1 *\n* not\nthis *") == ["one", "2.1"]
 
 

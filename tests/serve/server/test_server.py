@@ -648,15 +648,22 @@ from serve.config import ServerConfig
 from serve.served import Served
 from serve.server.server import run
 from tests.serve.fakes import FakeEngine, served_model
+from tests.serve.server.test_metrics import STEP
 from tests.serve.server.test_server import answer
+
+def answer_late(engine, request):
+    engine.drained.wait(10)
+    answer(engine, request)
 
 def load(config, on_step):
     if "fails" in sys.argv:
         raise ValueError("no such model")
     if "hangs" in sys.argv:
-        print("loading", flush=True)
+        print("loading", sys.getswitchinterval(), flush=True)
         threading.Event().wait()
-    return Served(engine=FakeEngine(None if "waits" in sys.argv else answer), model=served_model())
+    on_step(STEP)
+    work = None if "waits" in sys.argv else answer_late if "late" in sys.argv else answer
+    return Served(engine=FakeEngine(work), model=served_model())
 
 run(ServerConfig(port=0, metrics_port=0, drain_timeout=20.0), load)
 """
@@ -693,6 +700,22 @@ def test_a_signal_drains_and_the_process_ends_well(number):
         assert child.stdout.read() == ""
 
 
+def test_what_runs_when_the_signal_comes_is_finished():
+    with process("late") as child:
+        address = ready(child)
+
+        async def use() -> str:
+            async with AsyncClient(address) as client:
+                running = asyncio.ensure_future(client.complete("go"))
+                while not (await client.load()).running_requests:
+                    pass
+                child.send_signal(signal.SIGTERM)
+                return (await running).text
+
+        assert asyncio.run(use()) == "aa"
+        assert child.wait(15) == 0, child.stderr.read()
+
+
 def test_a_second_signal_does_not_wait_for_what_runs():
     with process("waits") as child:
         address = ready(child)
@@ -715,7 +738,9 @@ def test_a_second_signal_does_not_wait_for_what_runs():
 
 def test_a_signal_ends_a_start_that_has_not_come_to_its_end():
     with process("hangs") as child:
-        assert child.stdout.readline() == "loading\n"
+        said, seconds = child.stdout.readline().split()
+        assert said == "loading"
+        assert float(seconds) < 0.001, "the engine's thread does not wait long for the interpreter"
         child.send_signal(signal.SIGTERM)
         assert child.wait(15) == 0, child.stderr.read()
 
@@ -732,7 +757,9 @@ def test_metrics_are_served_on_a_port_of_their_own():
         line = next(line for line in child.stderr if "/metrics" in line)
         url = line[line.index("http") :].split()[0].split("\x1b")[0]
         with urllib.request.urlopen(url, timeout=10) as response:
-            assert b"taper_kv_capacity_tokens 1000.0" in response.read()
+            page = response.read()
+        assert b"taper_kv_capacity_tokens 1000.0" in page
+        assert b"taper_step_seconds_count 1.0" in page, "of every step that the loader tells of"
 
 
 def test_finished_is_the_clients_last_event():
