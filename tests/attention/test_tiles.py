@@ -235,6 +235,11 @@ def test_a_group_wider_than_a_tile_lists_its_prefix_once() -> None:
     assert references(tiles) == 128 + 128 * 4
 
 
+def test_equal_branches_wider_than_a_tile_are_cut_evenly() -> None:
+    tiles = plan(groups(1, 27, prefix=8192, tail=256), tiling(workers=1))
+    assert sorted(tiles.tile_rows[: tiles.num_tiles, 1].tolist()) == [6, 7, 7, 7]
+
+
 def test_a_prompt_chunk_lists_its_context_once() -> None:
     chunk = Read((), PageRun(list(range(40)), 2500), rows=497, ordinal=2003)
     tiles = plan([chunk], tiling(workers=1))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from attention import PageRun, Places, Read, Reads
 from attention.layout import ItemCapacity, WorkList
 from attention.reference import Reference
-from attention.xla import ROW_TILE, Xla
+from attention.xla import ROW_TILE, Softmax, Xla
 from tests.attention.dense import Case, make_case
 from tests.attention.forest import Forest, forests, mixed_reads
 
@@ -133,6 +133,25 @@ def test_one_program_serves_every_list_and_its_time_follows_the_list() -> None:
         return min(times)
 
     assert seconds(everything) > 8 * seconds(everything[:1])
+
+
+def test_no_more_blocks_are_read_than_hold_the_items_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows in lockstep with tails of 3 and 5 pages, two a block, after 9 shared ones, eight a block."""
+    blocks: list[int] = []
+    add = Softmax.add
+
+    def counting(state: Softmax, scores: jax.Array, values: jax.Array) -> Softmax:
+        jax.debug.callback(lambda: blocks.append(1))
+        return add(state, scores, values)
+
+    monkeypatch.setattr(Softmax, "add", counting)
+    prefix = [PageRun(range(9), 9 * 16)]
+    reads = [Read(prefix, PageRun(range(9, 12), 45), 1, 44), Read(prefix, PageRun(range(12, 17), 80), 1, 79)]
+    capacity = ItemCapacity(rows=2, items=4, page_refs=64, page_size=16)
+    pages = jnp.zeros((17, 1, 16, 16))
+    attend(jnp.zeros((2, 1, 16)), (pages, pages), Xla().lay_out(Reads.of(reads), capacity)[1])
+    jax.effects_barrier()
+    assert len(blocks) == 3 + 2
 
 
 def test_writing_and_reading_a_donated_pool_copies_none_of_it() -> None:

@@ -169,6 +169,12 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     assert len(set(matrices)) == len(matrices)
 
 
+def test_random_weights_of_a_seed_are_those_of_every_other_process() -> None:
+    model = random_weights(Decoder(CHECKPOINTS[SHARDED].config, jnp.float32), 1, ON_ONE_DEVICE)
+    first = np.asarray(model.embedding.get_value())[0, :4]
+    np.testing.assert_allclose(first, [0.092414, 0.162601, 0.006529, 0.120962], rtol=1e-3)
+
+
 def test_a_deep_random_model_has_activations_of_order_one() -> None:
     config = replace(CHECKPOINTS["qwen3-gqa1-tied"].config, num_layers=16)
     model = random_weights(Decoder(config, jnp.float32), 0, ON_ONE_DEVICE)

@@ -280,3 +280,13 @@ def test_a_stop_string_is_looked_for_in_as_many_tokens_as_it_has_bytes(
     world = serve([request(serial(60, stop_strings=("dd", "bbb")))], Setting(), TALKS_ON)
     assert world.emitted("r") == 60
     assert max(looked_at) == 3
+
+
+def test_a_stop_string_is_found_where_its_characters_come_a_byte_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Alphabet, "decode", lambda _, ids: bytes(ids).decode(errors="replace"))
+    first, second, last = "é!".encode()
+    says = SymbolicModel((first,), {first: [second], second: [last]})
+    world = serve([request(serial(9, stop_strings=("é!",)))], Setting(), says)
+    assert world.emitted("r") == 3
