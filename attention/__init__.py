@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from attention.backend import Backend, Capacity, PageArray, Pages, Work
+from attention.backend import Backend, Capacity, PageArray, Pages, Sizes, Work
 from attention.gpu import Gpu
 from attention.heads import HeadNorms, Places
 from attention.reads import PageRun, Read, Reads
@@ -29,6 +29,7 @@ __all__ = [
     "Places",
     "Read",
     "Reads",
+    "Sizes",
     "Work",
     "backend_named",
     "default_backend",

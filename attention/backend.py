@@ -54,6 +54,21 @@ class PageArray:
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What the sizes of a backend's arrays follow from.
+
+    num_pages        pages of the pool
+    page_size        positions of a page
+    heads, kv_heads  query and KV heads of one device
+    """
+
+    num_pages: int
+    page_size: int
+    heads: int
+    kv_heads: int
+
+
 class Backend(ABC):
     """What attention is to the rest of the project. Implementations are frozen dataclasses.
 
@@ -80,32 +95,21 @@ class Backend(ABC):
         """
         raise ValueError(f"attention by {self.name} has no deterministic form: leave --deterministic out")
 
-    def pages(
-        self, num_pages: int, *, kv_heads: int, page_size: int, head_dim: int, dtype: Any
-    ) -> Sequence[PageArray]:
-        """The arrays that hold `num_pages` pages of `page_size` positions of one layer.
+    def pages(self, sizes: Sizes, head_dim: int, dtype: Any) -> Sequence[PageArray]:
+        """The arrays that hold the pages of one layer.
 
         Their first axis is "pages". Unless a backend says otherwise: keys and values apart, heads first.
         """
-        shape = (num_pages, kv_heads, page_size, head_dim)
+        shape = (sizes.num_pages, sizes.kv_heads, sizes.page_size, head_dim)
         array = PageArray(shape, ("pages", "kv_heads", "page", "head_dim"), dtype)
         return array, array
 
     @abstractmethod
-    def capacity(
-        self,
-        rows: int,
-        num_pages: int,
-        *,
-        heads: int,
-        kv_heads: int,
-        page_size: int,
-        pages_per_read: int | None = None,
-    ) -> Capacity:
-        """Room for every step of at most `rows` rows over a pool of `num_pages`.
+    def capacity(self, rows: int, sizes: Sizes, pages_per_read: int | None = None) -> Capacity:
+        """Room for every step of at most `rows` rows.
 
-        `heads` and `kv_heads` are those of one device. `pages_per_read` (the longest context in pages) may
-        bound the room further. Raises ValueError if heads is not a multiple of kv_heads.
+        `pages_per_read` (the longest context in pages) may bound it further. Raises ValueError if the heads
+        are not a multiple of the KV heads.
         """
 
     @abstractmethod

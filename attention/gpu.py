@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from attention.backend import Backend
+from attention.backend import Backend, Sizes
 from attention.gpu_tiles import NARROW, WIDE, attend
 from attention.gpu_write import write
 from attention.heads import group_size
@@ -74,18 +74,9 @@ class Gpu(Backend):
             alone=self.alone,
         )
 
-    def capacity(
-        self,
-        rows: int,
-        num_pages: int,
-        *,
-        heads: int,
-        kv_heads: int,
-        page_size: int,
-        pages_per_read: int | None = None,
-    ) -> TileCapacity:
-        tiling = self.tiling(heads, kv_heads, page_size)
-        return TileCapacity.for_bucket(rows, num_pages, tiling, pages_per_read)
+    def capacity(self, rows: int, sizes: Sizes, pages_per_read: int | None = None) -> TileCapacity:
+        tiling = self.tiling(sizes.heads, sizes.kv_heads, sizes.page_size)
+        return TileCapacity.for_bucket(rows, sizes.num_pages, tiling, pages_per_read)
 
     def lay_out(self, reads: Reads, capacity: Any) -> tuple[Int[np.ndarray, " reads"], TileList]:
         return lay_out_tiles(reads, capacity)

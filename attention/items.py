@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from attention.backend import Backend
+from attention.backend import Backend, Sizes
 from attention.heads import group_size, write
 from attention.layout import ItemCapacity, lay_out_items
 
@@ -24,18 +24,9 @@ class ItemBackend(Backend):
 
     __slots__ = ()
 
-    def capacity(
-        self,
-        rows: int,
-        num_pages: int,
-        *,
-        heads: int,
-        kv_heads: int,
-        page_size: int,
-        pages_per_read: int | None = None,
-    ) -> ItemCapacity:
-        group_size(heads, kv_heads)
-        return ItemCapacity.for_bucket(rows, num_pages, page_size, pages_per_read)
+    def capacity(self, rows: int, sizes: Sizes, pages_per_read: int | None = None) -> ItemCapacity:
+        group_size(sizes.heads, sizes.kv_heads)
+        return ItemCapacity.for_bucket(rows, sizes.num_pages, sizes.page_size, pages_per_read)
 
     def lay_out(self, reads: Reads, capacity: Any) -> tuple[Int[np.ndarray, " reads"], WorkList]:
         return lay_out_items(reads, capacity)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attention.backend import Backend, Capacity, PageArray
+from attention.backend import Backend, Capacity, PageArray, Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,11 @@ class Wrapped(Backend):
     def deterministic(self) -> Backend:
         return self.inner.deterministic()
 
-    def pages(self, num_pages: int, **sizes: Any) -> Sequence[PageArray]:
-        return self.inner.pages(num_pages, **sizes)
+    def pages(self, sizes: Sizes, head_dim: int, dtype: Any) -> Sequence[PageArray]:
+        return self.inner.pages(sizes, head_dim, dtype)
 
-    def capacity(self, rows: int, num_pages: int, **sizes: Any) -> Capacity:
-        return self.inner.capacity(rows, num_pages, **sizes)
+    def capacity(self, rows: int, sizes: Sizes, pages_per_read: int | None = None) -> Capacity:
+        return self.inner.capacity(rows, sizes, pages_per_read)
 
     def lay_out(self, reads: Any, capacity: Any) -> tuple[Any, Any]:
         return self.inner.lay_out(reads, capacity)

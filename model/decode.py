@@ -22,7 +22,7 @@ from jax import lax
 from attention import Backend, PageRun, Read, Reads, Work, default_backend
 from model.config import ModelConfig
 from model.decoder import Decoder, ModelStructure
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, page_sizes
 from model.sampling import (
     SampleInputs,
     SlotState,
@@ -181,12 +181,11 @@ def _batch(
     max_tokens += -max_tokens % STRIDE
     count, tail = len(prompts) * branches, -(-max_tokens // page_size)
     num_pages = rows // page_size + len(prompts) + count * tail
+    sizes = page_sizes(config, num_pages, page_size)
     prompt_reads, branch_reads, tail_pages = _reads(shared, branches, tail, page_size)
 
     def laid_out(reads: list[Read], rows: int) -> tuple[np.ndarray, Work]:
-        heads, kv_heads = config.num_heads, config.num_kv_heads
-        capacity = backend.capacity(rows, num_pages, heads=heads, kv_heads=kv_heads, page_size=page_size)
-        return backend.lay_out(Reads.of(reads), capacity)
+        return backend.lay_out(Reads.of(reads), backend.capacity(rows, sizes))
 
     order, branch_work = laid_out(branch_reads, count)
     assert (order == np.arange(count)).all(), "page ids ascend, so single rows keep their order"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention import Backend, PageArray, Pages
+from attention import Backend, PageArray, Pages, Sizes
 from model.config import ModelConfig
 from model.sharding import ON_ONE_DEVICE, Placement
 
@@ -43,6 +43,12 @@ class KVCache(NamedTuple):
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), self)
 
 
+def page_sizes(config: ModelConfig, num_pages: int, page_size: int) -> Sizes:
+    """The sizes of a pool of the model's pages, and of what its rows read."""
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    return Sizes(num_pages=num_pages, page_size=page_size, heads=heads, kv_heads=kv_heads)
+
+
 def bytes_per_page(backend: Backend, config: ModelConfig, page_size: int, dtype: Any) -> int:
     """Bytes that one page id takes over all layers, keys and values."""
     layer = _layer(backend, config, 1, page_size, dtype)
@@ -52,7 +58,4 @@ def bytes_per_page(backend: Backend, config: ModelConfig, page_size: int, dtype:
 def _layer(
     backend: Backend, config: ModelConfig, num_pages: int, page_size: int, dtype: Any
 ) -> tuple[PageArray, ...]:
-    heads, head_dim = config.num_kv_heads, config.head_dim
-    return tuple(
-        backend.pages(num_pages, kv_heads=heads, page_size=page_size, head_dim=head_dim, dtype=dtype)
-    )
+    return tuple(backend.pages(page_sizes(config, num_pages, page_size), config.head_dim, dtype))

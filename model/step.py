@@ -19,7 +19,7 @@ import numpy as np
 from attention import Backend, Capacity, Work
 from model.config import ModelConfig
 from model.decoder import Decoder, ModelStructure
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, page_sizes
 from model.sampling import SAMPLERS, SampleInputs, SampleOutputs, SlotState, sample, sampler_for
 
 if TYPE_CHECKING:
@@ -74,14 +74,7 @@ class StepLayout:
         pages_per_read: int | None = None,
     ) -> StepLayout:
         """Room for every step of a model with at most `rows` rows, of which `samples` sample."""
-        capacity = backend.capacity(
-            rows,
-            num_pages,
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            page_size=page_size,
-            pages_per_read=pages_per_read,
-        )
+        capacity = backend.capacity(rows, page_sizes(config, num_pages, page_size), pages_per_read)
         return cls(backend, capacity, page_size, samples)
 
     @property

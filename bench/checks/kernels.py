@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention import Backend, backend_named, default_backend
+from attention import Backend, Sizes, backend_named, default_backend
 from bench import hardware
 from bench.checks.forests import LARGE_LOGITS, SMALL, Forest, Grid, Matrix, Tree
 from bench.command import Command
@@ -90,15 +90,14 @@ class Setup:
         return Tree.POSITIONS // self.page if self.kind == "tree" else self.grid.pool_pages
 
     def planner(self) -> Planner:
-        return planner(
-            self.backend,
-            rows=self.rows,
+        sizes = Sizes(
             num_pages=self.pool_pages,
-            pages_per_read=self.pool_pages if self.kind == "tree" else self.grid.pages_per_read,
             page_size=self.page,
-            q_heads=self.kv_heads * self.group_size,
+            heads=self.kv_heads * self.group_size,
             kv_heads=self.kv_heads,
         )
+        longest = self.pool_pages if self.kind == "tree" else self.grid.pages_per_read
+        return planner(self.backend, self.rows, sizes, longest)
 
 
 def inputs_of(case: Case, setup: Setup, plan: Planner) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention import Work, backend_named, default_backend
+from attention import Sizes, Work, backend_named, default_backend
 from bench import hardware
 from bench.command import Command
 from bench.device.peers import FlashInfer, peer_names
@@ -150,15 +150,14 @@ class KernelBench:
         tables = PageTables.of(shape, self.options.seed)
         reads = tables.reads()
         bucket = next(size for size in ROW_BUCKETS if shape.rows <= size)
-        plan = planner(
-            self.backend,
-            rows=bucket,
+        sizes = Sizes(
             num_pages=self.pool_pages(shape),
-            pages_per_read=max(other.longest for other in self.same_pages(shape)),
             page_size=shape.page,
-            q_heads=shape.q_heads,
+            heads=shape.q_heads,
             kv_heads=shape.kv_heads,
         )
+        longest = max(other.longest for other in self.same_pages(shape))
+        plan = planner(self.backend, bucket, sizes, longest)
         start = time.perf_counter()
         order, work = plan(reads)
         seconds = time.perf_counter() - start

@@ -8,34 +8,18 @@ from itertools import chain
 
 import numpy as np
 
-from attention import Backend, Capacity, Read, Reads, Work
+from attention import Backend, Capacity, Read, Reads, Sizes, Work
 
 Planner = Callable[[Sequence[Read]], tuple[np.ndarray, Work]]
 
 
-def planner(
-    backend: Backend,
-    *,
-    rows: int,
-    num_pages: int,
-    pages_per_read: int,
-    page_size: int,
-    q_heads: int,
-    kv_heads: int,
-) -> Planner:
+def planner(backend: Backend, rows: int, sizes: Sizes, pages_per_read: int) -> Planner:
     """What turns reads into (order, work) for a backend; `order[i]` is the read whose rows come i-th.
 
-    Its work has the array sizes of a bucket of `rows` rows over a pool of `num_pages`, whatever the reads.
+    Its work has the array sizes of a bucket of `rows` rows over that pool, whatever the reads.
     It can be sent to another process, which needs no device to use it.
     """
-    room = backend.capacity(
-        rows,
-        num_pages,
-        heads=q_heads,
-        kv_heads=kv_heads,
-        page_size=page_size,
-        pages_per_read=pages_per_read,
-    )
+    room = backend.capacity(rows, sizes, pages_per_read)
     return partial(_lay_out, backend=backend, capacity=room)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from attention import Backend, Reads, backend_named
+from attention import Backend, Reads, Sizes, backend_named
 from bench import hardware
 from bench.command import Command
 from bench.device.shapes import WIDE_HEADS, Shape
@@ -60,14 +60,8 @@ def step_of(shape: Shape, seed: int = 0) -> Step:
 
 def measure(shape: Shape, backend: Backend, repeats: int) -> dict[str, Any]:
     step = step_of(shape)
-    capacity = backend.capacity(
-        shape.rows,
-        shape.pages,
-        heads=shape.q_heads,
-        kv_heads=shape.kv_heads,
-        page_size=shape.page,
-        pages_per_read=shape.longest,
-    )
+    sizes = Sizes(num_pages=shape.pages, page_size=shape.page, heads=shape.q_heads, kv_heads=shape.kv_heads)
+    capacity = backend.capacity(shape.rows, sizes, pages_per_read=shape.longest)
     layout = StepLayout(backend, capacity, shape.page, samples=shape.rows)
     entries = step.entries
     reads = Reads(*zip(*((e.context, e.own, e.rows, e.ordinal) for e in entries), strict=True))

@@ -86,6 +86,7 @@ def start(
         runner.hold(model)
     device = jax.devices()[0].device_kind
     latency, source = predictor_for(config, runner, device)
+    served = served_model(config, model.config, tokenizer)
     ready = Ready(
         model=model.config,
         dtype=dtype.name,
@@ -98,13 +99,10 @@ def start(
         compile_seconds=compiled,
         seconds=time.perf_counter() - began,
     )
-    served = served_model(config, model.config, tokenizer)
+    controller = Controller(latency, config.policy, controller_config(config, runner.buckets.largest))
+    scheduling = scheduler_config(config, runner.config, served.max_context)
     engine = InProcessEngine(
-        Scheduler(
-            scheduler_config(config, runner.config, served.max_context),
-            Controller(latency, config.policy, controller_config(config, runner.buckets.largest)),
-            tokenizer,
-        ),
+        Scheduler(scheduling, controller, tokenizer),
         runner,
         on_step=on_step,
         watch=watch,

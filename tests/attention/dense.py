@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention import Backend, Capacity, Read, Reads, Work
+from attention import Backend, Capacity, Read, Reads, Sizes, Work
 from attention.xla import Xla
 from tests.attention.forest import filled, pages_of
 
@@ -66,13 +66,8 @@ def make_case(
     rng, backend = np.random.default_rng(seed), backend or Xla()
     num_pages = num_pages or max((page for read in reads for page in pages_of(read)), default=0) + 2
     heads = kv_heads * group
-    capacity = capacity or backend.capacity(
-        sum(read.rows for read in reads) + 3,
-        num_pages,
-        heads=heads,
-        kv_heads=kv_heads,
-        page_size=page_size,
-    )
+    sizes = Sizes(num_pages=num_pages, page_size=page_size, heads=heads, kv_heads=kv_heads)
+    capacity = capacity or backend.capacity(sum(read.rows for read in reads) + 3, sizes)
     order, work = backend.lay_out(Reads.of(reads), capacity)
     pool = (num_pages, kv_heads, page_size, head_dim)
     # Cast first, so that the answer is that of the same inputs.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention import BACKENDS, Backend, PageArray, PageRun, Read, Reads
+from attention import BACKENDS, Backend, PageArray, PageRun, Read, Reads, Sizes
 from attention.gpu import Gpu
 from attention.reference import Reference
 from attention.wrapped import Wrapped
@@ -20,7 +20,8 @@ EVERY_BACKEND = pytest.mark.parametrize("backend", RUNNING, ids=lambda backend: 
 
 
 def capacity(backend: Backend, rows: int, heads: int = HEADS, kv_heads: int = KV_HEADS):
-    return backend.capacity(rows, NUM_PAGES, heads=heads, kv_heads=kv_heads, page_size=PAGE_SIZE)
+    sizes = Sizes(num_pages=NUM_PAGES, page_size=PAGE_SIZE, heads=heads, kv_heads=kv_heads)
+    return backend.capacity(rows, sizes)
 
 
 def seen(backend: Backend, work: object, rows: int) -> list[list[int]]:
@@ -75,7 +76,8 @@ def test_a_backend_is_a_value(name: str) -> None:
     assert again == backend
     assert hash(again) == hash(backend)
     assert [other for other in BACKENDS.values() if other == backend] == [backend]
-    rooms = [each.capacity(8, 9, heads=2, kv_heads=1, page_size=64) for each in (again, backend)]
+    sizes = Sizes(num_pages=9, page_size=64, heads=2, kv_heads=1)
+    rooms = [each.capacity(8, sizes) for each in (again, backend)]
     assert len(set(rooms)) == 1
 
 
@@ -95,7 +97,8 @@ def test_an_array_of_pages_knows_its_bytes() -> None:
 
 def test_room_for_work_is_no_larger_than_it_must_be() -> None:
     """It is in every step's packed vector, and what a kernel's grid is made of."""
-    items = Xla().capacity(8, 1000, heads=16, kv_heads=8, page_size=64, pages_per_read=10)
+    sizes = Sizes(num_pages=1000, page_size=64, heads=16, kv_heads=8)
+    items = Xla().capacity(8, sizes, pages_per_read=10)
     assert (items.items, items.page_refs) == (16, 80)
-    tiles = Gpu().capacity(8, 1000, heads=16, kv_heads=8, page_size=64, pages_per_read=10)
+    tiles = Gpu().capacity(8, sizes, pages_per_read=10)
     assert (tiles.tiles, tiles.page_refs, tiles.slots) == (8 + 33, 80, 8 + 33 * 8)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from jax import Array
 
-from attention import HeadNorms, PageRun, Places, Read, Reads, gpu_tiles
+from attention import HeadNorms, PageRun, Places, Read, Reads, Sizes, gpu_tiles
 from attention.gpu import Gpu
 from attention.tiles import TileCapacity
 from tests.attention.dense import make_case
@@ -146,7 +146,8 @@ def test_all_workers_of_the_device_are_launched_and_planned_for() -> None:
     heads, kv_heads, page_size = 64, 8, 64
     assert Gpu().tiling(heads, kv_heads, page_size).head_workers == 33
     for rows, programs in ((1, 8 * (1 + 33)), (512, 2 * 264)):
-        work = Gpu().capacity(rows, 64, heads=heads, kv_heads=kv_heads, page_size=page_size).empty()
+        sizes = Sizes(num_pages=64, page_size=page_size, heads=heads, kv_heads=kv_heads)
+        work = Gpu().capacity(rows, sizes).empty()
         q = jax.ShapeDtypeStruct((rows, heads, 64), jnp.bfloat16)
         pool = jax.ShapeDtypeStruct((64, kv_heads, page_size, 64), jnp.bfloat16)
         jaxpr = jax.make_jaxpr(partial(Gpu().attend, scale=1.0))(q, (pool, pool), work)
@@ -209,7 +210,7 @@ def test_no_work_gives_zeros() -> None:
 
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:
-    capacity = BACKEND.capacity(4, 8, heads=2, kv_heads=2, page_size=16)
+    capacity = BACKEND.capacity(4, Sizes(num_pages=8, page_size=16, heads=2, kv_heads=2))
     q, pages = jnp.zeros((4, 2, 48)), jnp.zeros((8, 2, 16, 48))
     with pytest.raises(ValueError, match="not 48, float32"):
         BACKEND.attend(q, (pages, pages), capacity.empty(), scale=1.0)
@@ -226,7 +227,8 @@ def test_the_kernels_lower_for_cuda_without_a_gpu(page_size: int, dtype: type) -
     """No PTX is made here; this notices a JAX whose Pallas no longer takes what the kernels are made of."""
     rows, heads, kv_heads, head_dim, num_pages = 16, 40, 8, 128, 64
     gpu = Gpu()
-    tiles = gpu.capacity(rows, num_pages, heads=heads, kv_heads=kv_heads, page_size=page_size).empty()
+    sizes = Sizes(num_pages=num_pages, page_size=page_size, heads=heads, kv_heads=kv_heads)
+    tiles = gpu.capacity(rows, sizes).empty()
     pool = jax.ShapeDtypeStruct((num_pages, kv_heads, page_size, head_dim), dtype)
     new = jax.ShapeDtypeStruct((rows, heads + 2 * kv_heads, head_dim), dtype)
     scale = jax.ShapeDtypeStruct((head_dim,), dtype)

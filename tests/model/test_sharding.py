@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from attention.xla import Xla
 from model.config import PRESETS
 from model.decoder import Decoder
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, page_sizes
 from model.sharding import LOGICAL_AXES, ON_ONE_DEVICE, Placement, ShardingRules
 from model.weights import load_safetensors, parameters, place_model, random_weights
 from tests.model.checkpoints import CHECKPOINTS
@@ -47,7 +47,7 @@ def test_tensor_parallel_rules_split_every_matrix_and_replicate_every_norm(name:
         key = path[2:] if path[0] == "layers" else path
         expected = TENSOR_PARALLEL.get(key, PartitionSpec(*[None] * len(param.shape)))
         assert rules.spec(param.get_metadata("axes")) == expected, path
-    for array in Xla().pages(4, kv_heads=2, page_size=16, head_dim=32, dtype=jnp.bfloat16):
+    for array in Xla().pages(page_sizes(MODELS[name], 4, 16), 32, jnp.bfloat16):
         assert rules.spec(array.axes) == PartitionSpec(None, "tp", None, None)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention import Backend, PageArray
+from attention import Backend, PageArray, Sizes
 from attention.heads import rms_norm
 from attention.reads import Reads
 from model.decode import generate
@@ -50,23 +50,13 @@ class Tabular(Backend):
     def name(self) -> str:
         return "tabular"
 
-    def pages(
-        self, num_pages: int, *, kv_heads: int, page_size: int, head_dim: int, dtype: Any
-    ) -> Sequence[PageArray]:
+    def pages(self, sizes: Sizes, head_dim: int, dtype: Any) -> Sequence[PageArray]:
+        shape = (sizes.num_pages, sizes.page_size, sizes.kv_heads, 2, head_dim)
         axes = ("pages", "page", "kv_heads", None, "head_dim")
-        return (PageArray((num_pages, page_size, kv_heads, 2, head_dim), axes, dtype),)
+        return (PageArray(shape, axes, dtype),)
 
-    def capacity(
-        self,
-        rows: int,
-        num_pages: int,
-        *,
-        heads: int,
-        kv_heads: int,
-        page_size: int,
-        pages_per_read: int | None = None,
-    ) -> TableSize:
-        return TableSize(rows, min(num_pages, pages_per_read or num_pages), page_size)
+    def capacity(self, rows: int, sizes: Sizes, pages_per_read: int | None = None) -> TableSize:
+        return TableSize(rows, min(sizes.num_pages, pages_per_read or sizes.num_pages), sizes.page_size)
 
     def lay_out(self, reads: Reads, capacity: Any) -> tuple[np.ndarray, Table]:
         size, table, row = capacity.page_size, Table(*map(np.copy, capacity.empty())), 0
