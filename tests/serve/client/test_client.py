@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 
+from scheduler.request import Request
 from serve.api.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -37,7 +39,7 @@ from serve.client.client import (
     serial,
     stopping,
 )
-from tests.serve.fakes import FakeEngine, fork_and_join, listening
+from tests.serve.fakes import FakeEngine, finished, fork_and_join, listening
 
 PLAN = [
     serial(max_tokens=4),
@@ -298,16 +300,26 @@ def test_the_limits_of_a_model_driven_request_are_sent_under_their_own_names():
     )
 
 
-def test_a_deadline_ends_a_call_that_has_no_answer(client, address):
-    async def use() -> None:
-        async with AsyncClient(address) as waiting:
-            with pytest.raises(DeadlineExceededError):
-                await waiting.complete("go", timeout=0.2, request_id="held-5")
+def test_a_deadline_ends_a_call_that_has_no_answer():
+    def answer_if_nobody_leaves(engine: FakeEngine, request: Request) -> None:
+        with contextlib.suppress(AssertionError):
+            engine.wait_for(lambda e: request.id in e.cancelled, timeout=5.0)
+        engine.tell(request.id, finished(request.id))
 
-    for call in (client.generate, client.complete):
-        with pytest.raises(DeadlineExceededError):
-            list(call("go", timeout=0.2, request_id=f"held-{call.__name__}"))
-    asyncio.run(use())
+    async def use() -> None:
+        async with AsyncClient(address) as client:
+            with pytest.raises(DeadlineExceededError):
+                await client.complete("go", timeout=0.2)
+            with pytest.raises(DeadlineExceededError):
+                async for _ in client.generate("go", timeout=0.2):
+                    pass
+
+    with listening(FakeEngine(answer_if_nobody_leaves)) as address:
+        with Client(address) as client:
+            for call in (client.generate, client.complete):
+                with pytest.raises(DeadlineExceededError):
+                    list(call("go", timeout=0.2))
+        asyncio.run(use())
 
 
 def test_prompts_are_text_ids_or_chats():
