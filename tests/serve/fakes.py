@@ -175,9 +175,11 @@ def listening(engine: FakeEngine) -> Iterator[str]:
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     up.wait()
-    yield addresses[0]
-    stop.set()
-    thread.join()
+    try:
+        yield addresses[0]
+    finally:
+        stop.set()
+        thread.join()
 
 
 def begin(name: str, stage: int, *infos: tuple[int, int, str, str]) -> StageStarted:
