@@ -188,3 +188,9 @@ def test_the_table_says_what_is_not_known(tmp_path: Path) -> None:
     out = tmp_path / "w.json"
     options = ["--family", "light", "--rate", "1", "--seconds", "20", "--seed", "4", "--json", str(out)]
     assert main(options) == Workload.load(out)
+
+
+def test_only_what_follows_a_join_is_forced_to_say_so() -> None:
+    program = Item(0.0, 5, ((3,), (4,), (2, 2), (6,))).request("a", Slo(tpot=1.0, ttft=1.0), seed=1).program
+    assert isinstance(program, Plan)
+    assert [len(stage.prefix) for stage in program.stages if isinstance(stage, SerialStage)] == [0, 0, 3]

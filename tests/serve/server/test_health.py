@@ -71,3 +71,16 @@ def test_every_watcher_learns_of_every_change():
             assert [(await watch.read()).status for watch in watches] == [Status.SERVING] * 2
 
     asyncio.run(use())
+
+
+def test_a_watcher_is_told_of_changes_alone(monkeypatch):
+    looks, told = [False, False, True, True, False], []
+
+    class Context:
+        async def write(self, message: health_pb2.HealthCheckResponse) -> None:
+            told.append(message.status)
+
+    monkeypatch.setattr(Health, "LOOK", 0.0)
+    with pytest.raises(IndexError):  # there is nothing more to look at
+        asyncio.run(Health([], lambda: looks.pop(0)).Watch(request(), Context()))
+    assert told == [Status.NOT_SERVING, Status.SERVING, Status.NOT_SERVING]
