@@ -23,7 +23,10 @@ MADE = pytest.StashKey[str]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """JAX keeps what it compiles in one folder a run, for all workers and the processes that tests start."""
+    """JAX keeps what it compiles in one folder a run, for all workers and the processes that tests start.
+
+    Whoever sets `JAX_COMPILATION_CACHE_DIR` keeps it from run to run.
+    """
     if CACHE not in os.environ:
         config.stash[MADE] = os.environ[CACHE] = tempfile.mkdtemp(prefix="compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -51,6 +54,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--questions", type=int, default=16, help="how many held-out questions the default model is asked"
     )
+
+
+@pytest.fixture(scope="session")
+def compiled() -> str:
+    """The folder of what this run has compiled, for servers that are told where to keep their programs."""
+    return os.environ[CACHE]
 
 
 @pytest.fixture

@@ -15,13 +15,17 @@ from attention.reference import Reference
 from attention.xla import ROW_TILE, Softmax, Xla
 from tests.attention.dense import Case, make_case
 from tests.attention.forest import Forest, forests, mixed_reads
+from tests.sizes import sampled
 
 attend = partial(Xla().attend, scale=0.25)
 
 
 @pytest.mark.parametrize(
     ("kv_heads", "group", "page_size", "head_dim"),
-    [(3, 1, 4, 64), (1, 2, 16, 128), (2, 5, 64, 16), (1, 8, 16, 64), (2, 2, 64, 128), (8, 1, 16, 16)],
+    sampled(
+        [(3, 1, 4, 64), (1, 2, 16, 128), (2, 5, 64, 16), (1, 8, 16, 64), (2, 2, 64, 128), (8, 1, 16, 16)],
+        [(3, 1, 4, 64), (2, 5, 64, 16), (1, 8, 16, 64)],
+    ),
 )
 def test_it_agrees_with_brute_force(kv_heads: int, group: int, page_size: int, head_dim: int) -> None:
     case = make_case(
@@ -40,7 +44,7 @@ def test_it_agrees_with_brute_force_on_random_trees(forest: Forest) -> None:
     assert max(case.errors(Xla())) < 5e-6
 
 
-@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("page_size", sampled([16, 64], [16]))
 def test_bfloat16_inputs_are_summed_in_float32(page_size: int) -> None:
     case = make_case(mixed_reads(page_size), page_size=page_size, head_dim=64, dtype=jnp.bfloat16)
     out, lse = case.errors(Xla())

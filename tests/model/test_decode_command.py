@@ -12,6 +12,7 @@ import tyro
 from model.decode_command import Decode, main
 from scheduler.sampling import OPTIONS, SamplingParams
 from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
+from tests.sizes import sampled
 
 
 def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -19,7 +20,7 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", sampled(CHECKPOINTS, ["qwen3-gqa1-tied", "llama3-scaled-untied-bf16"]))
 def test_the_command_goes_on_as_transformers_does(
     name: str, golden_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -270,6 +270,7 @@ def logits_of(model: Decoder, text: list[int]) -> np.ndarray:
     return np.asarray(run(weights))
 
 
+@pytest.mark.full
 def test_the_real_model_continues_as_in_transformers_and_knows_english(scratch):
     smollm2.convert(scratch)
     tokenizer = Tokenizer.from_folder(scratch)

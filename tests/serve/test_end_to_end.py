@@ -22,11 +22,11 @@ from serve.client.client import Client, branch, parallel, sampling, serial, stop
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def command(compiled: str) -> list[str]:
     return [
         str(Path(sys.executable).with_name("taper-serve")),
         *("--port", "0", "--buckets", "8", "32"),
-        *("--compilation-cache", str(tmp_path_factory.mktemp("programs"))),
+        *("--compilation-cache", compiled),
     ]
 
 

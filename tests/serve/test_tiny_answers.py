@@ -25,6 +25,7 @@ from scheduler.request import Request, Slo
 from scheduler.stopping import FinishReason, Stopping
 from serve.engine.runner import Runner
 from tests.serve.lab import Answer, Run, run
+from tests.sizes import sampled
 
 
 def request(index: int, task: Task) -> Request:
@@ -68,7 +69,7 @@ def test_branches_close_with_their_tag_and_the_answer_with_the_end_of_the_turn(s
             assert reasons[-1] is (FinishReason.BRANCH_CLOSED if name else FinishReason.EOS)
 
 
-@pytest.mark.parametrize("policy", ["off", "cap:2", "eager"])
+@pytest.mark.parametrize("policy", sampled(["off", "cap:2", "eager"], ["eager"]))
 def test_every_policy_gives_the_same_tokens(
     default_runner: Runner, served: Run, tasks: list[Task], policy: str
 ) -> None:

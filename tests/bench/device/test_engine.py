@@ -26,9 +26,9 @@ def test_a_steady_step_has_every_request_by_one_token_and_follows_such_a_step() 
     assert engine.steady(results, 3) == [second]
 
 
-def test_the_engine_is_timed_against_its_own_executable(tmp_path: Path) -> None:
+def test_the_engine_is_timed_against_its_own_executable(tmp_path: Path, compiled: str) -> None:
     sizes = ["--requests", "4", "--prompt-tokens", "4", "--new-tokens", "24", "--kv-levels", "16"]
-    server = ["--buckets", "8", "--num-pages", "64", "--compilation-cache", str(tmp_path / "cache")]
+    server = ["--buckets", "8", "--num-pages", "64", "--compilation-cache", compiled]
     result = engine.main([*sizes, "--json", str(tmp_path / "out.json"), "--", *server])
     assert json.loads((tmp_path / "out.json").read_text()) == result
     assert result["steady_steps"] > 10

@@ -135,6 +135,7 @@ def test_policies_differ_as_their_names_say(runs: dict[str, Simulation]) -> None
     assert rows["taper"]["goodput_stage"] > 1.77 * rows["off"]["goodput_stage"]
 
 
+@pytest.mark.full
 def test_the_headlines_ratios() -> None:
     """The point that was measured on an H200 (docs/results.md), with the noise of such a server."""
     profile = Profile.load("h200-qwen3-32b")
