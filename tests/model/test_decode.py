@@ -54,6 +54,7 @@ def test_every_branch_of_every_prompt_is_the_dense_continuation(
     assert generation.tokens_per_second > 0
 
 
+@pytest.mark.full
 def test_the_gpu_kernels_generate_the_same(golden_folder: Callable[[str], Path]) -> None:
     """Prompts of 1, 22 and 9 tokens, three branches of each on shared tiles; the kernels are interpreted."""
     model = load_model(str(golden_folder("qwen3-gqa8-untied-sharded")), jnp.float32)

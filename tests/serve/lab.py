@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +65,19 @@ def tiny_runner(dtype: Any, buckets: Sequence[int]) -> Runner:
     return compiled_runner(tiny_model(dtype), buckets)
 
 
+@contextmanager
+def compiled_quickly() -> Iterator[None]:
+    """Of programs that run for moments, compiling is what costs: XLA does as little as it can."""
+    as_it_was = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", as_it_was)
+
+
 def tiny_model(dtype: Any) -> Decoder:
-    with jax.enable_x64(jnp.dtype(dtype) == jnp.float64):
+    with compiled_quickly(), jax.enable_x64(jnp.dtype(dtype) == jnp.float64):
         return random_weights(Decoder(TINY, dtype), 7, Placement())
 
 
@@ -81,14 +93,9 @@ def compiled_runner(model: Decoder, buckets: Sequence[int], backend: Backend | N
             max_top_logprobs=4,
         ),
     )
-    # Little is run, so that compiling is what costs.
-    as_it_was = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
+    with compiled_quickly():
         runner.compile()
-    finally:
-        jax.config.update("jax_disable_most_optimizations", as_it_was)
-    runner.hold(model)
+        runner.hold(model)
     return runner
 
 

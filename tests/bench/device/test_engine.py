@@ -26,9 +26,11 @@ def test_a_steady_step_has_every_request_by_one_token_and_follows_such_a_step() 
     assert engine.steady(results, 3) == [second]
 
 
-def test_the_engine_is_timed_against_its_own_executable(tmp_path: Path, compiled: str) -> None:
+def test_the_engine_is_timed_against_its_own_executable(
+    tmp_path: Path, compiled: str, one_layer: str
+) -> None:
     sizes = ["--requests", "4", "--prompt-tokens", "4", "--new-tokens", "24", "--kv-levels", "16"]
-    server = ["--buckets", "8", "--num-pages", "64", "--compilation-cache", compiled]
+    server = ["--model", one_layer, "--buckets", "8", "--num-pages", "64", "--compilation-cache", compiled]
     result = engine.main([*sizes, "--json", str(tmp_path / "out.json"), "--", *server])
     assert json.loads((tmp_path / "out.json").read_text()) == result
     assert result["steady_steps"] > 10
@@ -39,7 +41,10 @@ def test_the_engine_is_timed_against_its_own_executable(tmp_path: Path, compiled
     assert "64 pages of 16 tokens" in result["summary"]
 
 
-def test_the_decode_loop_is_timed_without_its_prompt(capsys: pytest.CaptureFixture[str]) -> None:
-    result = decode.main(["--model", "default", "--dtype", "float32", "--tokens", "16", "--page-size", "16"])
+def test_the_decode_loop_is_timed_without_its_prompt(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = ["--tokens", "16", "--page-size", "16", "--repeats", "1"]
+    result = decode.main(["--model", "default", "--dtype", "float32", *sizes])
     assert result["tokens_per_second"] == pytest.approx(1e3 / result["step_ms"])
     assert "x the floor" in capsys.readouterr().out

@@ -56,8 +56,10 @@ def test_the_margin_is_the_one_before_the_step_was_learned_from() -> None:
     assert latency.accuracy.snapshot().bias > 0.0
 
 
-def test_a_server_is_calibrated_and_its_predictions_are_measured(tmp_path: Path, compiled: str) -> None:
-    server = ["--model", "default", "--buckets", "4", "32", "--num-pages", "96", "--page-size", "8"]
+def test_a_server_is_calibrated_and_its_predictions_are_measured(
+    tmp_path: Path, compiled: str, one_layer: str
+) -> None:
+    server = ["--model", one_layer, "--buckets", "4", "32", "--num-pages", "96", "--page-size", "8"]
     server += ["--compilation-cache", compiled]
     profile = tmp_path / "tiny.json"
     points = tmp_path / "points.json"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from model.checkpoint import load_model
 from model.config import ModelConfig
@@ -33,6 +34,7 @@ SMALL = ModelConfig(
 )
 
 
+@pytest.mark.full
 def test_a_few_steps_lower_the_loss_and_write_a_model_that_loads(tmp_path: Path, capsys):
     training = Training(
         out=tmp_path,
@@ -87,6 +89,7 @@ def test_the_shipped_weights_are_of_the_trained_shape_and_small():
     assert (FOLDER / "model.safetensors").stat().st_size < 10e6
 
 
+@pytest.mark.full
 def test_the_shipped_model_needs_branches_that_do_not_see_each_other_and_the_right_join():
     tasks = [task for task in held_out(40) if task.kind in ("reverse", "nested")][:6]
     weights = load(FOLDER)

@@ -21,6 +21,7 @@ from serve.engine.collector import Collector
 from serve.engine.engine import InProcessEngine
 from serve.engine.runner import Runner
 from serve.engine.step_log import StepLog, read_steps
+from tests.serve.conftest import BUCKETS
 from tests.serve.lab import NUM_PAGES, NUM_SLOTS, PAGE_SIZE, Letters, answer, run
 from tests.serve.loads import load, parallel, serial
 
@@ -29,7 +30,7 @@ SLO = Slo(tpot=10.0, ttft=60.0)
 
 def scheduler(num_pages: int = NUM_PAGES, **settings: object) -> Scheduler:
     sizes = {"num_pages": num_pages, "page_size": PAGE_SIZE, "num_slots": NUM_SLOTS, "max_context": 512}
-    latency = StepLatencyModel(dict.fromkeys((3, 8, 16, 32), 1e-3))
+    latency = StepLatencyModel(dict.fromkeys(BUCKETS, 1e-3))
     policy, chunk = str(settings.pop("policy", "taper")), int(settings.pop("max_chunk", 512))
     config = SchedulerConfig(**(sizes | settings))
     return Scheduler(config, Controller(latency, policy, ControllerConfig(max_chunk=chunk)), Letters())
