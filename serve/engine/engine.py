@@ -123,6 +123,8 @@ class InProcessEngine:
         """Forget a request; its pages and slots are free at once. False if it is unknown."""
         with self._wake:
             self._sinks.pop(request_id, None)
+            # Its id is free from here on: whoever takes it next is told of their own events alone.
+            self._events = [event for event in self._events if event.request_id != request_id]
             found = self.scheduler.cancel(request_id)
             self._wake.notify()
             return found

@@ -15,7 +15,7 @@ from scheduler.predictor import StepLatencyModel
 from scheduler.program import Plan
 from scheduler.request import Request, Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
-from scheduler.step import Entry, FinishedStep, Sample, Step
+from scheduler.step import Entry, FinishedStep, Sample, ScheduledStep, Step
 from serve.door import Failed, Refused, StepRecord
 from serve.engine.collector import Collector
 from serve.engine.engine import InProcessEngine
@@ -356,6 +356,27 @@ def test_an_id_is_taken_until_its_end_is_told() -> None:
     proceed.set()
     listener.wait()
     engine.stop(drain=True, timeout=5)
+
+
+def test_whoever_takes_the_id_of_a_cancelled_request_is_told_of_their_own_tokens_alone() -> None:
+    cancelled, reached = threading.Event(), threading.Event()
+
+    def hook(step: ScheduledStep) -> None:
+        if step.step_id == 5:
+            reached.set()
+            cancelled.wait(10)
+
+    engine = InProcessEngine(scheduler(), Device(hook), hold=100.0, clock=lambda: 0.0)
+    engine.start()
+    engine.submit(request("r", serial(20)), Listener())
+    assert reached.wait(10)
+    engine.cancel("r")
+    listener = Listener()
+    engine.submit(request("r", serial(2)), listener)
+    cancelled.set()
+    events = listener.wait()
+    engine.stop(drain=True, timeout=5)
+    assert [event.completion_tokens for event in events if isinstance(event, TokenEmitted)] == [1, 2]
 
 
 def test_the_policy_switches_while_requests_run() -> None:
