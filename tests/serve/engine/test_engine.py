@@ -15,7 +15,7 @@ from scheduler.predictor import StepLatencyModel
 from scheduler.program import Plan
 from scheduler.request import Request, Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
-from scheduler.step import Entry, FinishedStep, Sample, ScheduledStep, Step
+from scheduler.step import Entry, FinishedStep, Sample, Step
 from serve.door import Failed, Refused, StepRecord
 from serve.engine.collector import Collector
 from serve.engine.engine import InProcessEngine
@@ -361,7 +361,7 @@ def test_an_id_is_taken_until_its_end_is_told() -> None:
 def test_whoever_takes_the_id_of_a_cancelled_request_is_told_of_their_own_tokens_alone() -> None:
     cancelled, reached = threading.Event(), threading.Event()
 
-    def hook(step: ScheduledStep) -> None:
+    def hook(step: Step) -> None:
         if step.step_id == 5:
             reached.set()
             cancelled.wait(10)
