@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import structlog
@@ -83,7 +83,7 @@ class InProcessEngine:
         self._clock = clock
         self._collector = collector
         self.hold = hold
-        self._events: list[Event] = []  # not published yet
+        self._events: dict[str, list[Event]] = {}  # of each request: not published yet
         self._published = clock()
         self._waits = self.IN_TIME  # for so many steps in a row
         self._sinks: dict[str, Sink] = {}
@@ -124,7 +124,7 @@ class InProcessEngine:
         with self._wake:
             self._sinks.pop(request_id, None)
             # Its id is free from here on: whoever takes it next is told of their own events alone.
-            self._events = [event for event in self._events if event.request_id != request_id]
+            self._events.pop(request_id, None)
             found = self.scheduler.cancel(request_id)
             self._wake.notify()
             return found
@@ -222,7 +222,8 @@ class InProcessEngine:
         with self._wake:
             events = self.scheduler.update(result, now)
             self._steps += 1
-            self._events += events
+            for event in events:
+                self._events.setdefault(event.request_id, []).append(event)
             self._recent.append((now, sum(isinstance(event, TokenEmitted) for event in events)))
             while now - self._recent[0][0] > self.RATE_WINDOW:
                 self._recent.popleft()
@@ -244,16 +245,13 @@ class InProcessEngine:
     def _publish(self) -> None:
         """Hand each request the events that wait."""
         with self._wake:
-            events, self._events = self._events, []
-            sinks = self._route(events)
+            batches, self._events = self._events, {}
+            sinks = self._route(batches)
         self._published = self._clock()
         for sink, batch in sinks:
             sink(batch)
 
-    def _route(self, events: Sequence[Event]) -> list[tuple[Sink, list[Event]]]:
-        batches: dict[str, list[Event]] = {}
-        for event in events:
-            batches.setdefault(event.request_id, []).append(event)
+    def _route(self, batches: Mapping[str, list[Event]]) -> list[tuple[Sink, list[Event]]]:
         routed = [(self._sinks[key], batch) for key, batch in batches.items() if key in self._sinks]
         for key, batch in batches.items():
             if isinstance(batch[-1], Finished):
