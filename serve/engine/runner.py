@@ -119,12 +119,6 @@ class Runner:
             self.slots = SlotState.create(config.num_slots, vocab, config.max_logit_bias)
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights that a step reads whole: the embedding only where it is the head too."""
-        embedding = self.model_config.vocab_size * self.model_config.hidden_size * self.dtype.itemsize
-        return _bytes(self._weight_shapes) - (0 if self.model_config.tie_embeddings else embedding)
-
-    @property
     def _slot_shapes(self) -> SlotState:
         config = self.config
         return SlotState.abstract(config.num_slots, self.model_config.vocab_size, config.max_logit_bias)
