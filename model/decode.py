@@ -126,7 +126,7 @@ def _until(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
 
 
 class PromptRows(NamedTuple):
-    """PromptRows of the pass that reads the prompts: where their KV goes, and what they read."""
+    """Rows of the pass that reads the prompts: where their KV goes, and what they read."""
 
     tokens: Int32[Any, " rows"]
     positions: Int32[Any, " rows"]

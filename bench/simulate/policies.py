@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from bench.command import Command
+from bench.command import Command, names
 from bench.load.measures import COLUMNS, Window, cells, titles
 from bench.load.workload import TTFT_SLO, named
 from bench.result import conclude, head
@@ -40,7 +40,7 @@ def command() -> Command:
     add = parser.add_argument
     add("--profile", default="h200-qwen3-32b", help="a shipped profile's name, or a file")
     add("--workload", default="headline", help="headline, headline-closed, or a file")
-    add("--policies", default="off,cap:2,cap:4,cap:6,cap:8,eager,taper")
+    add("--policies", type=names, default="off,cap:2,cap:4,cap:6,cap:8,eager,taper")
     add("--seed", type=int, default=1)
     add("--warmup", type=float, default=WARMUP, help="seconds before the window")
     add("--window", type=float, default=WINDOW, help="seconds in which requests count")
@@ -85,7 +85,7 @@ def setting_of(options: Namespace) -> Setting:
 def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = command().parse_args(arguments)
     setting = setting_of(options)
-    policies = options.policies.split(",")
+    policies = options.policies
     with in_processes(min(options.processes, len(policies))) as pool:
         results = [*pool.map(partial(simulate, setting), policies)]
     result = {
