@@ -62,6 +62,15 @@ def compiled() -> str:
     return os.environ[CACHE]
 
 
+@pytest.fixture(scope="module")
+def quick_compiler() -> Iterator[None]:
+    """For modules whose programs are small: their tests and fixtures compile with few optimizations."""
+    from tests.compiling import compiled_quickly
+
+    with compiled_quickly():
+        yield
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """float64 means float64 inside the test."""

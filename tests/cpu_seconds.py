@@ -1,4 +1,4 @@
-"""What the tests cost, in CPU seconds, which do not depend on what else the machine does: `pytest --cpu`.
+"""What the tests cost, in CPU seconds, which hardly depend on what else the machine does: `pytest --cpu`.
 
 Of each test all threads of its process are counted, and the processes that it waited for. The first test to
 ask for a shared fixture is charged with it.
@@ -15,6 +15,10 @@ import pytest
 
 SINCE = pytest.StashKey[float]()
 
+# Two hyperthreads share a core, and neighbours its caches: the same work is then charged with up to half
+# as many seconds again. A test fails the run only where that does not excuse it.
+SHARED_CORES = 1.5
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -22,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         metavar="N",
         help="print CPU seconds: of the N dearest tests, each folder, everything",
+    )
+    parser.addoption(
+        "--cpu-bound",
+        type=float,
+        metavar="SECONDS",
+        help=f"with --cpu: mark tests that took more, and fail if one took {SHARED_CORES} times as many",
     )
 
 
@@ -32,15 +42,19 @@ def used() -> float:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--cpu") is not None:
-        config.pluginmanager.register(CpuSeconds(config.getoption("--cpu")))
+    dearest, bound = config.getoption("--cpu"), config.getoption("--cpu-bound")
+    if dearest is not None:
+        config.pluginmanager.register(CpuSeconds(dearest, float("inf") if bound is None else bound))
+    elif bound is not None:
+        raise pytest.UsageError("--cpu-bound is a bound of what --cpu counts: give both")
 
 
 class CpuSeconds:
     """Notes what each test cost. With xdist the workers note it, and the controller adds it up."""
 
-    def __init__(self, dearest: int) -> None:
+    def __init__(self, dearest: int, bound: float) -> None:
         self.dearest = dearest
+        self.bound = bound
         self.cost: Counter[str] = Counter()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -62,12 +76,27 @@ class CpuSeconds:
         spent = [seconds for name, seconds in report.user_properties if name == "CPU seconds"]
         self.cost[report.nodeid] += spent[-1]
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A run that would have passed fails for its dearest test."""
+        passed = session.exitstatus == pytest.ExitCode.OK
+        if passed and max(self.cost.values(), default=0.0) > SHARED_CORES * self.bound:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         folders: Counter[str] = Counter()
         for test, seconds in self.cost.items():
             folders[str(Path(test.partition("::")[0]).parent)] += seconds
         write = terminalreporter.write_line
         terminalreporter.section("CPU seconds")
-        for name, seconds in [*self.cost.most_common(self.dearest), *folders.most_common()]:
-            write(f"{seconds:8.2f}  {name}")
+        for test, seconds in self.cost.most_common(self.dearest):
+            write(f"{seconds:8.2f}  {test}{self.verdict(seconds)}")
+        for folder, seconds in folders.most_common():
+            write(f"{seconds:8.2f}  {folder}")
         write(f"{used():8.2f}  everything, with what importing and collecting cost")
+
+    def verdict(self, seconds: float) -> str:
+        """What a test's cost means for the run."""
+        if seconds > SHARED_CORES * self.bound:
+            return f"  FAILS THE RUN: more than {SHARED_CORES} times {self.bound:g}"
+        return f"  above {self.bound:g}" if seconds > self.bound else ""

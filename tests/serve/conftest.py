@@ -9,7 +9,7 @@ import pytest
 if TYPE_CHECKING:
     from serve.engine.runner import Runner
 
-BUCKETS = (3, 8, 32)
+BUCKETS = (3, 32)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +27,7 @@ from scheduler.stopping import FinishReason
 from serve.door import Failed
 from serve.engine.engine import InProcessEngine
 from serve.engine.runner import Runner, RunnerConfig, StepHandle
+from tests.compiling import compiled_quickly
 
 PAGE_SIZE = 4
 NUM_PAGES = 320
@@ -63,17 +63,6 @@ TINY = ModelConfig(
 def tiny_runner(dtype: Any, buckets: Sequence[int]) -> Runner:
     """A compiled runner of a random model."""
     return compiled_runner(tiny_model(dtype), buckets)
-
-
-@contextmanager
-def compiled_quickly() -> Iterator[None]:
-    """Of programs that run for moments, compiling is what costs: XLA does as little as it can."""
-    as_it_was = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", as_it_was)
 
 
 def tiny_model(dtype: Any) -> Decoder:

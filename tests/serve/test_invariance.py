@@ -21,7 +21,7 @@ RELAXED = 10.0  # seconds: everybody may start
 
 FACTORS = {
     "policy": ("off", "cap:2", "eager", "taper"),
-    "buckets": ((3, 8, 32), (8,), (3, 32)),
+    "buckets": ((3, 32), (3,), (32,)),
     "max_chunk": (3, 64),
     "order": (1, 2, 3),
     "num_pages": (320, SMALL_POOL),
