@@ -24,6 +24,8 @@ from scheduler.sampling import SamplingParams
 from tests.model.dense import dense_greedy, dense_logits
 from tests.sizes import sampled
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 NAME = "qwen3-gqa2-untied-wide-heads-bf16"
 PROMPTS = [[7], [*range(50, 72)], [3, 1, 4, 1, 5, 9, 2, 6, 5]]
 TOKENS = 14

@@ -24,6 +24,8 @@ from tests.model.checkpoints import CHECKPOINTS, Golden
 from tests.model.dense import dense_logits
 from tests.model.paged import Sequence, step_inputs
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 PAGE_SIZE = 16
 NUM_PAGES = 12
 

@@ -18,6 +18,8 @@ from model.sharding import LOGICAL_AXES, ON_ONE_DEVICE, Placement, ShardingRules
 from model.weights import load_safetensors, parameters, place_model, random_weights
 from tests.model.checkpoints import CHECKPOINTS
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 MODELS = {"qwen3": PRESETS["qwen3-8b"], "llama-tied": replace(PRESETS["qwen3-0.6b"], architecture="llama")}
 TENSOR_PARALLEL = {
     ("embedding",): PartitionSpec("tp", None),

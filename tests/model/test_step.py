@@ -38,6 +38,8 @@ from tests.model.dense import dense_logits
 from tests.model.paged import Feed, Sequence, step_inputs
 from tests.sizes import sampled
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 PAGE_SIZE = 8
 NUM_PAGES = 2000
 SLOTS = 4

@@ -23,6 +23,8 @@ from model.weights import WeightsError, hf_tensors, load_safetensors, parameters
 from tests.model.checkpoints import CHECKPOINTS
 from tests.model.dense import dense_logits
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 TIED, SHARDED = "qwen3-gqa8-tied-narrow-heads-f16", "qwen3-gqa8-untied-sharded"
 
 
