@@ -13,6 +13,8 @@ from bench.checks.forests import SMALL, Forest, Grid, Matrix, Tree
 from bench.checks.kernels import all_cases, main
 from tests.attention.forest import pages_of
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 def test_a_sample_of_the_small_matrix_passes(tmp_path: Path) -> None:
     out = tmp_path / "check.json"

@@ -13,6 +13,8 @@ from bench.checks.logits import ERROR_BAR
 from bench.checks.model import main, passed
 from bench.checks.scale import SCALES
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 TINY = SCALES["tiny"]
 
 

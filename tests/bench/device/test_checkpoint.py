@@ -12,6 +12,8 @@ from bench.device.checkpoint import drop_from_cache, main, read_plainly
 from model.checkpoint import load_model
 from model.decoder import Decoder
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 def test_a_tiny_checkpoint_is_written_restored_and_removed(tmp_path: Path) -> None:
     out = tmp_path / "checkpoint.json"

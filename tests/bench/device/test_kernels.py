@@ -15,6 +15,8 @@ from bench.device import kernels
 from bench.device.kernels import KernelBench, Program, main, parse_options
 from bench.device.shapes import PageTables
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 DECODE = "--backend xla --scale tiny --suite decode --page 16 --seed 3"
 
 

@@ -9,6 +9,8 @@ from bench import hardware
 from bench.device import step
 from bench.device.step import main
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 CASES = ((8, 8, 2048, 192), (32, 4, 2048, 192))
 
 

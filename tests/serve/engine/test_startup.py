@@ -20,6 +20,8 @@ from serve.engine import startup
 from serve.engine.startup import Started
 from serve.served import Served
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 # Of each option: a value other than the default, and what of a started engine shows that it arrived.
 ENGINE: dict[str, tuple[Any, Callable[[Started], Any]]] = {
     "dtype": ("bfloat16", lambda s: s.runner.dtype.name),
