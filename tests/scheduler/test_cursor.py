@@ -130,6 +130,22 @@ def test_a_tag_may_come_in_pieces() -> None:
     assert isinstance(where.on_token(given, 0, 20), Fork)
 
 
+def test_a_tag_of_wide_characters_is_seen_where_it_comes_a_byte_a_token() -> None:
+    class Bytes:
+        def encode(self, text: str) -> list[int]:
+            return [*text.encode()]
+
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    where = cursor(replace(PROGRAM, grammar=replace(MULTIVERSE, plan_close="\N{CHECK MARK}!")), Bytes())
+    where.begin(10)
+    given = "<Goal><Outline>1:\N{CHECK MARK}!".encode()
+    *before, fork = [where.on_token([*given[: n + 1]], 0, 11 + n) for n in range(len(given))]
+    assert before == [None] * len(before)
+    assert isinstance(fork, Fork)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -23,6 +23,7 @@ from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
 from scheduler.stopping import FinishReason, Stopping
 from tests.scheduler.alphabet import EOS, ID, LETTERS, STOP, Alphabet, tokens
+from tests.scheduler.drafts import Bench
 from tests.scheduler.symbolic import SymbolicModel
 from tests.scheduler.world import Setting, World, serve
 
@@ -204,6 +205,19 @@ def test_cached_tokens_are_those_of_the_prompt() -> None:
     assert isinstance(started, Started)
     assert (started.prompt_tokens, started.cached_tokens) == (9, 9)
     assert world.finished("s").usage.cached_tokens == 9
+
+
+def test_who_has_forked_finds_every_full_page_of_its_prompt_again() -> None:
+    """No token is sampled from the prompt any more, so that its last page is of use as well."""
+    bench = Bench()
+    live = bench.live(fork("kv", B, C), prompt=8)
+    draft = bench.draft()
+    for branch in live.runnable():
+        draft.add(live, branch, 16)
+    live.publish_prefix()
+    live.preempt()
+    live.resume(1.0)
+    assert live.segments[0].computed == 8
 
 
 def test_timing_is_of_the_whole_request() -> None:

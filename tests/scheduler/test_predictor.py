@@ -241,3 +241,13 @@ def test_the_margin_has_bounds() -> None:
         fast.observe(-0.5)
         slow.observe(3.0)
     assert (fast.margin, slow.margin) == (0.0, 0.25)
+
+
+def test_a_step_is_judged_by_the_margin_that_was_kept_for_it() -> None:
+    """Its own error, from which the margin follows next, does not cover it."""
+    accuracy = Accuracy(0.05)
+    for _ in range(Accuracy.LEAST):
+        accuracy.observe(0.1)
+    assert (accuracy.margin, accuracy.snapshot().coverage) == (0.1, 0.0)
+    accuracy.observe(0.1)
+    assert accuracy.snapshot().coverage == 1 / (Accuracy.LEAST + 1)
