@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import triton
 
 from attention import Backend, HeadNorms, Places
 from attention.gpu import Gpu
@@ -104,3 +107,20 @@ def test_a_donated_pool_is_written_in_place() -> None:
     before = {pages.unsafe_buffer_pointer() for pages in pools}
     _, after = jax.jit(Xla().write, donate_argnums=3)(case.qkv, None, case.angles, pools, PLACES)
     assert {pages.unsafe_buffer_pointer() for pages in after} == before
+
+
+def test_a_gpu_is_told_to_store_nothing_beyond_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreted kernel drops such a store; a device would write to whatever lies there."""
+    stored: list[int] = []
+    store = triton.store
+
+    def noting(ref: Any, value: jax.Array, **options: Any) -> None:
+        place = ref.transforms[-1].indices
+        if len(place) == 4:  # a page, heads, an offset and half of the pairs
+            jax.debug.callback(lambda page: stored.extend(np.ravel(page).tolist()), place[0])
+        store(ref, value, **options)
+
+    monkeypatch.setattr(triton, "store", noting)
+    Case(2, 2, jnp.float32, normed=False).write(Gpu(interpret=True))
+    jax.effects_barrier()
+    assert set(stored) == {4, 0}

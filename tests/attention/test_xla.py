@@ -139,8 +139,13 @@ def test_one_program_serves_every_list_and_its_time_follows_the_list() -> None:
     assert seconds(everything) > 8 * seconds(everything[:1])
 
 
-def test_no_more_blocks_are_read_than_hold_the_items_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows in lockstep with tails of 3 and 5 pages, two a block, after 9 shared ones, eight a block."""
+@pytest.mark.parametrize(
+    ("shared", "longer", "expected"), [(9, 5, 3 + 2), (8, 4, 2 + 1)], ids=["blocks with room", "full blocks"]
+)
+def test_no_more_blocks_are_read_than_hold_the_items_pages(
+    monkeypatch: pytest.MonkeyPatch, shared: int, longer: int, expected: int
+) -> None:
+    """Two rows in lockstep with tails of 3 pages and more, two a block, after shared ones, eight a block."""
     blocks: list[int] = []
     add = Softmax.add
 
@@ -149,13 +154,16 @@ def test_no_more_blocks_are_read_than_hold_the_items_pages(monkeypatch: pytest.M
         return add(state, scores, values)
 
     monkeypatch.setattr(Softmax, "add", counting)
-    prefix = [PageRun(range(9), 9 * 16)]
-    reads = [Read(prefix, PageRun(range(9, 12), 45), 1, 44), Read(prefix, PageRun(range(12, 17), 80), 1, 79)]
+    prefix, end = [PageRun(range(shared), shared * 16)], 16 * longer
+    reads = [
+        Read(prefix, PageRun(range(9, 12), 45), 1, 44),
+        Read(prefix, PageRun(range(12, 12 + longer), end), 1, end - 1),
+    ]
     capacity = ItemCapacity(rows=2, items=4, page_refs=64, page_size=16)
     pages = jnp.zeros((17, 1, 16, 16))
     attend(jnp.zeros((2, 1, 16)), (pages, pages), Xla().lay_out(Reads.of(reads), capacity)[1])
     jax.effects_barrier()
-    assert len(blocks) == 3 + 2
+    assert len(blocks) == expected
 
 
 def test_writing_and_reading_a_donated_pool_copies_none_of_it() -> None:
