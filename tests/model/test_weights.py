@@ -171,6 +171,22 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     assert len(set(matrices)) == len(matrices)
 
 
+def test_parameters_of_one_shape_are_drawn_by_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers there are: a deep model starts as soon as a shallow one."""
+    traced: list[tuple[int, ...]] = []
+    normal = jax.random.normal
+
+    def noting(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        traced.append(shape)
+        return normal(key, shape, dtype)
+
+    monkeypatch.setattr(jax.random, "normal", noting)
+    config = replace(CHECKPOINTS[TIED].config, vocab_size=40, intermediate_size=24, num_layers=2)
+    random_weights(Decoder(config, jnp.float32), 0, ON_ONE_DEVICE)
+    assert (40, config.hidden_size) in traced
+    assert len(traced) == len({*traced})
+
+
 def test_random_weights_of_a_seed_are_those_of_every_other_process() -> None:
     model = random_weights(Decoder(CHECKPOINTS[SHARDED].config, jnp.float32), 1, ON_ONE_DEVICE)
     first = np.asarray(model.embedding.get_value())[0, :4]
