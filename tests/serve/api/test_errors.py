@@ -103,3 +103,10 @@ def test_a_flood_of_violations_still_fits_into_a_status():
     shown = bad.field_violations
     assert shown[-1].description == f"and {10_000 - len(shown) + 1} more"
     assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_message_counts_the_violations_that_a_status_has_no_room_for():
+    flood = [Violation("prompt", "x" * 100)] * 200
+    error = InvalidRequestError.of(flood)
+    assert len(error.violations) < len(flood)
+    assert error.message.endswith(f"; and {len(flood) - 3} more")

@@ -83,6 +83,7 @@ def test_it_measures_where_none_fits_or_is_wanted_or_it_is_far_off() -> None:
         started_with(0.0166, device="NVIDIA H100"),
         started_with(0.0166, profile="measure"),
         started_with(0.0166 * 1.5),
+        started_with(0.0166 / 1.5),
     ):
         assert found[1] == "measured at start"
 

@@ -44,6 +44,13 @@ def test_a_busy_server_collects_everything_only_after_a_long_time(collector: Col
     assert len(kept) == 100_000
 
 
+def test_after_that_it_waits_as_long_again(collector: Collector) -> None:
+    collector.busy(101.0 + Collector.LONGEST)
+    garbage = old_garbage()
+    collector.busy(101.0 + 2 * Collector.LONGEST)
+    assert garbage() is not None
+
+
 def test_an_idle_one_does_at_once(collector: Collector) -> None:
     garbage = old_garbage()
     collector.idle(101.0)

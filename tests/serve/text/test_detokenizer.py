@@ -177,6 +177,12 @@ def test_words_marked_by_spaces_keep_them_after_a_context(ids):
     assert "".join(pieces(Detokenizer(speller), ids)) == tokenizer.decode(ids)
 
 
+def test_a_context_with_an_unreadable_byte_in_it_keeps_the_space_after_it():
+    """Only one that ends in half a character is of no use."""
+    speller = Speller(WordPieces(), skip_special_tokens=True)
+    assert Detokenizer(speller, context=[4, 0]).push(1) == " cat"
+
+
 def test_bytes_that_stand_for_themselves_become_characters():
     tokenizer = WordPieces()
     detokenizer = Detokenizer(Speller(tokenizer, skip_special_tokens=True), context=[0])
