@@ -19,6 +19,8 @@ import tokenizers
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from model.spelling import Spelling, without_first_space
+
 
 class TokenizerError(ValueError):
     """A model folder's tokenizer or chat template is missing or unreadable."""
@@ -30,13 +32,17 @@ class ChatError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """Satisfies `scheduler.program.Codec`.
+    """Prompts and chats to ids, and what ids stand for.
 
+    continuing      the backend for text that goes on from other text
+    spelling        what each id stands for in a text
     eos_ids         tokens that end a text, from generation_config.json, config.json and the tokenizer
     special_tokens  what the template may name: {"bos_token": "<s>", ...}
     """
 
     backend: tokenizers.Tokenizer
+    continuing: tokenizers.Tokenizer
+    spelling: Spelling
     eos_ids: tuple[int, ...] = ()
     special_tokens: Mapping[str, str] | None = None
     chat_template: jinja2.Template | None = None
@@ -50,6 +56,8 @@ class Tokenizer:
         special = _special_tokens(config)
         return cls(
             backend=backend,
+            continuing=without_first_space(backend),
+            spelling=_spelling(folder / "tokenizer.json", backend),
             eos_ids=_eos_ids(folder, backend, special),
             special_tokens=special,
             chat_template=_read_chat_template(folder, config),
@@ -67,6 +75,10 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Special tokens that are spelled out in the text become their ids; none are added by default."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of text that goes on from other text: read after it, they add this text and no space."""
+        return self.continuing.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Bytes that are not (or not yet) whole UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
@@ -104,6 +116,13 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     backend.no_truncation()  # a file may ask for both; a prompt is never silently cut or padded
     backend.no_padding()
     return backend
+
+
+def _spelling(path: Path, backend: tokenizers.Tokenizer) -> Spelling:
+    try:
+        return Spelling.of(backend)
+    except ValueError as error:
+        raise TokenizerError(f"cannot use {path}: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

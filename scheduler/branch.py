@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from scheduler.cursor import Cursor, Fork
 from scheduler.events import BranchInfo
 from scheduler.sampling import SamplingParams
+from scheduler.search import Search
 from scheduler.segment import Segment, text
 from scheduler.step import Entry
 from scheduler.stopping import Stopping
@@ -19,6 +20,7 @@ class Branch:
     trail          its own segments since birth, oldest first, with those of branches joined into it by `kv`
     stage          number of the stage that it is in, or was in last
     stage_from     index in the segment of the stage's first sampled token
+    search         for the stage's stop strings, if it has any
     complete       leading ancestors of the segment that are known to be computed as a whole
     limit          first position that the stage may not fill
     in_flight      launched entries whose sampled token has not come back, oldest first
@@ -33,7 +35,7 @@ class Branch:
     __slots__ = (
         "allowance", "complete", "completion_tokens", "critical", "cursor", "fork", "forked", "id",
         "in_flight", "label", "last_advanced", "lent", "limit", "open_children", "parent", "path", "sampling",
-        "segment", "slot", "stage", "stage_from", "stopping", "trail",
+        "search", "segment", "slot", "stage", "stage_from", "stopping", "trail",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +58,7 @@ class Branch:
         self.sampling = SamplingParams()
         self.stage = 0
         self.stage_from = 0
+        self.search: Search | None = None
         self.complete = 0
         self.limit = 0
         self.in_flight: list[Entry] = []

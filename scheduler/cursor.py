@@ -8,20 +8,28 @@ positions alone, never on what siblings or the schedule did.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from scheduler.program import Plan, SerialStage, Stage, TagProgram
 from scheduler.sampling import SamplingParams
+from scheduler.search import Reader, Search
 from scheduler.stopping import FinishReason, Stopping
 
 
 class Codec(Protocol):
     """The tokenizer, as far as programs need it. `decode` keeps special tokens."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of text that goes on from other text."""
+        ...
+
     def decode(self, ids: list[int]) -> str: ...
+
+    def reader(self, before: Iterable[int], *, special_tokens: bool) -> Reader:
+        """Reads the tokens that follow `before` (the newest first), with special tokens or without."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +133,8 @@ class TagCursor:
         self._depth = depth
         self._limit = limit
         self._forks = 0
+        self._search: Search | None = None  # for the tags, in the text of the stage
+        self._read = 0  # tokens of the segment that it has read
 
     def begin(self, position: int) -> Action:
         self._limit = position + self._program.stopping.max_tokens
@@ -132,9 +142,10 @@ class TagCursor:
 
     def on_token(self, tokens: Sequence[int], stage_from: int, position: int) -> Action | None:
         grammar = self._program.grammar
-        if self._depth > 0 and self._closes(grammar.branch_close, tokens, stage_from):
+        closed = self._closed(tokens, stage_from)
+        if self._depth > 0 and grammar.branch_close in closed:
             return End(FinishReason.BRANCH_CLOSED)
-        if self._depth < self._program.max_depth and self._closes(grammar.plan_close, tokens, stage_from):
+        if self._depth < self._program.max_depth and grammar.plan_close in closed:
             return self._fork(self._codec.decode(list(tokens[stage_from:])), position)
         return None
 
@@ -146,16 +157,21 @@ class TagCursor:
 
     def _decode(self, prefix: tuple[int, ...], position: int) -> Decode | End:
         assert self._limit is not None
+        self._search = None
         left = self._limit - position - len(prefix)
         if left <= 0:
             return End(FinishReason.MAX_TOKENS)
         return Decode(prefix, replace(self._program.stopping, max_tokens=left))
 
-    def _closes(self, tag: str, tokens: Sequence[int], stage_from: int) -> bool:
-        """Whether the newest token completes `tag`: every token holds at least one byte of it."""
-        tail = list(tokens[max(stage_from, len(tokens) - len(tag.encode())) :])
-        text = self._codec.decode(tail)
-        return tag in text and text.count(tag) > self._codec.decode(tail[:-1]).count(tag)
+    def _closed(self, tokens: Sequence[int], stage_from: int) -> set[str]:
+        """The tags that the newest token completes."""
+        if self._search is None:
+            grammar, before = self._program.grammar, reversed(tokens[:stage_from])
+            reader = self._codec.reader(before, special_tokens=True)
+            self._search, self._read = Search((grammar.branch_close, grammar.plan_close), reader), stage_from
+        found = [self._search.push(token) for token in tokens[self._read :]]
+        self._read = len(tokens)
+        return {match.string for matches in found for match in matches}
 
     def _fork(self, text: str, position: int) -> Fork | None:
         program, grammar = self._program, self._program.grammar

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scheduler.search import Match
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason
 
@@ -57,16 +58,16 @@ class WidthChanged:
 
 @dataclass(frozen=True, slots=True)
 class StageFinished:
-    """A branch's stage ended. The stop token or string that ended it, if one did, is in `stop`.
+    """A branch's stage ended; `final` says whether the branch itself ended with it.
 
-    `final` says whether the branch itself ended with it.
+    `stop` is the stop token, or the match of a stop string, that ended it, if one did.
     """
 
     request_id: str
     stage: int
     branch: int
     reason: FinishReason
-    stop: int | str | None
+    stop: int | Match | None
     completion_tokens: int
     final: bool
 

@@ -29,7 +29,8 @@ from scheduler.pace import Pace
 from scheduler.pages import PagePool
 from scheduler.program import TagProgram
 from scheduler.request import Request
-from scheduler.segment import Segment, text
+from scheduler.search import Match, Search
+from scheduler.segment import Segment, newest_first, text
 from scheduler.step import Entry, Sample, SlotSetup
 from scheduler.stopping import FinishReason
 
@@ -194,22 +195,24 @@ class LiveRequest:
         if action is not None and self._fits(branch, action):
             reason = action.reason if isinstance(action, End) else FinishReason.FORKED
             return self._end_stage(branch, action, reason)
-        stop = self._stop_string(branch) if branch.stopping.stop_strings else None
-        if stop is not None:
+        found = branch.search.push(segment.tokens[-1]) if branch.search else []
+        if found:
             reason = FinishReason.STOP
         elif position >= branch.limit:
             reason = FinishReason.CONTEXT if position >= self._max_context else FinishReason.MAX_TOKENS
         else:
             return []
-        return self._end_stage(branch, branch.cursor.on_stop(reason), reason, stop)
+        return self._end_stage(branch, branch.cursor.on_stop(reason), reason, found[0] if found else None)
 
-    def _stop_string(self, branch: Branch) -> str | None:
-        """The stop string that the newest token completed: every token holds at least one byte of it."""
-        strings, tokens = branch.stopping.stop_strings, branch.segment.tokens
-        most = max(len(string.encode()) for string in strings)
-        tail = self._codec.decode(tokens[max(branch.stage_from, len(tokens) - most) :])
-        found = [(tail.find(string), string) for string in strings if string in tail]
-        return min(found)[1] if found else None
+    def _search(self, branch: Branch) -> Search | None:
+        """For the stop strings of the stage that begins now."""
+        stopping = branch.stopping
+        if not stopping.stop_strings:
+            return None
+        before = newest_first(branch.segment.chain)
+        return Search(
+            stopping.stop_strings, self._codec.reader(before, special_tokens=stopping.special_tokens)
+        )
 
     def width_changed(self, width: int, wanted: int) -> list[Event]:
         """Tell how many branches advanced, and how many were ready, unless it is known or too early."""
@@ -225,7 +228,7 @@ class LiveRequest:
         return [Started(self.request.id, len(self.request.prompt), self.cached_tokens), *events]
 
     def _end_stage(
-        self, branch: Branch, action: Action, reason: FinishReason, stop: int | str | None = None
+        self, branch: Branch, action: Action, reason: FinishReason, stop: int | Match | None = None
     ) -> list[Event]:
         branch.in_flight.clear()
         branch.segment.cut(len(branch.segment.tokens), self._pool)
@@ -259,6 +262,7 @@ class LiveRequest:
             segment.computed -= 1
         branch.stopping = action.stopping
         branch.sampling = action.sampling or self.request.sampling
+        branch.search = self._search(branch)
         branch.stage_from = len(segment.tokens)
         branch.limit = min(segment.end + action.stopping.max_tokens, self._max_context)
         if segment.end >= branch.limit:

@@ -10,7 +10,7 @@ Its ancestors are fixed at birth: a replay after a preemption reads exactly what
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from scheduler.pages import PagePool
 from scheduler.step import SegmentRead
@@ -89,6 +89,12 @@ class Segment:
     def read(self, pool: PagePool) -> SegmentRead:
         """How a step reads what is computed so far."""
         return SegmentRead(self.pages[: pool.pages_for(self.computed)], self.computed)
+
+
+def newest_first(segments: Sequence[Segment]) -> Iterator[int]:
+    """The tokens of `segments` from the last to the first."""
+    for segment in reversed(segments):
+        yield from reversed(segment.tokens)
 
 
 def text(segments: Iterable[Segment]) -> tuple[list[int], bytearray]:

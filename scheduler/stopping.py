@@ -22,11 +22,12 @@ class Stopping:
     """What ends one stage of one branch.
 
     `stop_ids` are dropped from the output and from the context; text that matched one of `stop_strings`
-    stays in the context (a token cannot be cut), and the server cuts it from the text that it shows.
+    stays in the context (a token cannot be cut), and the server cuts it from the text that it shows. The
+    strings are looked for in the text with special tokens spelled out, if `special_tokens`.
     """
 
     max_tokens: int
     eos_ids: frozenset[int] = frozenset()
     stop_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
-    include_stop: bool = False
+    special_tokens: bool = False

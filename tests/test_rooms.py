@@ -34,7 +34,7 @@ PARTS = {
     "text": {"text"},
     "config": {"config"},
     "door": {"door"},
-    "served": {"served", "door", "config"},
+    "served": {"served", "door", "config", "text"},
     "server": {"server", "api", "text", "door", "served", "config"},
     "engine": {"engine", "text", "door", "served", "config"},
 }

@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.command import Command
 from bench.result import conclude, head
-from bench.simulate.simulation import MAX_CONTEXT, Bytes, Profile
+from bench.simulate.simulation import MAX_CONTEXT, NoText, Profile
 from bench.timing import Stopwatch, no_collections
 from scheduler.controller import Controller
 from scheduler.predictor import StepLatencyModel
@@ -48,7 +48,7 @@ def scheduler(requests: int, branches: int) -> Scheduler:
             prefix_cache=False,
         ),
         Controller(latency),
-        Bytes(),
+        NoText(),
     )
     spec = BranchSpec(stopping=Stopping(max_tokens=10_000), prefix=(1,))
     stages = (SerialStage(stopping=Stopping(max_tokens=1)), ParallelStage(branches=(spec,) * branches))

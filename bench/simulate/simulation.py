@@ -9,7 +9,7 @@ import math
 import multiprocessing
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -95,13 +95,21 @@ class Setting:
 # --- serving -----------------------------------------------------------------------------------------------
 
 
-class Bytes:
+class NoText:
     """A codec for requests without text."""
+
+    fresh = ""
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:
+        return ""
+
+    def reader(self, before: Iterable[int], *, special_tokens: bool) -> NoText:
+        return self
+
+    def push(self, token: int) -> str:
         return ""
 
 
@@ -139,7 +147,7 @@ class Simulation:
                 prefix_cache=False,  # prompts are random
             ),
             controller(latency or profile.latency(), policy, setting.controller),
-            Bytes(),
+            NoText(),
         )
         self.now = 0.0
         self.records: dict[str, Record] = {}

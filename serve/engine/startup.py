@@ -34,6 +34,7 @@ from serve.engine.ready import Ready
 from serve.engine.runner import Runner, RunnerConfig
 from serve.engine.step_log import StepLog
 from serve.served import Served, ServedModel
+from serve.text.codec import TextCodec
 
 log = structlog.get_logger("taper")
 
@@ -102,7 +103,7 @@ def start(
     controller = Controller(latency, config.policy, controller_config(config, runner.buckets.largest))
     scheduling = scheduler_config(config, runner.config, served.max_context)
     engine = InProcessEngine(
-        Scheduler(scheduling, controller, tokenizer),
+        Scheduler(scheduling, controller, TextCodec(tokenizer)),
         runner,
         on_step=on_step,
         watch=watch,

@@ -32,11 +32,11 @@ MAX_TAG_BYTES = 256
 class ProgramReader:
     """Reads one program. `sampling` is what its stages have unless they say otherwise."""
 
-    def __init__(self, faults: Faults, sampling: SamplingParams, *, include_stop: bool) -> None:
+    def __init__(self, faults: Faults, sampling: SamplingParams, *, keep_special_tokens: bool) -> None:
         self._faults = faults
         self._model = faults.model
         self._sampling = sampling
-        self._include_stop = include_stop
+        self._keep_special_tokens = keep_special_tokens
         self._branches = 0
 
     def program(self, message: pb.GenerateRequest, position: int) -> Plan | TagProgram:
@@ -199,7 +199,7 @@ class ProgramReader:
     def _prefix(self, prefix: pb.Prefix, path: str, position: int) -> tuple[int, ...]:
         ids: list[int] = []
         if prefix.WhichOneof("kind") == "text":
-            ids = self._model.tokenizer.encode(prefix.text)
+            ids = self._model.tokenizer.encode_continuation(prefix.text)
         elif prefix.WhichOneof("kind") == "token_ids":
             ids = self._faults.ids(prefix.token_ids.ids, f"{path}.token_ids.ids")
         self._faults.check_room(position + len(ids), path)
@@ -217,13 +217,31 @@ class ProgramReader:
         for index, text in enumerate(stopping.stop):
             if not 1 <= len(text.encode()) <= MAX_STOP_BYTES:
                 self._faults.add(f"{path}.stop[{index}]", f"1 to {MAX_STOP_BYTES} bytes are possible")
+        named = self._named(stopping.stop, f"{path}.stop")
         return Stopping(
             max_tokens=min(most, model.max_context),  # the context ends it first
             eos_ids=frozenset() if stopping.ignore_eos else frozenset(model.eos_ids),
-            stop_ids=frozenset(self._faults.ids(stopping.stop_token_ids, f"{path}.stop_token_ids")),
+            stop_ids=frozenset(
+                [*self._faults.ids(stopping.stop_token_ids, f"{path}.stop_token_ids"), *named]
+            ),
             stop_strings=tuple(stopping.stop),
-            include_stop=self._include_stop,
+            special_tokens=self._keep_special_tokens,
         )
+
+    def _named(self, stops: Sequence[str], path: str) -> list[int]:
+        """The special tokens that stop strings name. They have no text unless they are kept."""
+        special, named = self._model.tokenizer.spelling.special, []
+        if self._keep_special_tokens:
+            return []
+        for index, text in enumerate(stops):
+            if text in special:
+                named.append(special[text])
+            elif inside := next((token for token in special if token in text), None):
+                fault = (
+                    f"{inside!r} is a special token, which text does not hold: set output.keep_special_tokens"
+                )
+                self._faults.add(f"{path}[{index}]", fault)
+        return named
 
     def _unless_default(self, sampling: SamplingParams) -> SamplingParams | None:
         return None if sampling == self._sampling else sampling

@@ -57,7 +57,8 @@ class _Reader:
             top_logprobs=message.output.top_logprobs,
         )
         sampling = read_sampling(self._faults, message.sampling, base, "sampling")
-        programs = ProgramReader(self._faults, sampling, include_stop=message.output.include_stop)
+        kept = message.output.keep_special_tokens
+        programs = ProgramReader(self._faults, sampling, keep_special_tokens=kept)
         return Request(
             id=self._request_id(message.request_id),
             prompt=tuple(prompt),

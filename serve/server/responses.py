@@ -23,10 +23,12 @@ from scheduler.events import (
 )
 from scheduler.program import BranchSpec, Plan, Stage
 from scheduler.request import Request
+from scheduler.search import Match
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason, Stopping
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.text.detokenizer import Detokenizer, Speller
+from serve.text.detokenizer import Detokenizer
+from serve.text.reader import Speller, TextReader
 
 _REASONS = {
     FinishReason.EOS: pb.FINISH_REASON_EOS,
@@ -69,7 +71,8 @@ class ResponseWriter:
         self._options = options
         self._speller = speller
         self._stops = stop_strings(request)
-        self._texts: dict[int, Detokenizer] = {}  # by branch, while its stage lasts
+        self._texts: dict[int, Detokenizer] = {}  # by branch, while it lasts
+        self._counts: dict[int, int] = {}  # tokens of branches between two stages
         self._deltas: dict[int, pb.BranchDelta] = {}  # by branch, in the message being written
         self._response = pb.GenerateResponse()
 
@@ -109,19 +112,37 @@ class ResponseWriter:
         self._response.events.add(started=started)
 
     def _stage_started(self, event: StageStarted) -> None:
+        first = event.branches[0]
+        before = first.branch if first.branch in self._texts else first.parent
+        if any(info.prefix for info in event.branches):
+            self._end_character(before)
         branches = [self._branch(info) for info in event.branches]
+        if before != first.branch and before in self._texts:
+            self._texts[before].finish()  # its last character went on in the branches
         self._response.events.add(stage_started=pb.StageStarted(stage=event.stage, branches=branches))
 
+    def _end_character(self, branch: int) -> None:
+        """A character that a stage left unfinished is shown as unreadable before forced text follows."""
+        rest = self._texts[branch].finish() if branch in self._texts else ""
+        if rest:
+            delta = self._delta(branch)
+            delta.text += rest
+            delta.completion_tokens = self._counts[branch]
+
     def _branch(self, info: BranchInfo) -> pb.Branch:
-        context = info.prefix or self._request.prompt
-        self._texts[info.branch] = Detokenizer(self._speller, stops=self._stops, context=context)
+        if info.branch not in self._texts:
+            parent = self._texts.get(info.parent)
+            self._texts[info.branch] = parent.fork() if parent else self._trunk()
         self._deltas.pop(info.branch, None)
         return pb.Branch(
             branch_id=info.branch,
             parent_branch_id=info.parent,
             label=info.label,
-            prefix=self._speller.text(info.prefix),
+            prefix=self._texts[info.branch].force(info.prefix),
         )
+
+    def _trunk(self) -> Detokenizer:
+        return Detokenizer(TextReader(self._speller, reversed(self._request.prompt)), self._stops)
 
     def _token(self, event: TokenEmitted) -> None:
         delta = self._delta(event.branch)
@@ -133,25 +154,31 @@ class ResponseWriter:
             delta.logprobs.append(_logprob(event.sample))
 
     def _stage_finished(self, event: StageFinished) -> None:
-        text = self._texts.pop(event.branch, None)
-        if text is not None:
-            stop = event.stop if isinstance(event.stop, str) else None
-            rest = text.finish(stop, include_stop=self._options.include_stop)
-            if rest:
-                delta = self._delta(event.branch)
-                delta.text += rest
-                delta.completion_tokens = event.completion_tokens
+        rest = self._rest(event)
+        if rest:
+            delta = self._delta(event.branch)
+            delta.text += rest
+            delta.completion_tokens = event.completion_tokens
+        self._counts[event.branch] = event.completion_tokens
         if event.final:
+            del self._texts[event.branch], self._counts[event.branch]
             finished = pb.BranchFinished(
                 branch_id=event.branch,
                 finish_reason=_REASONS[event.reason],
                 completion_tokens=event.completion_tokens,
             )
-            if isinstance(event.stop, str):
-                finished.stop_string = event.stop
+            if isinstance(event.stop, Match):
+                finished.stop_string = event.stop.string
             elif event.stop is not None:
                 finished.stop_token_id = event.stop
             self._response.events.add(branch_finished=finished)
+
+    def _rest(self, event: StageFinished) -> str:
+        text = self._texts[event.branch]
+        if isinstance(event.stop, Match):
+            kept = len(event.stop.string) if self._options.include_stop else 0
+            return text.stop(event.stop.cut, kept)
+        return text.finish() if event.final else text.pause()
 
     def _delta(self, branch: int) -> pb.BranchDelta:
         if branch not in self._deltas:

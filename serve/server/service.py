@@ -28,7 +28,7 @@ from serve.door import Failed, Refused
 from serve.served import Served
 from serve.server.metrics import Metrics
 from serve.server.stream import Doorbell, Stream
-from serve.text.detokenizer import Speller
+from serve.text.reader import Speller
 
 log = structlog.get_logger("taper")
 
@@ -66,7 +66,7 @@ class Service:
         """From here on, requests are taken."""
         self._served = served
         self._spellers = {
-            skip: Speller(served.model.tokenizer, skip_special_tokens=skip) for skip in (False, True)
+            skip: Speller(served.model.tokenizer.spelling, skip_special_tokens=skip) for skip in (False, True)
         }
         self.metrics.watch_load(served.engine.load)
 

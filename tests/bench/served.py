@@ -17,6 +17,7 @@ from serve.engine.engine import InProcessEngine
 from serve.served import Served
 from serve.server.server import listen, shut_down
 from serve.server.service import Service
+from serve.text.codec import TextCodec
 from tests.serve.fakes import ByteTokenizer, served_model
 
 BUCKETS = (4, 16, 64)
@@ -59,9 +60,8 @@ def serving() -> Iterator[Listening]:
         config = SchedulerConfig(
             num_pages=4096, page_size=16, num_slots=128, max_context=MAX_CONTEXT, max_queue=64
         )
-        scheduler = Scheduler(
-            config, Controller(StepLatencyModel(dict.fromkeys(BUCKETS, 1e-6))), ByteTokenizer()
-        )
+        controller = Controller(StepLatencyModel(dict.fromkeys(BUCKETS, 1e-6)))
+        scheduler = Scheduler(config, controller, TextCodec(ByteTokenizer()))
         engine = InProcessEngine(scheduler, Runner(), watch=service.metrics.observe_step)
         engine.start()
         service.serve(Served(engine=engine, model=served_model(max_context=MAX_CONTEXT)))

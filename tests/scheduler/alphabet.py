@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from scheduler.grammars import MULTIVERSE, TagGrammar
 
@@ -15,6 +15,15 @@ PIECES = (
 ID = {piece: index for index, piece in enumerate(PIECES)}
 EOS, STOP = ID["$"], ID["#"]
 LETTERS = tuple(ID[piece] for piece in ("a", "b", "c", "ab", "ba", "cc", "abc", "d"))
+
+
+class Pieces:
+    """Reads tokens that stand for whole characters, wherever they stand."""
+
+    fresh = ""
+
+    def __init__(self, spell: Callable[[int], str]) -> None:
+        self.push = spell
 
 
 class Alphabet:
@@ -32,6 +41,9 @@ class Alphabet:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(PIECES[token] for token in ids)
+
+    def reader(self, before: Iterable[int], *, special_tokens: bool) -> Pieces:
+        return Pieces(PIECES.__getitem__)
 
 
 def tokens(text: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
 from scheduler.request import Request
 from scheduler.sampling import SamplingParams
+from scheduler.search import Match
 from scheduler.stopping import FinishReason, Stopping
 from tests.scheduler.alphabet import Alphabet
 from tests.scheduler.symbolic import Path, SymbolicModel
@@ -133,9 +134,10 @@ class Interpreter:
             if verdict is not None:
                 return verdict, None
             text = self._codec.decode(generated)
-            hits = [(text.find(stop), stop) for stop in stopping.stop_strings if stop in text]
-            if hits:
-                return FinishReason.STOP, min(hits)[1]
+            found = [(text.find(stop), stop) for stop in stopping.stop_strings if stop in text]
+            if found:
+                at, stop = min(found)
+                return FinishReason.STOP, Match(stop, len(text) - at)
         full = strand.position >= self._max_context
         return FinishReason.CONTEXT if full else FinishReason.MAX_TOKENS, None
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -15,7 +15,7 @@ from scheduler.program import (
     TagProgram,
 )
 from scheduler.stopping import FinishReason, Stopping
-from tests.scheduler.alphabet import Alphabet, tokens
+from tests.scheduler.alphabet import PIECES, Alphabet, Pieces, tokens
 
 FOUR = Stopping(max_tokens=4)
 CODEC = Alphabet()
@@ -175,18 +175,23 @@ def test_a_fork_without_room_for_its_branches_is_no_fork() -> None:
 
 def test_a_token_costs_no_more_to_look_at_the_more_have_come_before() -> None:
     class Counting(Alphabet):
-        decoded = 0
+        read = 0
 
-        def decode(self, ids: Sequence[int]) -> str:
-            self.decoded += len(ids)
-            return super().decode(ids)
+        def reader(self, before: Iterable[int], *, special_tokens: bool) -> Pieces:
+            def spell(token: int) -> str:
+                self.read += 1
+                return PIECES[token]
+
+            return Pieces(spell)
 
     codec = Counting()
     where = cursor(PROGRAM, codec)
     where.begin(10)
     given = [*tokens("a" * 500)]
-    where.on_token(given, 0, 510)
-    assert codec.decoded <= 4 * len("</Goal>")
+    for token in tokens("bcd"):
+        given.append(token)
+        where.on_token(given, 500, 10 + len(given))
+    assert codec.read == 3
 
 
 def test_only_what_the_stage_generated_counts() -> None:

@@ -5,7 +5,7 @@ A sample is what the model says on the trunk and in each branch; what stands bet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +14,7 @@ from scheduler.cursor import Action, Cursor, Decode, End, Fork, cursor
 from scheduler.grammars import GRAMMARS, MULTIVERSE, NPR, THREADWEAVER, TagGrammar
 from scheduler.program import TagProgram
 from scheduler.stopping import FinishReason, Stopping
+from tests.scheduler.alphabet import Pieces
 
 
 class Characters:
@@ -22,6 +23,9 @@ class Characters:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(token) for token in ids)
+
+    def reader(self, before: Iterable[int], *, special_tokens: bool) -> Pieces:
+        return Pieces(chr)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
 from scheduler.events import (
@@ -21,8 +19,9 @@ from scheduler.grammars import MULTIVERSE
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
 from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
+from scheduler.search import Match
 from scheduler.stopping import FinishReason, Stopping
-from tests.scheduler.alphabet import EOS, ID, LETTERS, STOP, Alphabet, tokens
+from tests.scheduler.alphabet import EOS, ID, LETTERS, STOP, tokens
 from tests.scheduler.drafts import Bench
 from tests.scheduler.symbolic import SymbolicModel
 from tests.scheduler.world import Setting, World, serve
@@ -145,7 +144,7 @@ def test_a_stop_string_is_named_and_its_tokens_are_emitted() -> None:
     assert isinstance(token, TokenEmitted)
     assert token.sample.token == D[0]
     assert isinstance(end, StageFinished)
-    assert (end.reason, end.stop) == (FinishReason.STOP, "bcd"), "the one that began first"
+    assert (end.reason, end.stop) == (FinishReason.STOP, Match("bcd", 3)), "the one that began first"
 
 
 def test_a_stop_string_does_not_reach_back_before_its_stage() -> None:
@@ -278,29 +277,3 @@ def test_finished_is_the_last_event_and_started_the_first() -> None:
     assert isinstance(events[0], Started)
     assert isinstance(events[-1], Finished)
     assert sum(isinstance(event, Started | Finished) for event in events) == 2
-
-
-def test_a_stop_string_is_looked_for_in_as_many_tokens_as_it_has_bytes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    looked_at: list[int] = []
-    decode = Alphabet.decode
-
-    def counting(codec: Alphabet, ids: Sequence[int]) -> str:
-        looked_at.append(len(ids))
-        return decode(codec, ids)
-
-    monkeypatch.setattr(Alphabet, "decode", counting)
-    world = serve([request(serial(60, stop_strings=("dd", "bbb")))], Setting(), TALKS_ON)
-    assert world.emitted("r") == 60
-    assert max(looked_at) == 3
-
-
-def test_a_stop_string_is_found_where_its_characters_come_a_byte_a_token(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(Alphabet, "decode", lambda _, ids: bytes(ids).decode(errors="replace"))
-    first, second, last = "é!".encode()
-    says = SymbolicModel((first,), {first: [second], second: [last]})
-    world = serve([request(serial(9, stop_strings=("é!",)))], Setting(), says)
-    assert world.emitted("r") == 3

@@ -7,6 +7,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from model.spelling import Spelling
 from scheduler import events
 from scheduler.events import (
     BranchInfo,
@@ -22,6 +23,7 @@ from scheduler.predictor import PredictionAccuracy
 from scheduler.program import check_program
 from scheduler.request import Request
 from scheduler.scheduler import SchedulerLoad
+from scheduler.search import Match
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason
 from serve.config import ServerConfig
@@ -38,15 +40,16 @@ class ByteTokenizer:
     """One token for each byte; 256 and 257 are special tokens, the ids after them have no text."""
 
     supports_chat = True
-    special: Mapping[int, bytes] = {EOS: b"<end>", 257: b"<begin>"}
+    spelling = Spelling(
+        {**{byte: bytes([byte]) for byte in range(256)}, EOS: b"<end>", 257: b"<begin>"},
+        special={"<end>": EOS, "<begin>": 257},
+    )
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         return [257] * add_special_tokens + list(text.encode())
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        special = {} if skip_special_tokens else self.special
-        pieces = (bytes([i]) if i < 256 else special.get(i, b"") for i in ids)
-        return b"".join(pieces).decode(errors="replace")
+    def encode_continuation(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         if messages[-1]["role"] == "assistant":
@@ -214,7 +217,10 @@ def fork_and_join(engine: FakeEngine, request) -> None:
     )
     engine.tell(name, events.WidthChanged(name, 2, 2), *say(name, 1, "good"), *say(name, 2, "b"))
     engine.tell(
-        name, *say(name, 2, "ad", 2), end(1, 1, FinishReason.STOP, "\n", 4), end(1, 2, done, final=False)
+        name,
+        *say(name, 2, "ad", 2),
+        end(1, 1, FinishReason.STOP, Match("\n", 0), 4),
+        end(1, 2, done, final=False),
     )
     engine.tell(
         name,

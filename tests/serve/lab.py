@@ -28,6 +28,7 @@ from serve.door import Failed
 from serve.engine.engine import InProcessEngine
 from serve.engine.runner import Runner, RunnerConfig, StepHandle
 from tests.compiling import compiled_quickly
+from tests.scheduler.alphabet import Pieces
 
 PAGE_SIZE = 4
 NUM_PAGES = 320
@@ -42,6 +43,9 @@ class Letters:
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(token) for token in ids)
+
+    def reader(self, before: Iterable[int], *, special_tokens: bool) -> Pieces:
+        return Pieces(chr)
 
 
 # Hidden size 128: smaller models hide what padding does to a row's rounding.

@@ -18,6 +18,7 @@ from scheduler.step import Sample, Step
 from scheduler.stopping import FinishReason, Stopping
 from serve.door import Engine, Failed, Refused, Sink
 from serve.engine.engine import InProcessEngine
+from serve.text.codec import TextCodec
 from tests.serve.fakes import ByteTokenizer, FakeEngine, begin, finished, say
 
 PATIENT = Slo(tpot=10.0, ttft=60.0)
@@ -70,7 +71,7 @@ class Gate:
 def in_process(may_go_on: threading.Event) -> Engine:
     config = SchedulerConfig(num_pages=64, page_size=4, num_slots=16, max_context=200)
     controller = Controller(StepLatencyModel({4: 1e-3, 8: 1e-3}))
-    return InProcessEngine(Scheduler(config, controller, ByteTokenizer()), Gate(may_go_on))
+    return InProcessEngine(Scheduler(config, controller, TextCodec(ByteTokenizer())), Gate(may_go_on))
 
 
 def fake(may_go_on: threading.Event) -> Engine:

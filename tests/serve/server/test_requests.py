@@ -168,11 +168,19 @@ def test_only_requests_of_one_salt_share_prompts():
     assert read(generate_request("go")).cache_salt == ""
 
 
-def test_a_kept_stop_string_is_kept_in_every_stage():
-    for include in (False, True):
-        message = generate_request("go", include_stop=include, plan=[parallel(["a"]), serial("b")])
-        stages = read(message).program.stages
-        assert [part.stopping.include_stop for stage in stages for part in stage.parts] == [include] * 2
+@pytest.mark.parametrize("kept", [False, True])
+def test_stop_strings_are_looked_for_in_the_text_that_the_client_sees(kept):
+    message = generate_request("go", keep_special_tokens=kept, plan=[parallel(["a"]), serial("b")])
+    stages = read(message).program.stages
+    assert [part.stopping.special_tokens for stage in stages for part in stage.parts] == [kept] * 2
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_sequence_though_the_token_has_no_text():
+    stopping = read(generate_request("go", stop=["<begin>", "."])).program.stages[0].stopping
+    assert stopping.stop_ids == {257}
+    assert stopping.stop_strings == ("<begin>", "."), "the model may write it letter by letter"
+    message = generate_request("go", stop=["<begin>"], keep_special_tokens=True)
+    assert read(message).program.stages[0].stopping.stop_ids == set(), "there it is text"
 
 
 @pytest.mark.parametrize("priority", [-100, 0, 100])
@@ -277,6 +285,7 @@ WRONG = [
     (of_stopping(stop=["a", ""]), f"{STOPPING}.stop[1]"),
     (of_stopping(stop=["é" * 129]), f"{STOPPING}.stop[0]"),
     (of_stopping(stop=["a"] * 17), f"{STOPPING}.stop"),
+    (of_stopping(stop=["a", "x<end>"]), f"{STOPPING}.stop[1]"),
     (of_stopping(stop_token_ids=[1, VOCAB]), f"{STOPPING}.stop_token_ids[1]"),
     *((generate_request("go", tpot_slo_ms=value), "slo.tpot_ms") for value in (0, -1, NAN, INF)),
     *((generate_request("go", ttft_slo_ms=value), "slo.ttft_ms") for value in (0, -1, NAN, INF)),

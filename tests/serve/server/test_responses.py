@@ -21,11 +21,13 @@ from scheduler.events import (
 )
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
 from scheduler.request import Request
+from scheduler.search import Match
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason, Stopping
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.server.responses import ResponseWriter, stop_strings
-from serve.text.detokenizer import Speller
+from serve.text.reader import Speller
+from tests.families import family
 from tests.serve.fakes import EOS, ByteTokenizer, finished
 
 STOP = Stopping(max_tokens=9, stop_strings=("##",))
@@ -34,7 +36,7 @@ STOP = Stopping(max_tokens=9, stop_strings=("##",))
 def writer(stopping: Stopping = STOP, **options) -> ResponseWriter:
     request = Request(id="r", prompt=(1, 2), program=Plan(stages=(SerialStage(stopping=stopping),)))
     return ResponseWriter(
-        request, pb.OutputOptions(**options), Speller(ByteTokenizer(), skip_special_tokens=True)
+        request, pb.OutputOptions(**options), Speller(ByteTokenizer.spelling, skip_special_tokens=True)
     )
 
 
@@ -72,7 +74,7 @@ def test_a_request_is_told_in_order():
             ends(2, FinishReason.CONTEXT),
             Joined("r", 1, (1, 2)),
             begins(0, stage=2),
-            ends(0, FinishReason.STOP, stop="##", count=1),
+            ends(0, FinishReason.STOP, stop=Match("##", 0), count=1),
             finished("r", 2),
         ]
     )
@@ -153,22 +155,83 @@ def test_every_figure_of_the_end_has_a_field_of_its_own():
     }
 
 
-class Words:
-    """Decodes ids to words with spaces between them, and no space before the first."""
+def spoken(*events, prompt: str, name: str = "llama2") -> list[tuple[str, str]]:
+    """What a model of a family says after a prompt, as (kind of event, its text)."""
+    tokenizer = family(name)
+    request = Request(
+        id="r", prompt=(*tokenizer.encode(prompt),), program=Plan(stages=(SerialStage(stopping=STOP),))
+    )
+    stream = ResponseWriter(
+        request, pb.OutputOptions(), Speller(tokenizer.spelling, skip_special_tokens=True)
+    )
+    texts = []
+    for event in stream.write(events).events:
+        if event.WhichOneof("kind") == "stage_started":
+            texts += [("forced", branch.prefix) for branch in event.stage_started.branches]
+        elif event.WhichOneof("kind") == "delta":
+            texts.append(("said", event.delta.text))
+    return texts
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return " ".join(f"w{token}" for token in ids)
+
+def stage(number: int, *infos: tuple[int, Sequence[int]]) -> StageStarted:
+    return StageStarted("r", number, tuple(BranchInfo(branch, 0, "", (*ids,)) for branch, ids in infos))
 
 
-@pytest.mark.parametrize("prefix", [(), (5,)], ids=["the prompt", "a forced prefix"])
-@pytest.mark.parametrize("prompt", [(1, 2), ()])
-def test_a_first_word_is_spelled_as_what_stands_before_it_wants(prompt, prefix):
-    request = Request(id="r", prompt=prompt, program=Plan(stages=(SerialStage(stopping=STOP),)))
-    stream = ResponseWriter(request, pb.OutputOptions(), Speller(Words(), skip_special_tokens=True))
-    begin = StageStarted("r", 0, (BranchInfo(0, 0, "", prefix),))
-    message = stream.write([begin, TokenEmitted("r", 0, Sample(7), 1), ends(0, count=1)])
-    text = "".join(event.delta.text for event in message.events)
-    assert text == (" w7" if prompt or prefix else "w7")
+def says(branch: int, ids: Sequence[int]) -> list[TokenEmitted]:
+    return [TokenEmitted("r", branch, Sample(token), count) for count, token in enumerate(ids, 1)]
+
+
+THE, CAT = (family("llama2").backend.token_to_id(word) for word in ("▁the", "▁cat"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prefix", "texts"),
+    [
+        ("cat", [], [("forced", ""), ("said", " the cat")]),
+        ("", [], [("forced", ""), ("said", "the cat")]),
+        ("cat", [THE, CAT], [("forced", " the cat"), ("said", " the cat")]),
+        ("", [THE], [("forced", "the"), ("said", " the cat")]),
+    ],
+)
+def test_a_word_is_spelled_as_it_reads_after_what_stands_before_it(prompt, prefix, texts):
+    assert spoken(stage(0, (0, prefix)), *says(0, [THE, CAT]), ends(0), prompt=prompt) == texts
+
+
+CHARACTER = [3 + byte for byte in "🙂".encode()]  # ids of Llama 2's bytes
+
+
+def test_a_character_that_a_stage_leaves_unfinished_is_completed_by_what_follows():
+    """By the next stage, or by each branch."""
+    begun = [stage(0, (0, [])), *says(0, CHARACTER[:2]), ends(0, final=False)]
+    assert spoken(*begun, stage(1, (0, [])), *says(0, CHARACTER[2:]), ends(0), prompt="a")[2:] == [
+        ("forced", ""),
+        ("said", "🙂"),
+    ]
+    branches = [event for branch in (1, 2) for event in (*says(branch, CHARACTER[2:]), ends(branch))]
+    texts = spoken(*begun, stage(1, (1, []), (2, [])), *branches, stage(2, (0, [])), prompt="a")
+    assert texts[2:] == [("forced", ""), ("forced", ""), ("said", "🙂"), ("said", "🙂"), ("forced", "")]
+
+
+def test_a_character_that_forced_text_interrupts_is_shown_as_unreadable_before_it():
+    events = [stage(0, (0, [])), *says(0, [CAT, *CHARACTER[:2]]), ends(0, final=False)]
+    said = spoken(*events, stage(1, (1, [THE]), (2, [])), *says(1, [CAT]), ends(1), ends(2), prompt="a")
+    assert said == [
+        ("forced", ""),
+        ("said", " cat��"),
+        ("forced", " the"),
+        ("forced", ""),
+        ("said", " cat"),
+    ]
+
+
+def test_a_forced_character_that_the_prompt_began_is_completed():
+    tokenizer = family("qwen")
+    ids = tokenizer.encode("a🙂")
+    request = Request(id="r", prompt=(*ids[:2],), program=Plan(stages=(SerialStage(stopping=STOP),)))
+    stream = ResponseWriter(
+        request, pb.OutputOptions(), Speller(tokenizer.spelling, skip_special_tokens=True)
+    )
+    assert stream.write([stage(0, (0, ids[2:]))]).events[0].stage_started.branches[0].prefix == "🙂"
 
 
 def test_every_finish_reason_has_a_name_on_the_wire():
@@ -226,7 +289,7 @@ def test_held_text_comes_before_the_branch_finishes():
 def test_a_stop_string_is_cut_or_kept():
     for include, expected in ((False, "a"), (True, "a##")):
         stream = writer(include_stop=include)
-        events = [begins(0), *tokens(0, b"a##", 1), ends(0, FinishReason.STOP, stop="##", count=3)]
+        events = [begins(0), *tokens(0, b"a##", 1), ends(0, FinishReason.STOP, stop=Match("##", 2), count=3)]
         assert "".join(event.delta.text for event in stream.write(events).events) == expected
 
 
