@@ -9,7 +9,7 @@ Inside the loop only how far the branches' pages are filled changes.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,11 +67,13 @@ def generate(
     branches: int = 1,
     sampling: SamplingParams | None = None,
     eos_ids: Sequence[int] = (),
+    known: Collection[int] | None = None,
     page_size: int = 16,
     backend: Backend | None = None,
 ) -> Generation:
     """Continues every prompt (token ids) in `branches` branches, until `eos_ids` or `max_tokens`.
 
+    `known` are the ids that may be sampled: a tokenizer's, or all.
     The random key of a token is folded from the seed, the branch's path and the token's position: the path is
     that of a server's request without stages for one branch, and with one parallel stage of branches that
     begin with nothing for several. All prompts are read in one pass.
@@ -87,7 +89,7 @@ def generate(
     backend = backend or default_backend(model.config.head_dim, model.dtype)
     batch = _batch(prompts, branches, max_tokens, page_size, eos_ids, model.config, backend)
     cache = KVCache.abstract(backend, model.config, batch.num_pages, page_size, model.dtype).zeros()
-    slots = _slots(model, prompts, branches, sampling)
+    slots = _slots(model, prompts, branches, sampling, known)
     structure, weights = model.split()
     arguments = weights, cache, slots, batch.arrays
     uses = sampler_for(uses_of(sampling))
@@ -259,11 +261,15 @@ def _prompt_rows(
 
 
 def _slots(
-    model: Decoder, prompts: Sequence[Sequence[int]], branches: int, sampling: SamplingParams
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    branches: int,
+    sampling: SamplingParams,
+    known: Collection[int] | None,
 ) -> SlotState:
     """A slot for each branch, whose last token is its prompt's last."""
     count, vocab, bias = len(prompts) * branches, model.config.vocab_size, max(1, len(sampling.logit_bias))
-    slots = SlotState.create(count, vocab, bias)
+    slots = SlotState.create(count, vocab, bias, known)
     assignments = [(slot, sampling) for slot in range(count)]
     packed = pack_assignments(assignments, capacity=count, slots=count, vocab=vocab, max_bias=bias)
     slots = assign(slots, jnp.asarray(packed))

@@ -84,6 +84,7 @@ def _report(command: Decode) -> str:
         branches=command.branches,
         sampling=command.sampling,
         eos_ids=() if command.ignore_eos else (tokenizer and tokenizer.eos_ids) or model.config.eos_ids,
+        known=tokenizer.spelling.pieces if tokenizer and model_folder(command.model) else None,
         page_size=command.page_size,
         backend=None if command.attention == "auto" else backend_named(command.attention),
     )

@@ -5,15 +5,18 @@ seed, the branch's path and the token's position; never on the other rows, the s
 What nobody in a step uses is left out of the program that samples for it: the host knows, and picks one of
 `SAMPLERS`. (A branch inside one program would make an accelerator's host wait for the device at every step.)
 
+The vocabulary of a model may be larger than its tokenizer's: ids that stand for nothing are never chosen.
+
 Order: logit bias, penalties, temperature, top-k, top-p, min-p, then a draw by Gumbel noise. Top-k, top-p and
-min-p keep the tokens at or above a threshold, so that equally likely tokens are kept or dropped together.
+min-p keep the tokens at or above a threshold, so that equally likely tokens are kept or dropped together, and
+the best one always.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -40,6 +43,7 @@ SAMPLERS = (0, USES_RANDOM | USES_TOP, USES_ALL)
 # Words of an assignment: slot, the two halves of the seed, OPTIONS; then bias ids and bias values.
 _FIRST_OPTION = 3
 _FIXED_WORDS = _FIRST_OPTION + len(OPTIONS)
+_MOST = 2**31 - 1  # top-k of more than the vocabulary keeps all of it
 _OFF = {option.name: option.off for option in OPTIONS}
 
 
@@ -59,11 +63,13 @@ def uses_of(params: SamplingParams) -> int:
 class SlotState(NamedTuple):
     """What the device remembers of each slot. Unused bias entries have id `vocab`, which is out of range.
 
+    known            the ids that may be sampled, in any slot
     options          of each of OPTIONS, by its name, the slots' values: int32 or float32
     given_seen       tokens that occur in what the slot was given (its prompt)
     generated_count  how often each token was generated
     """
 
+    known: Bool[Array, " vocab"]
     last_token: Int[Array, " slots"]
     options: dict[str, Array]
     seed: UInt[Array, "slots 2"]
@@ -73,9 +79,11 @@ class SlotState(NamedTuple):
     generated_count: Int[Array, "slots vocab"]
 
     @classmethod
-    def create(cls, slots: int, vocab: int, max_bias: int) -> SlotState:
-        """All slots greedy, with nothing counted."""
+    def create(cls, slots: int, vocab: int, max_bias: int, known: Collection[int] | None = None) -> SlotState:
+        """All slots greedy, with nothing counted. `known` are the ids that may be sampled: all, if None."""
+        sampled = np.isin(np.arange(vocab), [*known]) if known is not None else np.ones(vocab, bool)
         return cls(
+            known=jnp.asarray(sampled),
             last_token=jnp.zeros(slots, jnp.int32),
             options={option.name: jnp.full(slots, option.off, _dtype(option)) for option in OPTIONS},
             seed=jnp.zeros((slots, 2), jnp.uint32),
@@ -141,7 +149,7 @@ def sample(
     slots = slots._replace(
         generated_count=slots.generated_count.at[inputs.slot, fed_token].add(inputs.count_fed, mode="drop")
     )
-    raw = logits = logits.astype(wide(logits.dtype))
+    raw = logits = jnp.where(slots.known, logits.astype(wide(logits.dtype)), -jnp.inf)
     if uses & USES_BIAS:
         logits = _add_bias(logits, slots, inputs.slot)
     if uses & USES_PENALTIES:
@@ -218,7 +226,9 @@ def _scale(
     """Logits relative to the row's best, over the temperature: their exp is at most 1 and never NaN."""
     best = jnp.max(logits, axis=1, keepdims=True)
     best = jnp.where(jnp.isfinite(best), best, 0)
-    return (logits - best) / jnp.where(temperature > 0, temperature, 1).astype(logits.dtype)[:, None]
+    least = jnp.finfo(jnp.float32).tiny  # a smaller one may be rounded to nothing
+    over = jnp.where(temperature > 0, jnp.maximum(temperature, least), 1)
+    return (logits - best) / over.astype(logits.dtype)[:, None]
 
 
 def _noise(slots: SlotState, inputs: SampleInputs, vocab: int) -> Float[Array, "samples vocab"]:
@@ -248,7 +258,8 @@ def _cut(
     found = _threshold(keys, mass, top_p * jnp.sum(mass, axis=1))
     at_least = jnp.maximum(at_least, jnp.where(top_p < 1, found, 0))
     kept = (keys >= at_least[:, None]) & (scaled >= jnp.log(min_p)[:, None])
-    return jnp.where(kept, scaled, -jnp.inf)
+    best = scaled >= 0  # the mass that a tiny top-p asks for may be rounded to nothing
+    return jnp.where(kept | best, scaled, -jnp.inf)
 
 
 def _ordered_bits(values: Float[Array, "samples vocab"]) -> UInt[Array, "samples vocab"]:
@@ -317,7 +328,7 @@ def pack_assignments(
     words[:, 0] = slots
     words[:, _FIXED_WORDS : _FIXED_WORDS + max_bias] = vocab
     for column, option in enumerate(OPTIONS, _FIRST_OPTION):
-        values = [getattr(params, option.name) for _, params in assignments]
+        values = [min(getattr(params, option.name), _MOST) for _, params in assignments]
         words.view(_dtype(option))[:count, column] = values
     for row, (slot, params) in zip(words, assignments, strict=False):
         biases = len(params.logit_bias)
@@ -345,6 +356,7 @@ def assign(slots: SlotState, packed: Int[Array, " words"]) -> SlotState:
         return values.at[slot].set(new, mode="drop")
 
     return SlotState(
+        known=slots.known,
         last_token=slots.last_token,
         options={
             option.name: put(slots.options[option.name], words[:, column])

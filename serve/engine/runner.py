@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -110,13 +110,13 @@ class Runner:
         with ThreadPoolExecutor(max_workers=4) as pool:
             return dict(zip(largest_first, pool.map(self._compile_bucket, largest_first), strict=True))
 
-    def hold(self, model: Decoder) -> None:
-        """Take the weights, and make room for KV and slots."""
+    def hold(self, model: Decoder, known: Collection[int] | None = None) -> None:
+        """Take the weights, and make room for KV and slots. `known`: the ids that may be sampled, or all."""
         _, self.weights = model.split()
         config, vocab = self.config, self.model_config.vocab_size
         with self._precision():
             self.cache = self._cache_shapes.zeros()
-            self.slots = SlotState.create(config.num_slots, vocab, config.max_logit_bias)
+            self.slots = SlotState.create(config.num_slots, vocab, config.max_logit_bias, known)
 
     @property
     def _slot_shapes(self) -> SlotState:

@@ -84,7 +84,7 @@ def start(
         jax.block_until_ready(model.split()[1])
         loaded = time.perf_counter() - began
         runner, compiled, memory = compiling.result()
-        runner.hold(model)
+        runner.hold(model, tokenizer.spelling.pieces if model_folder(config.model) else None)
     device = jax.devices()[0].device_kind
     latency, source = predictor_for(config, runner, device)
     served = served_model(config, model.config, tokenizer)

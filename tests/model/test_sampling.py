@@ -83,8 +83,8 @@ def few(logits: Sequence[float], dtype: np.dtype) -> np.ndarray:
     return np.array([*logits, *[-np.inf] * (VOCAB - len(logits))], dtype)
 
 
-def prepare(rows: Sequence[Row], slots: Sequence[int]) -> SlotState:
-    state = SlotState.create(SLOTS, VOCAB, MAX_BIAS)
+def prepare(rows: Sequence[Row], slots: Sequence[int], known: Sequence[int] | None = None) -> SlotState:
+    state = SlotState.create(SLOTS, VOCAB, MAX_BIAS, known)
     pairs = [(slot, row.sampling) for slot, row in zip(slots, rows, strict=True)]
     packed = pack_assignments(pairs, capacity=SLOTS, slots=SLOTS, vocab=VOCAB, max_bias=MAX_BIAS)
     state = run_assign(state, packed)
@@ -102,6 +102,7 @@ def choose(
     slots: Sequence[int] | None = None,
     samples: int = SAMPLES,
     sampler: int | None = None,
+    known: Sequence[int] | None = None,
 ) -> tuple[SlotState, SampleOutputs]:
     """Samples the rows in one batch, padded to `samples`; with the cheapest sampler unless told otherwise."""
     slots = range(len(rows)) if slots is None else slots
@@ -121,7 +122,8 @@ def choose(
     fed = padded([row.fed or 0 for row in rows], 5)
     uses = reduce(or_, (uses_of(row.sampling) for row in rows))
     sampler = sampler_for(uses) if sampler is None else sampler
-    state, outputs = run_sample(logits, fed, prepare(rows, slots), inputs, uses=sampler, max_top_logprobs=TOP)
+    state = prepare(rows, slots, known)
+    state, outputs = run_sample(logits, fed, state, inputs, uses=sampler, max_top_logprobs=TOP)
     return state, jax.tree.map(lambda array: np.asarray(array)[: len(rows)], outputs)
 
 
@@ -244,10 +246,14 @@ def test_rows_with_different_options_share_a_batch(dtype):
         (SamplingParams(temperature=1.0, top_k=1), 1),
         (SamplingParams(temperature=1.0, top_k=3), 3),
         (SamplingParams(temperature=1.0, top_k=1000), 101),
+        (SamplingParams(temperature=1.0, top_k=2**40), 101),
         (SamplingParams(temperature=1.0, top_p=1e-30), 1),
+        (SamplingParams(temperature=1.0, top_p=1e-39), 1),
+        (SamplingParams(temperature=1.0, top_p=5e-324), 1),
         (SamplingParams(temperature=1.0, top_p=0.999999), 101),
         (SamplingParams(temperature=1.0, min_p=1.0), 1),
         (SamplingParams(temperature=1e-30), 1),
+        (SamplingParams(temperature=1e-40, top_k=5, top_p=0.5, min_p=1e-40), 1),
     ],
 )
 def test_a_cut_at_its_edge_keeps_what_it_should(cuts, survivors, dtype):
@@ -258,6 +264,30 @@ def test_a_cut_at_its_edge_keeps_what_it_should(cuts, survivors, dtype):
     seen = set(tokens_of_one_slot(rows))
     assert seen <= set(likeliest_first[:survivors].tolist())
     assert len(seen) > 0.9 * survivors
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        SamplingParams(logprobs=True, top_logprobs=TOP),
+        SamplingParams(temperature=50.0),
+        SamplingParams(temperature=50.0, top_k=50, top_p=0.99, min_p=1e-6),
+        SamplingParams(temperature=50.0, top_p=1e-39),
+        SamplingParams(temperature=50.0, logit_bias=((100, 100.0),), presence_penalty=2.0),
+    ],
+)
+def test_an_id_that_stands_for_nothing_is_never_chosen_and_never_reported(sampling, dtype):
+    """A model's vocabulary is often padded; here it has a gap, too, and the padding is likeliest."""
+    logits = np.linspace(-3, 3, VOCAB).astype(dtype)
+    rows = [Row(logits=logits, sampling=sampling, position=i) for i in range(SLOTS)]
+    known = [token for token in range(80) if token not in (40, 79)]
+    _, outputs = choose(rows, known=known)
+    assert set(outputs.token.tolist()) <= set(known)
+    if sampling.logprobs:
+        assert outputs.top_id.tolist() == [[78, 77, 76, 75, 74]] * SLOTS
+        total = np.log(np.sum(np.exp(logits[known])))
+        np.testing.assert_allclose(outputs.logprob, logits[78] - total, rtol=1e-5)
 
 
 def test_equally_likely_tokens_are_kept_or_dropped_together(dtype):
@@ -495,11 +525,11 @@ def test_a_greedy_batch_only_looks_for_the_best_and_counts_what_was_fed():
     logits = jax.ShapeDtypeStruct((3, VOCAB), np.float32)
     program = jax.make_jaxpr(partial(sample, uses=0, max_top_logprobs=TOP))(logits, ids, state, inputs)
     heavy = [
-        equation.primitive.name
+        equation.params.get("name", equation.primitive.name)
         for equation in program.eqns
         if any(VOCAB in getattr(value.aval, "shape", ()) for value in equation.invars)
     ]
-    assert sorted(heavy) == ["argmax", "scatter-add"]
+    assert sorted(heavy) == ["_where", "argmax", "scatter-add"]
 
 
 def test_a_donated_state_is_updated_in_place():

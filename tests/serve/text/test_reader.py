@@ -133,8 +133,7 @@ def test_a_long_context_is_looked_at_as_far_as_it_matters(name):
     assert spells.pieces.looked_up <= 4
 
 
-def test_a_run_of_bytes_is_read_once_however_long():
-    """Fewer seconds than reading it again for every byte would take: about a hundred times as many."""
+def test_a_long_run_of_bytes_comes_out_whole():
     spells, run = speller("llama2"), [*"🦙".encode()] * 20_000
     reader = TextReader(spells, before=[family("llama2").backend.token_to_id("a")])
     fresh = [reader.push(3 + byte) or reader.fresh for byte in run]
