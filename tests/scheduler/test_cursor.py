@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -137,6 +138,10 @@ def test_a_tag_of_wide_characters_is_seen_where_it_comes_a_byte_a_token() -> Non
 
         def decode(self, ids: list[int]) -> str:
             return bytes(ids).decode(errors="replace")
+
+        def reader(self, before: Iterable[int], *, special_tokens: bool) -> Pieces:
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            return Pieces(lambda token: decoder.decode(bytes([token])))
 
     where = cursor(replace(PROGRAM, grammar=replace(MULTIVERSE, plan_close="\N{CHECK MARK}!")), Bytes())
     where.begin(10)
