@@ -22,6 +22,8 @@ from tests.attention.dense import make_case
 from tests.attention.forest import Forest, forests, groups_of_branches, mixed_reads
 from tests.sizes import sampled
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 BACKEND = Gpu(interpret=True)
 case = partial(make_case, backend=BACKEND)
 

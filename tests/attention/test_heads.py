@@ -15,6 +15,8 @@ from attention.gpu import Gpu
 from attention.xla import Xla
 
 ROWS, PAGES, PAGE_SIZE, HEAD_DIM = 5, 6, 16, 32
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 EVERY_BACKEND = pytest.mark.parametrize(
     "backend", [Xla(), Gpu(interpret=True)], ids=lambda backend: backend.name
 )

@@ -20,6 +20,9 @@ from tests.sizes import sampled
 attend = partial(Xla().attend, scale=0.25)
 
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+
 @pytest.mark.parametrize(
     ("kv_heads", "group", "page_size", "head_dim"),
     sampled(
