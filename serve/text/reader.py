@@ -7,7 +7,8 @@ Bytes that are not a character yet wait, and where the tokenizer reads bytes in 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 _UNREADABLE = "\N{REPLACEMENT CHARACTER}"
@@ -28,13 +29,26 @@ class Spelling(Protocol):
 
 
 class Speller:
-    """A spelling with or without the special tokens, for any number of readers."""
+    """A spelling with or without the special tokens, for any number of readers.
+
+    whole  the text of the tokens that are whole characters by themselves, where nothing waits for them
+    """
 
     def __init__(self, spelling: Spelling, *, skip_special_tokens: bool) -> None:
         hidden = set(spelling.special.values()) if skip_special_tokens else ()
         self.pieces = {token: piece for token, piece in spelling.pieces.items() if token not in hidden}
+        self.whole = dict(self._whole_pieces(joined=spelling.byte_runs))
         self.byte_runs = spelling.byte_runs
         self.drops_first_space = spelling.drops_first_space
+
+    def _whole_pieces(self, *, joined: bool) -> Iterator[tuple[int, str]]:
+        """All but parts of characters, and bytes that are `joined` with those beside them."""
+        for token, piece in self.pieces.items():
+            if isinstance(piece, str):
+                yield token, piece
+            elif not joined:
+                with contextlib.suppress(UnicodeDecodeError):
+                    yield token, piece.decode()
 
     def text(self, ids: Iterable[int]) -> str:
         """The text of a whole sequence."""
@@ -50,7 +64,7 @@ class TextReader:
             it is not given out yet, for the next byte may make the whole run unreadable
     """
 
-    __slots__ = ("_drops_space", "_run", "_run_is_readable", "_speller", "_utf8", "fresh")
+    __slots__ = ("_drops_space", "_run", "_run_is_readable", "_speller", "_utf8", "_waits", "fresh")
 
     def __init__(self, speller: Speller, before: Iterable[int] = ()) -> None:
         self._speller = speller
@@ -59,10 +73,20 @@ class TextReader:
         self._run = bytearray()
         self._run_is_readable = True
         self.fresh = ""
+        self._waits = True  # perhaps: what stands before the next token may change how it reads
         self._begin_after(before)
 
     def push(self, token: int) -> str:
         """The text that this token settles; may be empty."""
+        if not self._waits:
+            text = self._speller.whole.get(token)
+            if text is not None:
+                return text
+        text = self._read(token)
+        self._waits = bool(self._drops_space or self._run or self._utf8.getstate()[0])
+        return text
+
+    def _read(self, token: int) -> str:
         self.fresh = ""
         piece = self._speller.pieces.get(token)
         if not piece:
