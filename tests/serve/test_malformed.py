@@ -20,6 +20,7 @@ from scheduler.request import Request, Slo
 from scheduler.step import Step
 from scheduler.stopping import FinishReason, Stopping
 from serve.engine.runner import Runner, RunnerConfig
+from serve.text.codec import TextCodec
 from tests.scheduler.alphabet import EOS, Alphabet, tokens
 from tests.scheduler.scripted import Scripted, numbers, outlines
 from tests.scheduler.symbolic import SymbolicDevice
@@ -32,10 +33,10 @@ BRANCH_CLOSED, ENDED, FORKED, MAX_TOKENS, STOPPED = (
     FinishReason.MAX_TOKENS,
     FinishReason.STOP,
 )
-CODEC = tokenizer()
+TOKENIZER = tokenizer()
 PROGRAM = TagProgram(
     grammar=MULTIVERSE,
-    stopping=Stopping(max_tokens=300, eos_ids=frozenset(CODEC.eos_ids)),
+    stopping=Stopping(max_tokens=300, eos_ids=frozenset(TOKENIZER.eos_ids)),
     branch_max_tokens=200,
 )
 THREE = prompt("Reverse each word: cat, lemon, tree.")
@@ -48,7 +49,7 @@ class Said:
     """An answer as text, by the labels of its branches."""
 
     def __init__(self, answer: Answer) -> None:
-        self.text = {name[::2]: CODEC.decode(ids) for name, ids in answer.tokens.items()}
+        self.text = {name[::2]: TOKENIZER.decode(ids) for name, ids in answer.tokens.items()}
         self.tokens = {name[::2]: len(ids) for name, ids in answer.tokens.items()}
         self.ends = {name[::2]: [*reasons] for name, reasons in answer.reasons.items()}
 
@@ -58,12 +59,12 @@ def ask(runner: Runner, text: str, **changes: object) -> Said:
     program = replace(PROGRAM, **changes)  # type: ignore[arg-type]
     slo = Slo(tpot=0.05, ttft=60.0)
     requests = [
-        Request(id=id, prompt=tuple(CODEC.encode(text)), program=program, slo=slo) for id in ("a", "b")
+        Request(id=id, prompt=tuple(TOKENIZER.encode(text)), program=program, slo=slo) for id in ("a", "b")
     ]
     answers = [
         answer
         for policy in ("off", "eager")
-        for answer in run(runner, requests, codec=CODEC, policy=policy).answers().values()
+        for answer in run(runner, requests, codec=TextCodec(TOKENIZER), policy=policy).answers().values()
     ]
     assert all(answer == answers[0] for answer in answers)
     return Said(answers[0])
@@ -86,20 +87,20 @@ def test_a_branch_that_reaches_its_limit_is_joined_as_it_is(default_runner: Runn
     assert said.ends["1",] == [MAX_TOKENS]
     assert said.ends[()][0] is FORKED
     assert LEMON.startswith(said.text["2",])
-    assert said.tokens["2",] == 30 - len(CODEC.encode("\n<Path>\n2:"))
+    assert said.tokens["2",] == 30 - len(TOKENIZER.encode("\n<Path>\n2:"))
 
 
 @pytest.mark.parametrize("more", [6, 20])
 def test_max_tokens_in_the_middle_of_a_fork_ends_its_branches_and_the_request(
     default_runner: Runner, more: int
 ) -> None:
-    said = ask(default_runner, THREE, stopping=stopping(max_tokens=len(CODEC.encode(PLAN)) + more))
+    said = ask(default_runner, THREE, stopping=stopping(max_tokens=len(TOKENIZER.encode(PLAN)) + more))
     assert said.ends == {(): [FORKED, MAX_TOKENS], **{(label,): [MAX_TOKENS] for label in "123"}}
-    assert said.tokens["2",] == more - len(CODEC.encode("\n<Path>\n2:"))
+    assert said.tokens["2",] == more - len(TOKENIZER.encode("\n<Path>\n2:"))
 
 
 def test_max_tokens_right_after_the_plan_leaves_no_room_for_a_fork(default_runner: Runner) -> None:
-    said = ask(default_runner, THREE, stopping=stopping(max_tokens=len(CODEC.encode(PLAN)) + 1))
+    said = ask(default_runner, THREE, stopping=stopping(max_tokens=len(TOKENIZER.encode(PLAN)) + 1))
     assert said.ends == {(): [MAX_TOKENS]}
 
 
@@ -118,7 +119,7 @@ def test_nesting_beyond_the_limit_is_text_in_its_branch(default_runner: Runner) 
 
 
 def test_the_end_of_the_turn_inside_a_branch_ends_the_branch(default_runner: Runner) -> None:
-    (equals,) = CODEC.encode("=")
+    (equals,) = TOKENIZER.encode("=")
     said = ask(default_runner, THREE, stopping=stopping(eos_ids=PROGRAM.stopping.eos_ids | {equals}))
     assert [said.ends[label,] for label in "123"] == [[ENDED]] * 3
     assert said.text["2",] == LEMON.partition("=")[0]

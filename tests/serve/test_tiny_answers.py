@@ -24,6 +24,7 @@ from scheduler.program import TagProgram
 from scheduler.request import Request, Slo
 from scheduler.stopping import FinishReason, Stopping
 from serve.engine.runner import Runner
+from serve.text.codec import TextCodec
 from tests.serve.lab import Answer, Run, run
 from tests.sizes import sampled
 
@@ -38,7 +39,7 @@ def request(index: int, task: Task) -> Request:
 
 def serve(runner: Runner, tasks: Sequence[Task], **settings: object) -> Run:
     requests = [request(index, task) for index, task in enumerate(tasks)]
-    return run(runner, requests, codec=tokenizer(), **settings)
+    return run(runner, requests, codec=TextCodec(tokenizer()), **settings)
 
 
 def texts(answer: Answer) -> dict[tuple[str, ...], str]:
