@@ -8,7 +8,6 @@ runs in which step is decided in `scheduler.scheduler`.
 from __future__ import annotations
 
 import itertools
-from array import array
 from operator import attrgetter
 
 from scheduler.branch import Branch
@@ -27,6 +26,7 @@ from scheduler.events import (
 from scheduler.footprint import worst_case_pages
 from scheduler.pace import Pace
 from scheduler.pages import PagePool
+from scheduler.prefix import CachedPrefix
 from scheduler.program import TagProgram
 from scheduler.request import Request
 from scheduler.search import Match, Search
@@ -72,8 +72,7 @@ class LiveRequest:
         self._segment_ids = itertools.count()
         self._branch_ids = itertools.count()
         self._stages = itertools.count()
-        self._root: Segment | None = None
-        self._published: bytes | None = None  # key of the last page given to the prefix cache
+        self._prefix: CachedPrefix | None = None  # since it first left the queue
         self._width = (1, 1)  # as last reported: how many branches advanced, and how many were ready
         self._unsent: list[Event] = []
 
@@ -117,17 +116,18 @@ class LiveRequest:
         """Leave the queue: for the first time, or again after a preemption."""
         self.pace.start(now)
         self.resident = True
-        if self._root is not None:
-            self._reuse_prefix(self._root)
+        if self._prefix is not None:
+            self._reuse_prefix(self._prefix)
             return
-        root = self._root = self._new_segment(0, ())
+        root = self._new_segment(0, ())
         root.extend(self.request.prompt)
+        self._prefix = CachedPrefix(root, self.request.cache_salt, self._pool)
         program = cursor(self.request.program, self._codec)
         trunk = Branch(next(self._branch_ids), None, (), "", program, root)
         trunk.allowance = self._pool.num_pages
         self.branches[trunk.id] = trunk
         self._unsent += self._proceed(trunk, trunk.cursor.begin(root.end))
-        self._reuse_prefix(root)
+        self._reuse_prefix(self._prefix)
         self.cached_tokens = min(root.computed, len(self.request.prompt))
 
     def preempt(self) -> None:
@@ -394,37 +394,14 @@ class LiveRequest:
     # --- the prefix cache ------------------------------------------------------------------------------
 
     def publish_prefix(self) -> None:
-        """Offer the full, computed pages of the trunk before its first fork to the prefix cache."""
-        root = self._root
-        if root is None or not root.pages:
-            return
-        pool, index = self._pool, root.shared
-        full = min(root.computed, len(root.tokens)) // pool.page_size
-        if full == index:
-            return
-        tokens = root.tokens[index * pool.page_size : full * pool.page_size]
-        pages = [*root.pages]
-        for key in pool.cache.keys(tokens, self.request.cache_salt, self._published):
-            own, listed = pages[index], pool.cache.insert(key, pages[index])
-            if listed != own:  # somebody else computed the same page: one of the two will do
-                pool.share([listed])
-                pool.release([own])
-                pages[index] = listed
-            index += 1
-            self._published = key
-        root.pages, root.shared = array("i", pages), index
+        """Offer what the trunk has computed before its first fork to the prefix cache."""
+        if self._prefix is not None:
+            self._prefix.publish()
 
-    def _reuse_prefix(self, root: Segment) -> None:
-        """Take the cached pages of the trunk, all but what holds the token that a branch samples from."""
-        pool, trunk = self._pool, self.branches[0]
-        sealed = trunk.segment is not root or trunk.open_children > 0
-        keys = list(pool.cache.keys(root.tokens[: None if sealed else -1], self.request.cache_salt))
-        pages = pool.cache.lookup(keys)
-        pool.share(pages)
-        root.pages = array("i", pages)
-        root.shared = len(pages)
-        root.computed = len(pages) * pool.page_size
-        self._published = keys[len(pages) - 1] if pages else None
+    def _reuse_prefix(self, prefix: CachedPrefix) -> None:
+        """Begin with what the cache has of the trunk."""
+        trunk = self.branches[0]
+        prefix.reuse(sealed=trunk.segment is not prefix.segment or trunk.open_children > 0)
 
     # --- segments --------------------------------------------------------------------------------------
 
