@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from scheduler.cursor import Cursor, Fork
 from scheduler.events import BranchInfo
 from scheduler.sampling import SamplingParams
-from scheduler.search import Search
+from scheduler.search import Match, Search
 from scheduler.segment import Segment, text
 from scheduler.step import Entry
-from scheduler.stopping import Stopping
+from scheduler.stopping import FinishReason, Stopping
+
+Standing = tuple[int, int]
+"""What the branches of a race are compared by: tokens on the longest chain, and the place in the fork."""
 
 
 class Branch:
@@ -29,13 +32,15 @@ class Branch:
     critical       sampled tokens on the longest chain from the request's start to here
     allowance      pages that the branch and those below it may hold, for model-driven forks
     fork           the fork that it waits for; `forked` are its branches, `open_children` of which still run
+    ended          why it ended, and at which stop; None before
+    bar            in a race: the standing that a branch must not be behind, once k of them have ended
     lent           the last tokens (none or one) that these begin with in its place, as (ids, generated?)
     """
 
     __slots__ = (
-        "allowance", "complete", "completion_tokens", "critical", "cursor", "fork", "forked", "id",
-        "in_flight", "label", "last_advanced", "lent", "limit", "open_children", "parent", "path", "sampling",
-        "search", "segment", "slot", "stage", "stage_from", "stopping", "trail",
+        "allowance", "bar", "complete", "completion_tokens", "critical", "cursor", "ended", "fork", "forked",
+        "id", "in_flight", "label", "last_advanced", "lent", "limit", "open_children", "parent", "path",
+        "sampling", "search", "segment", "slot", "stage", "stage_from", "stopping", "trail",
     )  # fmt: skip
 
     def __init__(
@@ -70,10 +75,24 @@ class Branch:
         self.fork: Fork | None = None
         self.forked: list[Branch] = []
         self.open_children = 0
+        self.ended: tuple[FinishReason, int | Match | None] | None = None
+        self.bar: Standing | None = None
         self.lent: tuple[Sequence[int], Sequence[int]] = ((), ())
 
     def info(self, prefix: tuple[int, ...]) -> BranchInfo:
         return BranchInfo(self.id, self.parent.id if self.parent else 0, self.label, prefix)
+
+    def tree(self) -> Iterator[Branch]:
+        """Itself, the branches that it waits for, and those that these wait for; those that ended, too."""
+        yield self
+        for child in self.forked:
+            yield from child.tree()
+
+    @property
+    def races(self) -> bool:
+        """Whether siblings can outrun it, until they are joined."""
+        fork = self.parent.fork if self.parent else None
+        return fork is not None and fork.is_race
 
     @property
     def backlog(self) -> int:

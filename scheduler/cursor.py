@@ -52,11 +52,21 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Open branches. `index` is the stage's place in its branch's own program: part of the sampling key."""
+    """Open branches.
+
+    index    the stage's place in its branch's own program: part of the sampling key
+    first_k  how many of the branches are joined: those with the fewest tokens
+    """
 
     index: int
     children: tuple[Child, ...]
     join: str
+    first_k: int
+
+    @property
+    def is_race(self) -> bool:
+        """Whether some of the branches are not joined."""
+        return self.first_k < len(self.children)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +127,7 @@ class PlanCursor:
             Child(spec.label, Decode(spec.prefix, spec.stopping, spec.sampling), PlanCursor(spec.stages))
             for spec in stage.branches
         )
-        return Fork(index, children, stage.join)
+        return Fork(index, children, stage.join, stage.first_k or len(children))
 
 
 class TagCursor:
@@ -190,7 +200,7 @@ class TagCursor:
                 return None
             children.append(Child(label, first, cursor))
         self._forks += 1
-        return Fork(self._forks - 1, tuple(children), grammar.join)
+        return Fork(self._forks - 1, tuple(children), grammar.join, len(children))
 
 
 def cursor(program: Plan | TagProgram, codec: Codec) -> Cursor:

@@ -60,7 +60,9 @@ class WidthChanged:
 class StageFinished:
     """A branch's stage ended; `final` says whether the branch itself ended with it.
 
-    `stop` is the stop token, or the match of a stop string, that ended it, if one did.
+    `stop` is the stop token, or the match of a stop string, that ended it, if one did. The branches of a race
+    end twice: not finally, since the others may outrun them; and finally, with the same reason, when they are
+    joined. A branch that is outrun ends finally at once.
     """
 
     request_id: str
@@ -74,7 +76,10 @@ class StageFinished:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """All branches of a parallel stage have ended and their parent goes on; branch ids in join order."""
+    """The branches of a parallel stage have ended and their parent goes on.
+
+    `branches` are the ids of those that are joined, in join order.
+    """
 
     request_id: str
     stage: int

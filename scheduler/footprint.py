@@ -1,10 +1,13 @@
 """How many KV pages a request can need when it runs alone: it is admitted only if they exist.
 
-A `kv` join keeps all branches resident; with any other join a branch's pages are given back when it ends.
+A `kv` join keeps the branches that it joins resident; with any other join a branch's pages are given back
+when it ends. The branches of a race all run at once, and any k of them may be joined: the largest count.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from heapq import nlargest
 from typing import NamedTuple
 
 from scheduler.program import ParallelStage, Plan, SerialStage, Stage
@@ -38,6 +41,11 @@ def worst_case_pages(request: Request, page_size: int, max_context: int) -> int:
     return walk.pages(0, prompt + program.stopping.max_tokens)
 
 
+def _largest(count: int, sizes: Iterable[int]) -> int:
+    """What the `count` largest of `sizes` come to."""
+    return sum(nlargest(count, sizes))
+
+
 class _Walk:
     """Goes through a program: all stages sample all that they may, but positions count as if they did not.
 
@@ -65,13 +73,14 @@ class _Walk:
                 continue
             closed += self.pages(start, segment)
             branches = self._branches(position, stage)
+            joined = stage.first_k or len(branches)
             peak = max(peak, closed + sum(branch.peak for branch in branches))
-            added = sum(branch.tokens for branch in branches)
+            added = _largest(joined, (branch.tokens for branch in branches))
             tokens += added
             start, segment = position, added if stage.join == "reprefill" else 0
             if stage.join == "kv":
-                closed += sum(branch.held for branch in branches)
-                start = position = max(branch.end for branch in branches)
+                closed += _largest(joined, (branch.held for branch in branches))
+                start = position = sorted(branch.end for branch in branches)[joined - 1]
         closed += self.pages(start, segment)
         return _Footprint(max(peak, closed), closed, tokens, position)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from operator import attrgetter
 
+from scheduler.allowance import fits, share
 from scheduler.branch import Branch
 from scheduler.cursor import Action, Codec, Decode, End, Fork, cursor
 from scheduler.events import (
@@ -28,6 +29,7 @@ from scheduler.pace import Pace
 from scheduler.pages import PagePool
 from scheduler.prefix import CachedPrefix
 from scheduler.program import TagProgram
+from scheduler.race import outrun, settle
 from scheduler.request import Request
 from scheduler.search import Match, Search
 from scheduler.segment import Segment, newest_first, text
@@ -109,6 +111,10 @@ class LiveRequest:
             held, most = len(segment.pages), max(segment.computed, len(segment.tokens))
             assert self._pool.pages_for(segment.computed) <= held <= self._pool.pages_for(most)
             assert segment.shared * self._pool.page_size <= len(segment.tokens)
+        trees = [self.branches[0].tree()] if self.branches else []
+        known = {segment for tree in trees for branch in tree for segment in branch.trail}
+        assert known.issuperset(self.segments.values()), "a segment is left of a branch that is gone"
+        assert all(outrun(branch) is None for branch in self.branches.values()), "a loser goes on"
 
     # --- coming and going ------------------------------------------------------------------------------
 
@@ -186,6 +192,9 @@ class LiveRequest:
         branch.completion_tokens += 1
         branch.critical += 1
         events.append(TokenEmitted(self.request.id, branch.id, sample, branch.completion_tokens))
+        loser = outrun(branch)
+        if loser is not None and loser.parent is not None:
+            return events + self._go_on_without(loser.parent, [loser])
         return events + self._look_for_end(branch)
 
     def _look_for_end(self, branch: Branch) -> list[Event]:
@@ -233,11 +242,16 @@ class LiveRequest:
         branch.in_flight.clear()
         branch.segment.cut(len(branch.segment.tokens), self._pool)
         self.free_slot(branch)
-        final = isinstance(action, End)
-        ended = StageFinished(
-            self.request.id, branch.stage, branch.id, reason, stop, branch.completion_tokens, final
-        )
+        if isinstance(action, End):
+            branch.ended = reason, stop
+        ended = self._stage_finished(branch, reason, stop, isinstance(action, End) and not branch.races)
         return [ended, *self._proceed(branch, action)]
+
+    def _stage_finished(
+        self, branch: Branch, reason: FinishReason, stop: int | Match | None, final: bool
+    ) -> StageFinished:
+        done = branch.completion_tokens
+        return StageFinished(self.request.id, branch.stage, branch.id, reason, stop, done, final)
 
     def _proceed(self, branch: Branch, action: Action) -> list[Event]:
         if isinstance(action, Decode):
@@ -272,7 +286,7 @@ class LiveRequest:
 
     def _fork(self, parent: Branch, fork: Fork) -> list[Event]:
         """Branches start right after the parent's segment, on pages of their own, at a common position."""
-        share = self._share(parent, len(fork.children))
+        allowance = share(parent, len(fork.children), self._pool.pages_for)
         lead = None if all(child.first.prefix for child in fork.children) else self._lend(parent)
         trunk = parent.segment
         ancestors = trunk.chain if trunk.tokens else trunk.ancestors
@@ -283,14 +297,15 @@ class LiveRequest:
             path = (*parent.path, (fork.index, index))
             branch = Branch(next(self._branch_ids), parent, path, child.label, child.cursor, segment)
             branch.last_advanced = parent.last_advanced
-            branch.allowance = share
+            branch.allowance = allowance
             self.branches[branch.id] = branch
             parent.forked.append(branch)
         born = tuple(zip(parent.forked, (child.first for child in fork.children), strict=True))
         events = self._open_stage(*born)
         parent.stage = parent.forked[0].stage
         for branch, first in born:
-            events = self._decode(branch, first, events)
+            if branch.id in self.branches:  # it has not lost a race to one that ended at once
+                events = self._decode(branch, first, events)
         self.pace.branch()
         return events
 
@@ -312,31 +327,61 @@ class LiveRequest:
             return self._finish()
         assert parent.fork is not None
         if parent.fork.join != "kv":
-            for segment in branch.trail:
-                segment.drop(self._pool)
-                del self.segments[segment.id]
+            self._drop(branch)
         del self.branches[branch.id]
         parent.open_children -= 1
-        return [] if parent.open_children else self._join(parent)
+        return self._go_on_without(parent, settle(parent))
+
+    def _go_on_without(self, parent: Branch, losers: list[Branch]) -> list[Event]:
+        """Stop the branches that are out of a race; join the others if all of them have ended."""
+        turns = [branch.last_advanced for loser in losers for branch in loser.tree()]
+        parent.last_advanced = max([parent.last_advanced, *turns])  # their turns were turns of the fork
+        events = [event for loser in losers for event in self._stop(loser)]
+        parent.forked = [branch for branch in parent.forked if branch not in losers]
+        return events if parent.open_children else events + self._join(parent)
+
+    def _stop(self, branch: Branch) -> list[Event]:
+        """End a branch and all those below it: their pages and slots are free, and nobody waits for them."""
+        events = [event for child in branch.forked for event in self._stop(child)]
+        self._drop(branch)
+        if branch.ended is None:
+            assert branch.parent is not None
+            branch.parent.open_children -= 1
+            branch.in_flight.clear()
+            self.free_slot(branch)
+            del self.branches[branch.id]
+        elif not branch.races:
+            return events  # its end is known
+        return [*events, self._stage_finished(branch, FinishReason.OUTRUN, None, final=True)]
+
+    def _drop(self, branch: Branch) -> None:
+        """Forget the segments of a branch: nobody will read them any more."""
+        for segment in branch.trail:
+            segment.drop(self._pool)
+            self.segments.pop(segment.id, None)
 
     def _join(self, parent: Branch) -> list[Event]:
         fork, branches = parent.fork, parent.forked
         assert fork is not None
+        events: list[Event] = []
+        if fork.is_race:
+            ends = [(branch, *branch.ended) for branch in branches if branch.ended is not None]
+            events += [self._stage_finished(*end, final=True) for end in ends]
         parent.critical = max(branch.critical for branch in branches)
-        parent.last_advanced = max(branch.last_advanced for branch in branches)
-        parent.fork, parent.forked = None, []
+        parent.last_advanced = max([parent.last_advanced, *(branch.last_advanced for branch in branches)])
+        parent.fork, parent.forked, parent.bar = None, [], None
         self.pace.branch()
         lent, parent.lent = parent.lent, ((), ())
         if fork.join == "none":
             parent.segment.extend(*lent)  # a join further up will read it
-            return self._end_after_branches(parent, FinishReason.FORKED)
+            return events + self._end_after_branches(parent, FinishReason.FORKED)
         joined = self._joined_segment(parent.segment, branches, fork.join)
         if fork.join == "kv":
             parent.trail += [segment for branch in branches for segment in branch.trail]
         parent.segment, parent.complete = joined, 0
         parent.trail.append(joined)
         ids = tuple(branch.id for branch in branches)
-        events: list[Event] = [Joined(self.request.id, parent.stage, ids)]
+        events.append(Joined(self.request.id, parent.stage, ids))
         if joined.end >= self._max_context:
             return events + self._end_after_branches(parent, FinishReason.CONTEXT)
         action = parent.cursor.on_join(joined.end)
@@ -355,8 +400,8 @@ class LiveRequest:
         return joined
 
     def _end_after_branches(self, parent: Branch, reason: FinishReason) -> list[Event]:
-        done = parent.completion_tokens
-        ended = StageFinished(self.request.id, parent.stage, parent.id, reason, None, done, final=True)
+        parent.ended = reason, None
+        ended = self._stage_finished(parent, reason, None, final=not parent.races)
         return [ended, *self._end_branch(parent)]
 
     def _finish(self) -> list[Event]:
@@ -372,24 +417,10 @@ class LiveRequest:
         return [Finished(self.request.id, usage, self.pace.timing())]
 
     def _fits(self, branch: Branch, action: Action) -> bool:
-        """Whether a model-driven fork's worst case fits; if not, the branch decodes on serially.
-
-        Every branch has an allowance of pages that its own forks divide evenly, so that the answer depends
-        on the branch's own tokens and never on how far its siblings happen to be.
-        """
+        """Whether a fork may be opened; if not, the branch decodes on serially."""
         if not isinstance(action, Fork) or not isinstance(self.request.program, TagProgram):
             return True
-        firsts = [child.first for child in action.children]
-        lead = int(not all(first.prefix for first in firsts))
-        wanted = max(lead + len(first.prefix) + first.stopping.max_tokens for first in firsts)
-        return self._share(branch, len(firsts)) >= self._pool.pages_for(wanted)
-
-    def _share(self, branch: Branch, children: int) -> int:
-        """Pages for each branch of a fork, after what its parent holds and may need when they have joined."""
-        pages_for = self._pool.pages_for
-        held = sum(pages_for(len(segment.tokens)) for segment in branch.trail)
-        after = pages_for(max(0, branch.limit - branch.segment.end)) + 1
-        return (branch.allowance - held - after) // children
+        return fits(branch, action, self._pool.pages_for)
 
     # --- the prefix cache ------------------------------------------------------------------------------
 

@@ -24,7 +24,10 @@ class CachedPrefix:
         self._last: bytes | None = None  # key of the last page that is in the cache
 
     def reuse(self, *, sealed: bool) -> None:
-        """Take the cached pages: all but what holds the token that the trunk samples from, unless `sealed`."""
+        """Take the cached pages, but never the page of the token that the trunk samples from.
+
+        It samples from none of them once it is `sealed`.
+        """
         segment, pool = self.segment, self._pool
         keys = list(pool.cache.keys(segment.tokens[: None if sealed else -1], self._salt))
         pages = pool.cache.lookup(keys)

@@ -47,10 +47,15 @@ class ParallelStage:
     `join` is how the next stage sees them: `kv` concatenates their KV pages in branch order, without a copy
     or a recomputed token (for models trained for it); `reprefill` reads their tokens again as ordinary
     text; `none` ends the branch that forked.
+
+    `first_k` says how many of the branches are joined: those with the fewest sampled tokens on their longest
+    chain, the earlier of two that have as many; 0: all of them. The others are stopped as soon as they cannot
+    be among them.
     """
 
     branches: tuple[BranchSpec, ...]
     join: str = "reprefill"
+    first_k: int = 0
 
     @property
     def parts(self) -> tuple[BranchSpec, ...]:
@@ -118,6 +123,13 @@ def fault_of_beginning(stage: Stage, before: Stage | None) -> str | None:
     return None
 
 
+def fault_of_first_k(first_k: int, branches: int) -> str | None:
+    """Why a stage of so many branches cannot join the first `first_k` of them; None if it can."""
+    if 0 <= first_k <= branches:
+        return None
+    return f"first_k must be 1 to {branches}, the number of branches, or 0 for all of them, got {first_k}"
+
+
 def _check_stages(stages: tuple[Stage, ...], where: str) -> None:
     before: Stage | None = None
     for index, stage in enumerate(stages):
@@ -131,6 +143,8 @@ def _check_stages(stages: tuple[Stage, ...], where: str) -> None:
         if isinstance(stage, ParallelStage):
             if stage.join not in JOINS:
                 raise ValueError(f"{name}: join must be one of {', '.join(JOINS)}, got {stage.join!r}")
+            if fault := fault_of_first_k(stage.first_k, len(stage.branches)):
+                raise ValueError(f"{name}: {fault}")
             for child, spec in enumerate(stage.branches):
                 _check_stages(spec.stages, f"{name}.branches[{child}]")
         before = stage

@@ -14,6 +14,7 @@ class FinishReason(enum.Enum):
     MAX_TOKENS = "max_tokens"
     CONTEXT = "context"
     BRANCH_CLOSED = "branch_closed"  # the model closed it with its tag
+    OUTRUN = "outrun"  # it cannot be among the first k branches that its stage joins
     FORKED = "forked"  # it ended in its branches: nothing follows their stage
 
 

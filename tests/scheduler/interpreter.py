@@ -3,6 +3,8 @@
 An independent oracle for the scheduler. A strand is one sequence as it is decoded: what it sees, its own
 tokens since its last fork or join, and its text. Positions follow Multiverse: branches start where they fork,
 a `kv` join goes on after the longest branch, any other text has ordinary positions.
+
+In a race (first k), every branch runs to its end here; then the branches are sorted by their tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Token:
     origin: object
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Strand:
     key: Key
     path: Path
@@ -47,12 +49,15 @@ class Strand:
     forks: int = 0
     completion: int = 0
     critical: int = 0
+    races: bool = False
+    ended: tuple[FinishReason, object] | None = None
 
 
 class Interpreter:
     def __init__(self, request: Request, model: SymbolicModel, max_context: int) -> None:
         self.request = request
         self.answer: Answer = {}
+        self.losers: set[Key] = set()
         self.tokens = 0
         self.critical = 0
         self._model = model
@@ -99,9 +104,11 @@ class Interpreter:
         self.answer[strand.key].append(record)
 
     def _end(
-        self, strand: Strand, reason: FinishReason, stop: int | str | None = None, *, final: bool
+        self, strand: Strand, reason: FinishReason, stop: object = None, *, final: bool
     ) -> None:
-        self._say(strand, "end", reason, stop, strand.completion, final)
+        if final:
+            strand.ended = reason, stop
+        self._say(strand, "end", reason, stop, strand.completion, final and not strand.races)
 
     def _decode(
         self,
@@ -165,15 +172,27 @@ class Interpreter:
 
     def _parallel(self, strand: Strand, stage: ParallelStage, index: int, last: bool) -> bool:
         children, lead = self._fork(strand, index, [spec.prefix for spec in stage.branches])
+        first_k = stage.first_k or len(children)
         for child, spec in zip(children, stage.branches, strict=True):
+            child.races = first_k < len(children)
             if self._serial(child, spec, not spec.stages):
                 self._stages(child, spec.stages)
-        self._join(strand, children, stage.join, lead)
+        self._join(strand, self._first(children, first_k), stage.join, lead)
         if stage.join != "none" and not last and strand.position < self._max_context:
             return True
         full = stage.join != "none" and strand.position >= self._max_context
         self._end(strand, FinishReason.CONTEXT if full else FinishReason.FORKED, final=True)
         return False
+
+    def _first(self, children: list[Strand], first_k: int) -> list[Strand]:
+        """Those with the fewest tokens, in branch order."""
+        ranked = sorted(children, key=lambda child: child.critical)  # stable: ties stay in branch order
+        self.losers |= {child.key for child in ranked[first_k:]}
+        winners = [child for child in children if child in ranked[:first_k]]
+        for child in winners if len(winners) < len(children) else ():
+            assert child.ended is not None
+            self._say(child, "end", *child.ended, child.completion, True)
+        return winners
 
     # --- forks and joins -------------------------------------------------------------------------------
 

@@ -65,7 +65,8 @@ def stages(draw: st.DrawFn, depth: int, most: int = 3, least: int = 0) -> tuple[
             count = draw(st.integers(1, 4))
             seeded = fed or draw(st.booleans())  # all of them, or any
             branches = tuple(draw(branch_specs(depth - 1, seeded)) for _ in range(count))
-            drawn.append(ParallelStage(branches=branches, join=join))
+            first_k = draw(st.integers(0, count))
+            drawn.append(ParallelStage(branches=branches, join=join, first_k=first_k))
         else:
             drawn.append(
                 SerialStage(
