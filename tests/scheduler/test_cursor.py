@@ -60,6 +60,13 @@ def test_a_plan_that_ends_in_branches_says_so() -> None:
     assert where.on_join(5) == End(FinishReason.FORKED)
 
 
+@pytest.mark.parametrize(("asked", "joined", "is_race"), [(0, 3, False), (2, 2, True), (3, 3, False)])
+def test_a_fork_knows_how_many_of_its_branches_are_joined(asked: int, joined: int, is_race: bool) -> None:
+    fork = cursor(Plan(stages=(ParallelStage(branches=(spec(),) * 3, first_k=asked),)), CODEC).begin(1)
+    assert isinstance(fork, Fork)
+    assert (fork.first_k, fork.is_race) == (joined, is_race)
+
+
 # --- tags ------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +100,7 @@ def test_the_closing_tag_forks_into_the_outlines() -> None:
     *before, fork = feed(started(), FORK)
     assert before == [None] * len(before)
     assert isinstance(fork, Fork)
-    assert (fork.index, fork.join) == (0, "kv")
+    assert (fork.index, fork.join, fork.is_race) == (0, "kv", False)
     assert [child.label for child in fork.children] == ["1", "2.1"]
     assert [CODEC.decode(child.first.prefix) for child in fork.children] == ["\n<Path>\n1:", "\n<Path>\n2.1:"]
 

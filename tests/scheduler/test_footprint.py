@@ -56,6 +56,22 @@ def test_a_reprefill_gives_the_branches_back_first() -> None:
     assert pages(branches("reprefill", 30, 30), replace(after, stopping=stopping(1))) == 2 + 16
 
 
+def test_of_a_race_all_run_and_any_may_be_joined() -> None:
+    short = SerialStage(stopping=stopping(1), prefix=(1,))
+    race = replace(branches("kv", 3, 7, 11), first_k=2)
+    assert pages(race) == 2 + 1 + 2 + 3
+    assert pages(race, replace(short, stopping=stopping(19))) == 2 + (2 + 3) + 5  # the largest are kept
+    read_again = replace(race, join="reprefill")
+    assert pages(read_again, replace(short, stopping=stopping(7))) == 2 + 7  # 8 + 12 tokens again, and 8
+
+
+def test_after_a_race_the_context_has_room_for_what_the_shortest_winners_leave() -> None:
+    specs = tuple(BranchSpec(stopping=stopping(3), prefix=(1,) * length) for length in (1, 41, 5))
+    joined = ParallelStage(branches=specs, join="kv", first_k=2)
+    after = SerialStage(stopping=stopping(100), prefix=(1,))
+    assert pages(joined, after, max_context=60) == 2 + (11 + 2) + 13  # positions 10 to 59
+
+
 def test_nothing_is_longer_than_the_context() -> None:
     assert pages(SerialStage(stopping=stopping(10_000)), max_context=32) == 8
     assert pages(branches("none", 10_000, 10_000), max_context=32) == 2 + 7 + 7
