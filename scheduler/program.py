@@ -127,7 +127,7 @@ def fault_of_first_k(first_k: int, branches: int) -> str | None:
     """Why a stage of so many branches cannot join the first `first_k` of them; None if it can."""
     if 0 <= first_k <= branches:
         return None
-    return f"first_k must be 1 to {branches}, the number of branches, or 0 for all of them, got {first_k}"
+    return f"first_k can be 1 to {branches}, the number of branches, or 0 for all of them, got {first_k}"
 
 
 def _check_stages(stages: tuple[Stage, ...], where: str) -> None:

@@ -68,7 +68,7 @@ class WidthChanged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BranchFinished:
-    """A branch ended: reason is eos, stop, max_tokens, context, branch_closed or forked."""
+    """A branch ended: reason is eos, stop, max_tokens, context, branch_closed, forked or outrun."""
 
     branch: int
     reason: str
@@ -78,7 +78,7 @@ class BranchFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
-    """The stage's branches have all ended, and their parent goes on."""
+    """The stage's branches (all, or the first k) have ended, and their parent goes on."""
 
     stage: int
     branches: tuple[int, ...]
@@ -215,13 +215,19 @@ class Branch:
     parts: list[str | tuple[int, ...]] = field(default_factory=list)
     """In reading order: texts, forced ones included, and the ids of branches that it forked."""
 
+    @property
+    def outrun(self) -> bool:
+        """Its stage joins the first k branches, and it is not one of them: nothing goes on from its text."""
+        return self.finish_reason == "outrun"
+
 
 class Completion:
     """An answer that is built from its events; complete when `finished`.
 
     trunk      branch 0
-    branches   all other branches, by id
-    text       everything in reading order: forced text included, branches where they forked
+    branches   all other branches, by id; those that were outrun, too
+    text       everything in reading order: forced text included, branches where they forked, but for those
+               that were outrun
     """
 
     def __init__(self) -> None:
@@ -283,9 +289,12 @@ class Completion:
 
     def _read(self, branch: Branch) -> str:
         return "".join(
-            part if isinstance(part, str) else "".join(self._read(self._branches[id]) for id in part)
+            part if isinstance(part, str) else "".join(map(self._read, self._joined(part)))
             for part in branch.parts
         )
+
+    def _joined(self, ids: tuple[int, ...]) -> Iterator[Branch]:
+        return (branch for branch in map(self._branches.__getitem__, ids) if not branch.outrun)
 
     def _end(self) -> Finished:
         if self.finished is None:

@@ -105,15 +105,18 @@ def parallel(
     branches: Sequence[pb.BranchSpec | str],
     *,
     join: Join | None = None,
+    first_k: int | None = None,
     max_tokens: int | None = None,
 ) -> pb.Stage:
     """Sequences at once that share all text before them; a string is a branch that goes on from it.
 
     join        how the next stage sees them; the model's own way when None
+    first_k     join only so many: those with the fewest tokens, of two with as many the earlier one. The
+                others are stopped as soon as they cannot be among them; their `finish_reason` is "outrun"
     max_tokens  limit of the branches that have none of their own
     """
     specs = [branch(spec) if isinstance(spec, str) else spec for spec in branches]
-    stage = pb.ParallelStage(branches=specs, join=_JOINS[join])
+    stage = pb.ParallelStage(branches=specs, join=_JOINS[join], first_k=first_k)
     for spec in stage.branches:
         if max_tokens is not None and not spec.stopping.HasField("max_tokens"):
             spec.stopping.max_tokens = max_tokens

@@ -26,7 +26,8 @@ def show_lines(events: Iterable[Event], console: Console) -> None:
         completion.add(event)
         if isinstance(event, BranchFinished) and event.branch:
             done = next(each for each in completion.branches if each.id == event.branch)
-            print(f"[{done.id} {done.label}] {done.prefix}{done.text}", flush=True)
+            name = f"{done.id} {done.label} {'outrun' if done.outrun else ''}".rstrip()
+            print(f"[{name}] {done.prefix}{done.text}", flush=True)
         elif isinstance(event, Joined):
             print(f"[joined {', '.join(map(str, event.branches))}]", flush=True)
     print(completion.text)
@@ -79,11 +80,11 @@ class Answer:
         return Group(*(part for part in drawn if not isinstance(part, Text) or part.plain.strip()))
 
     def _panel(self, sequence: Branch, width: int) -> Panel:
-        done = bool(sequence.finish_reason)
+        style = "green" if sequence.finish_reason else "yellow"
         return Panel(
             self._sequence(sequence, width - 4),
             title=Text(sequence.label or f"branch {sequence.id}"),
             subtitle=f"{sequence.completion_tokens} tokens",
-            border_style="green" if done else "yellow",
+            border_style="dim" if sequence.outrun else style,
             width=width,
         )

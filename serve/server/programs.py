@@ -14,6 +14,7 @@ from scheduler.program import (
     Stage,
     TagProgram,
     fault_of_beginning,
+    fault_of_first_k,
     fault_of_following,
 )
 from scheduler.sampling import SamplingParams
@@ -113,9 +114,17 @@ class ProgramReader:
             branch, end = self._branch(spec, name, position, depth, base)
             branches.append(branch)
             ends.append(end - position)
-        after = {"kv": max(ends, default=0), "reprefill": sum(ends), "none": 0}[join]
+        first_k = self._first_k(stage, path)
+        first = sorted(ends)[: first_k or None]
+        after = {"kv": max(first, default=0), "reprefill": sum(first), "none": 0}[join]
         self._faults.check_room(position + after, path)
-        return ParallelStage(branches=tuple(branches), join=join), position + after
+        return ParallelStage(branches=tuple(branches), join=join, first_k=first_k), position + after
+
+    def _first_k(self, stage: pb.ParallelStage, path: str) -> int:
+        if fault := fault_of_first_k(stage.first_k, len(stage.branches)):
+            self._faults.add(f"{path}.first_k", fault)
+            return 0
+        return stage.first_k
 
     def _branch(
         self, spec: pb.BranchSpec, path: str, position: int, depth: int, base: SamplingParams

@@ -45,9 +45,9 @@ PARALLEL = ParallelStage(branches=(spec(),))
         ((replace(PARALLEL, join="none"), SerialStage(stopping=FOUR)), "nothing can follow"),
         (
             (SerialStage(stopping=FOUR), ParallelStage(branches=(spec(), spec()), first_k=3)),
-            r"stages\[1\]: first_k must be 1 to 2, the number of branches, or 0 for all of them, got 3",
+            r"stages\[1\]: first_k can be 1 to 2, the number of branches, or 0 for all of them, got 3",
         ),
-        ((replace(PARALLEL, first_k=-1),), "first_k must be 1 to 1, .* got -1"),
+        ((replace(PARALLEL, first_k=-1),), "first_k can be 1 to 1, .* got -1"),
         (
             (ParallelStage(branches=(spec(), spec(stages=(ParallelStage(branches=()),)))),),
             r"plan.stages\[0\].branches\[1\].stages\[0\]: a parallel stage needs",

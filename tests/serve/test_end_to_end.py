@@ -79,6 +79,19 @@ def test_a_request_forks_tapers_and_joins(address: str) -> None:
     assert events[-1].usage.critical_path_tokens == 4 + 5 + 5
 
 
+def test_a_race_is_decided_and_its_loser_is_not_in_the_answer(address: str) -> None:
+    racers = [
+        branch(f" {i}:", stopping=stopping(tokens, ignore_eos=True)) for i, tokens in ((1, 200), (2, 3))
+    ]
+    with Client(address) as client:
+        answer = client.complete("The sea is", plan=[parallel(racers, join="none", first_k=1)])
+    lost, won = answer.branches
+    assert (lost.finish_reason, won.finish_reason) == ("outrun", "max_tokens")
+    assert answer.text == won.prefix + won.text
+    assert answer.usage.critical_path_tokens == 3
+    assert lost.completion_tokens < 20
+
+
 def test_every_policy_gives_every_request_the_same_tokens(address: str) -> None:
     loads = asyncio.run(compare(address, Demo(requests=3), Console(quiet=True)))
     assert set(loads) == set(POLICIES)

@@ -6,7 +6,7 @@ Branches see what came before the fork and themselves, and all start at the fork
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ from scheduler.events import Finished, Joined
 from scheduler.program import ParallelStage, Plan, SerialStage
 from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
+from scheduler.stopping import FinishReason
 from serve.engine.runner import Runner
 from tests.model.dense import dense_logits
 from tests.serve.lab import Run, run, tiny_model
@@ -71,7 +72,10 @@ def dense(request: Request, record: Run) -> Dense:
         assert isinstance(stage, ParallelStage)
         assert stage.join == "kv"
         before, joined, longest = context, list(context), 0
+        ranked = sorted(stage.branches, key=lambda spec: len(tokens[(spec.label, 0)]))
         for spec in stage.branches:
+            if spec not in ranked[: stage.first_k or None]:
+                continue  # it lost, and nothing follows from it
             said = tokens[(spec.label, 0)]
             joined += sequence.append(spec.prefix, said, before, position)[len(before) :]
             longest = max(longest, len(spec.prefix) + len(said))
@@ -150,6 +154,32 @@ def test_reprefill_reads_the_branches_as_ordinary_text(exact_runner: Runner) -> 
         text += [20 + index, 30 + index, *tokens[(str(index), 0)]]
     plain = Request(id="plain", prompt=tuple(text), program=Plan(stages=(serial(7),)))
     assert run(exact_runner, [plain]).answers()["plain"].tokens[()] == tokens[()][4:]
+
+
+def race(join: str, then: SerialStage) -> Plan:
+    """The second and the last branch win."""
+    return Plan(stages=(serial(5), replace(parallel(join, 40, 4, 41, 5), first_k=2), then))
+
+
+@pytest.mark.parametrize("policy", ["off", "eager"])
+def test_what_follows_a_race_has_seen_the_winners_alone(exact_runner: Runner, policy: str) -> None:
+    request = greedy("kv", range(50, 63), race("kv", serial(30, (35, 36))))
+    record = run(exact_runner, [request], policy=policy)
+    assert_greedy(exact_runner, request, record)
+    answer = record.answers()["kv"]
+    outrun = {name for name, reasons in answer.reasons.items() if FinishReason.OUTRUN in reasons}
+    assert outrun == {("0", 0), ("2", 0)}
+    assert all(len(answer.tokens[name]) < 10 for name in outrun), "they are stopped"
+
+
+def test_a_reprefill_after_a_race_reads_the_winners_alone(exact_runner: Runner) -> None:
+    request = greedy("joined", range(50, 63), race("reprefill", serial(7)))
+    tokens = run(exact_runner, [request]).answers()["joined"].tokens
+    text = list(request.prompt) + list(tokens[()][:5])
+    for index in (1, 3):
+        text += [20 + index, 30 + index, *tokens[(str(index), 0)]]
+    plain = Request(id="plain", prompt=tuple(text), program=Plan(stages=(serial(7),)))
+    assert run(exact_runner, [plain]).answers()["plain"].tokens[()] == tokens[()][5:]
 
 
 def test_a_best_of_n_branch_is_a_plain_request_with_the_branch_s_own_noise(exact_runner: Runner) -> None:

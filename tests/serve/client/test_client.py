@@ -337,6 +337,11 @@ def test_a_parallel_stage_gives_its_limit_to_branches_without_one():
     assert [each.prefix.text for each in stage.branches] == ["a", "b"]
 
 
+def test_a_parallel_stage_joins_all_of_its_branches_unless_it_is_told_how_many():
+    assert parallel(["a", "b"]).parallel.first_k == 0
+    assert parallel(["a", "b"], first_k=1).parallel.first_k == 1
+
+
 def test_model_driven_programs_take_a_name_or_tags():
     assert generate_request("go", plan=model_driven("multiverse")).model_driven.tag_set == "multiverse"
     tags = pb.ForkTags(plan_open="<p>")

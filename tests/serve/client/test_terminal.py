@@ -81,3 +81,13 @@ def test_an_answer_is_summed_up_in_a_line():
         "30 tokens, 20 on the longest path, up to 3 at once; "
         "first after 250 ms, then 12.5 ms each; 4.50 s in all"
     )
+
+
+def test_lines_say_which_branches_were_outrun(capsys):
+    lost = BranchFinished(branch=2, reason="outrun", stop=None, completion_tokens=3)
+    show([*growing(), lost, END], Console(file=io.StringIO(), force_terminal=False))
+    assert capsys.readouterr().out.splitlines() == [
+        "[1 [b]1] 1: tea",
+        "[2 [b]2 outrun] 2: mud",
+        "0: [i]hi1: tea0: ",
+    ]

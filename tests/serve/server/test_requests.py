@@ -73,6 +73,7 @@ def test_plans_keep_their_shape():
                     branch("b", label="second", max_tokens=3, then=[parallel(["x", "y"], join="none")]),
                 ],
                 join="kv",
+                first_k=1,
                 max_tokens=4,
             ),
             serial([1, 2], stopping=stopping(6, stop_token_ids=[9], ignore_eos=True)),
@@ -98,6 +99,7 @@ def test_plans_keep_their_shape():
                     BranchSpec(prefix=(98,), label="second", stopping=ends(3), stages=(nested,)),
                 ),
                 join="kv",
+                first_k=1,
             ),
             SerialStage(prefix=(1, 2), stopping=Stopping(max_tokens=6, stop_ids=frozenset({9}))),
         )
@@ -325,6 +327,13 @@ WRONG = [
         generate_request("go", plan=[pb.Stage(parallel=pb.ParallelStage(branches=[branch()], join=9))]),
         "plan.stages[0].parallel.join",
     ),
+    (generate_request("go", plan=[parallel(["a", "b"], first_k=3)]), "plan.stages[0].parallel.first_k"),
+    (generate_request("go", plan=[parallel(["a"], first_k=2**32 - 1)]), "plan.stages[0].parallel.first_k"),
+    *((generate_request("go", plan=[parallel(["a", "b"], first_k=k)]), None) for k in (0, 1, 2)),
+    (
+        generate_request("go", plan=[parallel([branch(then=[parallel(["a"], first_k=2)])])]),
+        f"{BRANCHES}[0].stages[0].parallel.first_k",
+    ),
     (generate_request("go", plan=model_driven("unheard-of")), "model_driven.tag_set"),
     (generate_request("go", plan=model_driven()), "model_driven.tag_set"),
     (generate_request("go", plan=model_driven("multiverse", max_branches=0)), "model_driven.max_branches"),
@@ -380,7 +389,7 @@ def test_everything_wrong_is_named_at_once():
         [VOCAB],
         request_id="?",
         sampling=sampling(temperature=NAN, top_p=2),
-        plan=[serial(max_tokens=0), parallel([branch(max_tokens=0)])],
+        plan=[serial(max_tokens=0), parallel([branch(max_tokens=0)], first_k=2)],
     )
     assert set(violations(message)) == {
         "prompt.token_ids.ids[0]",
@@ -389,6 +398,7 @@ def test_everything_wrong_is_named_at_once():
         "sampling.top_p",
         "plan.stages[0].serial.stopping.max_tokens",
         "plan.stages[1].parallel.branches[0].stopping.max_tokens",
+        "plan.stages[1].parallel.first_k",
     }
 
 
@@ -432,6 +442,11 @@ def test_chat_is_refused_where_the_model_has_no_template():
         (150, [parallel([branch([1] * 25), branch([1] * 25)], join="reprefill")], "plan.stages[0].parallel"),
         (
             150,
+            [parallel([branch([1] * 25), branch([1] * 30), branch([1] * 25)], join="reprefill", first_k=2)],
+            "plan.stages[0].parallel",
+        ),
+        (
+            150,
             [parallel([branch([1] * 25), branch([1] * 50)], join="kv")],
             "plan.stages[0].parallel.branches[1].prefix",
         ),
@@ -453,6 +468,11 @@ def test_what_leaves_no_room_for_a_token_is_refused_with_limit_and_got(prompt, p
         (150, [serial([1] * 49)]),
         (150, [parallel([branch([1] * 24), branch([1] * 25)], join="reprefill")]),
         (149, [parallel([branch([1] * 49), branch([1] * 49)], join="kv"), serial([1])]),
+        (
+            150,
+            [parallel([branch([1] * 25), branch([1] * 30), branch([1] * 24)], join="reprefill", first_k=2)],
+        ),
+        (149, [parallel([branch([1] * 49), branch([1] * 50)], join="kv", first_k=1), serial([1])]),
         (150, [parallel([branch([1] * 49), branch([1] * 49)], join="none")]),
     ],
 )

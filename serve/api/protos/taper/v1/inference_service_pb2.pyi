@@ -26,6 +26,7 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_CONTEXT: _ClassVar[FinishReason]
     FINISH_REASON_BRANCH_CLOSED: _ClassVar[FinishReason]
     FINISH_REASON_FORKED: _ClassVar[FinishReason]
+    FINISH_REASON_OUTRUN: _ClassVar[FinishReason]
 JOIN_UNSPECIFIED: Join
 JOIN_KV: Join
 JOIN_REPREFILL: Join
@@ -37,6 +38,7 @@ FINISH_REASON_MAX_TOKENS: FinishReason
 FINISH_REASON_CONTEXT: FinishReason
 FINISH_REASON_BRANCH_CLOSED: FinishReason
 FINISH_REASON_FORKED: FinishReason
+FINISH_REASON_OUTRUN: FinishReason
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "model", "prompt", "stopping", "plan", "model_driven", "sampling", "slo", "output", "cache_salt", "priority")
@@ -127,12 +129,14 @@ class SerialStage(_message.Message):
     def __init__(self, prefix: _Optional[_Union[Prefix, _Mapping]] = ..., stopping: _Optional[_Union[StoppingCriteria, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
 
 class ParallelStage(_message.Message):
-    __slots__ = ("branches", "join")
+    __slots__ = ("branches", "join", "first_k")
     BRANCHES_FIELD_NUMBER: _ClassVar[int]
     JOIN_FIELD_NUMBER: _ClassVar[int]
+    FIRST_K_FIELD_NUMBER: _ClassVar[int]
     branches: _containers.RepeatedCompositeFieldContainer[BranchSpec]
     join: Join
-    def __init__(self, branches: _Optional[_Iterable[_Union[BranchSpec, _Mapping]]] = ..., join: _Optional[_Union[Join, str]] = ...) -> None: ...
+    first_k: int
+    def __init__(self, branches: _Optional[_Iterable[_Union[BranchSpec, _Mapping]]] = ..., join: _Optional[_Union[Join, str]] = ..., first_k: _Optional[int] = ...) -> None: ...
 
 class BranchSpec(_message.Message):
     __slots__ = ("label", "prefix", "stopping", "sampling", "stages")
