@@ -31,7 +31,14 @@ def test_the_map_names_every_source_file_once() -> None:
     assert {file for file, times in named.items() if times > 1} == set()
 
 
-RECIPES = ("An attention backend", "An admission policy", "A sampling option", "A model family", "A metric")
+RECIPES = (
+    "An attention backend",
+    "An admission policy",
+    "A sampling option",
+    "An option of a stage",
+    "A model family",
+    "A metric",
+)
 
 
 def test_there_is_a_recipe_for_each_kind_of_addition_and_its_files_exist() -> None:
