@@ -99,7 +99,10 @@ class Scheduler:
     # --- requests --------------------------------------------------------------------------------------
 
     def add(self, request: Request, now: float) -> None:
-        """Queue a request. Raises RejectedError, or ValueError for a request that cannot run."""
+        """Queue a request. Raises RejectedError, or ValueError for a request that cannot run.
+
+        Whether it could ever run is asked first: of the reasons to refuse it, a full queue alone will pass.
+        """
         check_program(request.program)
         if not request.prompt:
             raise ValueError("the prompt is empty: at least one token is needed")
@@ -108,8 +111,6 @@ class Scheduler:
             raise ValueError(f"{forced} tokens before the first one is sampled leave no room in {most}")
         if request.id in self._live:
             raise RejectedError("DUPLICATE", f"request {request.id!r} is already running")
-        if len(self._queue) >= self.config.max_queue:
-            raise RejectedError("QUEUE_FULL", f"{len(self._queue)} requests are waiting already")
         live = LiveRequest(
             request,
             now=now,
@@ -124,6 +125,8 @@ class Scheduler:
                 f"the request may need {live.worst_case_pages} KV pages of {self.pool.page_size} tokens,"
                 f" and there are {self.pool.num_pages}: lower max_tokens or the number of branches",
             )
+        if len(self._queue) >= self.config.max_queue:
+            raise RejectedError("QUEUE_FULL", f"{len(self._queue)} requests are waiting already")
         self._live[request.id] = live
         self._queue.append(live)
 

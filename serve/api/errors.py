@@ -4,19 +4,22 @@ The server raises these and `status` writes them as a gRPC status with google.rp
 the status back into the same exception with `from_rpc`. The contract:
 
     InvalidRequestError     INVALID_ARGUMENT    BadRequest: every violation at once, by field path
-    OverloadedError         RESOURCE_EXHAUSTED  QUEUE_FULL, KV_FULL, SLO_UNATTAINABLE, SLOW_CONSUMER: back off
+    OverloadedError         RESOURCE_EXHAUSTED  QUEUE_FULL, SLO_UNATTAINABLE: back off; RetryInfo
+                                                KV_FULL: it never fits; SLOW_CONSUMER: read faster
     UnavailableError        UNAVAILABLE         starting, draining or broken: go elsewhere; RetryInfo
     DuplicateRequestError   ALREADY_EXISTS      a running request has this id
     CancelledError          CANCELLED           by the caller, or by Abort
     DeadlineExceededError   DEADLINE_EXCEEDED   the call's own deadline
     InternalError           INTERNAL            a bug of the server's; RequestInfo, nothing of the inside
+
+`RETRY_AFTER` says for every reason whether the same request may be taken a little later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -28,6 +31,26 @@ _DETAILS_KEY = "grpc-status-details-bin"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _DETAILS_BYTES = 2500  # gRPC clients drop trailing metadata of more than 8 KiB, base64 and all
 _MESSAGE_BYTES = 600  # it travels twice, once with percent signs
+
+
+_SOON = 1.0
+
+RETRY_AFTER: Mapping[str, float | None] = {
+    "QUEUE_FULL": _SOON,
+    "SLO_UNATTAINABLE": _SOON,
+    "STARTING": _SOON,
+    "DRAINING": _SOON,  # by then, another server has taken over
+    "STOPPED": _SOON,
+    "FAILED": _SOON,
+    "KV_FULL": None,  # there are fewer pages than it may need, whoever else is being served
+    "SLOW_CONSUMER": None,  # its reader is slow, and the server is not busy
+    "INVALID_FIELD": None,
+    "PROMPT_TOO_LONG": None,
+    "DUPLICATE": None,
+    "ABORTED": None,
+    "ENGINE_FAILED": None,
+}
+"""Of each reason that a server gives: the seconds after which trying again makes sense; None: it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +90,11 @@ class ServiceError(Exception):
         self.metadata = dict(metadata or {})
         self.retry_after = retry_after
         self.request_id = request_id
+
+    @classmethod
+    def because(cls, reason: str, message: str, *, request_id: str = "") -> Self:
+        """For one of the reasons in `RETRY_AFTER`, which decides whether trying again makes sense."""
+        return cls(message, reason=reason, retry_after=RETRY_AFTER[reason], request_id=request_id)
 
 
 class InvalidRequestError(ServiceError):
@@ -134,10 +162,10 @@ _BY_CODE = {
 def refused(reason: str, detail: str) -> ServiceError:
     """The engine's refusal to take a request, as what the caller should see."""
     if reason == "DUPLICATE":
-        return DuplicateRequestError(detail, reason=reason)
+        return DuplicateRequestError.because(reason, detail)
     if reason in ("STARTING", "DRAINING"):
-        return UnavailableError(detail, reason=reason, retry_after=1.0)
-    return OverloadedError(detail, reason=reason, retry_after=1.0)
+        return UnavailableError.because(reason, detail)
+    return OverloadedError.because(reason, detail)
 
 
 def status(error: ServiceError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]:

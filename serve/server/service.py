@@ -73,14 +73,14 @@ class Service:
     def served(self) -> Served:
         """Raises UnavailableError until the model is loaded."""
         if self._served is None:
-            raise UnavailableError("the server is starting", reason="STARTING", retry_after=1.0)
+            raise UnavailableError.because("STARTING", "the server is starting")
         return self._served
 
     def accepting(self) -> Served:
         """Raises UnavailableError while no requests are taken."""
         state = self.state
         if state != "SERVING":
-            raise UnavailableError(f"the server is {state.lower()}", reason=state, retry_after=1.0)
+            raise UnavailableError.because(state, f"the server is {state.lower()}")
         return self.served()
 
     def speller(self, *, skip_special_tokens: bool) -> Speller:
@@ -90,7 +90,7 @@ class Service:
         """Submit a request; `interval` is its stream's. Raises ServiceError when it is not taken."""
         engine = self.accepting().engine
         if request.id in self._streams:
-            raise DuplicateRequestError(f"request {request.id!r} is running", reason="DUPLICATE")
+            raise DuplicateRequestError.because("DUPLICATE", f"request {request.id!r} is running")
         if self._doorbell is None:
             self._doorbell = Doorbell()
         stream = Stream(
@@ -119,7 +119,7 @@ class Service:
         if stream is None:
             return False
         self.served().engine.cancel(request_id)
-        stream.end(CancelledError("aborted", reason="ABORTED", request_id=request_id))
+        stream.end(CancelledError.because("ABORTED", "aborted", request_id=request_id))
         return True
 
     async def drain(self, timeout: float) -> None:
@@ -141,8 +141,8 @@ class Service:
         if self.state != "FAILED":
             return _stopping()
         log.error("the engine failed", request_id=request_id, error=failed.error)
-        return InternalError("the engine failed", reason="ENGINE_FAILED", request_id=request_id)
+        return InternalError.because("ENGINE_FAILED", "the engine failed", request_id=request_id)
 
 
 def _stopping() -> ServiceError:
-    return UnavailableError("the server is stopping", reason="STOPPED", retry_after=1.0)
+    return UnavailableError.because("STOPPED", "the server is stopping")

@@ -114,10 +114,10 @@ class Stream:
         if len(self._waiting) > self._bound:
             self._waiting.clear()
             self.end(
-                OverloadedError(
-                    f"more than {self._bound} events were waiting to be read",
-                    reason="SLOW_CONSUMER",
-                    retry_after=1.0,
+                OverloadedError.because(
+                    "SLOW_CONSUMER",
+                    f"more than {self._bound} events were waiting to be read: read faster, or ask for fewer"
+                    " messages with output.interval_ms",
                 )
             )
             self._on_overflow()

@@ -78,6 +78,14 @@ def test_a_request_that_could_never_fit_is_refused_and_one_that_just_fits_runs()
     world.run([request("a", serial(12)), request("b", fork(3, tokens=3))])
 
 
+def test_what_could_never_fit_is_told_so_even_where_the_queue_is_full() -> None:
+    world = World(Setting(num_pages=4, page_size=4), TALKS_ON)
+    world.scheduler.config = replace(world.scheduler.config, max_queue=1)
+    world.add(request("a", serial(3)))
+    assert rejection(world, request("r", serial(13))) == "KV_FULL"
+    assert rejection(world, request("r", serial(12))) == "QUEUE_FULL"
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [

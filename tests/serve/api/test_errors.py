@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import get_args
 from urllib.parse import quote
 
 import grpc
@@ -9,6 +10,7 @@ import pytest
 from google.rpc import error_details_pb2 as details_pb2
 from google.rpc.status_pb2 import Status
 
+from serve import door
 from serve.api import errors
 from serve.api.errors import InvalidRequestError, OverloadedError, ServiceError, UnavailableError, Violation
 
@@ -81,15 +83,54 @@ def test_overload_says_when_to_come_back_in_both_of_grpcs_ways():
         ("DRAINING", UnavailableError, grpc.StatusCode.UNAVAILABLE),
     ],
 )
-def test_refusals_of_the_engine_carry_their_reason_and_a_retry(reason, kind, code):
+def test_refusals_of_the_engine_carry_their_reason(reason, kind, code):
     error = errors.refused(reason, "because")
     assert (type(error), error.code, error.reason, error.message) == (kind, code, reason, "because")
-    assert error.retry_after == 1.0
 
 
-def test_a_duplicate_is_no_use_retrying():
-    error = errors.refused("DUPLICATE", "r1 is running")
-    assert (error.code, error.retry_after) == (grpc.StatusCode.ALREADY_EXISTS, None)
+RETRYABLE = {"QUEUE_FULL", "SLO_UNATTAINABLE", "STARTING", "DRAINING", "STOPPED", "FAILED"}
+FUTILE = {
+    "KV_FULL",
+    "SLOW_CONSUMER",
+    "INVALID_FIELD",
+    "PROMPT_TOO_LONG",
+    "DUPLICATE",
+    "ABORTED",
+    "ENGINE_FAILED",
+}
+
+
+def hints(error: ServiceError) -> tuple[float | None, str | None]:
+    """When to try again, in gRPC's two ways: RetryInfo, in seconds, and the pushback in milliseconds."""
+    metadata = dict(errors.status(error)[2])
+    retry = details_pb2.RetryInfo()
+    details = Status.FromString(metadata["grpc-status-details-bin"]).details
+    found = [retry.retry_delay.ToNanoseconds() / 1e9 for detail in details if detail.Unpack(retry)]
+    return (found or [None])[0], metadata.get("grpc-retry-pushback-ms")
+
+
+@pytest.mark.parametrize("reason", sorted(RETRYABLE | FUTILE))
+def test_a_reason_for_which_waiting_helps_says_when_to_come_back_and_no_other_does(reason: str):
+    expected = (1.0, "1000") if reason in RETRYABLE else (None, None)
+    assert hints(ServiceError.because(reason, "so")) == expected
+    assert over_the_wire(ServiceError.because(reason, "so")).retry_after == expected[0]
+
+
+def test_every_reason_is_known_to_help_or_not():
+    assert errors.RETRY_AFTER.keys() == RETRYABLE | FUTILE
+    assert {*get_args(door.Reason)} <= errors.RETRY_AFTER.keys()
+    assert {*get_args(door.State)} - {"SERVING"} <= errors.RETRY_AFTER.keys()
+    with pytest.raises(KeyError):
+        ServiceError.because("NEW", "a reason that nobody has thought about")
+
+
+def test_what_is_wrong_with_a_request_stays_wrong():
+    for error in (
+        InvalidRequestError.of([Violation("plan", "too wide")]),
+        InvalidRequestError.of([Violation("prompt", "too long")], reason="PROMPT_TOO_LONG"),
+    ):
+        assert error.reason in FUTILE
+        assert hints(error) == (None, None)
 
 
 def test_a_flood_of_violations_still_fits_into_a_status():

@@ -17,10 +17,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from scheduler.controller import Controller
 from scheduler.events import BranchInfo, StageStarted, Started, TokenEmitted, WidthChanged
-from scheduler.predictor import PredictionAccuracy
-from scheduler.scheduler import SchedulerLoad
+from scheduler.predictor import PredictionAccuracy, StepLatencyModel
+from scheduler.program import Plan, SerialStage
+from scheduler.request import Request
+from scheduler.scheduler import RejectedError, Scheduler, SchedulerConfig, SchedulerLoad
 from scheduler.step import Sample
+from scheduler.stopping import Stopping
 from serve.api.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -35,9 +39,9 @@ from serve.api.errors import (
 from serve.api.protos.taper.v1 import control_service_pb2, inference_service_pb2
 from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
 from serve.client.answer import Completion, Finished, events_of
-from serve.client.client import AsyncClient, generate_request
+from serve.client.client import AsyncClient, generate_request, parallel
 from serve.config import ServerConfig
-from serve.door import Failed, Load, Refused
+from serve.door import Failed, Load, Refused, Sink
 from serve.served import Served
 from serve.server.server import SERVICES, listen, shut_down
 from serve.server.service import Service
@@ -171,6 +175,7 @@ async def test_abort_ends_exactly_the_calls_that_it_names():
         with pytest.raises(CancelledError) as caught:
             await calls["r1"]
         assert (caught.value.reason, caught.value.request_id) == ("ABORTED", "r1")
+        assert caught.value.retry_after is None
         await asyncio.to_thread(answer, engine, engine.requests["r10"])
         assert (await calls["r10"]).text == "aa"
         assert await client.abort("r1") == ()
@@ -237,14 +242,60 @@ async def test_the_engines_refusals_reach_the_caller(reason, kind):
     assert not engine.cancelled, "another request may have this id"
 
 
+class Strict(FakeEngine):
+    """Refuses what a small scheduler refuses, which never runs a step: one request waits already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pages = SchedulerConfig(num_pages=20, page_size=16, num_slots=16, max_context=200, max_queue=1)
+        controller = Controller(StepLatencyModel({8: 1e-3}, 1e-6))
+        self.scheduler = Scheduler(pages, controller, ByteTokenizer())
+        waiting = Plan(stages=(SerialStage(stopping=Stopping(max_tokens=1)),))
+        self.scheduler.add(Request(id="waiting", prompt=(1,), program=waiting), 0.0)
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        try:
+            self.scheduler.add(request, 0.0)
+        except RejectedError as rejected:
+            raise Refused(rejected.reason, str(rejected)) from rejected
+        raise AssertionError("the queue is full")
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("message", "code", "reason", "hinted"),
+    [
+        (generate_request("go", max_tokens=9), "RESOURCE_EXHAUSTED", "QUEUE_FULL", True),
+        (
+            generate_request("go", plan=[parallel(["a"] * 16, max_tokens=190)]),
+            "RESOURCE_EXHAUSTED",
+            "KV_FULL",
+            False,
+        ),
+        (generate_request("go", plan=[parallel([""] * 65)]), "INVALID_ARGUMENT", "INVALID_FIELD", False),
+        (generate_request([1] * 500), "INVALID_ARGUMENT", "PROMPT_TOO_LONG", False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_what_can_never_be_served_is_not_asked_to_come_back(message, code, reason, hinted):
+    async with serving(Strict()) as (_, address), grpc.aio.insecure_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await inference_grpc.InferenceServiceStub(channel).Generate(message).read()
+        error = from_rpc(caught.value)
+        assert (caught.value.code().name, error.reason) == (code, reason)
+        assert (error.retry_after is not None) is hinted
+        assert ("grpc-retry-pushback-ms" in dict(caught.value.trailing_metadata())) is hinted
+
+
 @in_loop
 async def test_a_running_id_is_refused_and_the_running_request_goes_on():
     engine = FakeEngine()
     async with connected(engine) as client:
         running = asyncio.ensure_future(client.complete("go", request_id="r"))
         await until(engine, lambda e: "r" in e.requests)
-        with pytest.raises(DuplicateRequestError):
+        with pytest.raises(DuplicateRequestError) as caught:
             await client.complete("go", request_id="r")
+        assert caught.value.retry_after is None
         await asyncio.to_thread(answer, engine, engine.requests["r"])
         assert (await running).text == "aa"
     assert engine.cancelled == []
@@ -324,7 +375,7 @@ async def test_a_reader_that_does_not_read_is_given_up():
         engine.tell("r", *begin(), *(token(count) for count in range(1, 200)))
         with pytest.raises(OverloadedError) as caught:
             await running
-        assert caught.value.reason == "SLOW_CONSUMER"
+        assert (caught.value.reason, caught.value.retry_after) == ("SLOW_CONSUMER", None)
         await until(engine, lambda e: "r" in e.cancelled)
 
 
@@ -427,8 +478,9 @@ async def test_what_a_drain_could_not_finish_is_told_so():
         running = asyncio.ensure_future(client.complete("go", request_id="r"))
         await until(engine, lambda e: "r" in e.requests)
         await service.drain(0.0)
-        with pytest.raises(UnavailableError, match="stopping"):
+        with pytest.raises(UnavailableError, match="stopping") as caught:
             await running
+        assert (caught.value.reason, caught.value.retry_after) == ("STOPPED", 1.0)
 
 
 @in_loop
@@ -461,10 +513,12 @@ async def test_when_the_engine_dies_callers_learn_that_and_no_more():
         with pytest.raises(InternalError) as caught:
             await running
         assert (caught.value.request_id, caught.value.reason) == ("r", "ENGINE_FAILED")
+        assert caught.value.retry_after is None
         assert "secret" not in str(caught.value)
         assert await health(channel) == "NOT_SERVING"
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError) as refused:
             await client.complete("go")
+        assert (refused.value.reason, refused.value.retry_after) == ("FAILED", 1.0)
 
 
 @in_loop
