@@ -103,9 +103,7 @@ class Interpreter:
     def _say(self, strand: Strand, *record: object) -> None:
         self.answer[strand.key].append(record)
 
-    def _end(
-        self, strand: Strand, reason: FinishReason, stop: object = None, *, final: bool
-    ) -> None:
+    def _end(self, strand: Strand, reason: FinishReason, stop: object = None, *, final: bool) -> None:
         if final:
             strand.ended = reason, stop
         self._say(strand, "end", reason, stop, strand.completion, final and not strand.races)

@@ -293,6 +293,40 @@ def test_a_stop_string_is_cut_or_kept():
         assert "".join(event.delta.text for event in stream.write(events).events) == expected
 
 
+def test_a_branch_of_a_race_finishes_when_it_is_decided_and_its_text_when_it_stops():
+    match = Match("##", 2)
+    stream = writer()
+    stopped = stream.write(
+        [
+            begins(1, 2),
+            *tokens(1, b"a##", 1),
+            ends(1, FinishReason.STOP, stop=match, count=3, final=False),
+            *tokens(2, "bé".encode()[:2], 1),
+            ends(2, count=2, final=False),
+        ]
+    )
+    assert [fields.get("text") for kind, fields in told(stopped) if kind == "delta"] == ["a", "b"]
+    decided = stream.write(
+        [ends(2, FinishReason.OUTRUN, count=2), ends(1, FinishReason.STOP, stop=match, count=3)]
+    )
+    assert told(decided) == [
+        ("delta", {"branch_id": 2, "text": "\ufffd", "completion_tokens": 2}),
+        (
+            "branch_finished",
+            {"branch_id": 2, "finish_reason": "FINISH_REASON_OUTRUN", "completion_tokens": 2},
+        ),
+        (
+            "branch_finished",
+            {
+                "branch_id": 1,
+                "finish_reason": "FINISH_REASON_STOP",
+                "stop_string": "##",
+                "completion_tokens": 3,
+            },
+        ),
+    ]
+
+
 def test_a_token_without_text_yet_is_counted():
     message = writer().write([begins(0), *tokens(0, "é".encode()[:1], 1)])
     assert told(message)[1] == ("delta", {"completion_tokens": 1})
