@@ -162,7 +162,8 @@ class ResponseWriter:
             delta.completion_tokens = event.completion_tokens
         self._counts[event.branch] = event.completion_tokens
         if event.final:
-            del self._texts[event.branch], self._counts[event.branch]
+            self._texts.pop(event.branch, None)
+            del self._counts[event.branch]
             finished = pb.BranchFinished(
                 branch_id=event.branch,
                 finish_reason=_REASONS[event.reason],
@@ -175,7 +176,9 @@ class ResponseWriter:
             self._response.events.add(branch_finished=finished)
 
     def _rest(self, event: StageFinished) -> str:
-        text = self._texts[event.branch]
+        text = self._texts.get(event.branch)
+        if text is None:
+            return ""  # a trunk that has only forked
         if isinstance(event.stop, Match):
             kept = len(event.stop.string) if self._options.include_stop else 0
             return text.stop(event.stop.cut, kept)

@@ -254,6 +254,14 @@ def test_a_branchs_tokens_are_one_delta_however_they_interleave():
     ]
 
 
+def test_a_trunk_that_says_nothing_itself_ends_without_text():
+    """The plan is one parallel stage, whose branches are not joined."""
+    message = writer().write(
+        [begins(1, 2), *tokens(1, b"a", 1), ends(1), ends(2), ends(0, FinishReason.FORKED)]
+    )
+    assert [kind for kind, _ in told(message)] == ["stage_started", "delta", *["branch_finished"] * 3]
+
+
 def test_a_delta_never_crosses_from_one_stage_into_the_next():
     message = writer().write(
         [begins(0), *tokens(0, b"a", 1), ends(0, final=False), begins(0, stage=1), *tokens(0, b"b", 2)]
