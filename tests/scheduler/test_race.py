@@ -114,6 +114,14 @@ def test_of_a_race_in_a_branch_only_the_winners_count() -> None:
     assert ends(world)[3] == (OUTRUN, 10)
 
 
+def test_a_branch_is_not_out_for_what_a_loser_of_its_own_has_said() -> None:
+    """The winner of the inner race has much to read; meanwhile its rival says more than the outer one."""
+    nested = branch(2, race(1, 40, branch(3, prefix=LETTERS * 3)))
+    world = run(race(1, nested, 12, join="none"), max_chunk=1, prompt_floor=1)
+    assert reasons(world) == {1: FinishReason.FORKED, 2: OUTRUN, 3: OUTRUN, 4: LIMIT}
+    assert ends(world)[3][1] > 12
+
+
 def test_a_loser_takes_its_branches_with_it() -> None:
     inner = race(1, 30, 40, 50)
     deep = branch(1, race(0, 20, branch(2, inner)), serial(9))
@@ -141,7 +149,7 @@ def test_branches_that_begin_with_the_forks_token_race_too(join: str, in_flight:
 def test_a_branch_without_room_ends_at_once_and_wins(join: str) -> None:
     """The others are out before they begin."""
     full = branch(5, prefix=LETTERS * 3)
-    stages = (serial(1, ()), race(1, full, 5, 6, join=join), *([serial(9)] if join != "none" else []))
+    stages = (serial(1, ()), race(1, full, 5, full, join=join), *([serial(9)] if join != "none" else []))
     world = run(*stages, max_context=4 + 1 + len(full.prefix))
     assert ends(world) == {1: (FinishReason.CONTEXT, 0), 2: (OUTRUN, 0), 3: (OUTRUN, 0)}
     assert len(without_losers(world.answer("r"))) == 2
