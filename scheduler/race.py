@@ -2,8 +2,8 @@
 
 The first are the branches with the fewest tokens, ties by their place in the fork. What counts is the longest
 chain of sampled tokens (`critical`), so that a branch which forks again counts as long as its reader waits.
-That number only grows: a branch is out as soon as k others have ended with less, and whoever is left at the
-end would be left under any other schedule, too.
+That number only grows, so a branch is out as soon as k others have ended ahead of it. Which branches are left
+at the end does not depend on the schedule.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def outrun(branch: Branch) -> Branch | None:
 def settle(parent: Branch) -> list[Branch]:
     """One of the branches of `parent` has ended: those that are out by now, be they ended or not."""
     fork = parent.fork
-    assert fork is not None
+    if fork is None or not fork.is_race:
+        return []
     ended = sorted(_standing(branch) for branch in parent.forked if branch.ended is not None)
-    if not fork.is_race or len(ended) < fork.first_k:
+    if len(ended) < fork.first_k:
         return []
     parent.bar = ended[fork.first_k - 1]
     return [branch for branch in parent.forked if _standing(branch) > parent.bar]

@@ -68,7 +68,10 @@ class WidthChanged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BranchFinished:
-    """A branch ended: reason is eos, stop, max_tokens, context, branch_closed, forked or outrun."""
+    """A branch ended: reason is eos, stop, max_tokens, context, branch_closed, forked or outrun.
+
+    Where the first k branches are joined, it comes when it is certain whether the branch is one of them.
+    """
 
     branch: int
     reason: str
