@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -18,6 +18,7 @@ class Started:
     request_id: str
     prompt_tokens: int
     cached_tokens: int
+    prompt_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +191,10 @@ def _seconds(duration: Duration) -> float:
 
 _READERS: dict[str, Any] = {
     "started": lambda e: Started(
-        request_id=e.request_id, prompt_tokens=e.prompt_tokens, cached_tokens=e.cached_tokens
+        request_id=e.request_id,
+        prompt_tokens=e.prompt_tokens,
+        cached_tokens=e.cached_tokens,
+        prompt_token_ids=tuple(e.prompt_token_ids),
     ),
     "stage_started": _stage_started,
     "delta": _delta,
@@ -210,12 +214,12 @@ class Branch:
     label: str = ""
     prefix: str = ""
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Logprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list, repr=False)
+    logprobs: list[Logprob] = field(default_factory=list, repr=False)
     completion_tokens: int = 0
     finish_reason: str = ""
     stop: str | int | None = None
-    parts: list[str | tuple[int, ...]] = field(default_factory=list)
+    parts: list[str | tuple[int, ...]] = field(default_factory=list, repr=False)
     """In reading order: texts, forced ones included, and the ids of branches that it forked."""
 
     @property
@@ -224,21 +228,52 @@ class Branch:
         return self.finish_reason == "outrun"
 
 
-class Completion:
-    """An answer that is built from its events; complete when `finished`.
+_REPR_TEXT = 60
+_TOLD = ("id", "parent", "label", "prefix", "text", "finish_reason", "stop", "completion_tokens")
 
-    trunk      branch 0
-    branches   all other branches, by id; those that were outrun, too
-    text       everything in reading order: forced text included, branches where they forked, but for those
-               that were outrun
+
+def _told(branch: Branch) -> dict[str, Any]:
+    """A branch as JSON has it; ids and log-probabilities only if they were asked for."""
+    told = {name: getattr(branch, name) for name in _TOLD}
+    if branch.token_ids:
+        told["token_ids"] = [*branch.token_ids]
+    if branch.logprobs:
+        told["logprobs"] = [asdict(logprob) for logprob in branch.logprobs]
+    return told
+
+
+class Completion:
+    """An answer that is built from its events; complete when `finished`. It prints as its text.
+
+    trunk           branch 0
+    branches        all other branches, by id; those that were outrun, too
+    text            everything in reading order: forced text included, branches where they forked, but for
+                    those that were outrun
+    choices         each of the answers of a request that asked for `n`; else the text alone
+    finish_reason   why the trunk ended; empty until it has
     """
 
     def __init__(self) -> None:
         self.request_id = ""
+        self.prompt_token_ids: tuple[int, ...] = ()
         self.trunk = Branch(id=0, parent=0)
         self.widths: list[tuple[int, int]] = []
         self.finished: Finished | None = None
         self._branches = {0: self.trunk}
+        self._joined_ids: set[int] = set()
+
+    def __str__(self) -> str:
+        return "\n\n".join(self.choices)
+
+    def __repr__(self) -> str:
+        text = self.text
+        if len(text) > _REPR_TEXT:
+            text = text[: _REPR_TEXT - 1] + "…"
+        tokens = sum(branch.completion_tokens for branch in self._branches.values())
+        return (
+            f"<Completion {text!r}: {self.finish_reason or 'not finished'}, {tokens} tokens,"
+            f" {len(self.branches)} branches>"
+        )
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -247,6 +282,18 @@ class Completion:
     @property
     def text(self) -> str:
         return self._read(self.trunk)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The texts of branches that the prompt itself forked into, if nothing joined them; else the text."""
+        parts = [part for part in self.trunk.parts if part]
+        if len(parts) == 1 and isinstance(parts[0], tuple) and self._joined_ids.isdisjoint(parts[0]):
+            return tuple(map(self._read, self._joined(parts[0])))
+        return (self.text,)
+
+    @property
+    def finish_reason(self) -> str:
+        return self.trunk.finish_reason
 
     @property
     def usage(self) -> Usage:
@@ -259,7 +306,7 @@ class Completion:
     def add(self, event: Event) -> None:
         match event:
             case Started():
-                self.request_id = event.request_id
+                self.request_id, self.prompt_token_ids = event.request_id, event.prompt_token_ids
             case StageStarted():
                 self._stage(event)
             case Delta():
@@ -277,7 +324,20 @@ class Completion:
             case Finished():
                 self.finished = event
             case Joined():
-                pass
+                self._joined_ids.update(event.branches)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON has it, under the names that it has here. Raises ValueError before its end."""
+        return {
+            "request_id": self.request_id,
+            "text": self.text,
+            "choices": [*self.choices],
+            "finish_reason": self.finish_reason,
+            "trunk": _told(self.trunk),
+            "branches": [_told(branch) for branch in self.branches],
+            "usage": asdict(self.usage),
+            "timing": asdict(self.timing),
+        }
 
     def _stage(self, stage: StageStarted) -> None:
         new = [begun for begun in stage.branches if begun.branch not in self._branches]
