@@ -3,7 +3,7 @@
 The server raises these and `status` writes them as a gRPC status with google.rpc details; the client reads
 the status back into the same exception with `from_rpc`. The contract:
 
-    InvalidRequestError     INVALID_ARGUMENT    BadRequest: every violation at once, by field path
+    InvalidRequestError     INVALID_ARGUMENT    BadRequest: every violation, by field path; a ValueError
     OverloadedError         RESOURCE_EXHAUSTED  QUEUE_FULL, SLO_UNATTAINABLE: back off; RetryInfo
                                                 KV_FULL: it never fits; SLOW_CONSUMER: read faster
     UnavailableError        UNAVAILABLE         starting, draining or broken: go elsewhere; RetryInfo
@@ -97,7 +97,7 @@ class ServiceError(Exception):
         return cls(message, reason=reason, retry_after=RETRY_AFTER[reason], request_id=request_id)
 
 
-class InvalidRequestError(ServiceError):
+class InvalidRequestError(ServiceError, ValueError):
     code = grpc.StatusCode.INVALID_ARGUMENT
 
     @classmethod
