@@ -36,10 +36,10 @@ from model.tiny.tasks import Fork, Task, transcript, write_task
 from scheduler.request import Slo
 from serve.api.errors import ServiceError
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client.answer import Completion, events_of
-from serve.client.client import (
+from serve.client import (
     AsyncClient,
     Client,
+    Completion,
     Options,
     Prompt,
     branch,
@@ -48,6 +48,7 @@ from serve.client.client import (
     parallel,
     serial,
 )
+from serve.client.answer import events_of
 from serve.client.terminal import Answer, show_live, summary
 
 POLICIES = ("off", "eager", "taper")

@@ -22,8 +22,8 @@ from bench.load.workload import Item, Lengths
 from bench.timing import clock
 from scheduler.program import ParallelStage, Plan
 from scheduler.request import Slo
+from serve import client
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client import client
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"]
 
@@ -53,23 +53,18 @@ def message(
     for stage in program.stages:
         if isinstance(stage, ParallelStage):
             branches = [
-                client.branch(spec.prefix, stopping=_exactly(spec.stopping.max_tokens))
-                for spec in stage.branches
+                client.branch(spec.prefix, max_tokens=spec.stopping.max_tokens) for spec in stage.branches
             ]
             stages.append(client.parallel(branches, join=cast(client.Join, item.join)))
         else:
             prefix = stage.prefix or ""
-            stages.append(client.serial(prefix, stopping=_exactly(stage.stopping.max_tokens)))
-    options = client.Options(plan=stages, sampling=client.sampling(seed=seed), request_id=id, cache_salt=salt)
+            stages.append(client.serial(prefix, max_tokens=stage.stopping.max_tokens))
+    options = client.Options(plan=stages, ignore_eos=True, seed=seed, request_id=id, cache_salt=salt)
     if slo is not None:
         options |= client.Options(tpot_slo_ms=1e3 * slo.tpot, ttft_slo_ms=1e3 * slo.ttft)
     if interval_ms is not None:
         options |= client.Options(interval_ms=interval_ms)
     return client.generate_request(request.prompt, **options).SerializeToString()
-
-
-def _exactly(tokens: int) -> pb.StoppingCriteria:
-    return client.stopping(tokens, ignore_eos=True)
 
 
 # --- what comes back ---------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from bench.server import started
 from bench.timing import clock
 from scheduler.request import Slo
 from serve.api.errors import ServiceError
-from serve.client.client import AsyncClient
+from serve.client import AsyncClient
 
 POLICIES = "off,cap:2,cap:4,cap:6,cap:8,eager,taper"
 

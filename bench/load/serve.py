@@ -38,7 +38,7 @@ from bench.load.measures import Record, milliseconds, quantile
 from bench.load.workload import FAMILIES, Item, Workload, closed_loop, gamma
 from bench.timing import clock, no_collections
 from serve.api.errors import ServiceError
-from serve.client.client import AsyncClient
+from serve.client import AsyncClient
 
 METRICS = {
     "ttft": "Time to First Token",

@@ -23,7 +23,7 @@ from bench.load.workload import ALONE, Workload
 from bench.timing import clock, no_collections
 from scheduler.request import Slo
 from serve.api.errors import ServiceError
-from serve.client.client import AsyncClient
+from serve.client import AsyncClient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,24 +1,20 @@
 """The client: a request's answer as events, and as a whole."""
 
-from .client import (
-    AsyncClient,
-    Client,
-    Options,
-    Prompt,
-    branch,
-    model_driven,
-    parallel,
-    sampling,
-    serial,
-    stopping,
-)
+from .answer import Completion
+from .client import AsyncClient, Client
+from .options import Options, sampling, stopping
+from .plan import Join, branch, model_driven, parallel, serial
+from .request import Prompt, generate_request
 
 __all__ = [
     "AsyncClient",
     "Client",
+    "Completion",
+    "Join",
     "Options",
     "Prompt",
     "branch",
+    "generate_request",
     "model_driven",
     "parallel",
     "sampling",

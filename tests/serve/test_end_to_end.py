@@ -17,8 +17,8 @@ from bench.demo import POLICIES, TITLES, Demo, compare
 from model import decode
 from model.checkpoint import load_model
 from scheduler.sampling import SamplingParams
+from serve.client import Client, branch, parallel, sampling, serial, stopping
 from serve.client.answer import BranchFinished, Delta, Finished, Joined, StageStarted, Started
-from serve.client.client import Client, branch, parallel, sampling, serial, stopping
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import socket
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 
@@ -15,30 +18,9 @@ from serve.api.errors import (
     InvalidRequestError,
     UnavailableError,
 )
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from serve.client import AsyncClient, Client, Completion, branch, generate_request, parallel, serial
 from serve.client import client as client_module
-from serve.client.answer import (
-    BranchFinished,
-    Completion,
-    Delta,
-    Finished,
-    Joined,
-    Logprob,
-    Started,
-    WidthChanged,
-)
-from serve.client.client import (
-    AsyncClient,
-    Client,
-    Options,
-    branch,
-    generate_request,
-    model_driven,
-    parallel,
-    sampling,
-    serial,
-    stopping,
-)
+from serve.client.answer import BranchFinished, Delta, Finished, Joined, Logprob, Started, WidthChanged
 from tests.serve.fakes import FakeEngine, finished, fork_and_join, listening
 
 PLAN = [
@@ -175,11 +157,12 @@ def test_who_only_waits_for_the_end_asks_for_few_messages(client, address, monke
 
 def test_what_is_wrong_comes_back_by_field(client):
     with pytest.raises(InvalidRequestError) as caught:
-        client.complete("go", plan=[serial(max_tokens=0), parallel([])])
+        client.complete("go", plan=[serial(temperature=101), parallel(["a", branch(top_p=2)])])
     assert [violation.field for violation in caught.value.violations] == [
-        "plan.stages[0].serial.stopping.max_tokens",
-        "plan.stages[1].parallel.branches",
+        "plan.stages[0].serial.sampling.temperature",
+        "plan.stages[1].parallel.branches[1].sampling.top_p",
     ]
+    assert isinstance(caught.value, ValueError), "like what the client itself finds"
 
 
 def test_methods_that_answer_once_raise_the_same_errors(client):
@@ -192,11 +175,6 @@ def test_a_server_that_is_not_there_is_unavailable():
         client.complete("go")
 
 
-def test_an_option_that_does_not_exist_is_refused():
-    with pytest.raises(TypeError, match="no such option: temprature"):
-        generate_request("go", temprature=1)  # pyright: ignore[reportCallIssue]
-
-
 def test_the_other_methods_answer(client):
     assert client.tokenize("a") == [257, 97]
     assert client.detokenize([97]) == "a"
@@ -205,99 +183,6 @@ def test_the_other_methods_answer(client):
     assert client.server_info().api_versions == ["taper.v1"]
     assert client.load().kv_capacity_tokens == 1000
     assert client.set_policy("taper") == "taper"
-
-
-# --- requests ----------------------------------------------------------------------------------------------
-
-
-def test_what_is_not_set_is_not_sent():
-    message = generate_request("go")
-    assert message == pb.GenerateRequest(
-        prompt=pb.Prompt(text="go"), slo=pb.Slo(), output=pb.OutputOptions(), stopping=pb.StoppingCriteria()
-    )
-    assert not message.slo.HasField("tpot_ms")
-    assert not sampling().HasField("temperature")
-    assert sampling(temperature=0).HasField("temperature")
-
-
-SAMPLING = {
-    "temperature": 0.5,
-    "top_p": 0.25,
-    "top_k": 3,
-    "min_p": 0.125,
-    "repetition_penalty": 1.5,
-    "presence_penalty": 0.75,
-    "frequency_penalty": -0.5,
-    "seed": 9,
-    "logit_bias": {5: 2.0},
-}
-
-
-def test_every_sampling_option_is_sent_under_its_own_name():
-    assert sampling(**SAMPLING) == pb.SamplingParams(**SAMPLING)
-    assert SAMPLING.keys() == {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
-
-
-def test_every_option_of_a_request_is_sent_under_its_own_name():
-    output = {
-        "token_ids": True,
-        "logprobs": True,
-        "top_logprobs": 2,
-        "include_stop": True,
-        "keep_special_tokens": True,
-        "interval_ms": 7.0,
-    }
-    message = generate_request(
-        "go",
-        max_tokens=3,
-        stop=["."],
-        sampling=sampling(**SAMPLING),
-        tpot_slo_ms=20.0,
-        ttft_slo_ms=300.0,
-        request_id="mine",
-        cache_salt="salt",
-        priority=-4,
-        **output,
-    )
-    assert message == pb.GenerateRequest(
-        prompt=pb.Prompt(text="go"),
-        stopping=pb.StoppingCriteria(max_tokens=3, stop=["."]),
-        sampling=pb.SamplingParams(**SAMPLING),
-        slo=pb.Slo(tpot_ms=20.0, ttft_ms=300.0),
-        output=pb.OutputOptions(**output),
-        request_id="mine",
-        cache_salt="salt",
-        priority=-4,
-    )
-    assert Options.__annotations__.keys() >= output.keys()
-
-
-def test_a_stage_keeps_its_sampling_and_where_it_ends():
-    drawn = sampling(**SAMPLING)
-    ends = stopping(4, stop=["."], stop_token_ids=[6], ignore_eos=True)
-    wanted = pb.StoppingCriteria(max_tokens=4, stop=["."], stop_token_ids=[6], ignore_eos=True)
-    assert serial(stopping=ends, sampling=drawn).serial == pb.SerialStage(stopping=wanted, sampling=drawn)
-    short = pb.StoppingCriteria(max_tokens=4, stop=["."])
-    assert serial(max_tokens=4, stop=["."]).serial.stopping == short
-    assert branch([5], stopping=ends, sampling=drawn, label="b", then=[serial("x")]) == pb.BranchSpec(
-        label="b",
-        prefix=pb.Prefix(token_ids=pb.TokenIds(ids=[5])),
-        stopping=wanted,
-        sampling=drawn,
-        stages=[serial("x")],
-    )
-    assert branch("b", max_tokens=4, stop=["."]).stopping == short
-
-
-def test_the_limits_of_a_model_driven_request_are_sent_under_their_own_names():
-    driven = model_driven("t", max_tokens=1, branch_max_tokens=2, max_branches=3, max_depth=4)
-    assert driven == pb.ModelDriven(
-        tag_set="t",
-        stopping=pb.StoppingCriteria(max_tokens=1),
-        branch_max_tokens=2,
-        max_branches=3,
-        max_depth=4,
-    )
 
 
 def test_a_deadline_ends_a_call_that_has_no_answer():
@@ -322,28 +207,144 @@ def test_a_deadline_ends_a_call_that_has_no_answer():
         asyncio.run(use())
 
 
-def test_prompts_are_text_ids_or_chats():
-    assert generate_request("go").prompt.text == "go"
-    assert list(generate_request((1, 2)).prompt.token_ids.ids) == [1, 2]
-    (turn,) = generate_request([{"role": "user", "content": "hi"}]).prompt.chat.messages
-    assert (turn.role, turn.content) == ("user", "hi")
+def test_a_client_can_have_a_deadline_for_all_of_its_calls():
+    def never(engine: FakeEngine, request: Request) -> None:
+        with contextlib.suppress(AssertionError):
+            engine.wait_for(lambda e: request.id in e.cancelled, timeout=5.0)
+        engine.tell(request.id, finished(request.id))
+
+    async def use(address: str) -> None:
+        async with AsyncClient(address, timeout=0.2) as client:
+            with pytest.raises(DeadlineExceededError):
+                await client.complete("go")
+
+    with listening(FakeEngine(never)) as address:
+        with Client(address, timeout=0.2) as client, pytest.raises(DeadlineExceededError):
+            client.complete("go")
+        with Client(address, timeout=60) as client, pytest.raises(DeadlineExceededError):
+            client.complete("go", timeout=0.2)
+        asyncio.run(use(address))
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with Client(address, timeout=0.2) as client, pytest.raises(DeadlineExceededError):
+            client.model_info()
 
 
-def test_a_parallel_stage_gives_its_limit_to_branches_without_one():
-    given = branch("b", max_tokens=3)
-    stage = parallel(["a", given], max_tokens=9, join="none").parallel
-    assert [each.stopping.max_tokens for each in stage.branches] == [9, 3]
-    assert stage.join == pb.JOIN_NONE
-    assert [each.prefix.text for each in stage.branches] == ["a", "b"]
+# --- wrong use ---------------------------------------------------------------------------------------------
+
+SECONDS = [
+    (0, ValueError, "timeout is 0: more than 0 seconds are needed; None waits as long as it takes"),
+    (-1.5, ValueError, "timeout is -1.5: more than 0 seconds"),
+    (float("nan"), ValueError, "timeout is nan: a finite number is needed"),
+    (float("inf"), ValueError, "timeout is inf: a finite number is needed"),
+    ("5", TypeError, "timeout is '5' (str): a number is needed; write 5"),
+    (timedelta(minutes=1), TypeError, "seconds are needed; write 60"),
+]
 
 
-def test_a_parallel_stage_joins_all_of_its_branches_unless_it_is_told_how_many():
-    assert parallel(["a", "b"]).parallel.first_k == 0
-    assert parallel(["a", "b"], first_k=1).parallel.first_k == 1
+@pytest.mark.parametrize(("timeout", "kind", "said"), SECONDS, ids=[str(each[0]) for each in SECONDS])
+def test_a_timeout_is_seconds(address, timeout, kind, said):
+    async def use() -> None:
+        with pytest.raises(kind, match=re.escape(said)):
+            AsyncClient(address, timeout=timeout)
+        async with AsyncClient(address) as client:
+            with pytest.raises(kind, match=re.escape(said)):
+                await client.complete("go", timeout=timeout)
+
+    with pytest.raises(kind, match=re.escape(said)):
+        Client(address, timeout=timeout)
+    with Client(address) as client, pytest.raises(kind, match=re.escape(said)):
+        client.generate("go", timeout=timeout)
+    asyncio.run(use())
 
 
-def test_model_driven_programs_take_a_name_or_tags():
-    assert generate_request("go", plan=model_driven("multiverse")).model_driven.tag_set == "multiverse"
-    tags = pb.ForkTags(plan_open="<p>")
-    assert generate_request("go", plan=model_driven(fork_tags=tags)).model_driven.fork_tags == tags
-    assert generate_request("go", plan=model_driven()).model_driven.WhichOneof("tags") is None
+def test_nothing_is_sent_of_a_request_with_a_wrong_argument(client, address, engine):
+    async def use() -> None:
+        async with AsyncClient(address) as client:
+            with pytest.raises(TypeError, match="did you mean temperature"):
+                await client.complete("go", temprature=1)
+
+    before = len(engine.requests)
+    with pytest.raises(TypeError, match="did you mean temperature"):
+        client.complete("go", temprature=1)
+    with pytest.raises(ValueError, match=r"stop\[1\] is ''"):
+        client.generate("go", stop=["a", ""])
+    asyncio.run(use())
+    assert len(engine.requests) == before
+
+
+def test_methods_that_answer_once_look_at_their_arguments_too(client):
+    for wrong in (
+        lambda: client.tokenize(b"a"),
+        lambda: client.detokenize("a"),
+        lambda: client.detokenize([1], keep_special_tokens="no"),
+        lambda: client.abort(["a"]),
+        lambda: client.set_policy(None),
+    ):
+        with pytest.raises(TypeError):
+            wrong()
+    with pytest.raises(ValueError, match=r"ids\[1\] is -1"):
+        client.detokenize([1, -1])
+
+
+def test_a_closed_client_says_so(address):
+    async def use() -> None:
+        client = AsyncClient(address)
+        await client.close()
+        with pytest.raises(RuntimeError, match="the client is closed"):
+            await client.model_info()
+        with pytest.raises(RuntimeError, match="the client is closed"):
+            client.generate("go")
+
+    with Client(address) as client:
+        stream = client.generate("go", request_id="held-5")
+        next(events := iter(stream))
+    with pytest.raises(CancelledError):
+        list(events)
+    for call in (client.load, lambda: client.complete("go"), lambda: client.tokenize("a")):
+        with pytest.raises(RuntimeError, match="the client is closed"):
+            call()
+    asyncio.run(use())
+
+
+ADDRESSES = [
+    "127.0.0.1:50051",
+    "localhost:1",
+    "[::1]:65535",
+    "a-b.example.org:443",
+    "unix:/run/taper.sock",
+    "dns:///taper:50051",
+    "ipv4:10.0.0.1:50051,10.0.0.2:50051",
+]
+NO_ADDRESSES = [
+    ("localhost", "host:port is needed, as in '127.0.0.1:50051'"),
+    ("http://localhost:50051", "host:port is needed"),
+    ("localhost:50051/", "host:port is needed"),
+    ("local host:50051", "host:port is needed"),
+    ("::1:50051", "or '[::1]:50051'"),
+    (":50051", "host:port is needed"),
+    ("", "host:port is needed"),
+    ("localhost:0", "a port is 1 to 65535"),
+    ("localhost:65536", "a port is 1 to 65535"),
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_is_a_host_and_a_port_or_a_target_of_grpc(address):
+    Client(address).close()
+
+
+@pytest.mark.parametrize(("address", "said"), NO_ADDRESSES)
+def test_what_could_lead_nowhere_is_not_an_address(address, said):
+    async def use() -> None:
+        AsyncClient(address)
+
+    for make in (lambda: Client(address), lambda: asyncio.run(use())):
+        with pytest.raises(ValueError, match=re.escape(f"address is {address!r}: ")) as caught:
+            make()
+        assert said in str(caught.value)
+
+
+def test_an_address_is_text():
+    with pytest.raises(TypeError, match=r"address is 50051 \(int\): a str is needed"):
+        Client(50051)  # pyright: ignore[reportArgumentType]

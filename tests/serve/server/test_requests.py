@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from pathlib import Path
@@ -17,7 +16,7 @@ from scheduler.stopping import Stopping
 from serve.api import protos
 from serve.api.errors import InvalidRequestError
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
+from serve.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
 from serve.server.requests import read_prompt, read_request
 from tests.serve.fakes import EOS, VOCAB, ByteTokenizer, served_model
 
@@ -85,8 +84,8 @@ def test_plans_keep_their_shape():
 
     nested = ParallelStage(
         branches=(
-            BranchSpec(prefix=(120,), stopping=ends(200)),
-            BranchSpec(prefix=(121,), stopping=ends(200)),
+            BranchSpec(prefix=(120,), stopping=ends(4)),
+            BranchSpec(prefix=(121,), stopping=ends(4)),
         ),
         join="none",
     )
@@ -245,12 +244,37 @@ def test_prompts_are_read_alone_for_tokenize():
 # --- what does not -----------------------------------------------------------------------------------------
 
 
+def of(**fields) -> pb.GenerateRequest:
+    """What a client that checks nothing might send."""
+    return pb.GenerateRequest(**{"prompt": pb.Prompt(text="go"), **fields})
+
+
 def of_sampling(**fields) -> pb.GenerateRequest:
-    return generate_request("go", sampling=sampling(**fields))
+    return of(sampling=pb.SamplingParams(**fields))
+
+
+def of_plan(*stages: pb.Stage) -> pb.GenerateRequest:
+    return of(plan=pb.Plan(stages=stages))
+
+
+def of_race(first_k: int, *branches: pb.BranchSpec) -> pb.Stage:
+    return pb.Stage(parallel=pb.ParallelStage(branches=branches, first_k=first_k))
+
+
+def of_parallel(*branches: pb.BranchSpec) -> pb.GenerateRequest:
+    return of_plan(pb.Stage(parallel=pb.ParallelStage(branches=branches)))
+
+
+def of_serial(**fields) -> pb.Stage:
+    return pb.Stage(serial=pb.SerialStage(stopping=pb.StoppingCriteria(**fields)))
 
 
 def of_stopping(**fields) -> pb.GenerateRequest:
-    return generate_request("go", plan=[serial(stopping=pb.StoppingCriteria(**fields))])
+    return of_plan(of_serial(**fields))
+
+
+def of_driven(**fields) -> pb.GenerateRequest:
+    return of(model_driven=pb.ModelDriven(tag_set="multiverse", **fields))
 
 
 def of_tags(**changes) -> pb.GenerateRequest:
@@ -266,7 +290,7 @@ BRANCHES = "plan.stages[0].parallel.branches"
 WRONG = [
     (pb.GenerateRequest(), "prompt"),
     (generate_request(""), None),  # its special token is a token
-    (generate_request([]), "prompt"),
+    (of(prompt=pb.Prompt(token_ids=pb.TokenIds())), "prompt"),
     (generate_request([1, VOCAB]), "prompt.token_ids.ids[1]"),
     (generate_request([{"role": "robot", "content": "hi"}]), "prompt.chat.messages[0].role"),
     (generate_request([{"role": "assistant", "content": "hi"}]), "prompt.chat.messages"),
@@ -289,20 +313,20 @@ WRONG = [
     (of_stopping(stop=["a"] * 17), f"{STOPPING}.stop"),
     (of_stopping(stop=["a", "x<end>"]), f"{STOPPING}.stop[1]"),
     (of_stopping(stop_token_ids=[1, VOCAB]), f"{STOPPING}.stop_token_ids[1]"),
-    *((generate_request("go", tpot_slo_ms=value), "slo.tpot_ms") for value in (0, -1, NAN, INF)),
-    *((generate_request("go", ttft_slo_ms=value), "slo.ttft_ms") for value in (0, -1, NAN, INF)),
+    *((of(slo=pb.Slo(tpot_ms=value)), "slo.tpot_ms") for value in (0, -1, NAN, INF)),
+    *((of(slo=pb.Slo(ttft_ms=value)), "slo.ttft_ms") for value in (0, -1, NAN, INF)),
     (generate_request("go", logprobs=True, top_logprobs=9), "output.top_logprobs"),
     (generate_request("go", top_logprobs=1), "output.top_logprobs"),
     *(
-        (generate_request("go", interval_ms=value), "output.interval_ms")
+        (of(output=pb.OutputOptions(interval_ms=value)), "output.interval_ms")
         for value in (-1, 60_001, NAN, INF, -INF)
     ),
     *((generate_request("go", interval_ms=value), None) for value in (0, 0.1, 60_000)),
     *((generate_request("go", priority=value), "priority") for value in (-101, 101, 2**31 - 1)),
-    (generate_request("go", plan=[]), "plan.stages"),
-    (generate_request("go", plan=[pb.Stage()]), "plan.stages[0]"),
+    (of_plan(), "plan.stages"),
+    (of_plan(pb.Stage()), "plan.stages[0]"),
     (generate_request("go", plan=[serial()] * 65), "plan.stages"),
-    (generate_request("go", plan=[parallel([])]), BRANCHES),
+    (of_parallel(), BRANCHES),
     (generate_request("go", plan=[parallel([""] * 65)]), BRANCHES),
     (generate_request("go", plan=[serial([VOCAB])]), "plan.stages[0].serial.prefix.token_ids.ids[0]"),
     (
@@ -310,7 +334,7 @@ WRONG = [
         f"{BRANCHES}[3].label",
     ),
     (
-        generate_request("go", plan=[parallel(["a", branch(max_tokens=0)])]),
+        of_parallel(branch("a"), pb.BranchSpec(stopping=pb.StoppingCriteria(max_tokens=0))),
         f"{BRANCHES}[1].stopping.max_tokens",
     ),
     (
@@ -318,7 +342,7 @@ WRONG = [
         f"{BRANCHES}[0].sampling.top_p",
     ),
     (
-        generate_request("go", plan=[parallel([branch(then=[serial(max_tokens=0)])])]),
+        of_parallel(branch(then=[of_serial(max_tokens=0)])),
         f"{BRANCHES}[0].stages[0].serial.stopping.max_tokens",
     ),
     (generate_request("go", plan=[parallel(["a"], join="kv"), serial()]), "plan.stages[1]"),
@@ -327,24 +351,24 @@ WRONG = [
         generate_request("go", plan=[pb.Stage(parallel=pb.ParallelStage(branches=[branch()], join=9))]),
         "plan.stages[0].parallel.join",
     ),
-    (generate_request("go", plan=[parallel(["a", "b"], first_k=3)]), "plan.stages[0].parallel.first_k"),
-    (generate_request("go", plan=[parallel(["a"], first_k=2**32 - 1)]), "plan.stages[0].parallel.first_k"),
+    (of_plan(of_race(3, branch("a"), branch("b"))), "plan.stages[0].parallel.first_k"),
+    (of_plan(of_race(2**32 - 1, branch("a"))), "plan.stages[0].parallel.first_k"),
     *((generate_request("go", plan=[parallel(["a", "b"], first_k=k)]), None) for k in (0, 1, 2)),
     (
-        generate_request("go", plan=[parallel([branch(then=[parallel(["a"], first_k=2)])])]),
+        of_parallel(branch(then=[of_race(2, branch("a"))])),
         f"{BRANCHES}[0].stages[0].parallel.first_k",
     ),
     (generate_request("go", plan=model_driven("unheard-of")), "model_driven.tag_set"),
     (generate_request("go", plan=model_driven()), "model_driven.tag_set"),
-    (generate_request("go", plan=model_driven("multiverse", max_branches=0)), "model_driven.max_branches"),
+    (of_driven(max_branches=0), "model_driven.max_branches"),
     (generate_request("go", plan=model_driven("multiverse", max_branches=65)), "model_driven.max_branches"),
     (generate_request("go", plan=model_driven("multiverse", max_depth=5)), "model_driven.max_depth"),
     (
-        generate_request("go", plan=model_driven("multiverse", max_tokens=0)),
+        of_driven(stopping=pb.StoppingCriteria(max_tokens=0)),
         "model_driven.stopping.max_tokens",
     ),
     (
-        generate_request("go", plan=model_driven("multiverse", branch_max_tokens=0)),
+        of_driven(branch_max_tokens=0),
         "model_driven.branch_max_tokens",
     ),
     (of_tags(plan_open=""), "model_driven.fork_tags.plan_open"),
@@ -365,7 +389,7 @@ def test_what_is_wrong_is_named_by_its_path(message, path):
 def test_the_wire_has_every_sampling_option_and_its_range_is_checked():
     numbers = {option.name for option in OPTIONS}
     wire = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
-    assert wire == numbers | {"seed", "logit_bias"} == set(inspect.signature(sampling).parameters)
+    assert wire == numbers | {"seed", "logit_bias"}
     for option in OPTIONS:
         if math.isfinite(option.high):
             assert list(violations(of_sampling(**{option.name: option.high + 1}))) == [
@@ -385,11 +409,12 @@ def test_the_proto_says_what_range_an_option_has(option: Option):
 
 
 def test_everything_wrong_is_named_at_once():
-    message = generate_request(
-        [VOCAB],
+    none = pb.StoppingCriteria(max_tokens=0)
+    message = of(
+        prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[VOCAB])),
         request_id="?",
-        sampling=sampling(temperature=NAN, top_p=2),
-        plan=[serial(max_tokens=0), parallel([branch(max_tokens=0)], first_k=2)],
+        sampling=pb.SamplingParams(temperature=NAN, top_p=2),
+        plan=pb.Plan(stages=[of_serial(max_tokens=0), of_race(2, pb.BranchSpec(stopping=none))]),
     )
     assert set(violations(message)) == {
         "prompt.token_ids.ids[0]",

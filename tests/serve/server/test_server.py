@@ -38,8 +38,8 @@ from serve.api.errors import (
 )
 from serve.api.protos.taper.v1 import control_service_pb2, inference_service_pb2
 from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
+from serve.client import AsyncClient, generate_request, parallel
 from serve.client.answer import Completion, Finished, events_of
-from serve.client.client import AsyncClient, generate_request, parallel
 from serve.config import ServerConfig
 from serve.door import Failed, Load, Refused, Sink
 from serve.served import Served
@@ -209,9 +209,9 @@ async def test_what_is_wrong_with_a_request_comes_back_by_path():
     engine = FakeEngine()
     async with connected(engine) as client:
         with pytest.raises(InvalidRequestError) as caught:
-            await client.complete([999], max_tokens=0)
+            await client.complete([999], temperature=101)
         fields = [violation.field for violation in caught.value.violations]
-        assert fields == ["prompt.token_ids.ids[0]", "stopping.max_tokens"]
+        assert fields == ["prompt.token_ids.ids[0]", "sampling.temperature"]
         with pytest.raises(InvalidRequestError) as caught:
             await client.complete([1] * 500)
         assert caught.value.reason == "PROMPT_TOO_LONG"
@@ -685,7 +685,7 @@ async def test_requests_are_counted_by_how_they_ended():
         await client.complete("go")
         await client.load()
         with pytest.raises(ServiceError):
-            await client.complete([])
+            await client.complete([999])
         with pytest.raises(ServiceError):
             await client.set_policy("fast")
     count = functools.partial(service.metrics.registry.get_sample_value, "taper_requests_total")
