@@ -1,8 +1,7 @@
-"""What a terminal shows of an answer: branches side by side as they grow, or plain lines."""
+"""What a terminal shows of an answer: branches side by side as they grow."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 from rich.columns import Columns
@@ -11,27 +10,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from .answer import Branch, BranchFinished, Completion, Delta, Event, Joined, StageStarted
-
-
-def show(events: Iterable[Event], console: Console) -> None:
-    """Watch an answer grow in a terminal; elsewhere, print what is whole."""
-    (show_live if console.is_terminal else show_lines)(events, console)
-
-
-def show_lines(events: Iterable[Event], console: Console) -> None:
-    """What is whole is printed: a branch when it ends, then the answer and what it took."""
-    completion = Completion()
-    for event in events:
-        completion.add(event)
-        if isinstance(event, BranchFinished) and event.branch:
-            done = next(each for each in completion.branches if each.id == event.branch)
-            name = f"{done.id} {done.label} {'outrun' if done.outrun else ''}".rstrip()
-            print(f"[{name}] {done.prefix}{done.text}", flush=True)
-        elif isinstance(event, Joined):
-            print(f"[joined {', '.join(map(str, event.branches))}]", flush=True)
-    print(completion.text)
-    print(summary(completion), file=sys.stderr)
+from .answer import Branch, BranchFinished, Completion, Delta, Event, StageStarted
 
 
 def show_live(events: Iterable[Event], console: Console) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 SERVE = Path(__file__).parents[3] / "serve"
 PROGRAM = """
 import sys
-from shipped.client import branch, parallel, serial
-from shipped.client.client import generate_request
-from shipped.client import terminal
+from shipped.client import branch, generate_request, parallel, serial
+from shipped.client import command
 
 request = generate_request("Tea or coffee?", plan=[parallel([branch("Tea:")], max_tokens=4), serial("So:")])
 assert request.plan.stages[0].parallel.branches[0].prefix.text == "Tea:"

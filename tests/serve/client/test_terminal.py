@@ -19,7 +19,7 @@ from serve.client.answer import (
     Usage,
     WidthChanged,
 )
-from serve.client.terminal import Answer, show, summary
+from serve.client.terminal import Answer, show_live, summary
 
 END = Finished(
     usage=Usage(
@@ -59,7 +59,7 @@ def test_branches_are_drawn_side_by_side():
 
 def test_a_terminal_shows_all_of_an_answer_and_what_it_took():
     file = io.StringIO()
-    show([*growing(), END], Console(file=file, width=80, force_terminal=True, color_system=None))
+    show_live([*growing(), END], Console(file=file, width=80, force_terminal=True, color_system=None))
     screen = file.getvalue()
     for text in (
         "[i]hi",
@@ -83,11 +83,14 @@ def test_an_answer_is_summed_up_in_a_line():
     )
 
 
-def test_lines_say_which_branches_were_outrun(capsys):
-    lost = BranchFinished(branch=2, reason="outrun", stop=None, completion_tokens=3)
-    show([*growing(), lost, END], Console(file=io.StringIO(), force_terminal=False))
-    assert capsys.readouterr().out.splitlines() == [
-        "[1 [b]1] 1: tea",
-        "[2 [b]2 outrun] 2: mud",
-        "0: [i]hi1: tea0: ",
-    ]
+def test_a_branch_that_was_outrun_is_drawn_dim():
+    def drawn(reason: str) -> str:
+        completion, file = Completion(), io.StringIO()
+        for event in (*growing(), BranchFinished(branch=2, reason=reason, stop=None, completion_tokens=3)):
+            completion.add(event)
+        Console(file=file, width=80, force_terminal=True, color_system="standard").print(Answer(completion))
+        return file.getvalue()
+
+    dim = "\x1b[2m"
+    assert dim in drawn("outrun")
+    assert dim not in drawn("eos")

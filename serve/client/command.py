@@ -1,0 +1,99 @@
+"""`taper-client`: one question to a server, for a person or for a script.
+
+A terminal shows branches side by side as they grow. Anything else gets the answer alone, or one JSON object
+with --json. Errors go to stderr. Exit codes: 0, 1 for an error, 2 for a wrong flag, 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from ..api.errors import ServiceError
+from .client import Client
+from .options import Options, SamplingOptions
+from .plan import branch, model_driven, parallel, serial
+from .request import Prompt
+from .terminal import show_live
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Ask a server, and watch its answer grow; where the output is not a terminal, print the answer alone."""
+
+    prompt: Annotated[str, tyro.conf.Positional]
+    """The question, or what to go on from with --raw."""
+    branch: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text that one branch begins with; repeat it for each branch."""
+    conclude: str = ""
+    """Text that goes on after the branches have been joined."""
+    n: int = 1
+    """So many answers, each drawn for itself; needs a temperature."""
+    raw: bool = False
+    """Go on from the prompt as it is, also where the model could be asked in a chat."""
+    max_tokens: int | None = None
+    """Limit of each sequence; the server's own unless set."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text that ends a sequence; repeat it for each such text."""
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
+    timeout: float | None = None
+    """Seconds after which to give up; as long as it takes unless set."""
+    json: bool = False
+    """Print one JSON object: the answer, its branches, its usage and its timing."""
+    address: str = "127.0.0.1:50051"
+    """Where the server listens."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one request, and end the process with a line if it fails."""
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    ask = tyro.cli(Ask, prog="taper-client", description=Ask.__doc__, args=args, config=flags)
+    try:
+        with Client(ask.address, timeout=ask.timeout) as client:
+            _answer(client, ask)
+            sys.stdout.flush()
+    except ServiceError as error:
+        sys.exit(f"taper-client: {error.code.name}: {error}")
+    except ValueError as error:
+        sys.exit(f"taper-client: {error}")
+    except (
+        BrokenPipeError
+    ):  # whoever reads has seen enough; the interpreter would try once more, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _answer(client: Client, ask: Ask) -> None:
+    prompt, options = _question(client, ask)
+    if ask.json:
+        print(json.dumps(client.complete(prompt, **options).as_dict()))
+    elif sys.stdout.isatty():
+        show_live(client.generate(prompt, **options), Console())
+    else:
+        print(client.complete(prompt, **options))
+
+
+def _question(client: Client, ask: Ask) -> tuple[Prompt, Options]:
+    """As a chat where the model knows chats; with the model's own branches unless others are asked for."""
+    if ask.conclude and not ask.branch:
+        raise ValueError("--conclude goes on after branches: give one --branch at least")
+    info = client.model_info()
+    chat = info.supports_chat and not ask.raw
+    asked: dict[str, Any] = {**ask.sampling}
+    options = Options(max_tokens=ask.max_tokens, stop=ask.stop, n=ask.n, **asked)
+    if ask.branch:
+        unique = len(set(map(str.strip, ask.branch))) == len(ask.branch)
+        labels = [text.strip() if unique else "" for text in ask.branch]
+        stage = parallel([branch(text, label=label) for text, label in zip(ask.branch, labels, strict=True)])
+        options["plan"] = [stage, serial(ask.conclude)] if ask.conclude else [stage]
+    elif chat and info.default_tag_set and ask.n == 1:
+        options["plan"] = model_driven()
+    return ([{"role": "user", "content": ask.prompt}] if chat else ask.prompt), options

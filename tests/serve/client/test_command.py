@@ -1,0 +1,213 @@
+"""`taper-client`, as it is typed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from scheduler.events import Started
+from scheduler.program import ParallelStage, Plan
+from scheduler.request import Request
+from serve.client.command import main
+from tests.serve.client.test_options import SAMPLING
+from tests.serve.fakes import FakeEngine, begin, fork_and_join, listening
+
+ANSWER = "Hi. Tea: goodCoffee: bad, or x, and y So: tea."
+
+
+@pytest.fixture(scope="module")
+def engine() -> FakeEngine:
+    return FakeEngine(fork_and_join)
+
+
+@pytest.fixture(scope="module")
+def address(engine: FakeEngine) -> Iterator[str]:
+    with listening(engine) as address:
+        yield address
+
+
+@pytest.fixture
+def run(address: str, capsys: pytest.CaptureFixture[str]):
+    """Runs the command, and returns what it wrote to stdout; nothing may come to stderr."""
+
+    def run(*args: str) -> str:
+        main([*args, "--address", address])
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        return printed.out
+
+    return run
+
+
+def last(engine: FakeEngine) -> Request:
+    return [*engine.requests.values()][-1]
+
+
+# --- what is asked -----------------------------------------------------------------------------------------
+
+
+def test_every_option_arrives(run, engine):
+    flags = {name: str(value) for name, value in SAMPLING.items() if name != "logit_bias"}
+    args = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
+    run("Drinks?", *args, "--logit-bias", "5", "2", "--max-tokens", "3", "--stop", "a", "--stop", "b\n")
+    asked = last(engine)
+    assert bytes(asked.prompt) == b"user: Drinks?\n", "a chat, where the model knows chats"
+    assert isinstance(asked.program, Plan)
+    (part,) = asked.program.stages[0].parts
+    assert (part.stopping.max_tokens, part.stopping.stop_strings) == (3, ("a", "b\n"))
+    got = {name: getattr(asked.sampling, name) for name in SAMPLING}
+    assert got == {**SAMPLING, "logit_bias": ((5, 2.0),)}
+
+
+def test_what_is_not_asked_for_is_the_servers_choice(run, engine):
+    run("Drinks?")
+    (part,) = last(engine).program.stages[0].parts
+    assert part.stopping.stop_strings == ()
+    assert last(engine).sampling.temperature == 0
+
+
+def test_branches_are_a_plan_whose_stages_have_the_options(run, engine):
+    run("Drinks?", "--branch", "Tea: ", "--branch", "Coffee: ", "--conclude", "So: ", "--max-tokens", "3")
+    fork, conclusion = last(engine).program.stages
+    assert isinstance(fork, ParallelStage)
+    assert [(bytes(spec.prefix), spec.label) for spec in fork.branches] == [
+        (b"Tea: ", "Tea:"),
+        (b"Coffee: ", "Coffee:"),
+    ]
+    assert [part.stopping.max_tokens for part in (*fork.parts, *conclusion.parts)] == [3, 3, 3]
+
+
+def test_branches_that_begin_alike_can_be_asked_for(run, engine):
+    run("Drinks?", "--branch", "A ", "--branch", "A ")
+    assert [spec.label for spec in last(engine).program.stages[0].branches] == ["", ""]
+
+
+def test_several_answers_can_be_asked_for(run, engine):
+    run("Drinks?", "--n", "3", "--temperature", "1")
+    (fork,) = last(engine).program.stages
+    assert (len(fork.branches), fork.join) == (3, "none")
+
+
+def test_a_prompt_can_be_sent_as_it_is(run, engine):
+    run("Drinks?", "--raw")
+    assert last(engine).prompt == (257, *b"Drinks?")
+
+
+# --- what is printed ---------------------------------------------------------------------------------------
+
+
+def test_where_there_is_no_terminal_the_answer_is_printed_alone(run):
+    assert run("Drinks?") == ANSWER + "\n"
+
+
+def test_json_is_one_object(run):
+    told = json.loads(run("Drinks?", "--json"))
+    assert told["text"] == ANSWER
+    assert told["usage"]["completion_tokens"] == 17
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_branches_and_what_they_took(address, monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    main(["Drinks?", "--address", address])
+    assert "17 tokens, 17 on the longest path" in screen.getvalue()
+    assert "branch 2" in screen.getvalue()
+    screen.truncate(0)
+    main(["Drinks?", "--json", "--address", address])
+    assert json.loads(screen.getvalue().lstrip("\0"))["text"] == ANSWER
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------
+
+WRONG = [
+    (("--max-tokens", "0"), "max_tokens is 0: at least 1 is needed"),
+    (("--temperature", "101"), "INVALID_ARGUMENT: sampling.temperature: 0 to 100 are possible, got 101"),
+    (("--temperature", "nan"), "temperature is nan: a finite number is needed"),
+    (("--timeout", "0"), "timeout is 0.0: more than 0 seconds are needed; None waits as long as it takes"),
+    (("--stop", ""), "stop[0] is '': at least one character is needed; leave it out"),
+    (("--n", "2"), "n is 2: greedy answers are all the same; give a temperature, such as 1.0"),
+    (("--n", "2", "--temperature", "1", "--branch", "a"), "n is 2: a plan lays out one answer"),
+    (("--conclude", "So:"), "--conclude goes on after branches: give one --branch at least"),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), WRONG, ids=[" ".join(flags) for flags, _ in WRONG])
+def test_what_is_wrong_is_said_in_a_line(flags, said, address, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["Drinks?", *flags, "--address", address])
+    assert str(caught.value).startswith(f"taper-client: {said}")
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_address_that_leads_nowhere_is_said_in_a_line():
+    with pytest.raises(SystemExit) as caught:
+        main(["Drinks?", "--address", "localhost"])
+    assert str(caught.value).startswith("taper-client: address is 'localhost': host:port is needed")
+    with pytest.raises(SystemExit) as caught:
+        main(["Drinks?", "--address", "127.0.0.1:1"])
+    assert str(caught.value).startswith("taper-client: UNAVAILABLE: ")
+
+
+def test_the_command_explains_itself(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    flags = {*re.findall(r"--([\w-]+)", shown)}
+    assert {name.replace("_", "-") for name in (*SAMPLING, "stop", "n", "timeout", "json")} <= flags
+    assert "Same seed, same answer" in shown
+
+
+# --- as a process ------------------------------------------------------------------------------------------
+
+
+PROGRAM = "from serve.client.command import main; main()"
+
+
+def begin_or_answer(engine: FakeEngine, request: Request) -> None:
+    """Only a prompt that asks for it is answered."""
+    if b"answer" in bytes(request.prompt):
+        fork_and_join(engine, request)
+    else:
+        engine.tell(request.id, Started(request.id, 3, 2), begin(request.id, 0))
+
+
+def started(address: str, *args: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, *args, "--address", address]
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+def test_exit_codes_of_a_process():
+    """They run at the same time: each imports for a second."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    engine = FakeEngine(begin_or_answer)
+    with listening(engine) as address:
+        good, late = started(address, "answer"), started(address, "wait", "--timeout", "2")
+        broken, wrong = started(address, "answer", stdout=writing), started(address, "answer", "--what")
+        waiting = started(address, "wait for long")
+        os.close(writing)
+        engine.wait_for(lambda e: any(b"long" in bytes(r.prompt) for r in e.requests.values()), timeout=60)
+        waiting.send_signal(signal.SIGINT)
+        ends = [(*each.communicate(timeout=60), each.returncode) for each in (good, waiting, broken)]
+        assert ends == [(ANSWER + "\n", "", 0), ("", "", 130), (None, "", 1)]
+        out, error = late.communicate(timeout=60)
+        assert (late.returncode, out, error.count("\n")) == (1, "", 1)
+        assert error.startswith("taper-client: DEADLINE_EXCEEDED: ")
+        assert (wrong.communicate(timeout=60)[0], wrong.returncode) == ("", 2)
+        engine.wait_for(lambda e: len(e.cancelled) >= 2)
