@@ -11,7 +11,7 @@ the same with `await`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Unpack
 
 import grpc
@@ -95,12 +95,25 @@ class AsyncStream:
         self._call.cancel()
 
 
-def _check_open(closed: bool) -> None:
-    if closed:
-        raise RuntimeError("the client is closed: make another one, and call it before its `with` block ends")
+class _Connection:
+    """A channel to one server, its methods, and the timeout of its calls: what both clients have."""
+
+    def __init__(self, channel: Callable[[str], Any], address: str, timeout: float | None) -> None:
+        self._timeout = seconds("timeout", timeout)
+        self._channel = channel(target("address", address))
+        self._inference = inference_grpc.InferenceServiceStub(self._channel)
+        self._control = control_grpc.ControlServiceStub(self._channel)
+        self._closed = False
+
+    def _start(self, method: Any, request: Any, timeout: float | None = None) -> Any:
+        """The call of a method, with the client's own timeout unless there is another."""
+        limit = seconds("timeout", timeout) or self._timeout
+        if self._closed:
+            raise RuntimeError("the client is closed: call it inside its `with` block, or make another one")
+        return method(request, timeout=limit)
 
 
-class Client:
+class Client(_Connection):
     """Blocking client of one server. Thread-safe; `Options` are what a request can ask for.
 
     address   host:port, or a target as gRPC writes them, such as unix:/path or ipv4:HOST:PORT,HOST:PORT
@@ -108,11 +121,7 @@ class Client:
     """
 
     def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
-        self._timeout = seconds("timeout", timeout)
-        self._closed = False
-        self._channel = grpc.insecure_channel(target("address", address))
-        self._inference = inference_grpc.InferenceServiceStub(self._channel)
-        self._control = control_grpc.ControlServiceStub(self._channel)
+        super().__init__(grpc.insecure_channel, address, timeout)
 
     def __enter__(self) -> Client:
         return self
@@ -166,11 +175,6 @@ class Client:
     def load(self) -> control_pb.GetLoadResponse:
         return self._ask(self._control.GetLoad, control_pb.GetLoadRequest())
 
-    def _start(self, method: Any, request: Any, timeout: float | None = None) -> Any:
-        """The call of a method, with the client's own timeout unless there is another."""
-        _check_open(self._closed)
-        return method(request, timeout=seconds("timeout", timeout) or self._timeout)
-
     def _ask(self, method: Any, request: Any) -> Any:
         try:
             return self._start(method, request)
@@ -178,15 +182,11 @@ class Client:
             raise from_rpc(error) from None
 
 
-class AsyncClient:
+class AsyncClient(_Connection):
     """`Client` for asyncio."""
 
     def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
-        self._timeout = seconds("timeout", timeout)
-        self._closed = False
-        self._channel = grpc.aio.insecure_channel(target("address", address))
-        self._inference = inference_grpc.InferenceServiceStub(self._channel)
-        self._control = control_grpc.ControlServiceStub(self._channel)
+        super().__init__(grpc.aio.insecure_channel, address, timeout)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -242,11 +242,6 @@ class AsyncClient:
 
     async def load(self) -> control_pb.GetLoadResponse:
         return await self._ask(self._control.GetLoad, control_pb.GetLoadRequest())
-
-    def _start(self, method: Any, request: Any, timeout: float | None = None) -> Any:
-        """The call of a method, with the client's own timeout unless there is another."""
-        _check_open(self._closed)
-        return method(request, timeout=seconds("timeout", timeout) or self._timeout)
 
     async def _ask(self, method: Any, request: Any) -> Any:
         try:
