@@ -286,7 +286,7 @@ class Completion:
     @property
     def choices(self) -> tuple[str, ...]:
         """The texts of branches that the prompt itself forked into, if nothing joined them; else the text."""
-        parts = [part for part in self.trunk.parts if part]
+        parts = self.trunk.parts
         if len(parts) == 1 and isinstance(parts[0], tuple) and self._joined_ids.isdisjoint(parts[0]):
             return tuple(map(self._read, self._joined(parts[0])))
         return (self.text,)

@@ -62,9 +62,8 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(f"taper-client: {error.code.name}: {error}")
     except ValueError as error:
         sys.exit(f"taper-client: {error}")
-    except (
-        BrokenPipeError
-    ):  # whoever reads has seen enough; the interpreter would try once more, and complain
+    except BrokenPipeError:
+        # Whoever reads has seen enough. The interpreter would write what is left when it ends, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:

@@ -160,14 +160,17 @@ def finished(request_id: str, tokens: int = 1) -> Finished:
 
 
 @contextlib.contextmanager
-def listening(engine: FakeEngine) -> Iterator[str]:
-    """The address of a server whose loop has a thread of its own, as blocking clients need it."""
+def listening(engine: FakeEngine, **changes) -> Iterator[str]:
+    """The address of a server whose loop has a thread of its own, as blocking clients need it.
+
+    `changes` are what it serves beside what `served_model` has.
+    """
     addresses: list[str] = []
     up, stop = threading.Event(), threading.Event()
 
     async def serve() -> None:
         service = Service(ServerConfig(port=0))
-        service.serve(Served(engine=engine, model=served_model()))
+        service.serve(Served(engine=engine, model=served_model(**changes)))
         server, address = listen(service)
         await server.start()
         addresses.append(address)

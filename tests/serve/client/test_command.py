@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from scheduler.events import Started
-from scheduler.program import ParallelStage, Plan
+from scheduler.program import ParallelStage, Plan, TagProgram
 from scheduler.request import Request
 from serve.client.command import main
 from tests.serve.client.test_options import SAMPLING
@@ -94,6 +94,17 @@ def test_several_answers_can_be_asked_for(run, engine):
     run("Drinks?", "--n", "3", "--temperature", "1")
     (fork,) = last(engine).program.stages
     assert (len(fork.branches), fork.join) == (3, "none")
+
+
+def test_a_model_that_forks_by_itself_does_unless_something_else_is_asked_for():
+    engine = FakeEngine(fork_and_join)
+    with listening(engine, own_grammar="multiverse") as address:
+        for flags in ((), ("--branch", "a"), ("--n", "2", "--temperature", "1"), ("--raw",)):
+            main(["Drinks?", "--max-tokens", "9", *flags, "--address", address])
+    program, *others = (asked.program for asked in engine.requests.values())
+    assert isinstance(program, TagProgram)
+    assert program.stopping.max_tokens == 9
+    assert [type(other) for other in others] == [Plan] * 3
 
 
 def test_a_prompt_can_be_sent_as_it_is(run, engine):
@@ -198,7 +209,8 @@ def begin_or_answer(engine: FakeEngine, request: Request) -> None:
 
 def started(address: str, *args: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PROGRAM, *args, "--address", address]
-    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=buffered)
 
 
 def test_exit_codes_of_a_process():
