@@ -146,6 +146,10 @@ def test_a_choice_has_its_prefix_and_its_own_branches():
     assert collected(STARTED, *nested, end(0, "forked")).choices == ("A: x!", "B: y")
 
 
+def test_a_branch_that_was_outrun_is_no_choice():
+    assert collected(*FORKED, end(1, "outrun"), end(0, "forked", 0), FINISHED).choices == ("cd",)
+
+
 def test_an_answer_is_shown_in_short():
     assert repr(collected(*SEVERAL)) == "<Completion 'abcd': forked, 4 tokens, 2 branches>"
     assert repr(Completion()) == "<Completion '': not finished, 0 tokens, 0 branches>"

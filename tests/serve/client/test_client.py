@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import re
 import socket
 from collections.abc import Iterator
@@ -228,6 +229,19 @@ def test_a_client_can_have_a_deadline_for_all_of_its_calls():
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with Client(address, timeout=0.2) as client, pytest.raises(DeadlineExceededError):
             client.model_info()
+
+
+def test_both_clients_have_the_same_methods_with_the_same_arguments():
+    def faces(kind: type) -> dict[str, dict[str, object]]:
+        methods = inspect.getmembers(kind, inspect.isfunction)
+        return {
+            name: {each.name: each.default for each in inspect.signature(method).parameters.values()}
+            for name, method in methods
+            if not name.startswith("_") or name == "__init__"
+        }
+
+    assert faces(Client) == faces(AsyncClient)
+    assert len(faces(Client)) > 10
 
 
 # --- wrong use ---------------------------------------------------------------------------------------------
