@@ -40,8 +40,9 @@ def tokenize_request(prompt: Prompt) -> pb.TokenizeRequest:
 
 
 def detokenize_request(ids: Sequence[int], keep_special_tokens: bool) -> pb.DetokenizeRequest:
-    values = {"token_ids": ids, "keep_special_tokens": keep_special_tokens}
-    return message(pb.DetokenizeRequest, values, {"token_ids": "ids"})
+    request = message(pb.DetokenizeRequest, {"keep_special_tokens": keep_special_tokens})
+    request.token_ids.extend(token_ids("ids", ids))
+    return request
 
 
 def abort_request(request_ids: Sequence[str]) -> control_pb.AbortRequest:

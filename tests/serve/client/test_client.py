@@ -291,6 +291,7 @@ def test_methods_that_answer_once_look_at_their_arguments_too(client):
     for wrong in (
         lambda: client.tokenize(b"a"),
         lambda: client.detokenize("a"),
+        lambda: client.detokenize(None),
         lambda: client.detokenize([1], keep_special_tokens="no"),
         lambda: client.abort(["a"]),
         lambda: client.set_policy(None),
