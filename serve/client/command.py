@@ -6,9 +6,11 @@ with --json. Errors go to stderr. Exit codes: 0, 1 for an error, 2 for a wrong f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -55,7 +57,7 @@ def main(args: list[str] | None = None) -> None:
     flags = (tyro.conf.FlagCreatePairsOff,)
     ask = tyro.cli(Ask, prog="taper-client", description=Ask.__doc__, args=args, config=flags)
     try:
-        with Client(ask.address, timeout=ask.timeout) as client:
+        with Client(ask.address, timeout=ask.timeout) as client, _left_at_once_when_interrupted():
             _answer(client, ask)
             sys.stdout.flush()
     except ServiceError as error:
@@ -68,6 +70,18 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _left_at_once_when_interrupted() -> Iterator[None]:
+    """An interrupt that comes just as a call begins leaves a channel that gRPC waits for ever to close.
+
+    The server ends the request when it sees that the connection is gone.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        os._exit(130)
 
 
 def _answer(client: Client, ask: Ask) -> None:

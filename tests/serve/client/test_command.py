@@ -197,6 +197,13 @@ def test_the_command_explains_itself(capsys):
 
 
 PROGRAM = "from serve.client.command import main; main()"
+# An interrupt can leave a channel that never closes.
+STUCK = f"""
+import threading
+from serve.client import Client
+Client.close = lambda client: threading.Event().wait()
+{PROGRAM}
+"""
 
 
 def begin_or_answer(engine: FakeEngine, request: Request) -> None:
@@ -207,8 +214,10 @@ def begin_or_answer(engine: FakeEngine, request: Request) -> None:
         engine.tell(request.id, Started(request.id, 3, 2), begin(request.id, 0))
 
 
-def started(address: str, *args: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, *args, "--address", address]
+def started(
+    address: str, *args: str, stdout: int = subprocess.PIPE, program: str = PROGRAM
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", program, *args, "--address", address]
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=buffered)
 
@@ -220,7 +229,8 @@ def test_exit_codes_of_a_process():
     engine = FakeEngine(begin_or_answer)
     with listening(engine) as address:
         good, late = started(address, "answer"), started(address, "wait", "--timeout", "2")
-        broken, waiting = started(address, "answer", stdout=writing), started(address, "wait for long")
+        broken = started(address, "answer", stdout=writing)
+        waiting = started(address, "wait for long", program=STUCK)
         os.close(writing)
         engine.wait_for(lambda e: any(b"long" in bytes(r.prompt) for r in e.requests.values()), timeout=60)
         waiting.send_signal(signal.SIGINT)
