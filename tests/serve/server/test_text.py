@@ -13,7 +13,7 @@ from scheduler.program import ParallelStage, Plan, SerialStage
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client.client import generate_request, parallel, serial
+from serve.client import generate_request, parallel, serial
 from serve.server.requests import read_request
 from serve.server.responses import ResponseWriter
 from serve.text.reader import Speller
