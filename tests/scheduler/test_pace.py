@@ -55,6 +55,13 @@ def test_a_request_is_ahead_of_its_pace_by_the_tokens_since_it_resumed() -> None
     assert pace.ahead() == pytest.approx(0.0), "a fork or a join begins anew, at the newest sample"
 
 
+def test_before_its_first_token_a_request_is_as_late_as_the_expected_one() -> None:
+    pace = Pace(Slo(tpot=0.05, ttft=5.0), 0.0)
+    pace.start(0.25)
+    assert pace.ahead(emission=0.5) == pytest.approx(0.25 + AIM * 0.05 - 0.5)
+    assert pace.next_token(repay=0.0, emission=0.5) == pytest.approx(0.55)
+
+
 def test_a_debt_is_repaid() -> None:
     pace = started()
     assert pace.next_token(repay=8.0, emission=12.3) < 12.35
@@ -78,3 +85,18 @@ def test_what_it_came_to() -> None:
     assert timing.ttft_slo_met
     late = started(ttft=1.9).timing()
     assert (late.ttft_slo_met, late.tpot, late.tpot_slo_met) == (False, 0.0, True)
+
+
+def test_a_target_that_is_just_met_is_met() -> None:
+    pace = started(tpot=0.5, ttft=2.0)
+    pace.sample(12.5)
+    pace.token(12.5)
+    timing = pace.timing()
+    assert (timing.tpot, timing.tpot_slo_met, timing.ttft_slo_met) == (0.5, True, True)
+
+
+def test_who_never_had_a_sample_waited_in_the_queue_alone() -> None:
+    pace = Pace(Slo(), 10.0)
+    pace.start(11.0)
+    timing = pace.timing()
+    assert (timing.queue, timing.ttft, timing.tpot, timing.total) == (1.0, 0.0, 0.0, 1.0)

@@ -18,14 +18,38 @@ def test_the_defaults_are_loopback_and_valid():
         ("page_size", 0),
         ("num_pages", -1),
         ("max_context", 0),
+        ("max_chunk", 0),
+        ("max_queue", 0),
+        ("max_branches", 0),
+        ("max_depth", 0),
+        ("default_max_tokens", 0),
+        ("ttft_slo_ms", 0.0),
         ("tpot_slo_ms", 0.0),
         ("tpot_slo_ms", float("nan")),
         ("buckets", ()),
         ("buckets", (8, 0)),
-        ("rho", 1.5),
-        ("reserve", -0.1),
+        ("repay", -0.1),
+        ("rho", 1.01),
+        ("rho", -0.01),
+        ("reserve", 1.01),
+        ("reserve", -0.01),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(option, value):
     with pytest.raises(ValueError, match=option):
         ServerConfig(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((name, value) for name in ("rho", "reserve") for value in (0.0, 1.0)),
+        *((name, 1) for name in ("page_size", "num_pages", "max_chunk", "max_context", "max_queue")),
+        *((name, 1) for name in ("max_branches", "max_depth", "default_max_tokens")),
+        ("buckets", (1,)),
+        ("repay", 0.0),
+        ("tpot_slo_ms", 0.5),
+    ],
+)
+def test_what_just_works_is_taken(option, value):
+    assert getattr(ServerConfig(**{option: value}), option) == value

@@ -56,6 +56,15 @@ def test_nothing_is_lost_on_the_wire(error):
     assert str(got) == str(error)
 
 
+def test_what_goes_with_a_request_error_is_kept():
+    error = InvalidRequestError.of([Violation("prompt", "long")], reason="TOO_LONG", metadata={"got": "9"})
+    assert (error.reason, error.metadata) == ("TOO_LONG", {"got": "9"})
+
+
+def test_a_failure_without_a_message_is_named_by_its_code():
+    assert errors.from_rpc(Call(grpc.StatusCode.UNAVAILABLE, "")).message == "UNAVAILABLE"
+
+
 def test_codes_of_their_own_are_kept():
     got = errors.from_rpc(Call(grpc.StatusCode.UNIMPLEMENTED, "no such method", None))
     assert (type(got), got.code, got.message) == (
@@ -66,9 +75,9 @@ def test_codes_of_their_own_are_kept():
 
 
 def test_overload_says_when_to_come_back_in_both_of_grpcs_ways():
-    _, _, trailing = errors.status(OverloadedError("full", reason="QUEUE_FULL", retry_after=0.25))
+    _, _, trailing = errors.status(OverloadedError("full", reason="QUEUE_FULL", retry_after=2.5))
     metadata = dict(trailing)
-    assert metadata["grpc-retry-pushback-ms"] == "250"
+    assert metadata["grpc-retry-pushback-ms"] == "2500"
     kinds = [detail.TypeName() for detail in Status.FromString(metadata["grpc-status-details-bin"]).details]
     assert kinds == ["google.rpc.ErrorInfo", "google.rpc.RetryInfo"]
 
@@ -133,6 +142,22 @@ def test_what_is_wrong_with_a_request_stays_wrong():
         assert hints(error) == (None, None)
 
 
+def test_a_duplicate_is_no_use_retrying():
+    error = errors.refused("DUPLICATE", "r1 is running")
+    assert (error.code, error.retry_after) == (grpc.StatusCode.ALREADY_EXISTS, None)
+    assert (error.reason, error.message) == ("DUPLICATE", "r1 is running")
+
+
+def test_a_status_repeats_code_and_message_in_its_details():
+    code, message, trailing = errors.status(InvalidRequestError("no", reason="TOO_MANY"))
+    rich = Status.FromString(dict(trailing)["grpc-status-details-bin"])
+    assert (rich.code, rich.message) == (3, "no")
+    assert (code, message) == (grpc.StatusCode.INVALID_ARGUMENT, "no")
+    info = details_pb2.ErrorInfo()
+    assert rich.details[0].Unpack(info)
+    assert (info.reason, info.domain) == ("TOO_MANY", "taper.v1")
+
+
 def test_a_flood_of_violations_still_fits_into_a_status():
     flood = [Violation(f"prompt.token_ids.ids[{i}]", "🙂" * 1000) for i in range(10_000)]
     code, message, trailing = errors.status(InvalidRequestError.of(flood))
@@ -144,6 +169,24 @@ def test_a_flood_of_violations_still_fits_into_a_status():
     shown = bad.field_violations
     assert shown[-1].description == f"and {10_000 - len(shown) + 1} more"
     assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("count", "end"), [(1, "f0: d0"), (3, "f2: d2"), (4, "; and 1 more"), (9, "; and 6 more")]
+)
+def test_a_message_shows_three_violations_and_counts_the_others(count, end):
+    error = InvalidRequestError.of([Violation(f"f{i}", f"d{i}") for i in range(count)])
+    assert error.message.endswith(end)
+    assert error.message.startswith("; ".join(f"f{i}: d{i}" for i in range(min(3, count))))
+    assert len(error.violations) == count
+    assert error.reason == "INVALID_FIELD"
+
+
+def test_a_violation_is_cut_where_it_is_very_long():
+    (short,) = InvalidRequestError.of([Violation("f" * 200, "d" * 200)]).violations
+    assert (len(short.field), len(short.description)) == (200, 200)
+    (cut,) = InvalidRequestError.of([Violation("f" * 300, "d" * 300)]).violations
+    assert cut == short
 
 
 def test_a_message_counts_the_violations_that_a_status_has_no_room_for():

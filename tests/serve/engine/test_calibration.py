@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,17 @@ def test_a_profile_fits_its_device_type_and_shape_whatever_the_models_name() -> 
     assert found["name"] == "h200-qwen3-32b"
     assert not [*matching(H200 | {"device": "NVIDIA H100"})]
     assert not [*matching(H200 | {"dtype": "float32"})]
+    assert not [*matching(H200 | {"backend": "xla"})]
     assert not [*matching(conditions("NVIDIA H200", PRESETS["qwen3-8b"], "bfloat16", "gpu"))]
+
+
+@pytest.mark.parametrize("size", H200["shape"])
+def test_a_profile_fits_no_model_that_differs_in_one_size(size: str) -> None:
+    model = PRESETS["qwen3-32b"]
+    changed = "other" if size == "architecture" else not getattr(model, size)
+    other = copy(model)
+    object.__setattr__(other, size, changed)
+    assert not [*matching(conditions("NVIDIA H200", other, "bfloat16", "gpu"))]
 
 
 def test_a_cpus_profile_is_taken_by_name_alone() -> None:
@@ -67,6 +78,12 @@ class TimedRunner:
         return StepLoad(bucket, private_kv=512, items=8, raw_kv=512)
 
 
+PREDICTED = StepLatencyModel.from_profile(load_profile("h200-qwen3-32b"), (8,)).predict(
+    StepLoad(8, private_kv=512, items=8, raw_kv=512)
+)
+"""What the profile says of the probe."""
+
+
 def started_with(seconds: float, device: str = "NVIDIA H200", **options: str) -> tuple[StepLatencyModel, str]:
     return startup.predictor_for(ServerConfig(**options), TimedRunner(seconds), device)  # type: ignore[arg-type]
 
@@ -82,10 +99,12 @@ def test_it_measures_where_none_fits_or_is_wanted_or_it_is_far_off() -> None:
     for found in (
         started_with(0.0166, device="NVIDIA H100"),
         started_with(0.0166, profile="measure"),
-        started_with(0.0166 * 1.5),
-        started_with(0.0166 / 1.5),
+        started_with(PREDICTED * 1.26),
+        started_with(PREDICTED * 0.74),
     ):
         assert found[1] == "measured at start"
+    for factor in (0.76, 1.24):
+        assert started_with(PREDICTED * factor)[1] == "profile h200-qwen3-32b, staircase"
 
 
 def test_a_profile_that_was_asked_for_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def test_a_little_more_weight_does_not_change_the_pool() -> None:
     """The programs in the cache have the pool's size in their shapes."""
     heavier = MemoryPlan(limit=128 * GIB, weights=61 * GIB - 2**20, slots=GIB, step=GIB, page=16 * 2**20)
     assert heavier.num_pages == PLAN.num_pages
+
+
+def test_one_share_of_the_memory_is_enough_for_a_pool() -> None:
+    just = replace(PLAN, weights=128 * GIB - GIB - 2 * GIB - 2 * GIB - 2 * GIB)
+    assert just.kv == 2 * GIB
+    with pytest.raises(ValueError, match="no memory is left"):
+        _ = replace(just, weights=just.weights + 1).kv
+    with_more = replace(just, weights=just.weights - 2 * GIB + 1)
+    assert with_more.kv == 2 * GIB, "a byte less than two shares"
 
 
 def test_too_little_memory_is_said_with_where_it_goes() -> None:

@@ -44,6 +44,25 @@ def test_width_counts_the_branches_of_each_request_that_advance():
     assert metrics.registry.get_sample_value("taper_width_branches_sum") == 3
 
 
+def test_what_equals_a_bound_counts_as_within_it():
+    metrics = Metrics()
+    metrics.observe_step(STEP._replace(widths=(1, 2, 3, 5, 64, 65)))
+    counts = {
+        le: metrics.registry.get_sample_value("taper_width_branches_bucket", {"le": le})
+        for le in ("1.0", "2.0", "3.0", "4.0", "6.0", "32.0", "64.0", "+Inf")
+    }
+    assert [*counts.values()] == [1, 2, 3, 3, 4, 4, 5, 6]
+
+
+def test_a_step_without_extra_work_or_without_a_prediction_adds_nothing_false():
+    metrics = Metrics()
+    metrics.observe_step(STEP._replace(predicted=0.01))  # less than its baseline
+    metrics.observe_step(STEP._replace(predicted=0.0))
+    value = metrics.registry.get_sample_value
+    assert (value("taper_step_externality_seconds_sum"), value("taper_step_seconds_count")) == (0.0, 2)
+    assert value("taper_step_prediction_ratio_count") == 1
+
+
 def test_finished_requests_add_up():
     metrics = Metrics()
     for _ in range(2):

@@ -17,7 +17,7 @@ from serve.api import protos
 from serve.api.errors import InvalidRequestError
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
-from serve.server.requests import read_prompt, read_request
+from serve.server.requests import ROLES, read_prompt, read_request
 from tests.serve.fakes import EOS, VOCAB, ByteTokenizer, served_model
 
 NAN, INF = float("nan"), float("inf")
@@ -375,7 +375,50 @@ WRONG = [
     (of_tags(join_open=""), "model_driven.fork_tags.join_open"),
     (of_tags(join=pb.JOIN_NONE), "model_driven.fork_tags.join"),
     (of_tags(branch_close="x" * 257), "model_driven.fork_tags.branch_close"),
+    (of_tags(branch_close="é" * 129), "model_driven.fork_tags.branch_close"),
+    *((of_tags(**{name: ""}), f"model_driven.fork_tags.{name}") for name in ("label_open", "label_close")),
+    *((of_tags(**{name: ""}), f"model_driven.fork_tags.{name}") for name in ("plan_close", "branch_open")),
+    (of_tags(branch_close=""), "model_driven.fork_tags.branch_close"),
+    (of_stopping(stop_token_ids=[1] * 17), f"{STOPPING}.stop_token_ids"),
+    (generate_request("go", plan=model_driven("multiverse", max_depth=0)), "model_driven.max_depth"),
+    (generate_request("go", plan=[parallel([""] * 40, join="none")] + [serial()]), "plan.stages[1]"),
+    (
+        generate_request("go", plan=[parallel(["a"], join="kv"), parallel(["a", ""])]),
+        "plan.stages[1].parallel",
+    ),
 ]
+JUST_RIGHT = [
+    generate_request("go", request_id="x" * 128),
+    generate_request("go", request_id="A-z_0.9"),
+    generate_request([VOCAB - 1]),
+    generate_request("go", tpot_slo_ms=0.001, ttft_slo_ms=1e9),
+    generate_request("go", logprobs=True, top_logprobs=8),
+    of_sampling(temperature=0.01),
+    of_sampling(top_p=0.001),
+    of_sampling(logit_bias={0: -100.0, VOCAB - 1: 100.0}),
+    of_sampling(logit_bias=dict.fromkeys(range(64), 1.0)),
+    *(of_sampling(**{option.name: option.low}) for option in OPTIONS if option.name != "top_p"),
+    of_stopping(max_tokens=1),
+    of_stopping(stop=["é" * 128, "x" * 256, "y"]),
+    of_stopping(stop=["a"] * 16, stop_token_ids=[VOCAB - 1] * 16),
+    of_tags(branch_close="x" * 256),
+    of_tags(join=pb.JOIN_REPREFILL, join_open=""),
+    generate_request("go", plan=[serial()] * 64),
+    generate_request("go", plan=[parallel([""] * 40), parallel([""] * 24)]),
+    generate_request("go", plan=[parallel([branch(label="a"), branch(label="b")])] * 2),
+    generate_request("go", plan=[parallel([branch(label="a", then=[parallel([branch(label="a")])])])]),
+    *(generate_request("go", plan=model_driven("multiverse", max_branches=count)) for count in (1, 64)),
+    *(generate_request("go", plan=model_driven("multiverse", max_depth=depth)) for depth in (1, 4)),
+    *(
+        generate_request([{"role": role, "content": "hi"}] + [{"role": "user", "content": "hi"}])
+        for role in ROLES
+    ),
+]
+
+
+@pytest.mark.parametrize("message", JUST_RIGHT, ids=range(len(JUST_RIGHT)))
+def test_what_just_fits_passes(message):
+    read(message)
 
 
 @pytest.mark.parametrize(("message", "path"), WRONG, ids=[f"{i}-{path}" for i, (_, path) in enumerate(WRONG)])
@@ -437,6 +480,9 @@ def test_fields_of_a_newer_schema_are_refused_by_number():
 
 def test_forks_can_be_nested_only_so_deep():
     plan = [parallel(["a"])]
+    for _ in range(3):
+        plan = [parallel([branch(then=plan)])]
+    read(generate_request("go", plan=plan))
     for _ in range(20):
         plan = [parallel([branch(then=plan)])]
     (path,) = violations(generate_request("go", plan=plan))
@@ -444,8 +490,12 @@ def test_forks_can_be_nested_only_so_deep():
 
 
 def test_branches_are_counted_over_the_whole_request():
-    plan = [parallel([""] * 40), parallel([""] * 40)]
+    plan = [parallel([""] * 40), parallel([""] * 25)]
     assert list(violations(generate_request("go", plan=plan))) == ["plan.stages[1].parallel.branches"]
+    nested = [parallel([branch(then=[parallel([""] * 63)]), ""])]
+    assert list(violations(generate_request("go", plan=nested))) == [
+        "plan.stages[0].parallel.branches[0].stages[0].parallel.branches"
+    ]
 
 
 def test_chat_is_refused_where_the_model_has_no_template():
