@@ -168,6 +168,28 @@ def test_too_low_is_corrected_faster_than_too_high() -> None:
     assert low.predict(SMALL) - 0.010 > 1.5 * (0.010 - high.predict(SMALL)) > 0
 
 
+@pytest.mark.parametrize(("error", "share"), [(0.0002, 0.2), (-0.0002, 0.1)])
+def test_a_correction_is_a_share_of_what_recent_steps_were_off_by(error: float, share: float) -> None:
+    """The bucket's own offset has taken a quarter of such a share nine times before."""
+    model = fresh()
+    for _ in range(StepLatencyModel.RECENT):
+        assert model.offset == 0.0
+        model.observe(SMALL, 0.010 + error)
+    assert model.offset == pytest.approx(share * error * (1 - share / 4) ** 9)
+    assert model.predict(SMALL) - 0.010 - model.offset == pytest.approx(
+        error * (1 - (1 - share / 4) ** 9) + share / 4 * (error * (1 - share / 4) ** 9 - model.offset)
+    )
+
+
+def test_the_scale_takes_a_tenth_of_what_larger_steps_are_off_by_more() -> None:
+    model = fresh()
+    for _ in range(StepLatencyModel.RECENT // 2):
+        model.observe(StepLoad(1), 0.010)
+        model.observe(StepLoad(16), 0.022 + 0.0012)
+    assert model.scale == pytest.approx(1 + 0.1 * 0.0012 / 0.012)
+    assert model.offset == pytest.approx(0.2 * 0.0006 - (model.scale - 1) * 0.022)
+
+
 def test_stalled_steps_move_nothing() -> None:
     model, real = fresh(), fresh()
     for step in range(600):
@@ -233,6 +255,10 @@ def test_the_margin_is_what_one_step_in_twenty_exceeds() -> None:
     assert found.mape == pytest.approx(statistics.mean(map(abs, recent)))
     assert accuracy.margin == pytest.approx(statistics.quantiles(recent, n=20)[-1], abs=0.003)
     assert 0.91 < found.coverage < 0.98
+
+
+def test_before_the_first_step_nothing_was_wrong() -> None:
+    assert Accuracy(0.07).snapshot() == (0.0, 0.0, 1.0)
 
 
 def test_the_margin_has_bounds() -> None:

@@ -62,3 +62,13 @@ def test_an_idle_one_does_at_once(collector: Collector) -> None:
 
 def test_what_lived_at_the_start_is_not_visited(collector: Collector) -> None:
     assert gc.get_freeze_count() > 1000
+
+
+def test_garbage_is_not_kept_for_ever() -> None:
+    garbage, thresholds = old_garbage(), gc.get_threshold()
+    try:
+        Collector().start(now=0.0)
+        assert garbage() is None
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()

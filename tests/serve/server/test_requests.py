@@ -381,7 +381,7 @@ WRONG = [
     (of_tags(branch_close=""), "model_driven.fork_tags.branch_close"),
     (of_stopping(stop_token_ids=[1] * 17), f"{STOPPING}.stop_token_ids"),
     (generate_request("go", plan=model_driven("multiverse", max_depth=0)), "model_driven.max_depth"),
-    (generate_request("go", plan=[parallel([""] * 40, join="none")] + [serial()]), "plan.stages[1]"),
+    (generate_request("go", plan=[parallel([""] * 40, join="none"), serial()]), "plan.stages[1]"),
     (
         generate_request("go", plan=[parallel(["a"], join="kv"), parallel(["a", ""])]),
         "plan.stages[1].parallel",
@@ -410,7 +410,7 @@ JUST_RIGHT = [
     *(generate_request("go", plan=model_driven("multiverse", max_branches=count)) for count in (1, 64)),
     *(generate_request("go", plan=model_driven("multiverse", max_depth=depth)) for depth in (1, 4)),
     *(
-        generate_request([{"role": role, "content": "hi"}] + [{"role": "user", "content": "hi"}])
+        generate_request([{"role": role, "content": "hi"}, {"role": "user", "content": "hi"}])
         for role in ROLES
     ),
 ]
