@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from scheduler.draft import StepDraft
-from scheduler.predictor import StepLatencyModel, StepLoad
+from scheduler.predictor import Costs, StepLatencyModel, StepLoad
 from scheduler.program import BranchSpec, ParallelStage, SerialStage
 from scheduler.step import Entry
 from scheduler.stopping import Stopping
@@ -162,6 +162,7 @@ def test_no_more_than_the_largest_bucket_is_added() -> None:
     bench = Bench()
     live = bench.live(serial(), prompt=30)
     draft = bench.draft()
+    assert draft.affordable(live.runnable()[0], 30) == 16
     assert draft.add(live, live.runnable()[0], 30) == 16
     assert draft.room == 0
     assert draft.seconds() == pytest.approx(0.020 + 16e-4)
@@ -230,6 +231,33 @@ def test_what_a_branch_would_add_is_what_it_adds(rows: int) -> None:
         assert draft.load == expected
 
 
+def test_an_ancestor_that_is_read_already_costs_nothing_whoever_reads_it() -> None:
+    """The branch that forks itself has another chain than its sibling; both begin at the root."""
+    bench = Bench()
+    forks = BranchSpec(stopping=Stopping(max_tokens=1), prefix=(1, 2), stages=(FORK,))
+    plain = BranchSpec(stopping=Stopping(max_tokens=9), prefix=(3, 4))
+    live = bench.live(ParallelStage(branches=(forks, plain)))
+    for rows in (9, 1):
+        draft = bench.draft()
+        for branch in live.runnable():
+            draft.add(live, branch, rows)
+        bench.accept(live, draft)
+    draft = bench.draft()
+    below = [branch for branch in live.runnable() if len(branch.segment.ancestors) == 2]
+    (sibling,) = (branch for branch in live.runnable() if branch not in below)
+    draft.add(live, sibling, 1)
+    for branch in below:
+        expected = draft.load.plus(draft.added(branch, 1))
+        assert draft.add(live, branch, 1) == 1
+        assert draft.load == expected
+
+
+def test_a_branch_is_priced_with_what_is_still_to_be_read_before_it() -> None:
+    bench = Bench()
+    live = bench.live(LONG, prompt=6)
+    assert bench.draft().added(live.runnable()[0], 2).raw_kv == 6 + 2
+
+
 def test_a_price_is_that_of_what_the_branch_would_add() -> None:
     """Also for a page that two requests share: it is read already."""
     bench = Bench()
@@ -258,7 +286,8 @@ class Counting(StepLatencyModel):
 
 
 def test_branches_with_one_row_are_priced_by_one_line() -> None:
-    latency = Counting({4: 0.010, 16: 0.020}, 1e-4)
+    costs = Costs(shared_kv=1e-4, private_kv=2e-4, items=3e-4, raw_kv=5e-4)
+    latency = Counting({4: 0.010, 16: 0.020}, costs=costs)
     bench = Bench(latency=latency)
     live = bench.live(FORK)
     for _ in range(3):
@@ -277,11 +306,11 @@ def test_branches_with_one_row_are_priced_by_one_line() -> None:
 
 
 def test_what_is_affordable_is_found_by_bisection() -> None:
-    latency = Counting({256: 0.010}, 1e-4)
+    latency = Counting({256: 0.5}, 2**-10)
     bench = Bench(num_pages=100, latency=latency)
     (trunk,) = bench.live(serial(), prompt=90).runnable()
     draft = bench.draft()
-    draft.budget = 0.010 + 70.5e-4
+    draft.budget = 0.5 + 70 * 2**-10  # just enough for 70
     latency.asked = 0
     assert draft.affordable(trunk, 90) == 70
     assert latency.asked <= 3 + 8

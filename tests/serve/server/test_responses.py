@@ -135,7 +135,7 @@ def test_every_figure_of_the_end_has_a_field_of_its_own():
     usage = Usage(
         prompt_tokens=1, cached_tokens=2, completion_tokens=3, critical_path_tokens=4, preemptions=5
     )
-    timing = Timing(queue=1.0, ttft=2.0, tpot=3.0, total=4.0, tpot_slo_met=False, ttft_slo_met=True)
+    timing = Timing(queue=1.001, ttft=2.0, tpot=3.0, total=4.0, tpot_slo_met=False, ttft_slo_met=True)
     ((_, fields),) = told(writer().write([Finished("r", usage, timing)]))
     assert fields == {
         "usage": {
@@ -146,7 +146,7 @@ def test_every_figure_of_the_end_has_a_field_of_its_own():
             "preemptions": 5,
         },
         "timing": {
-            "queue_time": "1s",
+            "queue_time": "1.001s",
             "time_to_first_token": "2s",
             "time_per_output_token": "3s",
             "total_time": "4s",
@@ -208,8 +208,10 @@ def test_a_character_that_a_stage_leaves_unfinished_is_completed_by_what_follows
         ("said", "🙂"),
     ]
     branches = [event for branch in (1, 2) for event in (*says(branch, CHARACTER[2:]), ends(branch))]
-    texts = spoken(*begun, stage(1, (1, []), (2, [])), *branches, stage(2, (0, [])), prompt="a")
-    assert texts[2:] == [("forced", ""), ("forced", ""), ("said", "🙂"), ("said", "🙂"), ("forced", "")]
+    after = (stage(2, (0, [])), *says(0, [CAT]))
+    texts = spoken(*begun, stage(1, (1, []), (2, [])), *branches, *after, prompt="a")
+    assert texts[2:4] == [("forced", ""), ("forced", "")]
+    assert texts[4:] == [("said", "🙂"), ("said", "🙂"), ("forced", ""), ("said", " cat")]
 
 
 def test_a_character_that_forced_text_interrupts_is_shown_as_unreadable_before_it():
@@ -222,6 +224,16 @@ def test_a_character_that_forced_text_interrupts_is_shown_as_unreadable_before_i
         ("forced", ""),
         ("said", " cat"),
     ]
+
+
+def test_an_unreadable_character_belongs_to_the_branch_and_the_count_of_its_stage():
+    stream, half = writer(), "é".encode()[:1]
+    stream.write([begins(0), *tokens(0, b"a", 1), ends(0, count=1, final=False), begins(1, 2, stage=1)])
+    for stage, count in ((2, 1), (3, 2)):
+        stream.write([*tokens(1, half, count), ends(1, count=count, final=False)])
+        said, (_, begun) = told(stream.write([begins(1, stage=stage, prefix=b"x")]))
+        assert said == ("delta", {"branch_id": 1, "text": "\ufffd", "completion_tokens": count})
+        assert begun["branches"] == [{"branch_id": 1, "label": "b1", "prefix": "x"}]
 
 
 def test_a_forced_character_that_the_prompt_began_is_completed():
@@ -333,6 +345,29 @@ def test_a_branch_of_a_race_finishes_when_it_is_decided_and_its_text_when_it_sto
             },
         ),
     ]
+
+
+@pytest.mark.parametrize(("include", "expected"), [(False, "na"), (True, "naï")])
+def test_a_stop_string_inside_a_token_is_cut_by_characters(include, expected):
+    """A token that ends the character also brings what follows it."""
+    tokenizer, stop = family("qwen"), Stopping(max_tokens=9, stop_strings=("ï",))
+    ids = [tokenizer.backend.token_to_id(piece) for piece in ("naÃ", "¯ve")]
+    request = Request(id="r", prompt=(1,), program=Plan(stages=(SerialStage(stopping=stop),)))
+    speller = Speller(tokenizer.spelling, skip_special_tokens=True)
+    stream = ResponseWriter(request, pb.OutputOptions(include_stop=include), speller)
+    message = stream.write([stage(0, (0, [])), *says(0, ids), ends(0, stop=Match("ï", 3), count=2)])
+    assert "".join(event.delta.text for event in message.events) == expected
+
+
+def test_a_certain_token_has_the_logarithm_of_one():
+    message = writer(logprobs=True).write([begins(0), TokenEmitted("r", 0, Sample(97, 0.0), 1)])
+    assert message.events[1].delta.logprobs[0].logprob == 0.0
+
+
+def test_what_has_ended_is_forgotten():
+    stream = writer()
+    stream.write([begins(0), ends(0, final=False), begins(1, 2, stage=1), ends(1), ends(2), ends(0)])
+    assert (stream._texts, stream._counts) == ({}, {})
 
 
 def test_a_token_without_text_yet_is_counted():

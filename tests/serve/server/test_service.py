@@ -56,6 +56,28 @@ def test_a_drain_takes_nothing_new_even_before_the_engine_knows_of_it() -> None:
     asyncio.run(use())
 
 
+def test_a_drain_ends_every_stream_whatever_its_engine_says() -> None:
+    class Silent(FakeEngine):
+        """Tells nobody that it stops."""
+
+        def stop(self, *, drain: bool, timeout: float) -> None:
+            told.append((drain, timeout))
+
+    told: list[tuple[bool, float]] = []
+
+    async def use() -> None:
+        shared = service(Silent())
+        streams = [shared.open(request(name)) for name in "ab"]
+        await shared.drain(7.0)
+        for stream in streams:
+            with pytest.raises(UnavailableError) as caught:
+                await stream.take()
+            assert (caught.value.reason, caught.value.retry_after) == ("STOPPED", 1.0)
+
+    asyncio.run(use())
+    assert told == [(True, 7.0)]
+
+
 def test_a_server_that_is_stopped_before_it_serves_is_not_starting_any_more() -> None:
     shared = Service(ServerConfig())
     assert shared.state == "STARTING"

@@ -76,11 +76,11 @@ def test_a_slow_reader_takes_several_steps_at_once():
     async def use() -> None:
         box = stream()
         box.put(EVENTS[:2])
-        box.put(EVENTS[2:3])
+        box.put(EVENTS[2:5])
         await asyncio.sleep(0)
-        assert await box.take() == EVENTS[:3]
-        box.put(EVENTS[3:4])
-        assert await box.take() == EVENTS[3:4]
+        assert await box.take() == EVENTS[:5], "just as many as the bound"
+        box.put(EVENTS[5:6])
+        assert await box.take() == EVENTS[5:6]
 
     asyncio.run(use())
 
@@ -106,8 +106,9 @@ def test_too_much_waiting_ends_the_request_once():
         box.put(EVENTS[5:6])
         box.put(EVENTS)
         await asyncio.sleep(0)
-        with pytest.raises(OverloadedError, match="more than 5 events"):
+        with pytest.raises(OverloadedError, match="more than 5 events") as caught:
             await box.take()
+        assert (caught.value.reason, caught.value.retry_after) == ("SLOW_CONSUMER", 1.0)
         assert overflows == [1]
 
     asyncio.run(use())
@@ -212,9 +213,10 @@ def test_a_reader_that_was_hurried_once_waits_again():
     ],
     ids=["aborted", "cancelled"],
 )
-def test_a_reader_that_is_ended_or_leaves_does_not_wait_for_its_time(leave, error):
+@pytest.mark.parametrize("interval", [0.0, 60.0])
+def test_a_reader_that_is_ended_or_leaves_does_not_wait_for_its_time(leave, error, interval):
     async def use() -> None:
-        box = await begun(interval=60.0)
+        box = await begun(interval=interval)
         taking = asyncio.ensure_future(box.take())
         await asyncio.sleep(0)
         leave(box, taking)
