@@ -381,14 +381,17 @@ def test_a_prompt_reads_a_little_in_every_step_whatever_the_slack() -> None:
 
 
 def test_the_prompt_that_is_due_first_has_the_floor() -> None:
-    setting = Setting(policy="off", prompt_floor=4, max_chunk=4, controller=FLOOR_ONLY, in_flight=0)
+    setting = Setting(
+        policy="off", buckets=(8,), prompt_floor=2, max_chunk=2, controller=FLOOR_ONLY, in_flight=0
+    )
     world = World(setting, TALKS_ON)
-    world.add(request("decoding", serial(99), slo=Slo(tpot=0.0019, ttft=9.0)))
+    world.add(request("decoding", serial(99), slo=Slo(tpot=0.0030, ttft=9.0)))
     world.run_until(lambda: world.emitted("decoding") > 3)
-    world.add(request("relaxed", serial(1), prompt=40, slo=Slo(tpot=1.0, ttft=20.0)))
-    world.add(request("urgent", serial(1), prompt=40, slo=Slo(tpot=1.0, ttft=10.0)))
-    world.run_until(lambda: world.emitted("urgent") + world.emitted("relaxed") > 0)
+    world.add(request("relaxed", serial(1), prompt=30, slo=Slo(tpot=1.0, ttft=20.0)))
+    world.add(request("urgent", serial(1), prompt=30, slo=Slo(tpot=1.0, ttft=10.0)))
+    world.run_until(lambda: world.emitted("urgent") + world.emitted("relaxed") > 0, most=40)
     assert (world.emitted("urgent"), world.emitted("relaxed")) == (1, 0)
+    assert world.running == ["decoding", "relaxed"]
 
 
 def test_a_prompt_that_missed_its_target_is_not_starved_by_those_that_have_not() -> None:
