@@ -20,6 +20,7 @@ from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stag
 from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
 from scheduler.search import Match
+from scheduler.step import Sample
 from scheduler.stopping import FinishReason, Stopping
 from tests.scheduler.alphabet import EOS, ID, LETTERS, STOP, tokens
 from tests.scheduler.drafts import Bench
@@ -123,8 +124,9 @@ def test_branches_that_are_not_joined_end_the_request() -> None:
 
 
 def test_after_a_kv_join_the_branches_are_read_in_their_order() -> None:
-    world = serve([request(serial(2), fork("kv", B, C, D), serial(1, prefix=A))], Setting(), TALKS_ON)
+    world = serve([request(serial(2), fork("kv", B, C * 2, D), serial(1, prefix=A))], Setting(), TALKS_ON)
     after = world.steps[-1].entries[-1]
+    assert after.start == 1 + 2 + 2 + 2, "after the longest branch"
     written = {entry.branch: entry.own.pages for step in world.steps for entry in step.entries}
     assert [read.pages for read in after.context[1:]] == [written[branch] for branch in (1, 2, 3)]
 
@@ -136,6 +138,13 @@ def test_a_dropped_stop_is_named_and_not_emitted() -> None:
     assert token.sample.token == C[0]
     assert isinstance(end, StageFinished)
     assert (end.reason, end.stop, end.completion_tokens, end.final) == (FinishReason.STOP, D[0], 2, True)
+
+
+def test_a_token_that_ends_the_text_in_two_ways_is_the_models_own_end() -> None:
+    world = serve([request(serial(9, stop_ids=frozenset(D), eos_ids=frozenset(D)))], Setting(), COUNTS)
+    end = said(world)[-2]
+    assert isinstance(end, StageFinished)
+    assert end.reason is FinishReason.EOS
 
 
 def test_a_stop_string_is_named_and_its_tokens_are_emitted() -> None:
@@ -175,6 +184,13 @@ def test_branches_without_room_end_at_once() -> None:
         ("end", 1, 0, "context", True),
         "Finished",
     ]
+
+
+@pytest.mark.parametrize("join", ["kv", "reprefill"])
+def test_a_join_that_fills_the_context_ends_the_request(join: str) -> None:
+    stages = (fork(join, B, max_tokens=2), serial(1, prefix=C))
+    world = serve([request(*stages, prompt=A * 3)], Setting(max_context=6), TALKS_ON)
+    assert told(said(world))[-3:] == [("joined", 0, (1,)), ("end", 0, 0, "context", True), "Finished"]
 
 
 def test_usage_counts_all_branches_and_the_longest_chain() -> None:
@@ -219,6 +235,31 @@ def test_who_has_forked_finds_every_full_page_of_its_prompt_again() -> None:
     assert live.segments[0].computed == 8
 
 
+def test_after_a_preemption_a_branch_reads_again_what_stands_before_it() -> None:
+    bench = Bench()
+    live = bench.live(fork("kv", B, C), prompt=7)
+    for _ in range(2):
+        draft = bench.draft()
+        for branch in live.runnable():
+            draft.add(live, branch, 16)
+    live.preempt()
+    live.resume(1.0)
+    root, *_ = live.segments.values()
+    assert all(branch.pieces()[0] == (root, 7) for branch in live.runnable() if not branch.in_flight)
+    assert [branch.complete for branch in live.branches.values()] == [0, 0, 0]
+
+
+def test_pages_that_one_branch_holds_are_no_pages_for_another() -> None:
+    """The first has a page for a token that is under way; the second needs one for what it begins with."""
+    bench = Bench()
+    live = bench.live(fork("kv", B * 4, C * 4, max_tokens=9), prompt=8)
+    first, _ = live.runnable()
+    for rows in (16, 1):
+        bench.draft().add(live, first, rows)
+    assert [len(segment.pages) for segment in live.segments.values()] == [2, 2, 0]
+    assert live.reserved_pages(0.0) == 1
+
+
 def test_timing_is_of_the_whole_request() -> None:
     setting = Setting(policy="off", in_flight=0, buckets=(8,), late_by=1.0)
     slow, fast = Slo(tpot=0.004, ttft=1.0), Slo(tpot=0.0001, ttft=0.0001)
@@ -255,6 +296,41 @@ def test_a_tag_is_emitted_and_the_fork_after_it_told() -> None:
     story = told(said(world))
     assert story[: len(chain) + 2] == ["Started", ("stage", 0, [0]), *((0, token) for token in chain)]
     assert story[len(chain) + 2 : len(chain) + 4] == [("end", 0, 0, "forked", False), ("stage", 1, [1])]
+
+
+def test_a_fork_of_the_model_opens_where_its_worst_case_just_fits() -> None:
+    """The trunk's text, what it may say after the join and a page more, and what the branch may hold.
+    With pages of one token, each token counts."""
+    chain = tokens("<Goal><Outline>1:</Goal>")
+    says = dict(zip((*A, *chain), ([t] for t in chain), strict=False))
+    program = TagProgram(grammar=MULTIVERSE, stopping=stopping(40), branch_max_tokens=12)
+
+    def opens(num_pages: int) -> bool:
+        setting = Setting(num_pages=num_pages, page_size=1, prefix_cache=False)
+        world = World(setting, SymbolicModel(tokens("</Path>"), says))
+        world.add(Request(id="r", prompt=A, program=program))
+        world.run_until(lambda: world.emitted("r") > len(chain))
+        return any(event[:2] == ("stage", 1) for event in told(said(world)) if isinstance(event, tuple))
+
+    before = 1 + len(chain)
+    needed = before + (1 + 40 - before) + 1 + 12
+    assert opens(needed)
+    assert not opens(needed - 1)
+
+
+def test_forks_and_joins_begin_a_new_pace() -> None:
+    bench = Bench()
+    live = bench.live(serial(1), fork("kv", B, C, max_tokens=1), serial(1, prefix=A))
+    resumed = []
+    for now in (2.0, 3.0, 4.0):
+        draft = bench.draft()
+        for branch in live.runnable():
+            draft.add(live, branch, 16)
+        for entry in draft.entries:
+            if entry.samples:
+                live.accept(entry, Sample(A[0]), now)
+        resumed.append(live.pace.resumed)
+    assert resumed == [2.0, 3.0, 3.0]
 
 
 def test_a_width_is_told_when_it_changes() -> None:

@@ -18,6 +18,10 @@ def test_a_late_request_stops_nobody_else() -> None:
     assert slack([10.04, 10.2], start=10.0, baseline=0.05) == pytest.approx(0.15)
 
 
+def test_who_just_meets_the_deadline_is_not_late_and_leaves_no_slack() -> None:
+    assert slack([10.5, 20.0], start=10.0, baseline=0.5) == 0.0
+
+
 def test_there_is_no_slack_if_all_are_late_or_nobody_is_there() -> None:
     assert slack([10.04, 9.0], start=10.0, baseline=0.05) == 0.0
     assert slack([], start=10.0, baseline=0.05) == 0.0
@@ -48,7 +52,8 @@ def test_a_request_behind_its_pace_is_due_earlier_by_a_share_of_the_debt() -> No
 
 
 def test_a_request_ahead_of_its_pace_gains_nothing() -> None:
-    assert token_deadline(10.0, 0.05, ahead=2.0, repay=8.0) == pytest.approx(10.05)
+    for ahead in (2.0, 0.01, 0.0):
+        assert token_deadline(10.0, 0.05, ahead, repay=8.0) == pytest.approx(10.05)
 
 
 def test_nothing_is_ever_due_without_a_target() -> None:
@@ -87,6 +92,12 @@ def test_a_prompt_read_at_its_pace_is_done_in_time() -> None:
 def test_a_prompt_that_is_late_or_never_due_has_no_pace() -> None:
     assert prompt_pace(1.0, 1.0, 100, 0.1) == 0
     assert prompt_pace(math.inf, 1.0, 100, 0.1) == 0
+
+
+def test_a_prompt_is_read_in_equal_parts_in_the_steps_that_are_left() -> None:
+    """And not sooner: 3.5 steps are left until the target, of which three are whole."""
+    assert prompt_pace(ttft_deadline=2.75, start=1.0, tokens_left=100, step_seconds=0.5) == 34
+    assert prompt_pace(ttft_deadline=3.0, start=1.0, tokens_left=100, step_seconds=0.5) == 25
 
 
 def test_a_prompt_due_within_the_step_is_wanted_whole() -> None:

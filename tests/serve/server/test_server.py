@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine
 
@@ -171,7 +172,7 @@ async def test_abort_ends_exactly_the_calls_that_it_names():
             name: asyncio.ensure_future(client.complete("go", request_id=name)) for name in ("r1", "r10")
         }
         await until(engine, lambda e: len(e.requests) == 2)
-        assert await client.abort("r1", "r", "unknown") == ("r1",)
+        assert await client.abort("r1", "r", "unknown", "r1") == ("r1",)
         with pytest.raises(CancelledError) as caught:
             await calls["r1"]
         assert (caught.value.reason, caught.value.request_id) == ("ABORTED", "r1")
@@ -316,6 +317,39 @@ async def test_no_method_drops_a_field_that_it_does_not_know(service):
             error = from_rpc(caught.value)
             assert isinstance(error, InvalidRequestError), method.name
             assert "99" in [violation.field for violation in error.violations], method.name
+
+
+@in_loop
+@pytest.mark.parametrize("service", [inference_service_pb2, control_service_pb2])
+async def test_every_method_that_names_a_model_refuses_another(service):
+    async with serving(FakeEngine()) as (_, address), grpc.aio.insecure_channel(address) as channel:
+        (descriptor,) = service.DESCRIPTOR.services_by_name.values()
+        asked = [method for method in descriptor.methods if "model" in method.input_type.fields_by_name]
+        assert asked
+        for method in asked:
+            path = f"/{descriptor.full_name}/{method.name}"
+            stream, unary = channel.unary_stream(path), channel.unary_unary(path)
+            number = method.input_type.fields_by_name["model"].number
+            other = bytes([number << 3 | 2, 5]) + b"other"
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await (stream(other).read() if method.server_streaming else unary(other))
+            fields = [violation.field for violation in from_rpc(caught.value).violations]
+            assert "model" in fields, method.name
+
+
+@in_loop
+async def test_an_interval_is_in_milliseconds_outside_and_in_seconds_inside():
+    engine, intervals = FakeEngine(answer), []
+    async with serving(engine) as (service, address), AsyncClient(address) as client:
+        open_stream = service.open
+
+        def noted(request, *, interval: float = 0.0):
+            intervals.append(interval)
+            return open_stream(request, interval=interval)
+
+        service.open = noted
+        await client.complete("go", interval_ms=250.0)
+    assert intervals == [0.25]
 
 
 # --- readers that fall behind, or ask for fewer messages ---------------------------------------------------
@@ -551,6 +585,7 @@ async def test_text_and_ids_are_turned_into_each_other():
 
 @in_loop
 async def test_a_server_describes_itself():
+    before = time.monotonic()
     async with connected(FakeEngine()) as client:
         model, server, load = await client.model_info(), await client.server_info(), await client.load()
         assert (model.model, model.vocab_size, model.max_context_tokens) == ("tiny", 300, 200)
@@ -560,7 +595,7 @@ async def test_a_server_describes_itself():
         assert (server.device, server.policy, server.kv_capacity_tokens) == ("fake", "taper", 1000)
         assert list(server.api_versions) == ["taper.v1"]
         assert server.state == control_service_pb2.SERVER_STATE_SERVING
-        assert server.uptime.ToNanoseconds() > 0
+        assert 0 < server.uptime.ToNanoseconds() / 1e9 <= time.monotonic() - before
         assert (load.kv_used_tokens, load.output_tokens_per_second) == (10, 1.5)
 
 
