@@ -152,6 +152,8 @@ def test_a_crash_is_told_to_every_request() -> None:
     with pytest.raises(Refused):
         engine.submit(request("late", serial(1)), Listener())
     assert engine.state == "FAILED"
+    engine.stop(drain=True, timeout=5)
+    assert engine.state == "FAILED", "who asks later learns of it too"
 
 
 def test_what_came_before_a_crash_is_told_before_it() -> None:
@@ -275,7 +277,11 @@ def test_load_says_how_many_tokens_came_in_the_last_seconds() -> None:
     assert engine.load().output_tokens_per_second == pytest.approx(rate)
     queue.now += InProcessEngine.RATE_WINDOW
     assert engine.load().output_tokens_per_second == 0.0
+    later = Listener()
+    engine.submit(request("later", serial(2)), later)
+    later.wait()
     engine.stop(drain=True, timeout=5)
+    assert len(engine._recent) < 5, "steps before the window are forgotten"
     assert engine.load().steps == len(finished) >= 8
 
 

@@ -380,7 +380,7 @@ WRONG = [
     *((of_tags(**{name: ""}), f"model_driven.fork_tags.{name}") for name in ("plan_close", "branch_open")),
     (of_tags(branch_close=""), "model_driven.fork_tags.branch_close"),
     (of_stopping(stop_token_ids=[1] * 17), f"{STOPPING}.stop_token_ids"),
-    (generate_request("go", plan=model_driven("multiverse", max_depth=0)), "model_driven.max_depth"),
+    (of_driven(max_depth=0), "model_driven.max_depth"),
     (generate_request("go", plan=[parallel([""] * 40, join="none"), serial()]), "plan.stages[1]"),
     (
         generate_request("go", plan=[parallel(["a"], join="kv"), parallel(["a", ""])]),
