@@ -177,3 +177,11 @@ def test_how_many_fit_is_found_by_bisection() -> None:
     latency.asked = 0
     assert len(Taper().admit(extras, Baseline(1, 0.0, 0.010 + 300.5e-5), latency)) == 300
     assert latency.asked <= 10
+
+
+@pytest.mark.parametrize("admission", [Taper(), Greedy()], ids=lambda admission: admission.name)
+def test_what_just_fits_the_bucket_and_the_budget_is_admitted(admission: Taper | Greedy) -> None:
+    latency, extra = StepLatencyModel({4: 0.5}), Extra(0, 0, rows=2, seconds=0.25)
+    assert [*admission.admit([extra], Baseline(2, 0.25, budget=1.0), latency)] == [extra]
+    assert [*admission.admit([extra], Baseline(3, 0.25, budget=9.0), latency)] == []
+    assert [*admission.admit([extra], Baseline(2, 0.25, budget=0.99), latency)] == []

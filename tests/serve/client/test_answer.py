@@ -211,3 +211,16 @@ def test_ids_and_logprobs_are_in_the_json_if_they_were_asked_for():
 def test_an_answer_that_is_not_whole_has_no_json():
     with pytest.raises(ValueError, match="not complete"):
         collected(STARTED).as_dict()
+
+
+def test_what_comes_in_several_messages_is_put_together() -> None:
+    """A count is of all tokens so far; everything else is new."""
+    completion = Completion()
+    for count, (text, token) in enumerate((("a", 97), ("b", 98), ("c", 99)), 1):
+        logprob = Logprob(token=token, logprob=-float(count))
+        completion.add(
+            Delta(branch=0, text=text, token_ids=(token,), logprobs=(logprob,), completion_tokens=count)
+        )
+    trunk = completion.trunk
+    assert (trunk.text, trunk.token_ids, trunk.completion_tokens) == ("abc", [97, 98, 99], 3)
+    assert [each.logprob for each in trunk.logprobs] == [-1.0, -2.0, -3.0]

@@ -94,3 +94,20 @@ def test_a_branch_that_was_outrun_is_drawn_dim():
     dim = "\x1b[2m"
     assert dim in drawn("outrun")
     assert dim not in drawn("eos")
+
+
+def test_an_answer_that_never_branched_had_one_sequence_at_once():
+    completion = Completion()
+    completion.add(END)
+    assert "up to 1 at once" in summary(completion)
+
+
+def test_a_branch_without_a_label_goes_by_its_number_and_fits_a_narrow_terminal():
+    completion, file = Completion(), io.StringIO()
+    begun = StageBranch(branch=7, parent=0, label="", prefix="a long line " * 5)
+    completion.add(StageStarted(stage=0, branches=(begun,)))
+    Console(file=file, width=20, force_terminal=False).print(Answer(completion))
+    lines = file.getvalue().splitlines()
+    assert "branch 7" in lines[0]
+    assert lines[0].rstrip().endswith("╮"), "the right edge is drawn"
+    assert max(map(len, lines)) <= 20
