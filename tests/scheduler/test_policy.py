@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.policy import Baseline, Eager, Extra, FixedCap, Greedy, Off, Taper, policy
+from scheduler.policy import Baseline, Eager, Extra, FixedCap, Greedy, Off, Taper, cheapest_first, policy
 from scheduler.predictor import StepLatencyModel
 from tests.scheduler.strategies import examples
 
@@ -185,3 +185,8 @@ def test_what_just_fits_the_bucket_and_the_budget_is_admitted(admission: Taper |
     assert [*admission.admit([extra], Baseline(2, 0.25, budget=1.0), latency)] == [extra]
     assert [*admission.admit([extra], Baseline(3, 0.25, budget=9.0), latency)] == []
     assert [*admission.admit([extra], Baseline(2, 0.25, budget=0.99), latency)] == []
+
+
+def test_the_cheapest_is_the_one_that_adds_the_fewest_seconds_whatever_its_rows() -> None:
+    dear, cheap = Extra(0, 0, rows=1, seconds=3.0), Extra(1, 0, rows=2, seconds=1.0)
+    assert cheapest_first([dear, cheap]) == [cheap, dear]
