@@ -365,6 +365,24 @@ def test_splitting_is_coarsened_until_it_fits(tiles_more: int, slots: int) -> No
     check(reads, order, tiles, cut)
 
 
+def test_what_just_fits_is_neither_coarsened_nor_refused() -> None:
+    reads, cut = groups(1, 8, prefix=4096, tail=256), tiling()
+    plenty = plan(reads, cut)
+    count = int(plenty.num_tiles)
+    slots = int(plenty.tile_rows[:count, 1][plenty.tile_part[:count] >= 0].sum())
+    exact = TileCapacity(8, count, references(plenty), slots, cut)
+    _, tiles = lay_out_tiles(Reads.of(reads), exact)
+    assert tiles.num_tiles == count
+    for less in (replace(exact, tiles=count - 1), replace(exact, slots=slots - 1)):
+        _, tiles = lay_out_tiles(Reads.of(reads), less)
+        assert 1 < tiles.num_tiles < count, "by fewer workers, but split"
+
+    reads, cut = groups(1, 4, prefix=128, tail=4096), tiling(16, workers=1)
+    for page_refs, count in ((4 * 66, 4), (4 * 66 - 1, 1)):
+        _, tiles = lay_out_tiles(Reads.of(reads), TileCapacity(4, 4, page_refs, slots=4, tiling=cut))
+        assert tiles.num_tiles == count
+
+
 def test_rows_share_even_at_a_loss_where_references_are_short() -> None:
     reads, cut = groups(1, 4, prefix=128, tail=4096), tiling(16, workers=1)
     order, tiles = lay_out_tiles(
@@ -400,9 +418,23 @@ def test_a_malformed_read_is_refused() -> None:
         ({"page_size": 256}, "page_size"),
         ({"wide_rows": 256}, "wide_rows <= 128"),
         ({"narrow_rows": 16}, "narrow_rows <= wide_rows"),
+        ({"narrow_rows": 0}, "1 <= narrow_rows"),
+        ({"page_size": 0}, "page_size"),
         ({"workers": 0}, "workers"),
+        ({"kv_heads": 0}, "kv_heads"),
+        ({"block_pages": 0}, "block_pages"),
+        ({"alone": True, "block_pages": 2}, "blocks of one page"),
     ],
 )
 def test_a_tiling_must_be_possible(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(tiling(), **change)
+
+
+def test_a_tiling_may_be_as_small_and_as_large_as_it_says() -> None:
+    smallest = replace(tiling(), page_size=1, narrow_rows=1, wide_rows=1, kv_heads=1, workers=1)
+    assert smallest.head_workers == 1
+    assert replace(smallest, kv_heads=2).head_workers == 1, "a tile is computed by somebody"
+    largest = replace(tiling(), page_size=128, narrow_rows=128, wide_rows=128, alone=True)
+    assert largest.partial_row_seconds == H200.partial
+    assert replace(largest, narrow_rows=2).partial_row_seconds == 8 * H200.partial

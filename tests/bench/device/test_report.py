@@ -48,3 +48,12 @@ def test_the_table_has_a_line_for_every_case_measured_or_not() -> None:
     assert header.split()[-1] == "speedup"
     assert measured.split()[-1] == "1.40"
     assert "out of memory" in unmeasured
+
+
+def test_who_just_meets_an_aim_meets_it() -> None:
+    """1.2 times the floor is within the aim; 5 % behind the best peer is level; 100 MB are large."""
+    near = case(ours_us=60.0, floor_us=50.0, unique_bytes=1e8, flashinfer_composed_fa2_us=57.0)
+    small = case(ours_us=400.0, unique_bytes=0.99e8)
+    text = summary(result(near, small))
+    assert "at least level (5 % noise) on 1 of 2" in text
+    assert "0..64 query lanes: up to 1.20 x the floor (aim 1.2), 1 of 1" in text

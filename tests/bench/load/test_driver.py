@@ -80,6 +80,12 @@ def test_a_message_asks_for_what_the_simulator_serves(family: str) -> None:
         assert received.cache_salt == "run"
 
 
+def test_a_message_says_how_often_it_wants_messages_only_where_that_is_asked() -> None:
+    for interval_ms in (None, 250.0):
+        sent = pb.GenerateRequest.FromString(message(FORK, "a", 1, VOCAB, interval_ms=interval_ms))
+        assert sent.output.interval_ms == (interval_ms or 0.0)
+
+
 # --- what comes back ---------------------------------------------------------------------------------------
 
 

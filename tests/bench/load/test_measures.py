@@ -99,6 +99,22 @@ def test_everything_is_in_the_denominator() -> None:
     assert result["goodput_stage"] == (20 + 40) / 10
 
 
+def test_a_request_that_just_meets_its_targets_is_good() -> None:
+    record = seen(Item(0.0, 1, ((20,),)), 2.0, *[0.5] * 19)
+    assert record.good(Slo(tpot=0.5, ttft=2.0), "mean")
+    assert not record.good(Slo(tpot=0.5, ttft=1.99), "mean")
+    assert not record.good(Slo(tpot=0.49, ttft=2.0), "mean")
+
+
+def test_serial_and_parallel_attainment_are_of_the_stage_measure() -> None:
+    """One branch of sixteen tokens and then the trunk: slow stages, and a mean that hides them."""
+    serial = seen(Item(0.0, 1, ((20,), (200,))), 1.0, *[0.04] * 19, *[0.01] * 200)
+    parallel = seen(Item(0.0, 1, ((20,), (100, 100))), 1.0, *[0.04] * 19, *[0.01] * 200)
+    for record, kind in ((serial, "serial"), (parallel, "parallel")):
+        result = row(record)
+        assert (result["attainment_mean"], result[f"{kind}_attainment"]) == (1.0, 0.0)
+
+
 def test_a_ratio_with_nothing_below_is_null() -> None:
     assert share([]) is None
     assert quantile([], 0.5) is None

@@ -31,4 +31,6 @@ def test_metrics_are_those_of_the_time_between_two_scrapes() -> None:
         "running": 2.0,
         "unknown": None,
     }
+    appeared = {'y_sum{a="new"}': 6.0, 'y_count{a="new"}': 4.0}
+    assert server_row(before, appeared) == {'y{a="new"}': 1.5, 'y_count{a="new"}': 4.0}
     assert server_row({}, {}) == scrape(None) == {}

@@ -32,6 +32,10 @@ def row(goodput: float, attained: float) -> dict[str, Any]:
         ((1000, 1.00), (940, 1.00), False),
         ((1000, 0.60), (700, 0.64), True),  # attainment counts, within 5 points
         ((1000, 0.60), (1000, 0.66), False),
+        ((1000, 0.96), (700, 0.96), False),  # goodput above 95 % and below 5 %, attainment in between
+        ((1000, 0.94), (700, 0.94), True),
+        ((1000, 0.06), (700, 0.06), True),
+        ((1000, 0.04), (700, 0.04), False),
         ((0, 0.0), (0, 0.0), True),
         ((0, 0.0), (10, 0.01), False),
     ],

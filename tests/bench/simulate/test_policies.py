@@ -3,14 +3,18 @@ from __future__ import annotations
 import json
 import math
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.load.workload import open_loop
+from bench.load.measures import Window
+from bench.load.workload import named, open_loop
 from bench.simulate import policies
-from bench.simulate.simulation import Profile, targets
+from bench.simulate.simulation import Profile, Setting, targets
+from scheduler.controller import ControllerConfig
+from scheduler.request import Slo
 
 PROFILE = Profile.load("h200-qwen3-32b")
 KEYS = {
@@ -53,3 +57,24 @@ def test_it_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         runpy.run_module("bench.simulate", run_name="__main__", alter_sys=True)
     assert done.value.code == 0
     assert "usage: python -m bench.simulate [-h] [--json JSON]" in capsys.readouterr().out
+
+
+def test_every_option_reaches_the_setting() -> None:
+    """Each differs from its default, so that one that is not passed on is noticed."""
+    typed = (
+        "--workload light --rate 3 --seed 7 --warmup 2 --window 4 --cooldown 1 --drain 5 --tpot-slo 0.125 "
+        "--max-chunk 100 --prompt-floor 3 --exact --page 32"
+    )
+    options = policies.command().parse_args([*typed.split(), "--controller", '{"rho": 0.5, "repay": 2.0}'])
+    assert policies.setting_of(options) == Setting(
+        profile=replace(PROFILE, noise=(), page_size=32, num_pages=PROFILE.num_pages * PROFILE.page_size // 32),
+        workload=named("light", 7, 7.0, rate=3.0),
+        slo=Slo(tpot=0.125, ttft=5.0),
+        window=Window(2.0, 6.0, 5.0),
+        seed=7,
+        controller=ControllerConfig(rho=0.5, repay=2.0, max_chunk=100, prompt_floor=3),
+    )
+    options = policies.command().parse_args(["--workload", "light", "--clients", "2"])
+    setting = policies.setting_of(options)
+    assert (setting.profile, setting.slo) == (PROFILE, targets(PROFILE))
+    assert setting.workload == named("light", 1, 105.0, clients=2)

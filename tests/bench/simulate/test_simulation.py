@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from bench.load.measures import Record, Window
 from bench.load.workload import Item, Workload, closed_loop, named, open_loop
 from bench.simulate.simulation import Profile, Setting, Simulation, simulate, targets, unloaded_tpot
+from scheduler.controller import ControllerConfig
 from scheduler.predictor import StepLoad
 from scheduler.request import Slo
 from tests.bench.load.test_measures import seen
@@ -97,6 +98,42 @@ def test_a_closed_loop_never_has_more_requests_than_clients() -> None:
     for _, change in sorted(events):
         open_requests += change
         assert open_requests <= 3
+
+
+def test_the_scheduler_has_the_pool_and_the_controller_of_the_setting() -> None:
+    config = ControllerConfig(rho=0.5, max_chunk=64)
+    workload = open_loop("light", "poisson", 3.0, 4.0, seed=1)
+    simulation = Simulation(setting(controller=config, reserve=0.25, workload=workload), "cap:2")
+    scheduling = simulation.scheduler.config
+    assert (scheduling.num_pages, scheduling.page_size) == (PROFILE.num_pages, PROFILE.page_size)
+    assert (scheduling.reserve, scheduling.prefix_cache) == (0.25, False)
+    assert scheduling.max_queue > len(workload.items)
+    assert simulation.scheduler.controller.config == config
+
+
+@pytest.mark.parametrize(("believed", "bias"), [(0.5, 0.5), (2.0, -1.0)])
+def test_the_bias_is_what_steps_take_longer_than_was_believed(believed: float, bias: float) -> None:
+    """As a share of what they take: negative where they are quicker."""
+    fixed = replace(PROFILE, factors={})
+    believes = replace(
+        fixed,
+        forms={
+            "staircase": {
+                "buckets": {rows: believed * seconds for rows, seconds in fixed.bucket_seconds.items()},
+                "costs": {name: believed * cost for name, cost in asdict(fixed.costs).items()},
+                "margin": 0.0,
+            }
+        },
+    )
+    simulation = Simulation(setting(profile=fixed), "off", latency=believes.latency())
+    scheduled = simulation.scheduler.schedule(0.0)
+    assert scheduled is None
+    simulation._send_next(0.0)
+    scheduled = simulation.scheduler.schedule(0.0)
+    assert scheduled is not None
+    simulation._finish(scheduled, 3.0, 3.0 + simulation._duration(scheduled))
+    assert simulation.error_sums == pytest.approx([bias, abs(bias)], rel=1e-3)
+    assert simulation.steps == 1
 
 
 # --- a short headline --------------------------------------------------------------------------------------

@@ -28,13 +28,12 @@ def test_a_little_more_weight_does_not_change_the_pool() -> None:
     assert heavier.num_pages == PLAN.num_pages
 
 
-def test_one_share_of_the_memory_is_enough_for_a_pool() -> None:
-    just = replace(PLAN, weights=128 * GIB - GIB - 2 * GIB - 2 * GIB - 2 * GIB)
-    assert just.kv == 2 * GIB
+def test_one_share_is_a_pool_and_less_is_none() -> None:
+    """Of 64 GiB, a share is 1 GiB, and another one is the reserve. A page that does not fit whole is none."""
+    least = MemoryPlan(limit=64 * GIB, weights=57 * GIB, slots=GIB, step=2 * GIB, page=3 * 2**28)
+    assert (least.kv, least.num_pages) == (GIB, 1)
     with pytest.raises(ValueError, match="no memory is left"):
-        _ = replace(just, weights=just.weights + 1).kv
-    with_more = replace(just, weights=just.weights - 2 * GIB + 1)
-    assert with_more.kv == 2 * GIB, "a byte less than two shares"
+        _ = replace(least, slots=GIB + 1).kv
 
 
 def test_too_little_memory_is_said_with_where_it_goes() -> None:
@@ -55,6 +54,9 @@ def test_a_plan_is_measured_once_for_each_key(tmp_path: Path) -> None:
     remembered(folder, {"limit": 2}, measure)
     remembered(None, {"limit": 1}, measure)
     assert len(measured) == 3
+    for key in ({"limit": 1, "rows": 2}, {"rows": 2, "limit": 1}):
+        remembered(folder, key, measure)
+    assert len(measured) == 4, "the order of a key's parts is no part of it"
 
 
 @pytest.mark.parametrize("content", ["", "{", json.dumps({"limit": 1})])
@@ -64,6 +66,12 @@ def test_what_cannot_be_read_is_measured_again(tmp_path: Path, content: str) -> 
     file.write_text(content)
     assert remembered(str(tmp_path), {}, lambda: PLAN) == PLAN
     assert MemoryPlan(**json.loads(file.read_text())) == PLAN
+
+
+def test_the_folder_may_be_named_from_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    remembered("~/cache", {}, lambda: PLAN)
+    assert len([*(tmp_path / "cache").iterdir()]) == 1
 
 
 def test_a_cpu_names_no_limit() -> None:

@@ -80,18 +80,18 @@ def test_an_entry_that_does_not_sample_has_no_sample() -> None:
 
 def test_a_chunk_beside_decode_rows_is_written_in_order() -> None:
     plan = step(
-        entry(3, SegmentRead((9,), 1), 0, None, slot=4),
+        entry(3, SegmentRead((9,), 1), 0, None, slot=0),
         entry(1, SegmentRead((5, 1, 8), 9), 2, tuple(range(40, 47)), samples=False, slot=None, context=()),
         entry(2, SegmentRead((4,), 3), 2, (77,)),
         slots=(SlotSetup(2, SamplingParams()),),
     )
     inputs = step_inputs(plan, layout(16))
-    assert inputs.tokens.tolist() == [*range(40, 47), 77, -5]
+    assert inputs.tokens.tolist() == [*range(40, 47), 77, -1]
     assert inputs.positions.tolist() == [*range(8, 15), 8, 6]
     assert inputs.write_page.tolist() == [5, 5, 1, 1, 1, 1, 8, 4, 9]
     assert inputs.write_offset.tolist() == [2, 3, 0, 1, 2, 3, 0, 2, 0]
     assert inputs.sample.row.tolist() == [8, 7]
-    assert inputs.sample.slot.tolist() == [4, 2]
+    assert inputs.sample.slot.tolist() == [0, 2]
     assert inputs.sample.count_fed.tolist() == [1, 0]
 
 
