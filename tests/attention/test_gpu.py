@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -20,6 +21,7 @@ from attention.gpu import Gpu
 from attention.tiles import TileCapacity
 from tests.attention.dense import make_case
 from tests.attention.forest import Forest, forests, groups_of_branches, mixed_reads
+from tests.attention.stores import note_stores
 from tests.sizes import sampled
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -144,6 +146,21 @@ def test_partial_results_are_merged_by_what_each_weighs() -> None:
     assert lse < 5e-6
 
 
+def test_a_gpu_is_told_to_store_nothing_beyond_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of fewer rows than they have room for, split and not; heads that do not fill a program."""
+    inside = note_stores(monkeypatch)
+    tiling = replace(BACKEND.tiling(heads=5, kv_heads=1, page_size=16), workers=4)
+    capacity = TileCapacity.for_bucket(3, 64, tiling)
+    reads = [*groups_of_branches(1, 2, 16, [100], 16), Read((), PageRun([40], 5), 1, 4)]
+    made = case(reads, page_size=16, kv_heads=1, group=5, capacity=capacity, num_pages=64)
+    assert {-1} < set(made.work.row_parts[:, 1].tolist()), "some rows are merged, and some are not"
+    q, k_pages, v_pages = map(jnp.asarray, (made.q, made.k_pages, made.v_pages))
+    gpu_tiles.attend(q, (k_pages, v_pages), made.work, tiling, scale=1.0, interpret=True)
+    jax.effects_barrier()
+    assert inside
+    assert all(inside)
+
+
 def test_all_workers_of_the_device_are_launched_and_planned_for() -> None:
     """Twice as many programs as run at a time, unless there are fewer (tile, KV head) pairs."""
     heads, kv_heads, page_size = 64, 8, 64
@@ -222,6 +239,20 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
     q, pages = jnp.zeros((4, 2, 32)), jnp.zeros((8, 2, 24, 32))
     with pytest.raises(ValueError, match="power of two, not 24"):
         BACKEND.attend(q, (pages, pages), capacity.empty(), scale=1.0)
+    with pytest.raises(ValueError, match="power of two, not 1"):
+        BACKEND.attend(q, (pages[:, :, :1],) * 2, capacity.empty(), scale=1.0)
+
+
+def test_what_the_kernels_just_can_do_is_not_refused() -> None:
+    assert BACKEND.supports(16, np.float32)
+    assert not BACKEND.supports(8, np.float32)
+    sizes = Sizes(num_pages=2**31 // (2 * 16 * 32), page_size=16, heads=2, kv_heads=2)
+    work = BACKEND.capacity(4, replace(sizes, num_pages=8)).empty()
+    q, attend = jax.ShapeDtypeStruct((4, 2, 32), jnp.bfloat16), partial(BACKEND.attend, scale=1.0)
+    for more, refused in ((0, False), (1, True)):
+        pages = jax.ShapeDtypeStruct((sizes.num_pages + more, 2, 16, 32), jnp.bfloat16)
+        with pytest.raises(ValueError, match="reach") if refused else nullcontext():
+            jax.eval_shape(attend, q, (pages, pages), work)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import triton
 
 from attention import Backend, HeadNorms, Places
 from attention.gpu import Gpu
 from attention.xla import Xla
+from tests.attention.stores import note_stores
 
 ROWS, PAGES, PAGE_SIZE, HEAD_DIM = 5, 6, 16, 32
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -111,18 +109,10 @@ def test_a_donated_pool_is_written_in_place() -> None:
     assert {pages.unsafe_buffer_pointer() for pages in after} == before
 
 
-def test_a_gpu_is_told_to_store_nothing_beyond_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interpreted kernel drops such a store; a device would write to whatever lies there."""
-    stored: list[int] = []
-    store = triton.store
-
-    def noting(ref: Any, value: jax.Array, **options: Any) -> None:
-        place = ref.transforms[-1].indices
-        if len(place) == 4:  # a page, heads, an offset and half of the pairs
-            jax.debug.callback(lambda page: stored.extend(np.ravel(page).tolist()), place[0])
-        store(ref, value, **options)
-
-    monkeypatch.setattr(triton, "store", noting)
-    Case(2, 2, jnp.float32, normed=False).write(Gpu(interpret=True))
+def test_a_gpu_is_told_to_store_nothing_beyond_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on a page that is not in the pool, nor of heads that do not fill a program."""
+    inside = note_stores(monkeypatch)
+    Case(9, 3, jnp.float32, normed=False).write(Gpu(interpret=True))
     jax.effects_barrier()
-    assert set(stored) == {4, 0}
+    assert len(inside) == 2 * (ROWS * 2 + 3 * 2), "queries in two blocks; keys and values of three rows"
+    assert all(inside)

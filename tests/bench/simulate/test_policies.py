@@ -67,7 +67,9 @@ def test_every_option_reaches_the_setting() -> None:
     )
     options = policies.command().parse_args([*typed.split(), "--controller", '{"rho": 0.5, "repay": 2.0}'])
     assert policies.setting_of(options) == Setting(
-        profile=replace(PROFILE, noise=(), page_size=32, num_pages=PROFILE.num_pages * PROFILE.page_size // 32),
+        profile=replace(
+            PROFILE, noise=(), page_size=32, num_pages=PROFILE.num_pages * PROFILE.page_size // 32
+        ),
         workload=named("light", 7, 7.0, rate=3.0),
         slo=Slo(tpot=0.125, ttft=5.0),
         window=Window(2.0, 6.0, 5.0),

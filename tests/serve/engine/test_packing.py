@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -99,3 +102,19 @@ def test_more_rows_than_the_bucket_are_refused() -> None:
     plan = step(entry(1, SegmentRead((5, 6, 8), 9), 0, tuple(range(9))))
     with pytest.raises(ValueError, match="rows"):
         step_inputs(plan, layout(8))
+
+
+def test_a_branchs_key_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not in each of its steps."""
+    hashed: list[bytes] = []
+    hash_of = hashlib.blake2s
+
+    def counted(data: bytes, **options: int) -> Any:
+        hashed.append(data)
+        return hash_of(data, **options)
+
+    monkeypatch.setattr(hashlib, "blake2s", counted)
+    plan = step(entry(1, SegmentRead((5,), 1), 0, None, path=((3, 77), (4, 78))))
+    keys = [step_inputs(plan, layout(8)).sample.branch_key.tolist() for _ in range(3)]
+    assert keys[0] == keys[1] == keys[2]
+    assert len(hashed) == 1

@@ -20,7 +20,7 @@ from scheduler.predictor import StepLoad
 from scheduler.program import Plan
 from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
-from scheduler.step import Sample, SlotSetup
+from scheduler.step import Sample, SlotSetup, Step
 from serve.engine.runner import Runner, StepHandle
 from tests.serve.lab import compiled_runner, run, tiny_model
 from tests.serve.loads import load, serial
@@ -193,6 +193,25 @@ def test_a_step_takes_the_sampler_that_its_own_samples_need(
         )
         assert set(used) == {uses}
         used.clear()
+
+
+def test_kv_is_priced_by_what_the_pools_pages_took_more(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 1 s, and 1 ms more for each row and each position of KV."""
+    asked: list[int] = []
+
+    def seconds(step: Step, repeats: int) -> float:
+        asked.append(repeats)
+        return 1.0 + 1e-3 * sum(entry.rows + entry.own.length for entry in step.entries)
+
+    monkeypatch.setattr(runner, "seconds", seconds)
+    latency, page_size = runner.measure(repeats=3), runner.config.page_size
+    for bucket in runner.buckets:
+        assert latency.rows_seconds(bucket) == pytest.approx(1.0 + 1e-3 * bucket * (1 + page_size))
+    more = latency.predict(StepLoad(1, private_kv=500)) - latency.predict(StepLoad(1))
+    assert more == pytest.approx(0.5)
+    assert asked == [3] * (len([*runner.buckets]) + 1)
 
 
 def test_a_measured_staircase_is_positive_and_ascending(runner: Runner) -> None:
