@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from bench import server as server_module
+from bench.load import goodput
 from bench.load import trial as module
 from bench.load.driver import Driver, Reply
 from bench.load.goodput import command, main, points
 from bench.load.measures import COLUMNS
 from bench.load.workload import Item, closed_loop, open_loop
+from serve.client.client import AsyncClient
 from tests.bench.served import Served, serving
 
 SHORT = ["--scale", "0.03", "--warmup", "0.1", "--window", "0.3", "--cooldown", "0.1"]
@@ -38,7 +40,26 @@ def compare(server: Served, *options: str) -> dict[str, Any]:
 # --- all policies on one server ----------------------------------------------------------------------------
 
 
-def test_every_policy_serves_the_same_requests(server: Served, tmp_path: Path) -> None:
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The policies that the server was set to, and when it was waited for, in order."""
+    happened: list[str] = []
+    set_policy, drained = AsyncClient.set_policy, goodput.drained
+
+    async def noted_policy(client: AsyncClient, policy: str) -> None:
+        happened.append(policy)
+        await set_policy(client, policy)
+
+    async def noted_drained(client: AsyncClient) -> None:
+        happened.append("drained")
+        await drained(client)
+
+    monkeypatch.setattr(AsyncClient, "set_policy", noted_policy)
+    monkeypatch.setattr(goodput, "drained", noted_drained)
+    return happened
+
+
+def test_every_policy_serves_the_same_requests(server: Served, tmp_path: Path, done: list[str]) -> None:
     out = tmp_path / "result.json"
     options = ["--policies", "off,eager", "--rates", "15,30", "--tpot-slo", "auto", "--json", str(out)]
     found = compare(server, *options)
@@ -64,6 +85,8 @@ def test_every_policy_serves_the_same_requests(server: Served, tmp_path: Path) -
     assert found["tpot_slo_ms"] == pytest.approx(2 * found["unloaded_tpot_ms"])
     assert server.engine.load().scheduler.running_requests == 0, "it is drained in the end"
     assert server.engine.policy == found["server"]["policy"], "it has the policy that it had"
+    runs = ["off", "drained", "eager", "drained"]
+    assert done == ["off", *runs, *runs, found["server"]["policy"]], "its targets are those of off"
 
 
 def test_a_closed_loop_keeps_its_clients_busy(server: Served, tmp_path: Path) -> None:
@@ -125,6 +148,17 @@ def test_what_was_measured_is_kept_when_something_fails(server: Served, tmp_path
     assert "InvalidRequestError" in json.loads(out.read_text())["stopped"]
     with pytest.raises(SystemExit, match="none"):
         compare(server, "--policies", "none", *options)
+
+
+def test_points_are_of_the_loads_and_arrivals_that_were_asked_for() -> None:
+    typed = "--workload light --rates 2,3 --seeds 4,5 --arrivals poisson --warmup 1 --window 2 --cooldown 3"
+    found = [*points(command().parse_args(typed.split()))]
+    wanted = [(rate, seed) for rate in (2.0, 3.0) for seed in (4, 5)]
+    assert [(load, seed) for load, seed, _ in found] == wanted
+    for (rate, seed), (_, _, workload) in zip(wanted, found, strict=True):
+        for arrivals in ("bursty", "poisson"):
+            same = workload.digest == open_loop("light", arrivals, rate, 6.0, seed).digest
+            assert same is (arrivals == "poisson")
 
 
 def test_a_file_is_one_point_and_has_no_other_rate(tmp_path: Path) -> None:
