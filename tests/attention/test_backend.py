@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -112,3 +113,9 @@ def test_room_for_work_is_no_larger_than_it_must_be() -> None:
     assert (items.items, items.page_refs) == (16, 80)
     tiles = Gpu().capacity(8, sizes, pages_per_read=10)
     assert (tiles.tiles, tiles.page_refs, tiles.slots) == (8 + 33, 80, 8 + 33 * 8)
+    assert Gpu().capacity(8, sizes).page_refs == 1000 + 8, "no run of rows is cut"
+    assert Xla().capacity(64, sizes, pages_per_read=200).page_refs == 1000 + 64
+    cut = Gpu().capacity(64, sizes, pages_per_read=200)
+    assert cut.page_refs == 1000 + 64 + 3 * 200, "tiles of 32 rows: three cuts at most"
+    narrow = Gpu().capacity(8, replace(sizes, page_size=16), pages_per_read=10)
+    assert narrow.page_refs == 80 + 8 * 3, "each tile fills a block of four pages"

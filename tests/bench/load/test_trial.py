@@ -56,7 +56,8 @@ def test_tokens_and_width_are_of_what_came_in_the_window_whoever_asked() -> None
 
 
 def test_what_was_not_answered_counts_against_the_policy() -> None:
-    trial = played(2.0, 3.0)
+    trial = played(2.0, 3.0, 11.0)
+    trial.replies[2].error = "UNAVAILABLE: after the window"
     trial.replies[1].messages.pop()
     trial.replies[1].error = "RESOURCE_EXHAUSTED: full"
     row = trial.row()
