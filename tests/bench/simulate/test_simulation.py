@@ -50,6 +50,7 @@ def test_one_request_alone_takes_a_step_for_each_token() -> None:
     assert unloaded_tpot(PROFILE) == pytest.approx(PROFILE.factors[8] * alone, rel=1e-3)
     slower = replace(PROFILE, factors={8: 2 * PROFILE.factors[8]})
     assert unloaded_tpot(slower) == pytest.approx(2 * unloaded_tpot(PROFILE))
+    assert unloaded_tpot(replace(PROFILE, noise=(0.5, 0.5))) == unloaded_tpot(PROFILE)
 
 
 def test_a_prompt_chunk_pays_for_its_context() -> None:
