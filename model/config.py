@@ -1,33 +1,20 @@
-"""ModelConfig: the architecture and shape of a decoder-only model, read from a Hugging Face `config.json`.
+"""ModelConfig: the architecture and shape of a decoder-only model, and the models that are known by a name.
 
-Checkpoints differ only by the values in here. What a checkpoint asks for and the model does not implement
-(sliding windows, biases, experts, other rope scalings) is refused by name: a silent approximation would look
-like a bad model.
+Checkpoints differ only by the values in here. model/hf_config.py reads them from a `config.json`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from model.architecture import ARCHITECTURES
+from model.rotary import RopeScaling, stated_context
+from model.settings import CheckpointError
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(CheckpointError):
     """The checkpoint's config asks for something that this model does not implement."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Llama3Scaling:
-    """Llama 3.1's rotary scaling: long wavelengths are stretched by `factor`, short ones kept."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_context: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +36,7 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     rope_theta: float
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
     max_context: int
@@ -71,57 +58,9 @@ class ModelConfig:
         if self.join not in ("kv", "reprefill"):
             raise UnsupportedModelError(f'join must be "kv" or "reprefill", not {self.join!r}')
 
-    @classmethod
-    def from_folder(cls, folder: Path) -> ModelConfig:
-        """Reads `config.json`, and the end-of-sequence ids of `generation_config.json` where there is one."""
-        config = json.loads((folder / "config.json").read_text())
-        config.setdefault("_name_or_path", folder.name)
-        generation = folder / "generation_config.json"
-        if generation.exists():
-            ids = _as_ids(json.loads(generation.read_text()).get("eos_token_id"))
-            config["eos_token_id"] = [*dict.fromkeys((*_as_ids(config.get("eos_token_id")), *ids))]
-        return cls.from_hf(config)
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """Reads a Hugging Face config of one of ARCHITECTURES, as transformers 4 and 5 write it.
-
-        Raises UnsupportedModelError, naming every key at fault at once.
-        """
-        _refuse_unsupported(config)
-        heads = config["num_attention_heads"]
-        theta, scaling = _rotary(config)
-        taper = config.get("taper", {})
-        return cls(
-            name=config.get("_name_or_path") or config["model_type"],
-            architecture=config["model_type"],
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            intermediate_size=config["intermediate_size"],
-            rope_theta=theta,
-            rope_scaling=scaling,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            tie_embeddings=config.get("tie_word_embeddings", False),
-            max_context=config["max_position_embeddings"],
-            eos_ids=_as_ids(config.get("eos_token_id")),
-            bos_id=config.get("bos_token_id"),
-            join=taper.get("join", "reprefill"),
-            tag_grammar=taper.get("tag_grammar"),
-        )
-
     def to_hf(self) -> dict[str, Any]:
-        """The same model as a `config.json`, readable by transformers 4 and 5 and by `from_hf`."""
-        scaling = self.rope_scaling and {
-            "rope_type": "llama3",
-            "factor": self.rope_scaling.factor,
-            "low_freq_factor": self.rope_scaling.low_freq_factor,
-            "high_freq_factor": self.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": self.rope_scaling.original_max_context,
-        }
+        """The same model as a `config.json`, readable by transformers 4 and 5 and by model/hf_config.py."""
+        scaling = self.rope_scaling and self.rope_scaling.to_hf()
         rotary = {"rope_theta": self.rope_theta, **(scaling or {"rope_type": "default"})}
         return {
             "_name_or_path": self.name,
@@ -141,55 +80,11 @@ class ModelConfig:
             "rms_norm_eps": self.rms_norm_eps,
             "tie_word_embeddings": self.tie_embeddings,
             "attention_bias": False,
-            "max_position_embeddings": self.max_context,
+            "max_position_embeddings": stated_context(self.rope_scaling, self.max_context),
             "eos_token_id": list(self.eos_ids) or None,
             "bos_token_id": self.bos_id,
             "taper": {"join": self.join, "tag_grammar": self.tag_grammar},
         }
-
-
-def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _rotary(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    # transformers 5 keeps base and scaling together in rope_parameters; 4 kept them at the top level.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if rope.get("rope_type", rope.get("type", "default")) != "llama3":
-        return theta, None
-    return theta, Llama3Scaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_context=rope["original_max_position_embeddings"],
-    )
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """Lists everything in the config that would need code which this model does not have."""
-    faults = []
-    if config.get("model_type") not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        faults.append(f"model_type {config.get('model_type')!r} (supported: {known})")
-    if config.get("hidden_act", "silu") != "silu":
-        faults.append(f"hidden_act {config['hidden_act']!r} (supported: silu)")
-    for flag in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
-        if config.get(flag):
-            faults.append(f"{flag} {config[flag]!r}")
-    if "sliding_attention" in (config.get("layer_types") or ()):
-        faults.append("layer_types with sliding_attention")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        faults.append(f"rope scaling {kind!r} (supported: default, llama3)")
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        faults.append(f"partial_rotary_factor {partial}")
-    if faults:
-        raise UnsupportedModelError("this checkpoint needs what is not implemented: " + "; ".join(faults))
 
 
 def _qwen3(size: str, hidden: int, layers: int, heads: int, intermediate: int, *, tied: bool) -> ModelConfig:
@@ -210,7 +105,29 @@ def _qwen3(size: str, hidden: int, layers: int, heads: int, intermediate: int, *
     )
 
 
-# The dense models as published: https://huggingface.co/collections/Qwen/qwen3
+def _qwen2_5(
+    size: str, hidden: int, layers: int, heads: tuple[int, int], intermediate: int, *, tied: bool = False
+) -> ModelConfig:
+    return ModelConfig(
+        name=f"qwen2.5-{size}",
+        architecture="qwen2",
+        vocab_size=151936 if tied else 152064,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=hidden // heads[0],
+        intermediate_size=intermediate,
+        rope_theta=1e6,
+        tie_embeddings=tied,
+        max_context=32768,
+        eos_ids=(151645, 151643),  # <|im_end|>, <|endoftext|>
+        bos_id=151643,
+    )
+
+
+# The dense models as published: https://huggingface.co/collections/Qwen/qwen3 and (the instruct models of)
+# https://huggingface.co/collections/Qwen/qwen25
 PRESETS: dict[str, ModelConfig] = {
     preset.name: preset
     for preset in (
@@ -220,5 +137,12 @@ PRESETS: dict[str, ModelConfig] = {
         _qwen3("8b", 4096, 36, 32, 12288, tied=False),
         _qwen3("14b", 5120, 40, 40, 17408, tied=False),
         _qwen3("32b", 5120, 64, 64, 25600, tied=False),
+        _qwen2_5("0.5b", 896, 24, (14, 2), 4864, tied=True),
+        _qwen2_5("1.5b", 1536, 28, (12, 2), 8960, tied=True),
+        _qwen2_5("3b", 2048, 36, (16, 2), 11008, tied=True),
+        _qwen2_5("7b", 3584, 28, (28, 4), 18944),
+        _qwen2_5("14b", 5120, 48, (40, 8), 13824),
+        _qwen2_5("32b", 5120, 64, (40, 8), 27648),
+        _qwen2_5("72b", 8192, 80, (64, 8), 29568),
     )
 }

@@ -16,13 +16,17 @@ from flax import nnx
 ParameterPath = tuple[Any, ...]
 
 # How many of a parameter's first axes are inputs, and the tensors that it is made of. Matrices are stored the
-# other way round there, [out …, in …]; 0: stored as it is. "*" is the number of the layer.
-TENSORS: dict[ParameterPath, tuple[int, *tuple[str, ...]]] = {
-    ("embedding",): (0, "model.embed_tokens.weight"),
+# other way round there, [out …, in …], and what has no inputs as a vector; None: stored as it is. "*" is the
+# number of the layer.
+TENSORS: dict[ParameterPath, tuple[int | None, *tuple[str, ...]]] = {
+    ("embedding",): (None, "model.embed_tokens.weight"),
     ("layers", "*", "attention_norm", "scale"): (0, "model.layers.*.input_layernorm.weight"),
     ("layers", "*", "attention", "q"): (1, "model.layers.*.self_attn.q_proj.weight"),
     ("layers", "*", "attention", "k"): (1, "model.layers.*.self_attn.k_proj.weight"),
     ("layers", "*", "attention", "v"): (1, "model.layers.*.self_attn.v_proj.weight"),
+    ("layers", "*", "attention", "q_bias"): (0, "model.layers.*.self_attn.q_proj.bias"),
+    ("layers", "*", "attention", "k_bias"): (0, "model.layers.*.self_attn.k_proj.bias"),
+    ("layers", "*", "attention", "v_bias"): (0, "model.layers.*.self_attn.v_proj.bias"),
     ("layers", "*", "attention", "o"): (2, "model.layers.*.self_attn.o_proj.weight"),
     ("layers", "*", "attention", "q_norm", "scale"): (0, "model.layers.*.self_attn.q_norm.weight"),
     ("layers", "*", "attention", "k_norm", "scale"): (0, "model.layers.*.self_attn.k_norm.weight"),
@@ -48,12 +52,18 @@ class HfTensor:
     to_ours: tuple[int, ...]
 
     @classmethod
-    def of(cls, name: str, shape: tuple[int, ...], inputs: int) -> HfTensor:
-        """The tensor `name` of what is `shape` with us, of whose axes the first `inputs` are inputs."""
+    def of(cls, name: str, shape: tuple[int, ...], inputs: int | None) -> HfTensor:
+        """The tensor `name` of what is `shape` with us, of whose axes the first `inputs` are inputs.
+
+        What has no inputs is a vector there; None: it is stored as it is.
+        """
         axes = range(len(shape))
+        if inputs is None:
+            return cls(name, shape, shape, tuple(axes))
         to_theirs = (*axes[inputs:], *axes[:inputs])
         view = tuple(shape[axis] for axis in to_theirs)
-        flat = (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else shape
+        outputs = math.prod(shape[inputs:])
+        flat = (outputs, math.prod(shape[:inputs])) if inputs else (outputs,)
         return cls(name, flat, view, tuple(to_theirs.index(axis) for axis in axes))
 
     def stored_axes(self, axes: Sequence[str]) -> list[str]:

@@ -10,19 +10,18 @@ for the highest precision, because accelerators would otherwise use TF32 or bflo
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from attention import Backend, HeadNorms, Pages, Places, Work
 from attention.heads import rms_norm, wide
 from model.architecture import ARCHITECTURES
-from model.config import Llama3Scaling, ModelConfig
+from model.config import ModelConfig
+from model.rotary import inverse_frequencies
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -45,9 +44,9 @@ def parameter(
 ) -> nnx.Param:
     """A parameter without a value yet: its shape, logical axes and dtype.
 
-    `fan_in` is how many inputs each output sums: random weights have standard deviation 1/sqrt(fan_in).
-    A `fan_in` of 0 marks a norm's scale, which starts at one. The names of its tensors in a checkpoint, or
-    of its `parts`, are in model/hf_tensor.py.
+    `fan_in` is how many inputs each output sums: random weights have standard deviation 1/sqrt(fan_in), and
+    a bias that of one input. A `fan_in` of 0 marks a norm's scale, which starts at one. The names of its
+    tensors in a checkpoint, or of its `parts`, are in model/hf_tensor.py.
     """
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and axes {axes} differ in length")
@@ -69,30 +68,21 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.eps)
 
 
-def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each rotary pair, [head_dim / 2], float64."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if config.rope_scaling is not None:
-        frequencies = _stretch(frequencies, config.rope_scaling)
-    return frequencies
-
-
-def _stretch(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
-    # https://github.com/meta-llama/llama-models: apply_scaling; between the two bounds, interpolate.
-    turns = scaling.original_max_context * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0.0, 1.0)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
-
-
 def rotary_angles(
     config: ModelConfig, positions: Int[Array, " rows"], dtype: Any
 ) -> tuple[Float[Array, "rows pairs"], Float[Array, "rows pairs"]]:
-    """(cos, sin) of every row's position, [rows, head_dim / 2], in at least float32."""
-    frequencies = jnp.asarray(inverse_frequencies(config), wide(dtype))
+    """(cos, sin) of every row's position, [rows, head_dim / 2], in at least float32.
+
+    Where a stretched context sharpens attention (YaRN), both are multiplied by its factor.
+    """
+    scaling = config.rope_scaling
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, scaling)
+    frequencies = jnp.asarray(frequencies, wide(dtype))
     angles = positions.astype(frequencies.dtype)[:, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if scaling is None or scaling.attention_factor == 1:
+        return cos, sin
+    return cos * scaling.attention_factor, sin * scaling.attention_factor
 
 
 class Rows(NamedTuple):
@@ -116,7 +106,13 @@ class Attention(nnx.Module):
         self.k = parameter((embed, kv_heads, size), ("embed", "kv_heads", "head_dim"), dtype, fan_in=embed)
         self.v = parameter((embed, kv_heads, size), ("embed", "kv_heads", "head_dim"), dtype, fan_in=embed)
         self.o = parameter((heads, size, embed), ("heads", "head_dim", "embed"), dtype, fan_in=heads * size)
-        normed = ARCHITECTURES[config.architecture].qk_norm
+        architecture = ARCHITECTURES[config.architecture]
+        if architecture.qkv_bias:
+            self.q_bias = parameter((heads, size), ("heads", "head_dim"), dtype, fan_in=1)
+            self.k_bias = parameter((kv_heads, size), ("kv_heads", "head_dim"), dtype, fan_in=1)
+            self.v_bias = parameter((kv_heads, size), ("kv_heads", "head_dim"), dtype, fan_in=1)
+        self.has_bias = architecture.qkv_bias
+        normed = architecture.qk_norm
         self.q_norm = RMSNorm(size, "head_dim", config.rms_norm_eps, dtype) if normed else None
         self.k_norm = RMSNorm(size, "head_dim", config.rms_norm_eps, dtype) if normed else None
         self.scale = size**-0.5
@@ -128,12 +124,19 @@ class Attention(nnx.Module):
         rows: Rows,
         backend: Backend,
     ) -> tuple[Float[Array, "rows embed"], Pages]:
-        qkv = jnp.concatenate(
-            [product("re,ehd->rhd", x, heads) for heads in (self.q, self.k, self.v)], axis=1
-        )
-        q, pages = backend.write(qkv, self.norms, rows.angles, pages, rows.places)
+        q, pages = backend.write(self.project(x), self.norms, rows.angles, pages, rows.places)
         out, _ = backend.attend(q, pages, rows.work, scale=self.scale)
         return product("rhd,hde->re", out, self.o), pages
+
+    def project(self, x: Float[Array, "rows embed"]) -> Float[Array, "rows all_heads head_dim"]:
+        """The heads of each row: queries, keys, values."""
+        weights = (self.q, self.k, self.v)
+        if not self.has_bias:
+            return jnp.concatenate([product("re,ehd->rhd", x, weight) for weight in weights], axis=1)
+        # Some biases are far larger than what they are added to: the sum is rounded, and not its parts.
+        qkv = [product("re,ehd->rhd", x, weight, out_dtype=wide(x.dtype)) for weight in weights]
+        biases = [bias[...] for bias in (self.q_bias, self.k_bias, self.v_bias)]
+        return (jnp.concatenate(qkv, axis=1) + jnp.concatenate(biases, axis=0)).astype(x.dtype)
 
     @property
     def norms(self) -> HeadNorms | None:

@@ -21,6 +21,7 @@ import tyro
 from safetensors.numpy import load_file
 
 from model.config import ModelConfig
+from model.hf_config import read_folder
 from model.tiny import dense
 from model.tiny.layout import Rows, Rule, pack
 from model.tiny.lessons import FOLDER, sequence
@@ -92,7 +93,7 @@ def measure(folder: Path = FOLDER, count: int = 500) -> None:
         folder: Model folder.
         count: Number of questions.
     """
-    weights, config, tasks = load(folder), ModelConfig.from_folder(folder), held_out(count)
+    weights, config, tasks = load(folder), read_folder(folder), held_out(count)
     for rule in get_args(Rule):
         print(f"{rule}: {accuracy(weights, config, tasks, rule)}", flush=True)
 

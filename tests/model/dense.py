@@ -5,6 +5,7 @@ It reads a checkpoint's own tensors (Hugging Face names and layout) and shares n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from model.architecture import ARCHITECTURES
 from model.config import ModelConfig
+from model.rotary import LinearScaling, Llama3Scaling, YarnScaling
 
 
 def dense_logits(
@@ -38,7 +40,14 @@ def dense_logits(
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_norm_eps) * weight(name)
 
+    def projected(x: np.ndarray, name: str, heads: int) -> np.ndarray:
+        y = x @ weight(name).T
+        if ARCHITECTURES[config.architecture].qkv_bias:
+            y = y + tensors[f"{name}.bias"].astype(dtype)
+        return y.reshape(n, heads, size)
+
     turn = np.exp(1j * positions[:, None] * _radians_per_position(config))[:, None, :]
+    turn = turn * _attention_factor(config)
 
     def rotate(x: np.ndarray) -> np.ndarray:
         pairs = (x[..., : size // 2] + 1j * x[..., size // 2 :]) * turn
@@ -48,9 +57,9 @@ def dense_logits(
     for i in range(config.num_layers):
         layer = f"model.layers.{i}"
         x = norm(hidden, f"{layer}.input_layernorm")
-        q = (x @ weight(f"{layer}.self_attn.q_proj").T).reshape(n, heads, size)
-        k = (x @ weight(f"{layer}.self_attn.k_proj").T).reshape(n, kv_heads, size)
-        v = (x @ weight(f"{layer}.self_attn.v_proj").T).reshape(n, kv_heads, size)
+        q = projected(x, f"{layer}.self_attn.q_proj", heads)
+        k = projected(x, f"{layer}.self_attn.k_proj", kv_heads)
+        v = projected(x, f"{layer}.self_attn.v_proj", kv_heads)
         if ARCHITECTURES[config.architecture].qk_norm:
             q, k = norm(q, f"{layer}.self_attn.q_norm"), norm(k, f"{layer}.self_attn.k_norm")
         q, k = rotate(q), rotate(k)
@@ -82,17 +91,41 @@ def dense_greedy(
 
 
 def _radians_per_position(config: ModelConfig) -> np.ndarray:
-    theta = config.rope_theta ** -(np.arange(config.head_dim // 2) * 2 / config.head_dim)
+    """Pair by pair, as the papers put it: by wavelengths, and by turns within the original context."""
+    return np.array([_radians(config, pair) for pair in range(config.head_dim // 2)])
+
+
+def _radians(config: ModelConfig, pair: int) -> float:
+    theta = config.rope_theta ** -(2 * pair / config.head_dim)
+    match config.rope_scaling:
+        case None:
+            return theta
+        case LinearScaling() as scaling:
+            return theta / scaling.factor
+        case Llama3Scaling() as scaling:
+            wavelength = 2 * math.pi / theta
+            if wavelength > scaling.original_max_context / scaling.low_freq_factor:
+                return theta / scaling.factor
+            if wavelength < scaling.original_max_context / scaling.high_freq_factor:
+                return theta
+            smooth = (scaling.original_max_context / wavelength - scaling.low_freq_factor) / (
+                scaling.high_freq_factor - scaling.low_freq_factor
+            )
+            return (1 - smooth) * theta / scaling.factor + smooth * theta
+        case YarnScaling() as scaling:
+            first, last = (
+                config.head_dim
+                * math.log(scaling.original_max_context / (2 * math.pi * turns))
+                / (2 * math.log(config.rope_theta))
+                for turns in (scaling.beta_fast, scaling.beta_slow)
+            )
+            if scaling.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, config.head_dim - 1)
+            ramp = min(max((pair - first) / (last - first or 0.001), 0), 1)
+            return (1 - ramp) * theta + ramp * theta / scaling.factor
+
+
+def _attention_factor(config: ModelConfig) -> float:
     scaling = config.rope_scaling
-    if scaling is None:
-        return theta
-    wavelength = 2 * np.pi / theta
-    longest = scaling.original_max_context / scaling.low_freq_factor
-    shortest = scaling.original_max_context / scaling.high_freq_factor
-    smooth = (scaling.original_max_context / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    between = (1 - smooth) * theta / scaling.factor + smooth * theta
-    return np.where(
-        wavelength > longest, theta / scaling.factor, np.where(wavelength < shortest, theta, between)
-    )
+    return scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0

@@ -83,14 +83,18 @@ def test_a_part_that_is_missing_is_named(fused: Decoder, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("shape", "inputs"), [((5,), 0), ((5, 6), 0), ((5, 6), 1), ((5, 2, 3), 1), ((2, 3, 5), 2)]
+    ("shape", "inputs"),
+    [((5,), 0), ((5, 6), 0), ((5,), None), ((5, 6), None), ((5, 6), 1), ((5, 2, 3), 1), ((2, 3, 5), 2)],
 )
-def test_a_tensor_is_stored_output_axes_first(shape: tuple[int, ...], inputs: int) -> None:
+def test_a_tensor_is_stored_output_axes_first_and_a_bias_as_a_vector(
+    shape: tuple[int, ...], inputs: int | None
+) -> None:
     ours = np.arange(np.prod(shape)).reshape(shape)
     tensor = HfTensor.of("x", shape, inputs)
     theirs = tensor.to_hf(ours)
     matrix = ours.reshape(int(np.prod(shape[:inputs])), -1)
-    np.testing.assert_array_equal(theirs, matrix.T if inputs else ours)
+    expected = ours if inputs is None else matrix.T if inputs else ours.ravel()
+    np.testing.assert_array_equal(theirs, expected)
     np.testing.assert_array_equal(theirs.reshape(tensor.view).transpose(tensor.to_ours), ours)
     axes = ["a", "b", "c"][: len(shape)]
     assert [tensor.stored_axes(axes)[axis] for axis in tensor.to_ours] == axes

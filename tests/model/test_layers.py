@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import jax
@@ -11,18 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model.config import PRESETS, Llama3Scaling, ModelConfig
+from model.config import PRESETS
 from model.decoder import Decoder
-from model.layers import RMSNorm, inverse_frequencies, parameter, product, rotary_angles
+from model.layers import RMSNorm, parameter, product, rotary_angles
+from model.rotary import YarnScaling, inverse_frequencies
 
 CONFIG = replace(PRESETS["qwen3-0.6b"], num_layers=1)
-SCALED = replace(
-    CONFIG,
-    rope_theta=5e5,
-    rope_scaling=Llama3Scaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_context=8192
-    ),
-)
 
 
 def test_every_norm_has_the_configs_epsilon() -> None:
@@ -40,37 +33,21 @@ def test_epsilon_counts_where_activations_are_small() -> None:
     np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, rtol=1e-6)
 
 
-def llama3_frequency(frequency: float, config: ModelConfig) -> float:
-    """As Meta's apply_scaling has it: by wavelength, in three ranges."""
-    scaling = config.rope_scaling
-    assert scaling is not None
-    wavelength = 2 * math.pi / frequency
-    if wavelength < scaling.original_max_context / scaling.high_freq_factor:
-        return frequency
-    if wavelength > scaling.original_max_context / scaling.low_freq_factor:
-        return frequency / scaling.factor
-    smooth = scaling.original_max_context / wavelength - scaling.low_freq_factor
-    smooth /= scaling.high_freq_factor - scaling.low_freq_factor
-    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
-
-
-def test_rotary_scaling_stretches_long_waves_keeps_short_ones_and_goes_over_in_between() -> None:
-    plain = inverse_frequencies(replace(SCALED, rope_scaling=None))
-    np.testing.assert_allclose(plain, 5e5 ** -(np.arange(64) / 64), rtol=1e-12)
-    scaled = inverse_frequencies(SCALED)
-    np.testing.assert_allclose(scaled, [llama3_frequency(f, SCALED) for f in plain], rtol=1e-12)
-    stretched, kept = np.isclose(scaled, plain / 8), np.isclose(scaled, plain)
-    assert stretched.any()
-    assert kept.any()
-    assert (~stretched & ~kept).any()
-
-
 def test_positions_are_exact_to_the_end_of_a_long_context_in_a_bfloat16_model() -> None:
     cos, sin = rotary_angles(CONFIG, jnp.array([40_959]), jnp.bfloat16)
-    angles = 40_959 * inverse_frequencies(CONFIG)
+    angles = 40_959 * inverse_frequencies(128, 1e6, None)
     assert cos.dtype == sin.dtype == jnp.float32
     np.testing.assert_allclose(cos[0], np.cos(angles), atol=4e-3)
     np.testing.assert_allclose(sin[0], np.sin(angles), atol=4e-3)
+
+
+def test_cos_and_sin_grow_by_yarns_attention_factor_and_by_no_other() -> None:
+    scaling = YarnScaling(factor=4.0, original_max_context=32768, attention_factor=1.25)
+    stretched = replace(CONFIG, rope_scaling=replace(scaling, attention_factor=1.0))
+    plain = rotary_angles(stretched, jnp.array([7, 40_000]), jnp.float32)
+    grown = rotary_angles(replace(CONFIG, rope_scaling=scaling), jnp.array([7, 40_000]), jnp.float32)
+    for mine, theirs in zip(grown, plain, strict=True):
+        np.testing.assert_allclose(mine, 1.25 * theirs, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

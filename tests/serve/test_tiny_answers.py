@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from bench.demo import Demo, watched_question
-from model.config import ModelConfig
+from model.hf_config import read_folder
 from model.tiny.layout import Rows, Tokens, lay_out, pack
 from model.tiny.lessons import FOLDER, prompt, tokenizer
 from model.tiny.measure import held_out, load, wrong_choices
@@ -114,7 +114,7 @@ def dense_sequence(task: Task, events: Sequence[Event]) -> Tokens:
 def test_served_tokens_are_the_first_choices_of_one_dense_pass(served: Run, tasks: list[Task]) -> None:
     """Whatever was served: a wrong answer must be the one that the dense pass would give, too."""
     sequences = [dense_sequence(tasks[int(index)], events) for index, events in served.events.items()]
-    weights, config = load(FOLDER), ModelConfig.from_folder(FOLDER)
+    weights, config = load(FOLDER), read_folder(FOLDER)
     length = max(1024, *(len(sequence.tokens) for sequence in sequences))
     for row in zip(*pack(sequences, length), strict=True):
         rows = Rows(*(array[None] for array in row))
