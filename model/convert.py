@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,8 @@ def hf(folder: Folder, out: Out) -> None:
         folder: the Hugging Face folder.
         out: where the converted model folder goes.
     """
-    checkpoint.convert_hf(folder, out)
+    for note in checkpoint.convert_hf(folder, out):
+        print(f"taper-convert: {note}", file=sys.stderr)
     print(f"wrote {out}")
 
 
@@ -42,4 +44,7 @@ def smollm2(out: Out) -> None:
 
 
 def main() -> None:
-    app.cli(prog="taper-convert", description=__doc__)
+    try:
+        app.cli(prog="taper-convert", description=__doc__)
+    except (OSError, ValueError) as error:
+        sys.exit(f"taper-convert: {error}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import tyro
 
 from attention import BACKENDS, backend_named
-from model.checkpoint import LoadFormat, load_model, model_folder
+from model.checkpoint import LoadFormat, ModelSource, model_folder
 from model.decode import generate
 from model.tokenizer import Tokenizer
 from scheduler.sampling import SamplingParams
@@ -74,9 +74,10 @@ def _report(command: Decode) -> str:
         raise ValueError(f"--attention must be auto or one of {', '.join(BACKENDS)}")
     tokenizer = _tokenizer(command.model)
     prompts = _prompts(command, tokenizer)
-    model = load_model(
-        command.model, jnp.dtype(command.dtype), command.load_format, seed=command.weights_seed
-    )
+    source = ModelSource.find(command.model, command.load_format)
+    for note in source.notes:
+        print(f"taper-decode: {note}", file=sys.stderr)
+    model = source.load(jnp.dtype(command.dtype), seed=command.weights_seed)
     generation = generate(
         model,
         prompts,
@@ -109,7 +110,8 @@ def _report(command: Decode) -> str:
 def _tokenizer(name: str) -> Tokenizer | None:
     """The model folder's tokenizer, if it has one. A preset's random weights go with the embedded one."""
     folder = model_folder(name) or Path(__file__).parent / "tiny"
-    return Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    tokenizer = Tokenizer.from_folder(folder)
+    return tokenizer if tokenizer.supports_text else None
 
 
 def _prompts(command: Decode, tokenizer: Tokenizer | None) -> list[list[int]]:

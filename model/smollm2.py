@@ -42,7 +42,7 @@ _LAYER_TENSORS = {
 _CONTROL, _USER_DEFINED = 3, 4
 
 
-class ConversionError(RuntimeError):
+class ConversionError(ValueError):
     """The model could not be fetched, or is not of the kind that this module converts."""
 
 

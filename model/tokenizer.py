@@ -1,7 +1,8 @@
 """Tokenizer: text to token ids and back, and chats to text, by what a model folder says.
 
-Reads `tokenizer.json` (the `tokenizers` library) and the checkpoint's own chat template, which is a program
-from elsewhere and runs in jinja2's sandbox, with the names that transformers gives to templates:
+`tokenizer.json` is read by the `tokenizers` library (model/tokenizer_files.py has all the files that count).
+The checkpoint's own chat template is a program from elsewhere: it runs in jinja2's sandbox, with the names
+that transformers gives to templates:
 https://huggingface.co/docs/transformers/chat_templating_writing
 """
 
@@ -19,11 +20,18 @@ import tokenizers
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from model.settings import one_line, read_optional
 from model.spelling import Spelling, without_first_space
-
-
-class TokenizerError(ValueError):
-    """A model folder's tokenizer or chat template is missing or unreadable."""
+from model.tokenizer_files import (
+    CONFIG,
+    TOKENIZER,
+    TokenizerError,
+    has_tokenizer,
+    read_backend,
+    read_chat_template,
+    read_eos_ids,
+    read_special_tokens,
+)
 
 
 class ChatError(ValueError):
@@ -38,6 +46,7 @@ class Tokenizer:
     spelling        what each id stands for in a text
     eos_ids         tokens that end a text, from generation_config.json, config.json and the tokenizer
     special_tokens  what the template may name: {"bos_token": "<s>", ...}
+    notes           what an operator should hear: that there is no tokenizer
     """
 
     backend: tokenizers.Tokenizer
@@ -46,22 +55,40 @@ class Tokenizer:
     eos_ids: tuple[int, ...] = ()
     special_tokens: Mapping[str, str] | None = None
     chat_template: jinja2.Template | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """Raises TokenizerError naming the file at fault."""
+        """Raises CheckpointError naming the file at fault."""
         folder = Path(path)
-        backend = _read_backend(folder / "tokenizer.json")
-        config = _read_json(folder / "tokenizer_config.json")
-        special = _special_tokens(config)
+        if not has_tokenizer(folder):
+            return cls.without_tokens(read_eos_ids(folder), _without(folder))
+        backend, config = read_backend(folder), read_optional(folder / CONFIG)
+        special = read_special_tokens(folder, config, backend)
+        own = backend.token_to_id(special.get("eos_token", ""))
+        ids = dict.fromkeys((*read_eos_ids(folder), *(() if own is None else (own,))))
+        template = read_chat_template(folder, config)
         return cls(
             backend=backend,
             continuing=without_first_space(backend),
-            spelling=_spelling(folder / "tokenizer.json", backend),
-            eos_ids=_eos_ids(folder, backend, special),
+            spelling=_spelling(folder / TOKENIZER, backend),
+            eos_ids=tuple(ids),
             special_tokens=special,
-            chat_template=_read_chat_template(folder, config),
+            chat_template=template and _compiled(*template),
         )
+
+    @classmethod
+    def without_tokens(cls, eos_ids: tuple[int, ...], note: str) -> Tokenizer:
+        """What stands in where a folder has no tokenizer: texts have no ids, and ids read as nothing."""
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        return cls(
+            backend=backend, continuing=backend, spelling=Spelling({}, {}), eos_ids=eos_ids, notes=(note,)
+        )
+
+    @property
+    def supports_text(self) -> bool:
+        """Whether the folder has a tokenizer."""
+        return not self.notes
 
     @property
     def vocab_size(self) -> int:
@@ -106,16 +133,10 @@ class Tokenizer:
             raise ChatError(f"the model's chat template refuses these messages: {error}") from error
 
 
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    if not path.exists():
-        raise TokenizerError(f"no {path.name} in {path.parent}: a model folder needs one")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"cannot read {path}: {error}") from error
-    backend.no_truncation()  # a file may ask for both; a prompt is never silently cut or padded
-    backend.no_padding()
-    return backend
+def _without(folder: Path) -> str:
+    others = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (folder / name).exists()]
+    beside = f" ({', '.join(others)} is not read)" if others else ""
+    return f"no tokenizer.json in {folder}{beside}: token ids are served, and texts are refused"
 
 
 def _spelling(path: Path, backend: tokenizers.Tokenizer) -> Spelling:
@@ -125,51 +146,11 @@ def _spelling(path: Path, backend: tokenizers.Tokenizer) -> Spelling:
         raise TokenizerError(f"cannot use {path}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The file's object, or an empty one where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"cannot read {path}: {error}") from error
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Every `*_token` of tokenizer_config.json; it is written as a string or as {"content": string}."""
-    special = {}
-    for name, value in config.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(content, str):
-            special[name] = content
-    return special
-
-
-def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, special: Mapping[str, str]) -> tuple[int, ...]:
-    ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-    own = backend.token_to_id(special.get("eos_token", ""))
-    return tuple(dict.fromkeys(ids if own is None else [*ids, own]))
-
-
-def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> jinja2.Template | None:
-    """`chat_template.jinja`, or the `chat_template` of tokenizer_config.json: text, or named texts."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        source = path.read_text(encoding="utf-8")
-    else:
-        path = folder / "tokenizer_config.json"
-        source = config.get("chat_template")
-        if isinstance(source, list):
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if source is None:
-        return None
+def _compiled(source: str, path: Path) -> jinja2.Template:
     try:
         return _environment().from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise TokenizerError(f"the chat template in {path} is not valid jinja: {error}") from error
+    except Exception as error:  # a template is a foreign program: it may be wrong in any way
+        raise TokenizerError(f"the chat template in {path} is not valid jinja: {one_line(error)}") from error
 
 
 class _Generation(Extension):

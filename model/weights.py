@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.hf_tensor import ParameterPath, Source
+from model.settings import listed, shown
 from model.sharding import Placement
+from model.tensor_files import FLOATS, INDEX, WHOLE, Stored, TensorFiles, WeightsError, ignored
 
-
-class WeightsError(ValueError):
-    """The tensors on disk are not the tensors of the model. Lists every fault at once."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def parameters(model: Decoder) -> Iterator[tuple[ParameterPath, nnx.Param]]:
@@ -91,31 +89,49 @@ def _draw(
 def load_safetensors(model: Decoder, folder: Path, placement: Placement) -> Decoder:
     """Fills the model from a Hugging Face folder, tensor by tensor, casting to the model's dtype.
 
-    Raises WeightsError with every missing tensor, unexpected tensor and wrong shape.
+    Raises WeightsError with the missing and unexpected tensors, the wrong shapes and the wrong types.
     """
-    with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, "np")) for path in _safetensors_files(folder)]
-        holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
-        wanted = {path: Source.of(path, param) for path, param in parameters(model)}
-        optional = {"lm_head.weight"} if model.config.tie_embeddings else set()
-        found = {
-            name: tuple(file.get_slice(name).get_shape())
-            for name, file in holder.items()
-            if name not in optional and not name.endswith("rotary_emb.inv_freq")
-        }
-        check_tensors(_shapes(wanted.values()), found, folder)
+    with TensorFiles(folder) as files:
+        wanted = check_safetensors(model, files, folder)
+        embedding_name = _embedding_name(files)
 
         def make(path: ParameterPath, param: nnx.Param) -> jax.Array:
             # Sent as stored and permuted on the device, where it is fast; no byte moves between devices.
             axes, source, sent = param.get_metadata("axes"), wanted[path], []
             for tensor in source.tensors:
-                stored = holder[tensor.name].get_tensor(tensor.name).reshape(tensor.view)
+                name = embedding_name if tensor.name == EMBEDDING else tensor.name
+                stored = files.read(name).reshape(tensor.view)
                 sent.append(jax.device_put(stored, placement.sharding(tensor.stored_axes(axes))))
             permutations = tuple(tensor.to_ours for tensor in source.tensors)
             join = _join(permutations, source.axis, param.get_value().dtype, placement.sharding(axes))
             return join(*sent)
 
         return _fill(model, make)
+
+
+def check_safetensors(model: Decoder, files: TensorFiles, folder: Path) -> dict[ParameterPath, Source]:
+    """What each parameter is made of, once the headers of the files say that all of it is there.
+
+    Raises WeightsError.
+    """
+    wanted = {path: Source.of(path, param) for path, param in parameters(model)}
+    found = {name: stored for name, stored in files.stored().items() if not ignored(name)}
+    if model.config.tie_embeddings:
+        embedding = found.get(_embedding_name(files))
+        found.pop(HEAD, None)
+        found |= {} if embedding is None else {EMBEDDING: embedding}
+    check_tensors(_shapes(wanted.values()), found, folder)
+    return wanted
+
+
+def has_own_head(files: TensorFiles) -> bool:
+    """Whether a checkpoint whose config ties the head to the embedding holds a head that is another."""
+    return HEAD in files and EMBEDDING in files and not files.same(HEAD, EMBEDDING)
+
+
+def _embedding_name(files: TensorFiles) -> str:
+    """Of tensors that are one, some savers keep the head alone: transformers 5 takes it for both."""
+    return HEAD if HEAD in files and EMBEDDING not in files else EMBEDDING
 
 
 def _shapes(sources: Iterable[Source]) -> dict[str, tuple[int, ...]]:
@@ -135,37 +151,22 @@ def _join(
     return jax.jit(join, out_shardings=sharding)
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint: those of its index, or all there are; WeightsError if one is absent."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    absent = [path.name for path in files if not path.exists()]
-    if absent:
-        raise WeightsError(f"{index} names files that are not there: {', '.join(absent)}")
-    if not files:
-        raise WeightsError(f"no *.safetensors in {folder}")
-    return files
-
-
-def check_tensors(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path
-) -> None:
-    """Raises WeightsError listing everything by which `found` differs from `expected` (names to shapes)."""
-    faults = [f"missing: {name}" for name in expected if name not in found]
-    faults += [f"unexpected: {name}" for name in found if name not in expected]
-    faults += [
-        f"wrong shape: {name} is {found[name]}, config.json asks for {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
+def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Stored], source: Path) -> None:
+    """Raises WeightsError listing by what `found` differs from `expected` (names to shapes)."""
+    floats = tuple(FLOATS.values())
+    missing = [f"missing: {name}" for name in expected if name not in found]
+    unexpected = [f"unexpected: {shown(name)[1:-1]}" for name in found if name not in expected]
+    shapes, types = [], []
+    for name in expected.keys() & found.keys():
+        shape, stored = expected[name], found[name]
+        where = f"{name} in {stored.file}" if stored.file else name
+        if stored.shape != shape:
+            shapes.append(f"wrong shape: {where} is {stored.shape}, config.json asks for {shape}")
+        if stored.dtype not in floats:
+            types.append(f"wrong type: {where} is {stored.dtype}, expected one of {', '.join(floats)}")
+    faults = [listed(kind, 4) for kind in (missing, unexpected, sorted(shapes), sorted(types)) if kind]
     if faults:
-        raise WeightsError(
-            f"{source} does not hold the model that its config.json describes:\n  " + "\n  ".join(faults)
-        )
+        raise WeightsError(f"{source} does not hold the model of its config.json: {'; '.join(faults)}")
 
 
 def hf_tensors(model: Decoder) -> dict[str, np.ndarray]:
@@ -183,12 +184,13 @@ def save_hf(folder: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray]
     """
     model = Decoder(config, jnp.float32)
     expected = _shapes(Source.of(path, param) for path, param in parameters(model))
-    check_tensors(expected, {name: t.shape for name, t in tensors.items()}, folder)
+    found = {name: Stored(tensor.shape, str(tensor.dtype), "") for name, tensor in tensors.items()}
+    check_tensors(expected, found, folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(next(iter(tensors.values())).dtype)
     (folder / "config.json").write_text(json.dumps(config.to_hf() | {"dtype": dtype}, indent=2) + "\n")
     if shards == 1:
-        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(dict(tensors), folder / WHOLE, metadata={"format": "pt"})
         return
     weight_map = {}
     for shard in range(shards):
@@ -198,4 +200,4 @@ def save_hf(folder: Path, config: ModelConfig, tensors: Mapping[str, np.ndarray]
         weight_map |= dict.fromkeys(names, file)
     size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

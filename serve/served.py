@@ -30,12 +30,14 @@ class ServedModel:
     """The served model as clients see it, and the limits of a request. Times are in seconds.
 
     join         the model's own join, `kv` or `reprefill`
+    supports_text  whether there is a tokenizer; without one, token ids can be served all the same
     grammars     the tag sets that a model-driven request may name; own_grammar is the model's own, if any
     """
 
     name: str
     architecture: str
     tokenizer: Tokenizer
+    supports_text: bool = True
     vocab_size: int
     max_context: int
     eos_ids: tuple[int, ...]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import structlog
 
 from attention import Backend, backend_named, default_backend
-from model.checkpoint import abstract_model, load_model, model_folder
+from model.checkpoint import ModelSource, model_folder
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.tokenizer import Tokenizer
@@ -77,10 +77,13 @@ def start(
     _keep_compiled_programs(config.compilation_cache)
     # A preset has no tokenizer of its own: the embedded one will do for random weights.
     tokenizer = Tokenizer.from_folder(model_folder(config.model) or cast(Path, model_folder("default")))
+    source = ModelSource.find(config.model, config.load_format)
+    for note in (*tokenizer.notes, *source.notes):
+        log.warning(note, model=config.model)
     began, dtype = time.perf_counter(), jnp.dtype(config.dtype)
     with jax.enable_x64(config.dtype == "float64"), ThreadPoolExecutor(max_workers=1) as compiler:
-        compiling = compiler.submit(_compiled_runner, config, abstract_model(config.model, dtype))
-        model = load_model(config.model, dtype, config.load_format, seed=config.seed)
+        compiling = compiler.submit(_compiled_runner, config, source.abstract(dtype))
+        model = source.load(dtype, seed=config.seed)
         jax.block_until_ready(model.split()[1])
         loaded = time.perf_counter() - began
         runner, compiled, memory = compiling.result()
@@ -144,6 +147,7 @@ def served_model(config: ServerConfig, model: ModelConfig, tokenizer: Tokenizer)
         name=model.name,
         architecture=model.architecture,
         tokenizer=tokenizer,
+        supports_text=tokenizer.supports_text,
         vocab_size=model.vocab_size,
         max_context=min(model.max_context, config.max_context or model.max_context),
         eos_ids=tokenizer.eos_ids or model.eos_ids,

@@ -15,6 +15,14 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from serve.api.errors import InvalidRequestError, Violation
 from serve.served import ServedModel
 
+_NEED_TEXT = {
+    ("Prompt", "text"),
+    ("Prompt", "chat"),
+    ("Prefix", "text"),
+    ("StoppingCriteria", "stop"),
+    ("GenerateRequest", "model_driven"),
+    ("DetokenizeRequest", "token_ids"),
+}
 SLACK = 1e-6  # a float32 0.01 is a little less than 0.01
 
 
@@ -81,6 +89,25 @@ def check_ids(ids: Iterable[int], model: ServedModel, path: str) -> Iterator[Vio
             yield Violation(
                 f"{path}[{index}]", f"{token} is not less than {model.vocab_size}, the vocabulary"
             )
+
+
+def refuse_text(message: Message, model: ServedModel, path: str = "") -> None:
+    """Raises InvalidRequestError naming all fields that need a tokenizer, where the model has none."""
+    if not model.supports_text and (violations := list(_text_fields(message, path))):
+        raise InvalidRequestError.of(violations)
+
+
+def _text_fields(message: Message, path: str) -> Iterator[Violation]:
+    reason = "this model has no tokenizer: only token ids can be sent"
+    for descriptor, value in message.ListFields():
+        name = f"{path}.{descriptor.name}" if path else descriptor.name
+        if (message.DESCRIPTOR.name, descriptor.name) in _NEED_TEXT:
+            yield Violation(name, reason)
+        elif isinstance(value, Message):
+            yield from _text_fields(value, name)
+        elif descriptor.message_type and not descriptor.message_type.GetOptions().map_entry:
+            for index, item in enumerate(value):
+                yield from _text_fields(item, f"{name}[{index}]")
 
 
 def unknown_fields(message: Message, path: str = "") -> Iterator[Violation]:

@@ -10,7 +10,7 @@ from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.served import ServedModel
-from serve.server.faults import Faults, check_model
+from serve.server.faults import Faults, check_model, refuse_text
 from serve.server.programs import ProgramReader
 from serve.server.sampling import read_sampling
 
@@ -26,6 +26,7 @@ def read_request(message: pb.GenerateRequest, model: ServedModel) -> Request:
 
     Tokenizes: milliseconds for a long prompt, so it belongs in a thread. Without a seed, one is drawn.
     """
+    refuse_text(message, model)
     faults = Faults(message, model)
     request = _Reader(faults).request(message)
     faults.raise_any()
@@ -34,6 +35,7 @@ def read_request(message: pb.GenerateRequest, model: ServedModel) -> Request:
 
 def read_prompt(prompt: pb.Prompt, model: ServedModel) -> list[int]:
     """The ids of a prompt of any kind. Raises InvalidRequestError."""
+    refuse_text(prompt, model, "prompt")
     faults = Faults(prompt, model)
     ids = _Reader(faults).prompt(prompt, "prompt")
     faults.raise_any()

@@ -19,7 +19,7 @@ from serve.api.protos.taper.v1 import control_service_pb2_grpc as control_grpc
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
 from serve.served import ServedModel
-from serve.server.faults import check_ids, check_model, unknown_fields
+from serve.server.faults import check_ids, check_model, refuse_text, unknown_fields
 from serve.server.requests import read_prompt, read_request
 from serve.server.responses import ResponseWriter, duration
 from serve.server.service import Service
@@ -101,6 +101,7 @@ class InferenceServicer(inference_grpc.InferenceServiceServicer):
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
         model = self.service.served().model
+        refuse_text(request, model)
         _check(request, model, check_ids(request.token_ids, model, "token_ids"))
         speller = self.service.speller(skip_special_tokens=not request.keep_special_tokens)
         return pb.DetokenizeResponse(text=await asyncio.to_thread(speller.text, list(request.token_ids)))

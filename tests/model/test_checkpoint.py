@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from model import checkpoint, convert
-from model.checkpoint import LoadFormat, abstract_model, convert_hf, load_model, model_config, model_folder
+from model.checkpoint import LoadFormat, ModelSource, convert_hf, load_model, model_config, model_folder
 from model.config import PRESETS
 from model.weights import WeightsError, hf_tensors
 from tests.model.checkpoints import CHECKPOINTS
@@ -26,7 +26,7 @@ NAME = "qwen3-gqa2-untied-wide-heads-bf16"
 def converted(golden_folder: Callable[[str], Path], tmp_path: Path) -> Path:
     source = shutil.copytree(golden_folder(NAME), tmp_path / "source")
     (source / "tokenizer.json").write_text("{}")
-    index = {"weight_map": {"lm_head.weight": "model.safetensors"}}
+    index = {"weight_map": dict.fromkeys(CHECKPOINTS[NAME].tensors(), "model.safetensors")}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     (source / "chat_template.jinja").write_text("{{ messages }}")
     out = tmp_path / "converted"
@@ -122,7 +122,7 @@ def test_a_preset_has_no_weights_of_its_own(load_format: LoadFormat) -> None:
 
 
 def test_a_preset_is_described_without_being_allocated() -> None:
-    model = abstract_model("qwen3-32b", jnp.bfloat16)
+    model = ModelSource.find("qwen3-32b", "random").abstract(jnp.bfloat16)
     assert model_folder("qwen3-32b") is None
     assert model.config == model_config("qwen3-32b") == PRESETS["qwen3-32b"]
     assert model.dtype == jnp.bfloat16

@@ -16,7 +16,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from model import weights
+from model import tensor_files
+from model.checkpoint import OWN_HEAD, ModelSource
 from model.decoder import Decoder
 from model.sharding import ON_ONE_DEVICE
 from model.weights import WeightsError, hf_tensors, load_safetensors, parameters, random_weights, save_hf
@@ -26,6 +27,8 @@ from tests.model.dense import dense_logits
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 TIED, SHARDED = "qwen3-gqa8-tied-narrow-heads-f16", "qwen3-gqa8-untied-sharded"
+PLAIN = "qwen3-gqa1-tied"
+BIASED = "qwen2-gqa8-untied-sharded-bf16"
 
 
 def load(folder: Path, name: str, dtype: type = jnp.float32) -> Decoder:
@@ -70,7 +73,7 @@ def test_every_tensor_is_read_once(
             read.append(name)
             return self._file.get_tensor(name)
 
-    monkeypatch.setattr(weights, "safe_open", Counting)
+    monkeypatch.setattr(tensor_files, "safe_open", Counting)
     load(golden_folder(SHARDED), SHARDED)
     assert sorted(read) == sorted(CHECKPOINTS[SHARDED].tensors())
 
@@ -100,34 +103,77 @@ def test_weights_are_cast_to_the_dtype_of_the_model(golden_folder: Callable[[str
         np.testing.assert_array_equal(hf_tensors(model)[key], tensor.astype(ml_dtypes.bfloat16), err_msg=key)
 
 
-def test_every_missing_unexpected_and_misshapen_tensor_is_in_one_error(tmp_path: Path) -> None:
-    folder = CHECKPOINTS[TIED].write(tmp_path)
-    for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
-        tensors.pop("model.norm.weight", None)
-        tensors.pop("model.layers.1.mlp.up_proj.weight", None)
-        if "model.embed_tokens.weight" in tensors:
-            tensors["model.embed_tokens.weight"] = np.zeros((7, 5), np.float16)
-            tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(48, np.float16)
-        save_file(tensors, file)
+def changed(folder: Path, **tensors: np.ndarray | None) -> Path:
+    """The plain checkpoint with other tensors (None: without that one), "__" for each dot of a name."""
+    CHECKPOINTS[PLAIN].write(folder)
+    stored = load_file(folder / "model.safetensors") | {
+        name.replace("__", "."): tensor for name, tensor in tensors.items()
+    }
+    save_file({name: t for name, t in stored.items() if t is not None}, folder / "model.safetensors")
+    return folder
+
+
+def test_every_missing_unexpected_and_misshapen_tensor_is_in_one_line(tmp_path: Path) -> None:
+    folder = changed(
+        tmp_path,
+        model__norm__weight=None,
+        model__layers__1__mlp__up_proj__weight=None,
+        model__embed_tokens__weight=np.zeros((7, 5), np.float16),
+        model__layers__0__self_attn__q_proj__bias=np.zeros(48, np.float16),
+        model__layers__0__input_layernorm__weight=np.zeros(64, np.int8),
+    )
     with pytest.raises(WeightsError) as error:
-        load(folder, TIED)
-    assert sorted(line.strip() for line in str(error.value).splitlines()[1:]) == [
-        "missing: model.layers.1.mlp.up_proj.weight",
-        "missing: model.norm.weight",
-        "unexpected: model.layers.0.self_attn.q_proj.bias",
-        "wrong shape: model.embed_tokens.weight is (7, 5), config.json asks for (321, 64)",
-    ]
+        load(folder, PLAIN)
+    assert str(error.value) == (
+        f"{folder} does not hold the model of its config.json: "
+        "missing: model.norm.weight; missing: model.layers.1.mlp.up_proj.weight; "
+        "unexpected: model.layers.0.self_attn.q_proj.bias; "
+        "wrong shape: model.embed_tokens.weight in model.safetensors is (7, 5), "
+        "config.json asks for (259, 64); "
+        "wrong type: model.layers.0.input_layernorm.weight in model.safetensors is I8, "
+        "expected one of float64, float32, float16, bfloat16"
+    )
 
 
-def test_a_head_beside_tied_embeddings_and_old_rotary_tables_are_ignored(tmp_path: Path) -> None:
+def test_of_many_faults_the_first_are_named_and_the_rest_counted(tmp_path: Path) -> None:
+    folder = CHECKPOINTS[PLAIN].write(tmp_path)
+    config = replace(CHECKPOINTS[PLAIN].config, num_layers=5)
+    with pytest.raises(WeightsError, match=r"missing: model\.layers\.3\..*; and 18 more") as error:
+        load_safetensors(Decoder(config, jnp.float32), folder, ON_ONE_DEVICE)
+    assert "\n" not in str(error.value)
+
+
+def test_the_same_head_beside_tied_embeddings_and_old_rotary_tables_are_ignored(tmp_path: Path) -> None:
     """Some published checkpoints carry both."""
-    folder = CHECKPOINTS["qwen3-gqa1-tied"].write(tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
-    save_file(tensors, folder / "model.safetensors")
-    assert load(folder, "qwen3-gqa1-tied").head is None
+    head = CHECKPOINTS[PLAIN].tensors()["model.embed_tokens.weight"]
+    folder = changed(
+        tmp_path, lm_head__weight=head, model__layers__0__self_attn__rotary_emb__inv_freq=np.zeros(8)
+    )
+    source = ModelSource.find(str(folder))
+    assert (source.config.tie_embeddings, source.notes) == (True, ())
+    assert load(folder, PLAIN).head is None
+
+
+def test_another_head_beside_tied_embeddings_is_used_and_said(tmp_path: Path) -> None:
+    head = CHECKPOINTS[PLAIN].tensors()["model.embed_tokens.weight"]
+    head[-1, -1] += 1
+    source = ModelSource.find(str(changed(tmp_path, lm_head__weight=head)))
+    assert source.notes == (OWN_HEAD,)
+    model = source.load(jnp.float32)
+    assert not model.config.tie_embeddings
+    np.testing.assert_array_equal(hf_tensors(model)["lm_head.weight"], head)
+    tensors = CHECKPOINTS[PLAIN].tensors() | {"lm_head.weight": head}
+    assert dense_logits(tensors, source.config, [1, 2]).shape == (2, 259)
+
+
+def test_the_embedding_of_a_tied_model_may_be_kept_as_its_head(tmp_path: Path) -> None:
+    """Of tensors that share their memory, a saver keeps one name; it may be this one."""
+    embedding = CHECKPOINTS[PLAIN].tensors()["model.embed_tokens.weight"]
+    folder = changed(tmp_path, lm_head__weight=embedding, model__embed_tokens__weight=None)
+    source = ModelSource.find(str(folder))
+    assert source.config.tie_embeddings
+    model = source.load(jnp.float32)
+    np.testing.assert_array_equal(hf_tensors(model)["model.embed_tokens.weight"], embedding)
 
 
 def test_files_that_the_index_names_but_are_not_there_are_named(tmp_path: Path) -> None:
@@ -138,7 +184,7 @@ def test_files_that_the_index_names_but_are_not_there_are_named(tmp_path: Path) 
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"no \*\.safetensors"):
+    with pytest.raises(WeightsError, match=r"no model\.safetensors and no model\.safetensors\.index\.json"):
         load(tmp_path, TIED)
 
 
@@ -166,7 +212,7 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     for name, tensor in first.items():
         np.testing.assert_array_equal(tensor, again[name])
         np.testing.assert_array_equal(tensor.astype(ml_dtypes.bfloat16), narrow[name])
-        assert tensor.ndim == 1 or (tensor != other[name]).any()
+        assert name.endswith("norm.weight") or (tensor != other[name]).any()
     matrices = [tensor.ravel()[:16].tobytes() for tensor in first.values() if tensor.ndim == 2]
     assert len(set(matrices)) == len(matrices)
 
@@ -185,6 +231,14 @@ def test_parameters_of_one_shape_are_drawn_by_one_program(monkeypatch: pytest.Mo
     random_weights(Decoder(config, jnp.float32), 0, ON_ONE_DEVICE)
     assert (40, config.hidden_size) in traced
     assert len(traced) == len({*traced})
+
+
+def test_random_biases_are_as_large_as_what_they_are_added_to() -> None:
+    model = random_weights(Decoder(CHECKPOINTS[BIASED].config, jnp.float32), 1, ON_ONE_DEVICE)
+    biases = [tensor for name, tensor in hf_tensors(model).items() if name.endswith(".bias")]
+    assert len(biases) == 9
+    assert 0.8 < np.concatenate(biases).std() < 1.2
+    assert len({bias[:8].tobytes() for bias in biases}) == 9
 
 
 def test_random_weights_of_a_seed_are_those_of_every_other_process() -> None:
