@@ -12,9 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from model import checkpoint, convert
-from model.checkpoint import LoadFormat, ModelSource, convert_hf, load_model, model_config, model_folder
+from model.checkpoint import (
+    OWN_HEAD,
+    LoadFormat,
+    ModelSource,
+    convert_hf,
+    load_model,
+    model_config,
+    model_folder,
+)
 from model.config import PRESETS
 from model.weights import WeightsError, hf_tensors
 from tests.model.checkpoints import CHECKPOINTS
@@ -138,9 +147,35 @@ def test_float64_without_x64_is_refused_rather_than_rounded() -> None:
         load_model("qwen3-0.6b", jnp.float64, "random")
 
 
+@pytest.mark.parametrize("name", [NAME, "qwen2-yarn-untruncated"])
 def test_the_convert_command_converts(
-    golden_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, golden_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["taper-convert", "hf", str(golden_folder(NAME)), str(tmp_path / "out")])
+    monkeypatch.setattr("sys.argv", ["taper-convert", "hf", str(golden_folder(name)), str(tmp_path / "out")])
     convert.main()
-    assert load_model(str(tmp_path / "out"), jnp.float32, "orbax").config == CHECKPOINTS[NAME].config
+    model = load_model(str(tmp_path / "out"), jnp.float32, "orbax")
+    assert model.config == CHECKPOINTS[name].config
+    tensors = CHECKPOINTS[name].tensors()
+    for key, tensor in hf_tensors(model).items():
+        np.testing.assert_array_equal(tensor, tensors[key].astype(np.float32), err_msg=key)
+
+
+def test_a_folder_that_cannot_be_converted_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"dtype": "float8"}')
+    monkeypatch.setattr("sys.argv", ["taper-convert", "hf", str(tmp_path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"^taper-convert: .*config\.json: dtype: expected float32,"):
+        convert.main()
+
+
+def test_a_head_that_is_not_tied_after_all_is_converted_as_its_own(
+    golden_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(golden_folder("qwen3-gqa1-tied"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, source / "model.safetensors")
+    assert convert_hf(source, tmp_path / "out") == (OWN_HEAD,)
+    model = load_model(str(tmp_path / "out"), jnp.float32)
+    np.testing.assert_array_equal(hf_tensors(model)["lm_head.weight"], tensors["lm_head.weight"])

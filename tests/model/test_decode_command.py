@@ -20,19 +20,21 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sampled(CHECKPOINTS, ["qwen3-gqa1-tied", "llama3-scaled-untied-bf16"]))
+SAMPLE = ["qwen3-gqa1-tied", "llama3-scaled-untied-bf16", "qwen2-yarn-untruncated"]
+
+
+@pytest.mark.parametrize("name", sampled(CHECKPOINTS, SAMPLE))
 def test_the_command_goes_on_as_transformers_does(
     name: str, golden_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompt = ",".join(map(str, CHECKPOINTS[name].prompt))
+    continuations = Golden.load(name).continuations(CHECKPOINTS[name])
+    prompts = [word for prompt, _ in continuations for word in ("--prompt-ids", ",".join(map(str, prompt)))]
     dtype = "float64" if name == "qwen3-gqa1-tied" else "float32"
     length = str(GREEDY_TOKENS)
     folder = str(golden_folder(name))
-    out = run(
-        capsys, "--model", folder, "--prompt-ids", prompt, "--max-tokens", length, "--dtype", dtype, "--json"
-    )
-    [answer] = json.loads(out)["prompts"]
-    assert answer["branches"][0]["token_ids"] == Golden.load(name).greedy.tolist()
+    out = run(capsys, "--model", folder, *prompts, "--max-tokens", length, "--dtype", dtype, "--json")
+    answers = [prompt["branches"][0]["token_ids"] for prompt in json.loads(out)["prompts"]]
+    assert answers == [expected for _, expected in continuations]
 
 
 def test_json_has_ids_and_text_of_every_branch(capsys: pytest.CaptureFixture[str]) -> None:

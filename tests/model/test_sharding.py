@@ -20,13 +20,20 @@ from tests.model.checkpoints import CHECKPOINTS
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
-MODELS = {"qwen3": PRESETS["qwen3-8b"], "llama-tied": replace(PRESETS["qwen3-0.6b"], architecture="llama")}
+MODELS = {
+    "qwen3": PRESETS["qwen3-8b"],
+    "qwen2": PRESETS["qwen2.5-7b"],
+    "llama-tied": replace(PRESETS["qwen3-0.6b"], architecture="llama"),
+}
 TENSOR_PARALLEL = {
     ("embedding",): PartitionSpec("tp", None),
     ("head",): PartitionSpec(None, "tp"),
     ("attention", "q"): PartitionSpec(None, "tp", None),
     ("attention", "k"): PartitionSpec(None, "tp", None),
     ("attention", "v"): PartitionSpec(None, "tp", None),
+    ("attention", "q_bias"): PartitionSpec("tp", None),
+    ("attention", "k_bias"): PartitionSpec("tp", None),
+    ("attention", "v_bias"): PartitionSpec("tp", None),
     ("attention", "o"): PartitionSpec("tp", None, None),
     ("mlp", "gate"): PartitionSpec(None, "tp"),
     ("mlp", "up"): PartitionSpec(None, "tp"),
@@ -61,7 +68,7 @@ def test_by_default_everything_is_whole_on_one_device() -> None:
 
 def test_weights_land_in_the_sharding_that_the_rules_ask_for(golden_folder) -> None:
     placement = Placement(Mesh(np.array(jax.devices()[:1]), ("tp",)), ShardingRules.tensor_parallel("tp"))
-    name = "qwen3-gqa2-untied-wide-heads-bf16"
+    name = "qwen2-gqa8-untied-sharded-bf16"
     config = CHECKPOINTS[name].config
     loaded = load_safetensors(Decoder(config, jnp.float32), golden_folder(name), placement)
     for model in (loaded, random_weights(Decoder(config, jnp.float32), 0, placement)):
