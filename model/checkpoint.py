@@ -210,11 +210,11 @@ def convert_hf(source: Path, out: Path) -> tuple[str, ...]:
     dtype, found = _stored_dtype(source), ModelSource.find(str(source), "safetensors")
     model = found.load(dtype)
     out.mkdir(parents=True, exist_ok=True)
-    for pattern in COMPANION_FILES:
-        for file in source.glob(pattern):
-            if file.is_file() and not file.name.endswith(".safetensors.index.json"):
-                (out / file.relative_to(source)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, out / file.relative_to(source))
+    for file in (file for pattern in COMPANION_FILES for file in source.glob(pattern)):
+        copy = out / file.relative_to(source)
+        if file.is_file() and not file.name.endswith(".safetensors.index.json") and file != copy:
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
     # The weights say better than the config whether the head is the embedding.
     config = read_object(source / "config.json") | {"tie_word_embeddings": found.config.tie_embeddings}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -100,7 +100,7 @@ class TensorFiles:
         for name, file in index.items():
             if name not in self._files[file].keys():  # noqa: SIM118 (not a dict)
                 elsewhere = self._holder.get(name)
-                where = f" (but {elsewhere} does)" if elsewhere else ""
+                where = f" (but {shown(elsewhere)} does)" if elsewhere else ""
                 faults.append(f"it says that {shown(file)} holds {shown(name)}, which it does not{where}")
         for name, file in self._holder.items():
             if name not in index and not ignored(name):
@@ -133,15 +133,20 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
                 f"{path}: {shown(name)}: expected the name of a file in the folder, found {shown(file)}"
             )
     files = sorted(set(weight_map.values()))
-    absent = [shown(file) for file in files if not (folder / file).exists()]
+    absent = [shown(file) for file in files if not _exists(folder / file)]
     if absent:
         beside = f", while {WHOLE} lies beside it" if whole.exists() else ""
         raise WeightsError(f"{path} names files that are not there{beside}: {listed(absent)}")
     if whole.exists() and WHOLE not in files:
-        raise WeightsError(
-            f"{path} names {files[0]} and others, but {whole} is there, too: remove one of them"
-        )
+        raise WeightsError(f"{path} names other files than {whole}, which is there, too: remove one of them")
     return weight_map
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _is_plain(file: str) -> bool:

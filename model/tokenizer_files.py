@@ -53,15 +53,15 @@ def read_special_tokens(
     `special_tokens_map.json` and `added_tokens.json` are older than `added_tokens_decoder` in `config`, and
     count only without it; the former then wins over `config`. A token that no file gives an id is none.
     """
-    path, values = folder / CONFIG, dict(config)
+    path, sources = folder / CONFIG, [(config, folder / CONFIG)]
     if "added_tokens_decoder" in config:
         _add(backend, _decoder_tokens(config["added_tokens_decoder"], path), path)
     else:
-        values |= read_optional(folder / "special_tokens_map.json")
-        path = folder / "added_tokens.json"
+        older, path = folder / "special_tokens_map.json", folder / "added_tokens.json"
+        sources.append((read_optional(older), older))
         _add(backend, _listed_tokens(read_optional(path), path), path)
-    named = dict(_named(values, folder / CONFIG))
-    special = [*named.values(), *_unnamed(values, folder / CONFIG)]
+    named = dict(pair for source in sources for pair in _named(*source))
+    special = [*named.values(), *(token for source in sources for token in _unnamed(*source))]
     known = (token for token in dict.fromkeys(special) if backend.token_to_id(token) is not None)
     already = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     backend.add_special_tokens([token for token in known if token not in already])

@@ -355,7 +355,7 @@ WEIGHTS: dict[str, Fault] = {
         "index-stale", "'other'", "'a.safetensors'", other="a.safetensors"
     ),
     "index-omits-a-tensor": _index(
-        "index-stale", f"does not name '{NORM}'", "'b.safetensors'", norm="absent"
+        "index-stale", f"does not name '{NORM}'", "'a.safetensors'", norm="absent"
     ),
     "index-beside-a-whole-checkpoint": Fault(
         "index-stale",

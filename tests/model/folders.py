@@ -86,9 +86,9 @@ class Folder:
         self.write(WHOLE, len(text).to_bytes(8, "little") + text + data)
 
     def shard(self) -> dict[str, str]:
-        """The weights in two files, the embedding alone in the first; returns which holds which."""
+        """The weights in two files, embedding and last norm in the first; returns which holds which."""
         tensors = self.tensors()
-        files = {name: "a.safetensors" if name == EMBEDDING else "b.safetensors" for name in tensors}
+        files = {name: "a.safetensors" if name in (EMBEDDING, NORM) else "b.safetensors" for name in tensors}
         for file in set(files.values()):
             self.store({name: tensors[name] for name in tensors if files[name] == file}, file)
         self.remove(WHOLE)
