@@ -75,6 +75,7 @@ def _report(command: Decode) -> str:
     tokenizer = _tokenizer(command.model)
     prompts = _prompts(command, tokenizer)
     source = ModelSource.find(command.model, command.load_format)
+    _check_ids(prompts, source.config.vocab_size)
     for note in source.notes:
         print(f"taper-decode: {note}", file=sys.stderr)
     model = source.load(jnp.dtype(command.dtype), seed=command.weights_seed)
@@ -124,3 +125,10 @@ def _prompts(command: Decode, tokenizer: Tokenizer | None) -> list[list[int]]:
         return texts + [[int(word) for word in ids.split(",")] for ids in command.prompt_ids]
     except ValueError as error:
         raise ValueError(f"--prompt-ids takes numbers with commas between them: {error}") from error
+
+
+def _check_ids(prompts: list[list[int]], vocab_size: int) -> None:
+    """A gather would silently read another row."""
+    outside = next((i for prompt in prompts for i in prompt if not 0 <= i < vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"token {outside} is not in the model's vocabulary of {vocab_size}")

@@ -75,19 +75,16 @@ def start(
     """
     config = config.for_platform(jax.default_backend())
     _keep_compiled_programs(config.compilation_cache)
-    # A preset has no tokenizer of its own: the embedded one will do for random weights.
-    tokenizer = Tokenizer.from_folder(model_folder(config.model) or cast(Path, model_folder("default")))
-    source = ModelSource.find(config.model, config.load_format)
-    for note in (*tokenizer.notes, *source.notes):
-        log.warning(note, model=config.model)
+    tokenizer, found = _find(config)
     began, dtype = time.perf_counter(), jnp.dtype(config.dtype)
     with jax.enable_x64(config.dtype == "float64"), ThreadPoolExecutor(max_workers=1) as compiler:
-        compiling = compiler.submit(_compiled_runner, config, source.abstract(dtype))
-        model = source.load(dtype, seed=config.seed)
+        compiling = compiler.submit(_compiled_runner, config, found.abstract(dtype))
+        model = found.load(dtype, seed=config.seed)
         jax.block_until_ready(model.split()[1])
         loaded = time.perf_counter() - began
         runner, compiled, memory = compiling.result()
-        runner.hold(model, tokenizer.spelling.pieces if model_folder(config.model) else None)
+        readable = model_folder(config.model) is not None and tokenizer.supports_text
+        runner.hold(model, tokenizer.spelling.pieces if readable else None)
     device = jax.devices()[0].device_kind
     latency, source = predictor_for(config, runner, device)
     served = served_model(config, model.config, tokenizer)
@@ -164,6 +161,16 @@ def served_model(config: ServerConfig, model: ModelConfig, tokenizer: Tokenizer)
 
 
 # --- getting ready -----------------------------------------------------------------------------------------
+
+
+def _find(config: ServerConfig) -> tuple[Tokenizer, ModelSource]:
+    """The tokenizer and the model of a config; says where their files contradict each other."""
+    # A preset has no tokenizer of its own: the embedded one will do for random weights.
+    tokenizer = Tokenizer.from_folder(model_folder(config.model) or cast(Path, model_folder("default")))
+    found = ModelSource.find(config.model, config.load_format)
+    for note in (*tokenizer.notes, *found.notes):
+        log.warning(note, model=config.model)
+    return tokenizer, found
 
 
 def _compiled_runner(

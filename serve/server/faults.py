@@ -56,6 +56,14 @@ class Faults:
         self.extend(check_ids(ids, self.model, path))
         return list(ids)
 
+    def tokenized(self, ids: list[int], path: str) -> list[int]:
+        """The ids of a text: a tokenizer can have tokens that the model has no row for."""
+        beyond = max(ids, default=0)
+        if beyond >= self.model.vocab_size:
+            size = self.model.vocab_size
+            self.add(path, f"its token {beyond} is not less than {size}, the vocabulary of the model")
+        return ids
+
     def number(
         self, message: Message, name: str, path: str, default: float, low: float, high: float
     ) -> float:

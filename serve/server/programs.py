@@ -209,6 +209,7 @@ class ProgramReader:
         ids: list[int] = []
         if prefix.WhichOneof("kind") == "text":
             ids = self._model.tokenizer.encode_continuation(prefix.text)
+            ids = self._faults.tokenized(ids, f"{path}.text")
         elif prefix.WhichOneof("kind") == "token_ids":
             ids = self._faults.ids(prefix.token_ids.ids, f"{path}.token_ids.ids")
         self._faults.check_room(position + len(ids), path)

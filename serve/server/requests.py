@@ -75,6 +75,7 @@ class _Reader:
         kind, ids, before = prompt.WhichOneof("kind"), [], len(self._faults)
         if kind == "text":
             ids = self._model.tokenizer.encode(prompt.text, add_special_tokens=True)
+            ids = self._faults.tokenized(ids, f"{path}.text")
         elif kind == "token_ids":
             ids = self._faults.ids(prompt.token_ids.ids, f"{path}.token_ids.ids")
         elif kind == "chat":
@@ -104,7 +105,7 @@ class _Reader:
         except ValueError as error:
             self._faults.add(f"{path}.messages", str(error))
             return []
-        return self._model.tokenizer.encode(text)
+        return self._faults.tokenized(self._model.tokenizer.encode(text), f"{path}.messages")
 
     def _request_id(self, given: str) -> str:
         if given and not _REQUEST_ID.fullmatch(given):

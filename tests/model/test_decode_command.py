@@ -56,6 +56,8 @@ def test_json_has_ids_and_text_of_every_branch(capsys: pytest.CaptureFixture[str
     [
         ([], "--prompt"),
         (["--prompt-ids", "1,x"], "numbers with commas"),
+        (["--prompt-ids", "1,269"], "token 269 is not in the model's vocabulary of 269"),
+        (["--prompt-ids", "-1"], "token -1 is not in"),
         (["--prompt", "a", "--attention", "magic"], "auto or one of reference, xla"),
         (["--prompt", "a", "--model", "nowhere"], "no model"),
     ],

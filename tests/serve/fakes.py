@@ -27,7 +27,7 @@ from scheduler.search import Match
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason
 from serve.config import ServerConfig
-from serve.door import Failed, Load, Refused, Sink, State
+from serve.door import Engine, Failed, Load, Refused, Sink, State
 from serve.served import Served, ServedModel
 from serve.server.server import listen, shut_down
 from serve.server.service import Service
@@ -160,17 +160,17 @@ def finished(request_id: str, tokens: int = 1) -> Finished:
 
 
 @contextlib.contextmanager
-def listening(engine: FakeEngine, **changes) -> Iterator[str]:
+def listening(engine: Engine, model: ServedModel | None = None, **changes) -> Iterator[str]:
     """The address of a server whose loop has a thread of its own, as blocking clients need it.
 
-    `changes` are what it serves beside what `served_model` has.
+    It serves `model`, or what `served_model` makes of `changes`.
     """
     addresses: list[str] = []
     up, stop = threading.Event(), threading.Event()
 
     async def serve() -> None:
         service = Service(ServerConfig(port=0))
-        service.serve(Served(engine=engine, model=served_model(**changes)))
+        service.serve(Served(engine=engine, model=model or served_model(**changes)))
         server, address = listen(service)
         await server.start()
         addresses.append(address)

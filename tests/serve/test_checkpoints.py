@@ -20,10 +20,18 @@ from model.tensor_files import INDEX, WHOLE
 from model.tokenizer import Tokenizer
 from model.weights import hf_tensors
 from serve import commands
+from serve.api.errors import ServiceError
+from serve.client.client import Client
+from serve.config import ServerConfig
+from serve.engine import startup
+from tests.model.dense import dense_greedy
 from tests.model.faults import FAULTS
-from tests.model.folders import EMBEDDING, NORM, Folder
+from tests.model.folders import EMBEDDING, NORM, RECIPE, Folder
+from tests.serve.fakes import listening
 
 PAGE = Path(__file__).parents[2] / "docs/checkpoints.md"
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 ROWS: dict[str, Callable[[Folder], None]] = {}
 """What holds of a sound folder, by the row that says so."""
 
@@ -271,6 +279,26 @@ def own_code(folder: Folder) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_folder_is_read_as_the_table_says(name: str, folder: Folder) -> None:
     ROWS[name](folder)
+
+
+def test_a_folder_without_a_tokenizer_is_served_by_token_ids(folder: Folder, compiled: str) -> None:
+    """Ids that no tokenizer knows are sampled, too; whatever needs text is refused."""
+    folder.remove("tokenizer.json")
+    config = ServerConfig(
+        model=str(folder.path), buckets=(4,), num_pages=32, profile="measure", compilation_cache=compiled
+    )
+    started = startup.start(config)
+    try:
+        with listening(started.engine, started.model) as address, Client(address) as client:
+            answer = client.complete([1, 2, 3], max_tokens=6, token_ids=True)
+            with pytest.raises(ServiceError, match="no tokenizer"):
+                client.complete("text", max_tokens=6)
+            with pytest.raises(ServiceError, match="no tokenizer"):
+                client.detokenize([1, 2])
+    finally:
+        started.engine.stop(drain=False, timeout=10.0)
+    assert answer.trunk.token_ids == dense_greedy(folder.tensors(), RECIPE.config, [1, 2, 3], 6)
+    assert answer.text == ""
 
 
 # --- what is refused ---------------------------------------------------------------------------------------

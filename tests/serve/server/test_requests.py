@@ -506,6 +506,38 @@ def test_chat_is_refused_where_the_model_has_no_template():
     assert list(violations(message, tokenizer=Plain())) == ["prompt.chat"]
 
 
+def test_texts_are_refused_where_the_model_has_no_tokenizer():
+    """Each field that needs one is named; what needs none is served."""
+    stop = {"stop": ["x"], "max_tokens": 3}
+    plan = [serial("a", **stop), parallel([branch("b"), branch([1], **stop)])]
+    assert list(violations(generate_request("go", plan=plan), supports_text=False)) == [
+        "prompt.text",
+        "plan.stages[0].serial.prefix.text",
+        "plan.stages[0].serial.stopping.stop",
+        "plan.stages[1].parallel.branches[0].prefix.text",
+        "plan.stages[1].parallel.branches[1].stopping.stop",
+    ]
+    chat = generate_request([{"role": "user", "content": "hi"}], plan=model_driven())
+    assert list(violations(chat, supports_text=False)) == ["prompt.chat", "model_driven"]
+    with pytest.raises(InvalidRequestError, match=r"prompt\.text: this model has no tokenizer"):
+        read_prompt(pb.Prompt(text="a"), served_model(supports_text=False))
+    assert read(generate_request([1, 2], max_tokens=3), supports_text=False).prompt == (1, 2)
+
+
+def test_texts_whose_tokens_the_model_does_not_have_are_refused():
+    """A gather would silently read another row."""
+    plan = [serial("\xff")]
+    message = generate_request("\xff", plan=plan)
+    assert violations(message, vocab_size=128) == {
+        "prompt.text": "its token 257 is not less than 128, the vocabulary of the model",
+        "plan.stages[0].serial.prefix.text": (
+            "its token 195 is not less than 128, the vocabulary of the model"
+        ),
+    }
+    chat = generate_request([{"role": "user", "content": "\xff"}])
+    assert list(violations(chat, vocab_size=128)) == ["prompt.chat.messages"]
+
+
 # --- the context -------------------------------------------------------------------------------------------
 
 
