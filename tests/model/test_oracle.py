@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from model.hf_config import read_config
+from model.rotary import inverse_frequencies
 from tests.model.checkpoints import CHECKPOINTS, GOLDENS, GREEDY_TOKENS, PROMPT_TOKENS, Golden
 from tests.model.dense import dense_greedy, dense_logits
 
@@ -84,3 +88,55 @@ def test_the_dense_oracle_agrees_with_transformers(name: str, live: Golden) -> N
     np.testing.assert_allclose(logits[live.positions], live.logits, atol=1e-4)
     for prompt, answer in live.continuations(checkpoint):
         assert dense_greedy(checkpoint.tensors(), checkpoint.config, prompt, GREEDY_TOKENS) == answer
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": 4e5},
+        {"rope_scaling": {"type": "linear", "factor": 2}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": YARN, "rope_theta": 1e6},
+        {"rope_parameters": YARN | {"rope_theta": 1e6}, "rope_scaling": None},
+        {"rope_parameters": YARN | {"rope_theta": 1e6}, "rope_scaling": {}},
+        {"rope_scaling": YARN | {"type": "linear"}},
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 8192}},
+        {"rope_scaling": {"type": "yarn", "factor": 2.5}},
+        {"rope_scaling": YARN, "original_max_position_embeddings": 1024},
+        {"rope_scaling": YARN | {"attention_factor": 1.7}},
+        {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.6}},
+        {"rope_scaling": YARN | {"mscale": 0.7}},
+        {"rope_scaling": YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False}},
+        {"rope_scaling": YARN | {"beta_fast": None, "beta_slow": 0}},
+        {"rope_scaling": YARN | {"factor": None}},
+        {"rope_scaling": LLAMA3, "rope_theta": 5e5},
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 2048}},
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_rotary_settings_mean_what_they_mean_to_transformers(family: str, extra: dict[str, Any]) -> None:
+    import transformers
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = {
+        "model_type": family,
+        "vocab_size": 64,
+        "hidden_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 16384,
+        **extra,
+    }
+    mine = read_config(config)
+    theirs = LlamaRotaryEmbedding(transformers.AutoConfig.for_model(**copy.deepcopy(config)))
+    frequencies = inverse_frequencies(mine.head_dim, mine.rope_theta, mine.rope_scaling)
+    np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=2e-6)
+    factor = mine.rope_scaling.attention_factor if mine.rope_scaling else 1.0
+    assert factor == pytest.approx(theirs.attention_scaling)
