@@ -53,6 +53,7 @@ def read_object(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # JSON can spell half of a character
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: expected JSON, found {one_line(error)}") from error
     if not isinstance(value, dict):
@@ -113,8 +114,8 @@ class Settings:
 
     def text(self, key: str, default: str | None = None) -> str | None:
         value = self._values.get(key, default)
-        if value is not None and not isinstance(value, str):
-            self.fault(key, "a text")
+        if value is not None and not (isinstance(value, str) and value.isprintable()):
+            self.fault(key, "a text of one line")
             return default
         return value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,8 +83,7 @@ def start(
         jax.block_until_ready(model.split()[1])
         loaded = time.perf_counter() - began
         runner, compiled, memory = compiling.result()
-        readable = model_folder(config.model) is not None and tokenizer.supports_text
-        runner.hold(model, tokenizer.spelling.pieces if readable else None)
+        runner.hold(model, _readable(config, tokenizer))
     device = jax.devices()[0].device_kind
     latency, source = predictor_for(config, runner, device)
     served = served_model(config, model.config, tokenizer)
@@ -171,6 +170,12 @@ def _find(config: ServerConfig) -> tuple[Tokenizer, ModelSource]:
     for note in (*tokenizer.notes, *found.notes):
         log.warning(note, model=config.model)
     return tokenizer, found
+
+
+def _readable(config: ServerConfig, tokenizer: Tokenizer) -> Collection[int] | None:
+    """The ids that stand for something; None where any may: without a tokenizer of the model's own."""
+    own = model_folder(config.model) is not None and tokenizer.supports_text
+    return tokenizer.spelling.pieces.keys() if own else None
 
 
 def _compiled_runner(

@@ -70,6 +70,7 @@ UNREADABLE: dict[str, Any] = {
     "a-number": 7,
     "empty": "",
     "latin-1": '{"eos_token": "é"}'.encode("latin-1"),
+    "half-a-character": '{"eos_token": "\\ud800"}',
     "deep": "[" * 100_000,
     "long-number": '{"vocab_size": ' + "9" * 5000 + "}",
 }
@@ -136,6 +137,7 @@ CONFIG: dict[str, Fault] = {
     "taper-array": _config("config-keys", "taper: expected an object", taper=[]),
     "join-unknown": _config("config-keys", "join", "'merge'", taper={"join": "merge"}),
     "name-number": _config("config-keys", "_name_or_path: expected a text", _name_or_path=3),
+    "name-of-two-lines": _config("config-keys", "_name_or_path", "'a\\nb'", _name_or_path="a\nb"),
     "type-unknown": _config("architectures", "model_type 'mamba'", "qwen3, qwen2, llama", model_type="mamba"),
     "type-absent": _config("architectures", "model_type None", without=("model_type",)),
     "type-list": _config("architectures", "model_type ['qwen3']", model_type=["qwen3"]),
