@@ -61,10 +61,11 @@ def read_special_tokens(
         sources.append((read_optional(older), older))
         _add(backend, _listed_tokens(read_optional(path), path), path)
     named = dict(pair for source in sources for pair in _named(*source))
-    special = [*named.values(), *(token for source in sources for token in _unnamed(*source))]
+    added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    special = [token for token in named.values() if not added.get(token)]
+    special += [token for source in sources for token in _unnamed(*source) if token not in added]
     known = (token for token in dict.fromkeys(special) if backend.token_to_id(token) is not None)
-    already = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    backend.add_special_tokens([token for token in known if token not in already])
+    backend.add_special_tokens(list(known))
     return named
 
 

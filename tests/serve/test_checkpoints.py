@@ -198,7 +198,7 @@ def no_tokenizer(folder: Folder) -> None:
 @row
 def special_tokens(folder: Folder) -> None:
     """The older file wins, unless tokenizer_config.json lists the added tokens itself."""
-    older = {"bos_token": {"content": "<|endoftext|>"}, "additional_special_tokens": ["<Path>"]}
+    older = {"bos_token": {"content": "<|endoftext|>"}, "pad_token": "<Path>"}
     folder.write("special_tokens_map.json", older)
     folder.edit("tokenizer_config.json", bos_token="<|im_start|>", a_token="b", add_bos_token=True)
     tokenizer = Tokenizer.from_folder(folder.path)
