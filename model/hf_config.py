@@ -22,7 +22,7 @@ from model.rotary import (
     stretched_context,
     yarn_attention_factor,
 )
-from model.settings import CheckpointError, Settings, listed, read_object, read_optional, shown
+from model.settings import MOST, CheckpointError, Settings, listed, read_object, read_optional, shown
 
 _MOST_LAYERS = 1024
 _THETA = 10_000.0  # transformers' base where a config names none
@@ -57,6 +57,8 @@ def read_config(values: Mapping[str, Any], source: str = "config.json") -> Model
     if faults:
         raise (UnsupportedModelError if needs else CheckpointError)(listed(faults))
     fields["max_context"] = stretched_context(scaling, max_positions)
+    if fields["max_context"] > MOST:
+        raise CheckpointError(f"{source}: expected a context of at most {MOST} tokens, stretched, found more")
     try:
         return ModelConfig(architecture=architecture.name, rope_theta=theta, rope_scaling=scaling, **fields)
     except UnsupportedModelError as error:

@@ -168,6 +168,12 @@ CONFIG: dict[str, Fault] = {
     ),
     "rope-array": _config("rotary-both", "rope_scaling: expected an object", rope_scaling=[1]),
     "rope-text": _config("rotary-both", "rope_parameters: expected an object", rope_parameters="yarn"),
+    "context-beyond-all-bounds": _config(
+        "context",
+        "a context of at most",
+        rope_parameters=None,
+        rope_scaling={"type": "linear", "factor": 1e20},
+    ),
     "rope-dynamic": _rotary("dynamic", "linear, llama3, yarn", type="dynamic", factor=2),
     "rope-longrope": _rotary("longrope", rope_type="longrope", factor=2),
     "rope-type-number": _rotary("rope_type: expected a text", rope_type=3),
