@@ -15,6 +15,9 @@ from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
 from tests.sizes import sampled
 
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
+
 def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     main(list(options))
     return capsys.readouterr().out
