@@ -60,6 +60,18 @@ def test_yarn_keeps_what_turns_often_and_stretches_what_turns_less_than_once() -
     assert (np.diff(between) < 0).all()
 
 
+def test_yarn_goes_over_to_the_last_pair_where_none_turns_less_than_once() -> None:
+    """The ramp's end is bounded by the head's dimensions, not by its pairs: no pair needs to be all stretched."""
+    plain = inverse_frequencies(16, 10.0, None)
+    scaling = YarnScaling(factor=4.0, original_max_context=256, attention_factor=1.0)
+    low = math.floor(8 * math.log(256 / (32 * 2 * math.pi)) / math.log(10.0))
+    high = math.ceil(8 * math.log(256 / (2 * math.pi)) / math.log(10.0))
+    assert (low, high) == (0, 13)
+    stretched = np.arange(8) / 13
+    expected = plain * (1 - stretched) + plain / 4 * stretched
+    np.testing.assert_allclose(inverse_frequencies(16, 10.0, scaling), expected, rtol=1e-12)
+
+
 def test_yarns_bounds_can_be_parts_of_a_pair_and_can_be_one() -> None:
     whole = inverse_frequencies(
         16, 1e4, YarnScaling(factor=4.0, original_max_context=64, attention_factor=1.0)
