@@ -315,6 +315,15 @@ def test_every_packed_vector_is_in_memory_of_its_own() -> None:
     np.testing.assert_array_equal(LAYOUT.pack(inputs), second)
 
 
+def test_what_a_vector_is_padded_with_is_laid_out_once_and_not_in_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = inputs_of(rows=10, samples=3)
+    first = LAYOUT.pack(inputs)
+    monkeypatch.setattr(np, "concatenate", MagicMock(side_effect=AssertionError("laid out again")))
+    np.testing.assert_array_equal(LAYOUT.pack(inputs), first)
+
+
 def test_inputs_larger_than_the_bucket_are_refused_by_name() -> None:
     inputs = inputs_of(rows=10, samples=3)
     with pytest.raises(ValueError, match="positions"):

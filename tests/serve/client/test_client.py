@@ -124,6 +124,17 @@ def test_breaking_out_without_blocking_ends_the_request_too(address, engine):
     asyncio.run(use())
 
 
+def test_a_loop_that_is_closed_early_ends_the_request_without_leaving_the_block(address, engine):
+    async def use() -> None:
+        async with AsyncClient(address) as client:
+            events = aiter(client.generate("go", request_id="held-4"))
+            assert isinstance(await anext(events), Started)
+            await events.aclose()
+            await asyncio.to_thread(engine.wait_for, lambda e: "held-4" in e.cancelled)
+
+    asyncio.run(use())
+
+
 def test_a_stream_can_be_cancelled(client):
     stream = client.generate("go", request_id="held-4")
     events = iter(stream)

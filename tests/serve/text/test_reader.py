@@ -138,3 +138,20 @@ def test_a_long_run_of_bytes_comes_out_whole():
     reader = TextReader(spells, before=[family("llama2").backend.token_to_id("a")])
     fresh = [reader.push(3 + byte) or reader.fresh for byte in run]
     assert "".join(fresh) == "🦙" * 20_000 == reader.settle()
+
+
+def test_after_bytes_that_are_unreadable_a_fork_settles_what_its_parent_does():
+    byte = {piece: token for token, piece in family("llama2").spelling.pieces.items() if piece == b"\xff"}
+    reader = TextReader(speller("llama2"), before=family("llama2").encode("a"))
+    assert reader.push(byte[b"\xff"]) == ""
+    branch = reader.fork()
+    assert branch.settle() == reader.settle() == "�"
+
+
+def test_where_nothing_waits_a_whole_character_is_looked_up_and_not_read():
+    spelled = speller("qwen")
+    token = next(token for token, text in spelled.whole.items() if text == "a")
+    reader = TextReader(spelled)
+    assert reader.push(token) == "a"
+    spelled.pieces = {}
+    assert reader.push(token) == "a"
