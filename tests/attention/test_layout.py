@@ -185,7 +185,7 @@ def test_a_malformed_read_is_refused(read: Read, message: str) -> None:
         lay_out_items(Reads.of([read]), ROOM)
 
 
-def test_a_page_that_two_reads_see_differently_is_referred_to_twice_and_the_smallest_bucket_holds_it() -> None:
+def test_a_small_pool_has_room_for_a_page_that_two_reads_see_differently() -> None:
     reads = [Read((), PageRun([0], filled), rows=1, ordinal=filled - 1) for filled in (2, 4)]
     capacity = ItemCapacity.for_bucket(2, num_pages=1, page_size=4)
     _, work = lay_out_items(Reads.of(reads), capacity)

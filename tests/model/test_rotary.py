@@ -60,8 +60,8 @@ def test_yarn_keeps_what_turns_often_and_stretches_what_turns_less_than_once() -
     assert (np.diff(between) < 0).all()
 
 
-def test_yarn_goes_over_to_the_last_pair_where_none_turns_less_than_once() -> None:
-    """The ramp's end is bounded by the head's dimensions, not by its pairs: no pair needs to be all stretched."""
+def test_where_every_pair_turns_more_than_once_yarn_stretches_none_wholly() -> None:
+    """What bounds the end of the ramp is the head's dimensions, and not its pairs."""
     plain = inverse_frequencies(16, 10.0, None)
     scaling = YarnScaling(factor=4.0, original_max_context=256, attention_factor=1.0)
     low = math.floor(8 * math.log(256 / (32 * 2 * math.pi)) / math.log(10.0))

@@ -148,6 +148,17 @@ def test_a_reader_with_an_interval_takes_at_once_what_came_in_it():
     run(use())
 
 
+def test_an_end_that_comes_with_other_events_does_not_wait_either():
+    async def use() -> None:
+        box = await begun(bound=100, interval=5.0)
+        taking = asyncio.ensure_future(box.take())
+        await step(box, EVENTS[1], finished("r"))
+        assert (taking.done(), now()) == (True, 0.2)
+        assert len(await taking) == 2
+
+    run(use())
+
+
 def test_what_comes_after_the_interval_does_not_wait():
     async def use() -> None:
         box = await begun(interval=0.05)
