@@ -14,7 +14,6 @@ from scheduler.sampling import OPTIONS, SamplingParams
 from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
 from tests.sizes import sampled
 
-
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
