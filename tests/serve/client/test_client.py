@@ -22,24 +22,13 @@ from serve.api.errors import (
 from serve.client import AsyncClient, Client, Completion, branch, generate_request, parallel, serial
 from serve.client import client as client_module
 from serve.client.answer import BranchFinished, Delta, Finished, Joined, Logprob, Started, WidthChanged
-from tests.serve.fakes import FakeEngine, finished, fork_and_join, listening
+from tests.serve.fakes import FakeEngine, finished, listening
 
 PLAN = [
     serial(max_tokens=4),
     parallel([branch("Tea: ", label="tea"), branch("Coffee: ", then=[parallel([", or ", ", and "])])]),
     serial(" So: "),
 ]
-
-
-@pytest.fixture(scope="module")
-def engine() -> FakeEngine:
-    return FakeEngine(fork_and_join)
-
-
-@pytest.fixture(scope="module")
-def address(engine: FakeEngine) -> Iterator[str]:
-    with listening(engine) as address:
-        yield address
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -21,17 +20,6 @@ from tests.serve.client.test_options import SAMPLING
 from tests.serve.fakes import FakeEngine, begin, fork_and_join, listening
 
 ANSWER = "Hi. Tea: goodCoffee: bad, or x, and y So: tea."
-
-
-@pytest.fixture(scope="module")
-def engine() -> FakeEngine:
-    return FakeEngine(fork_and_join)
-
-
-@pytest.fixture(scope="module")
-def address(engine: FakeEngine) -> Iterator[str]:
-    with listening(engine) as address:
-        yield address
 
 
 @pytest.fixture
