@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import tyro
 
 from attention import BACKENDS, backend_named
-from model.checkpoint import LoadFormat, ModelSource, model_folder
+from model.checkpoint import LoadFormat, ModelSource, model_tokenizer
 from model.decode import generate
 from model.tokenizer import Tokenizer
 from scheduler.sampling import SamplingParams
@@ -72,7 +71,8 @@ def main(args: list[str] | None = None) -> None:
 def _report(command: Decode) -> str:
     if command.attention not in ("auto", *BACKENDS):
         raise ValueError(f"--attention must be auto or one of {', '.join(BACKENDS)}")
-    tokenizer = _tokenizer(command.model)
+    found, known = model_tokenizer(command.model)
+    tokenizer = found if found.supports_text else None
     prompts = _prompts(command, tokenizer)
     source = ModelSource.find(command.model, command.load_format)
     _check_ids(prompts, source.config.vocab_size)
@@ -86,7 +86,7 @@ def _report(command: Decode) -> str:
         branches=command.branches,
         sampling=command.sampling,
         eos_ids=() if command.ignore_eos else (tokenizer and tokenizer.eos_ids) or model.config.eos_ids,
-        known=tokenizer.spelling.pieces if tokenizer and model_folder(command.model) else None,
+        known=known,
         page_size=command.page_size,
         backend=None if command.attention == "auto" else backend_named(command.attention),
     )
@@ -106,13 +106,6 @@ def _report(command: Decode) -> str:
             text = branch["text"] if tokenizer else " ".join(map(str, branch["token_ids"]))
             lines += [f"--- prompt {number}, branch {letter}", text]
     return "\n".join([*lines, f"--- {generation.tokens_per_second:.1f} tokens/s"])
-
-
-def _tokenizer(name: str) -> Tokenizer | None:
-    """The model folder's tokenizer, if it has one. A preset's random weights go with the embedded one."""
-    folder = model_folder(name) or Path(__file__).parent / "tiny"
-    tokenizer = Tokenizer.from_folder(folder)
-    return tokenizer if tokenizer.supports_text else None
 
 
 def _prompts(command: Decode, tokenizer: Tokenizer | None) -> list[list[int]]:

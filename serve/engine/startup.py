@@ -7,14 +7,13 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 import structlog
 
 from attention import Backend, backend_named, default_backend
-from model.checkpoint import ModelSource, model_folder
+from model.checkpoint import ModelSource, model_tokenizer
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.tokenizer import Tokenizer
@@ -75,7 +74,7 @@ def start(
     """
     config = config.for_platform(jax.default_backend())
     _keep_compiled_programs(config.compilation_cache)
-    tokenizer, found = _find(config)
+    tokenizer, known, found = _find(config)
     began, dtype = time.perf_counter(), jnp.dtype(config.dtype)
     with jax.enable_x64(config.dtype == "float64"), ThreadPoolExecutor(max_workers=1) as compiler:
         compiling = compiler.submit(_compiled_runner, config, found.abstract(dtype))
@@ -83,7 +82,7 @@ def start(
         jax.block_until_ready(model.split()[1])
         loaded = time.perf_counter() - began
         runner, compiled, memory = compiling.result()
-        runner.hold(model, _readable(config, tokenizer))
+        runner.hold(model, known)
     device = jax.devices()[0].device_kind
     latency, source = predictor_for(config, runner, device)
     served = served_model(config, model.config, tokenizer)
@@ -162,20 +161,16 @@ def served_model(config: ServerConfig, model: ModelConfig, tokenizer: Tokenizer)
 # --- getting ready -----------------------------------------------------------------------------------------
 
 
-def _find(config: ServerConfig) -> tuple[Tokenizer, ModelSource]:
-    """The tokenizer and the model of a config; says where their files contradict each other."""
-    # A preset has no tokenizer of its own: the embedded one will do for random weights.
-    tokenizer = Tokenizer.from_folder(model_folder(config.model) or cast(Path, model_folder("default")))
+def _find(config: ServerConfig) -> tuple[Tokenizer, Collection[int] | None, ModelSource]:
+    """What a config names: the tokenizer, the ids that may be sampled, and the model.
+
+    Says where their files contradict each other.
+    """
+    tokenizer, known = model_tokenizer(config.model)
     found = ModelSource.find(config.model, config.load_format)
     for note in (*tokenizer.notes, *found.notes):
         log.warning(note, model=config.model)
-    return tokenizer, found
-
-
-def _readable(config: ServerConfig, tokenizer: Tokenizer) -> Collection[int] | None:
-    """The ids that stand for something; None where any may: without a tokenizer of the model's own."""
-    own = model_folder(config.model) is not None and tokenizer.supports_text
-    return tokenizer.spelling.pieces.keys() if own else None
+    return tokenizer, known, found
 
 
 def _compiled_runner(
