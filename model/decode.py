@@ -33,6 +33,7 @@ from model.sampling import (
     sampler_for,
     uses_of,
 )
+from model.sharding import EVERYWHERE, ON_ONE_DEVICE, Placement
 from scheduler.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -70,10 +71,11 @@ def generate(
     known: Collection[int] | None = None,
     page_size: int = 16,
     backend: Backend | None = None,
+    placement: Placement = ON_ONE_DEVICE,
 ) -> Generation:
     """Continues every prompt (token ids) in `branches` branches, until `eos_ids` or `max_tokens`.
 
-    `known` are the ids that may be sampled: a tokenizer's, or all.
+    `known` are the ids that may be sampled: a tokenizer's, or all. The model lies where `placement` says.
     The random key of a token is folded from the seed, the branch's path and the token's position: the path is
     that of a server's request without stages for one branch, and with one parallel stage of branches that
     begin with nothing for several. All prompts are read in one pass.
@@ -87,13 +89,14 @@ def generate(
     if not 0 <= sampling.seed < 2**64:
         raise ValueError(f"a seed has 64 bits: 0..{2**64 - 1}, not {sampling.seed}")
     backend = backend or default_backend(model.config.head_dim, model.dtype)
-    batch = _batch(prompts, branches, max_tokens, page_size, eos_ids, model.config, backend)
-    cache = KVCache.abstract(backend, model.config, batch.num_pages, page_size, model.dtype).zeros()
-    slots = _slots(model, prompts, branches, sampling, known)
+    batch = _batch(prompts, branches, max_tokens, page_size, eos_ids, model.config, backend, placement)
+    sizes = batch.num_pages, page_size
+    cache = KVCache.abstract(backend, model.config, *sizes, model.dtype, placement).zeros()
+    slots = _slots(model, prompts, branches, sampling, known, placement)
     structure, weights = model.split()
     arguments = weights, cache, slots, batch.arrays
     uses = sampler_for(uses_of(sampling))
-    program = compile_generation(structure, _Shapes.of(arguments), backend, page_size, uses)
+    program = compile_generation(structure, _Shapes.of(arguments), backend, page_size, uses, placement)
     started = time.perf_counter()
     tokens, *_ = program(*arguments)
     tokens = np.asarray(tokens)
@@ -176,6 +179,7 @@ def _batch(
     eos_ids: Sequence[int],
     config: ModelConfig,
     backend: Backend,
+    placement: Placement,
 ) -> Batch:
     shared = [len(prompt) - 1 for prompt in prompts]
     # Padded to a power of two, so that prompts of other lengths can use the same program.
@@ -183,7 +187,7 @@ def _batch(
     max_tokens += -max_tokens % STRIDE
     count, tail = len(prompts) * branches, -(-max_tokens // page_size)
     num_pages = rows // page_size + len(prompts) + count * tail
-    sizes = page_sizes(config, num_pages, page_size)
+    sizes = page_sizes(config, num_pages, page_size, placement)
     prompt_reads, branch_reads, tail_pages = _reads(shared, branches, tail, page_size)
 
     def laid_out(reads: list[Read], rows: int) -> tuple[np.ndarray, Work]:
@@ -266,10 +270,11 @@ def _slots(
     branches: int,
     sampling: SamplingParams,
     known: Collection[int] | None,
+    placement: Placement,
 ) -> SlotState:
     """A slot for each branch, whose last token is its prompt's last."""
     count, vocab, bias = len(prompts) * branches, model.config.vocab_size, max(1, len(sampling.logit_bias))
-    slots = SlotState.create(count, vocab, bias, known)
+    slots = SlotState.create(count, vocab, bias, known, placement)
     assignments = [(slot, sampling) for slot in range(count)]
     packed = pack_assignments(assignments, capacity=count, slots=count, vocab=vocab, max_bias=bias)
     slots = assign(slots, jnp.asarray(packed))
@@ -277,7 +282,10 @@ def _slots(
     for slot in range(count):
         given[slot, list(prompts[slot // branches])] = True
     last = np.repeat(np.array([prompt[-1] for prompt in prompts], np.int32), branches)
-    return slots._replace(last_token=jnp.asarray(last), given_seen=jnp.asarray(given))
+    return slots._replace(
+        last_token=jax.device_put(last, slots.last_token.sharding),
+        given_seen=jax.device_put(given, slots.given_seen.sharding),
+    )
 
 
 # --- the program --------------------------------------------------------------------------------------------
@@ -303,16 +311,18 @@ def decode_loop(
     backend: Backend,
     page_size: int,
     uses: int,
+    placement: Placement = ON_ONE_DEVICE,
 ) -> tuple[Int32[Array, "max_tokens branches"], KVCache, SlotState]:
     """Reads the prompts, then samples until every branch has ended. The cache and slots may be donated.
 
-    `uses`: model.sampling's bits of what the branches' sampling needs.
+    `uses`: model.sampling's bits of what the branches' sampling needs. Over a mesh, inside
+    `placement.program`, weights, cache and slots are one device's parts.
     """
     model = structure.merge(weights)
     arrays = jax.tree.map(jnp.asarray, arrays)
     rows = arrays.prompts
     _, cache = model.forward(
-        rows.tokens, rows.positions, cache, rows.write_page, rows.write_offset, rows.work, backend
+        rows.tokens, rows.positions, cache, rows.write_page, rows.write_offset, rows.work, backend, placement
     )
     max_tokens, count = arrays.tokens.shape
 
@@ -320,7 +330,7 @@ def decode_loop(
         return (progress.step < max_tokens) & ~progress.ended.all()
 
     def stride(progress: Progress) -> Progress:
-        feed = partial(_feed, model, arrays, backend, page_size, uses)
+        feed = partial(_feed, model, arrays, backend, page_size, uses, placement)
         return lax.fori_loop(0, STRIDE, lambda _, progress: feed(progress), progress)
 
     start = Progress(np.int32(0), arrays.tokens, jnp.zeros(count, bool), cache, slots)
@@ -329,7 +339,13 @@ def decode_loop(
 
 
 def _feed(
-    model: Decoder, arrays: Arrays, backend: Backend, page_size: int, uses: int, progress: Progress
+    model: Decoder,
+    arrays: Arrays,
+    backend: Backend,
+    page_size: int,
+    uses: int,
+    placement: Placement,
+    progress: Progress,
 ) -> Progress:
     """Feeds every branch its last token, and samples the next."""
     step, tokens, ended, cache, slots = progress
@@ -344,6 +360,7 @@ def _feed(
         jnp.broadcast_to(step % page_size, (count,)),
         backend.refill(arrays.work, filled),
         backend,
+        placement,
     )
     every = jnp.arange(count, dtype=jnp.int32)
     inputs = SampleInputs(
@@ -353,7 +370,15 @@ def _feed(
         position=positions + 1,
         count_fed=jnp.broadcast_to((step > 0).astype(jnp.int32), (count,)),
     )
-    slots, outputs = sample(model.logits(hidden), fed, slots, inputs, uses=uses, max_top_logprobs=1)
+    slots, outputs = sample(
+        model.logits(hidden),
+        fed,
+        slots,
+        inputs,
+        uses=uses,
+        max_top_logprobs=1,
+        peers=placement.vocab_peers,
+    )
     tokens = lax.dynamic_update_slice_in_dim(tokens, outputs.token[None], step, 0)
     ended |= (outputs.token[:, None] == arrays.eos_ids).any(1)
     return Progress(step + 1, tokens, ended, cache, slots)
@@ -361,7 +386,7 @@ def _feed(
 
 @dataclass(frozen=True, slots=True)
 class _Shapes:
-    """The shapes and dtypes of a call's arguments, hashable."""
+    """The shapes, dtypes and shardings of a call's arguments, hashable."""
 
     treedef: Any
     leaves: tuple[jax.ShapeDtypeStruct, ...]
@@ -369,14 +394,34 @@ class _Shapes:
     @classmethod
     def of(cls, arguments: tuple[Any, ...]) -> _Shapes:
         leaves, treedef = jax.tree.flatten(arguments)
-        return cls(treedef, tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves))
+        return cls(
+            treedef,
+            tuple(
+                jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+                for leaf in leaves
+            ),
+        )
 
 
 @lru_cache(maxsize=16)
 def compile_generation(
-    structure: ModelStructure, shapes: _Shapes, backend: Backend, page_size: int, uses: int
+    structure: ModelStructure,
+    shapes: _Shapes,
+    backend: Backend,
+    page_size: int,
+    uses: int,
+    placement: Placement = ON_ONE_DEVICE,
 ) -> jax.stages.Compiled:
     """`decode_loop` compiled for (weights, cache, slots, arrays); cache and slots are donated."""
-    loop = partial(decode_loop, structure=structure, backend=backend, page_size=page_size, uses=uses)
+    loop = partial(
+        decode_loop,
+        structure=structure,
+        backend=backend,
+        page_size=page_size,
+        uses=uses,
+        placement=placement,
+    )
     arguments = jax.tree.unflatten(shapes.treedef, shapes.leaves)
-    return jax.jit(loop, donate_argnums=(1, 2)).lower(*arguments).compile()
+    _, cache, slots, _ = arguments
+    program = placement.program(loop, arguments, (EVERYWHERE, cache, slots))
+    return jax.jit(program, donate_argnums=(1, 2)).lower(*arguments).compile()

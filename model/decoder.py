@@ -17,6 +17,7 @@ from attention.heads import wide
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.layers import DecoderLayer, RMSNorm, Rows, decoder_layer, parameter, product, rotary_angles
+from model.sharding import ALONE, ON_ONE_DEVICE, Peers, Placement, own_ids
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -50,23 +51,25 @@ class Decoder(nnx.Module):
         write_offset: Int[Array, " rows"],
         work: Work,
         backend: Backend,
+        placement: Placement = ON_ONE_DEVICE,
     ) -> tuple[Float[Array, "rows embed"], KVCache]:
         """One step over packed rows: writes each row's KV at (write_page, write_offset), then reads `work`.
 
         Returns the residual stream before the final norm (see `logits`) and the updated cache. A row whose
         write_page is no page writes nowhere; a row to which `work` gives nothing attends to nothing.
+        Over a mesh, inside `placement.program`, the model and the cache are one device's parts of them.
         """
-        hidden = self.embedding[...][tokens]
+        hidden = embed(self.embedding[...], tokens, placement.vocab_peers)
         angles = rotary_angles(self.config, positions, hidden.dtype)
         rows = Rows(angles, Places(write_page, write_offset), work)
         layers = []
         for layer, pages in zip(self.layers, cache.layers, strict=True):
-            hidden, pages = decoder_layer(layer, hidden, pages, rows, backend=backend)
+            hidden, pages = decoder_layer(layer, hidden, pages, rows, backend=backend, peers=placement.peers)
             layers.append(pages)
         return hidden, KVCache(tuple(layers))
 
     def logits(self, hidden: Float[Array, "n embed"]) -> Float[Array, "n vocab"]:
-        """Final norm and head, in float32 or wider."""
+        """Final norm and head, in float32 or wider: of a device's own part of the vocabulary."""
         hidden = self.final_norm(hidden)
         out_dtype = wide(hidden.dtype)
         if self.head is None:
@@ -78,6 +81,17 @@ class Decoder(nnx.Module):
         graphdef, state = nnx.split(self)
         leaves, treedef = jax.tree.flatten(state)
         return ModelStructure(graphdef, treedef), tuple(leaves)
+
+
+def embed(
+    embedding: Float[Array, "vocab embed"], tokens: Int[Array, " rows"], peers: Peers
+) -> Float[Array, "rows embed"]:
+    """The tokens' vectors: those of a device's own part of the vocabulary come from it, the others from its
+    peers."""
+    if peers == ALONE:
+        return embedding[tokens]
+    vectors = embedding.at[own_ids(tokens, len(embedding), peers)].get(mode="fill", fill_value=0)
+    return peers.sum(vectors)
 
 
 @dataclass(frozen=True, slots=True)

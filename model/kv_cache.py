@@ -33,9 +33,12 @@ class KVCache(NamedTuple):
         """The cache's shapes, to compile programs from before it exists."""
 
         def array(page: PageArray) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(page.shape, page.dtype, sharding=placement.sharding(page.axes))
+            parts = map(placement.parts, page.axes)
+            whole = [size * count for size, count in zip(page.shape, parts, strict=True)]
+            return placement.abstract(whole, page.dtype, page.axes)
 
-        layer = tuple(map(array, _layer(backend, config, num_pages, page_size, dtype)))
+        sizes = page_sizes(config, num_pages, page_size, placement)
+        layer = tuple(map(array, backend.pages(sizes, config.head_dim, dtype)))
         return cls((layer,) * config.num_layers)
 
     def zeros(self) -> KVCache:
@@ -43,19 +46,21 @@ class KVCache(NamedTuple):
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), self)
 
 
-def page_sizes(config: ModelConfig, num_pages: int, page_size: int) -> Sizes:
-    """The sizes of a pool of the model's pages, and of what its rows read."""
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    return Sizes(num_pages=num_pages, page_size=page_size, heads=heads, kv_heads=kv_heads)
+def page_sizes(
+    config: ModelConfig, num_pages: int, page_size: int, placement: Placement = ON_ONE_DEVICE
+) -> Sizes:
+    """The sizes of one device's pool of the model's pages, and of what its rows read."""
+    return Sizes(
+        num_pages=num_pages,
+        page_size=page_size,
+        heads=config.num_heads // placement.parts("heads"),
+        kv_heads=config.num_kv_heads // placement.parts("kv_heads"),
+    )
 
 
-def bytes_per_page(backend: Backend, config: ModelConfig, page_size: int, dtype: Any) -> int:
-    """Bytes that one page id takes over all layers, keys and values."""
-    layer = _layer(backend, config, 1, page_size, dtype)
+def bytes_per_page(
+    backend: Backend, config: ModelConfig, page_size: int, dtype: Any, placement: Placement = ON_ONE_DEVICE
+) -> int:
+    """Bytes that one page id takes on each device over all layers, keys and values."""
+    layer = backend.pages(page_sizes(config, 1, page_size, placement), config.head_dim, dtype)
     return config.num_layers * sum(array.nbytes for array in layer)
-
-
-def _layer(
-    backend: Backend, config: ModelConfig, num_pages: int, page_size: int, dtype: Any
-) -> tuple[PageArray, ...]:
-    return tuple(backend.pages(page_sizes(config, num_pages, page_size), config.head_dim, dtype))

@@ -22,6 +22,7 @@ from attention.heads import rms_norm, wide
 from model.architecture import ARCHITECTURES
 from model.config import ModelConfig
 from model.rotary import inverse_frequencies
+from model.sharding import Peers
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -123,10 +124,11 @@ class Attention(nnx.Module):
         pages: Pages,
         rows: Rows,
         backend: Backend,
+        peers: Peers,
     ) -> tuple[Float[Array, "rows embed"], Pages]:
         q, pages = backend.write(self.project(x), self.norms, rows.angles, pages, rows.places)
         out, _ = backend.attend(q, pages, rows.work, scale=self.scale)
-        return product("rhd,hde->re", out, self.o), pages
+        return peers.sum(product("rhd,hde->re", out, self.o)), pages
 
     def project(self, x: Float[Array, "rows embed"]) -> Float[Array, "rows all_heads head_dim"]:
         """The heads of each row: queries, keys, values."""
@@ -152,9 +154,9 @@ class MLP(nnx.Module):
         self.up = parameter((embed, mlp), ("embed", "mlp"), dtype, fan_in=embed)
         self.down = parameter((mlp, embed), ("mlp", "embed"), dtype, fan_in=mlp)
 
-    def __call__(self, x: Float[Array, "rows embed"]) -> Float[Array, "rows embed"]:
+    def __call__(self, x: Float[Array, "rows embed"], peers: Peers) -> Float[Array, "rows embed"]:
         gate = jax.nn.silu(product("re,em->rm", x, self.gate))
-        return product("rm,me->re", gate * product("re,em->rm", x, self.up), self.down)
+        return peers.sum(product("rm,me->re", gate * product("re,em->rm", x, self.up), self.down))
 
 
 class DecoderLayer(nnx.Module):
@@ -167,7 +169,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, dtype)
 
 
-@partial(jax.jit, static_argnames="backend")
+@partial(jax.jit, static_argnames=("backend", "peers"))
 def decoder_layer(
     layer: DecoderLayer,
     hidden: Float[Array, "rows embed"],
@@ -175,8 +177,12 @@ def decoder_layer(
     rows: Rows,
     *,
     backend: Backend,
+    peers: Peers,
 ) -> tuple[Float[Array, "rows embed"], Pages]:
-    """A layer's output and its KV pages: one jitted function, which a program of many layers traces once."""
-    out, pages = layer.attention(layer.attention_norm(hidden), pages, rows, backend)
+    """A layer's output and its KV pages: one jitted function, which a program of many layers traces once.
+
+    The layer and the pages are one device's parts; its peers have the others.
+    """
+    out, pages = layer.attention(layer.attention_norm(hidden), pages, rows, backend, peers)
     hidden = hidden + out
-    return hidden + layer.mlp(layer.mlp_norm(hidden)), pages
+    return hidden + layer.mlp(layer.mlp_norm(hidden), peers), pages

@@ -6,6 +6,8 @@ What nobody in a step uses is left out of the program that samples for it: the h
 `SAMPLERS`. (A branch inside one program would make an accelerator's host wait for the device at every step.)
 
 The vocabulary of a model may be larger than its tokenizer's: ids that stand for nothing are never chosen.
+It may be divided over several devices (`Peers`): each has its part of the logits and of what slots count, and
+they tell each other bests and sums, never logits. docs/several-devices.md lists what they tell.
 
 Order: logit bias, penalties, temperature, top-k, top-p, min-p, then a draw by Gumbel noise. Top-k, top-p and
 min-p keep the tokens at or above a threshold, so that equally likely tokens are kept or dropped together, and
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -25,6 +27,7 @@ import numpy as np
 from jax import lax
 
 from attention.heads import wide
+from model.sharding import ALONE, ON_ONE_DEVICE, Peers, Placement, own_ids
 from scheduler.sampling import OPTIONS, Option, SamplingParams
 
 if TYPE_CHECKING:
@@ -44,6 +47,8 @@ SAMPLERS = (0, USES_RANDOM | USES_TOP, USES_ALL)
 _FIRST_OPTION = 3
 _FIXED_WORDS = _FIRST_OPTION + len(OPTIONS)
 _MOST = 2**31 - 1  # top-k of more than the vocabulary keeps all of it
+# Bits of a threshold that devices which share a vocabulary find at once.
+DIGIT = 8
 _OFF = {option.name: option.off for option in OPTIONS}
 
 
@@ -79,24 +84,47 @@ class SlotState(NamedTuple):
     generated_count: Int[Array, "slots vocab"]
 
     @classmethod
-    def create(cls, slots: int, vocab: int, max_bias: int, known: Collection[int] | None = None) -> SlotState:
-        """All slots greedy, with nothing counted. `known` are the ids that may be sampled: all, if None."""
-        sampled = np.isin(np.arange(vocab), [*known]) if known is not None else np.ones(vocab, bool)
+    def abstract(
+        cls, slots: int, vocab: int, max_bias: int, placement: Placement = ON_ONE_DEVICE
+    ) -> SlotState:
+        """Shapes, dtypes and shardings in place of arrays, for compiling ahead of time."""
+
+        def array(dtype: Any, *shape: int, axes: tuple[str | None, ...] = ()) -> Any:
+            return placement.abstract(shape, dtype, axes or (None,) * len(shape))
+
+        by_token: tuple[str | None, ...] = (None, "vocab")
         return cls(
-            known=jnp.asarray(sampled),
-            last_token=jnp.zeros(slots, jnp.int32),
-            options={option.name: jnp.full(slots, option.off, _dtype(option)) for option in OPTIONS},
-            seed=jnp.zeros((slots, 2), jnp.uint32),
-            bias_id=jnp.full((slots, max_bias), vocab, jnp.int32),
-            bias_value=jnp.zeros((slots, max_bias), jnp.float32),
-            given_seen=jnp.zeros((slots, vocab), jnp.bool_),
-            generated_count=jnp.zeros((slots, vocab), jnp.int32),
+            known=array(jnp.bool_, vocab, axes=("vocab",)),
+            last_token=array(jnp.int32, slots),
+            options={option.name: array(_dtype(option), slots) for option in OPTIONS},
+            seed=array(jnp.uint32, slots, 2),
+            bias_id=array(jnp.int32, slots, max_bias),
+            bias_value=array(jnp.float32, slots, max_bias),
+            given_seen=array(jnp.bool_, slots, vocab, axes=by_token),
+            generated_count=array(jnp.int32, slots, vocab, axes=by_token),
         )
 
     @classmethod
-    def abstract(cls, slots: int, vocab: int, max_bias: int) -> SlotState:
-        """Shapes and dtypes in place of arrays, for compiling ahead of time."""
-        return jax.eval_shape(lambda: cls.create(slots, vocab, max_bias))
+    def create(
+        cls,
+        slots: int,
+        vocab: int,
+        max_bias: int,
+        known: Collection[int] | None = None,
+        placement: Placement = ON_ONE_DEVICE,
+    ) -> SlotState:
+        """All slots greedy, with nothing counted. `known` are the ids that may be sampled: all, if None."""
+        shapes = cls.abstract(slots, vocab, max_bias, placement)
+
+        def filled(shape: Any, value: int | float = 0) -> Array:
+            return jnp.full(shape.shape, value, shape.dtype, device=shape.sharding)
+
+        sampled = np.isin(np.arange(vocab), [*known]) if known is not None else np.ones(vocab, bool)
+        return jax.tree.map(filled, shapes)._replace(
+            known=jax.device_put(sampled, shapes.known.sharding),
+            options={option.name: filled(shapes.options[option.name], option.off) for option in OPTIONS},
+            bias_id=filled(shapes.bias_id, vocab),
+        )
 
 
 class SampleInputs(NamedTuple):
@@ -139,24 +167,30 @@ def sample(
     *,
     uses: int,
     max_top_logprobs: int,
+    peers: Peers = ALONE,
 ) -> tuple[SlotState, SampleOutputs]:
     """Counts the fed tokens, chooses the next ones and remembers them as their slots' last tokens.
 
     Computes in the dtype of the logits, float32 at least. `uses` holds the USES_ bits of every sample, and
     may hold more: the choice is the same, at the price of computing what is not used. `max_top_logprobs` is
-    the width of the top log-probabilities and at most the vocabulary.
+    the width of the top log-probabilities and at most the vocabulary. Where `peers` share the vocabulary, the
+    logits, and what slots say of each token, are this device's part of it.
     """
+    counted = own_ids(fed_token, logits.shape[1], peers)
     slots = slots._replace(
-        generated_count=slots.generated_count.at[inputs.slot, fed_token].add(inputs.count_fed, mode="drop")
+        generated_count=slots.generated_count.at[inputs.slot, counted].add(inputs.count_fed, mode="drop")
     )
     raw = logits = jnp.where(slots.known, logits.astype(wide(logits.dtype)), -jnp.inf)
     if uses & USES_BIAS:
-        logits = _add_bias(logits, slots, inputs.slot)
+        logits = _add_bias(logits, slots, inputs.slot, peers)
     if uses & USES_PENALTIES:
         logits = _penalize(logits, slots, inputs.slot)
-    token = _draw(logits, slots, inputs, cut=bool(uses & USES_TOP)) if uses & USES_RANDOM else _best(logits)
+    token = _best(logits, peers)
+    if uses & USES_RANDOM:
+        drawn = _draw(logits, slots, inputs, peers, cut=bool(uses & USES_TOP))
+        token = jnp.where(_option("temperature", slots, inputs.slot) > 0, drawn, token)
     if uses & USES_LOGPROBS:
-        logprobs = _logprobs(raw, token, max_top_logprobs)
+        logprobs = _logprobs(raw, token, max_top_logprobs, peers)
     else:
         logprobs = _no_logprobs(token.size, max_top_logprobs)
     slots = slots._replace(last_token=slots.last_token.at[inputs.slot].set(token, mode="drop"))
@@ -168,8 +202,15 @@ def sampler_for(uses: int) -> int:
     return next(options for options in SAMPLERS if uses & ~options == 0)
 
 
-def _best(logits: Float[Array, "samples vocab"]) -> Int[Array, " samples"]:
-    return lax.argmax(logits, 1, jnp.int32)
+def _best(logits: Float[Array, "samples vocab"], peers: Peers) -> Int[Array, " samples"]:
+    """The first of the best tokens."""
+    token = lax.argmax(logits, 1, jnp.int32)
+    if peers == ALONE:
+        return token
+    ids = (token + peers.index * logits.shape[1]).astype(logits.dtype)  # exact: below 2**24
+    bests, tokens = jnp.moveaxis(peers.gather(jnp.stack([jnp.max(logits, axis=1), ids])), 1, 0)
+    first = lax.argmax(bests, 0, jnp.int32)
+    return jnp.take_along_axis(tokens, first[None], 0)[0].astype(jnp.int32)
 
 
 def _dtype(option: Option) -> type[np.int32 | np.float32]:
@@ -185,9 +226,9 @@ def _option(name: str, slots: SlotState, slot: Int[Array, " samples"]) -> Array:
 
 
 def _add_bias(
-    logits: Float[Array, "samples vocab"], slots: SlotState, slot: Int[Array, " samples"]
+    logits: Float[Array, "samples vocab"], slots: SlotState, slot: Int[Array, " samples"], peers: Peers
 ) -> Float[Array, "samples vocab"]:
-    ids = _of_slot(slots.bias_id, slot, logits.shape[1])
+    ids = own_ids(_of_slot(slots.bias_id, slot, _MOST), logits.shape[1], peers)
     values = _of_slot(slots.bias_value, slot, 0)
     rows = jnp.arange(slot.size, dtype=jnp.int32)[:, None]
     return logits.at[rows, ids].add(values.astype(logits.dtype), mode="drop")
@@ -210,52 +251,59 @@ def _penalize(
 
 
 def _draw(
-    logits: Float[Array, "samples vocab"], slots: SlotState, inputs: SampleInputs, *, cut: bool
+    logits: Float[Array, "samples vocab"],
+    slots: SlotState,
+    inputs: SampleInputs,
+    peers: Peers,
+    *,
+    cut: bool,
 ) -> Int[Array, " samples"]:
-    temperature = _option("temperature", slots, inputs.slot)
-    scaled = _scale(logits, temperature)
+    scaled = _scale(logits, _option("temperature", slots, inputs.slot), peers)
     if cut:
-        scaled = _cut(scaled, slots, inputs.slot)
-    drawn = _best(scaled + _noise(slots, inputs, logits.shape[1]).astype(logits.dtype))
-    return jnp.where(temperature > 0, drawn, _best(logits))
+        scaled = _cut(scaled, slots, inputs.slot, peers)
+    noise = _noise(slots, inputs, logits.shape[1], peers)
+    return _best(scaled + noise.astype(logits.dtype), peers)
 
 
 def _scale(
-    logits: Float[Array, "samples vocab"], temperature: Float[Array, " samples"]
+    logits: Float[Array, "samples vocab"],
+    temperature: Float[Array, " samples"],
+    peers: Peers,
 ) -> Float[Array, "samples vocab"]:
     """Logits relative to the row's best, over the temperature: their exp is at most 1 and never NaN."""
-    best = jnp.max(logits, axis=1, keepdims=True)
+    best = peers.max(jnp.max(logits, axis=1, keepdims=True))
     best = jnp.where(jnp.isfinite(best), best, 0)
     least = jnp.finfo(jnp.float32).tiny  # a smaller one may be rounded to nothing
     over = jnp.where(temperature > 0, jnp.maximum(temperature, least), 1)
     return (logits - best) / over.astype(logits.dtype)[:, None]
 
 
-def _noise(slots: SlotState, inputs: SampleInputs, vocab: int) -> Float[Array, "samples vocab"]:
+def _noise(slots: SlotState, inputs: SampleInputs, vocab: int, peers: Peers) -> Float[Array, "samples vocab"]:
     """Gumbel noise of key fold_in(fold_in(key(seed), branch key), position): float32 in every dtype, so that
-    the same seed means the same noise."""
+    the same seed means the same noise. A device's part of it is what a single device would draw there."""
 
     def of_sample(seed: Array, branch: Array, position: Array) -> Array:
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
         key = jax.random.fold_in(jax.random.fold_in(key, branch), position)
-        return jax.random.gumbel(key, (vocab,), jnp.float32)
+        noise = jax.random.gumbel(key, (vocab * peers.count,), jnp.float32)
+        return lax.dynamic_slice_in_dim(noise, peers.index * vocab, vocab)
 
     branch = lax.bitcast_convert_type(inputs.branch_key, jnp.uint32)
     return jax.vmap(of_sample)(_of_slot(slots.seed, inputs.slot, 0), branch, inputs.position)
 
 
 def _cut(
-    scaled: Float[Array, "samples vocab"], slots: SlotState, slot: Int[Array, " samples"]
+    scaled: Float[Array, "samples vocab"], slots: SlotState, slot: Int[Array, " samples"], peers: Peers
 ) -> Float[Array, "samples vocab"]:
     """Drops what top-k, top-p (of the mass that top-k left) and min-p exclude."""
     top_k = _option("top_k", slots, slot)
     top_p = _option("top_p", slots, slot).astype(scaled.dtype)
     min_p = _option("min_p", slots, slot).astype(scaled.dtype)
     keys = _ordered_bits(scaled)
-    found = _threshold(keys, jnp.ones_like(scaled), top_k.astype(scaled.dtype))
+    found = _threshold(keys, jnp.ones_like(scaled), lambda total: top_k.astype(total.dtype), peers)
     at_least = jnp.where(top_k > 0, found, 0)
     mass = jnp.where(keys >= at_least[:, None], jnp.exp(scaled), 0)
-    found = _threshold(keys, mass, top_p * jnp.sum(mass, axis=1))
+    found = _threshold(keys, mass, lambda total: top_p * total, peers)
     at_least = jnp.maximum(at_least, jnp.where(top_p < 1, found, 0))
     kept = (keys >= at_least[:, None]) & (scaled >= jnp.log(min_p)[:, None])
     best = scaled >= 0  # the mass that a tiny top-p asks for may be rounded to nothing
@@ -272,13 +320,17 @@ def _ordered_bits(values: Float[Array, "samples vocab"]) -> UInt[Array, "samples
 def _threshold(
     keys: UInt[Array, "samples vocab"],
     weight: Float[Array, "samples vocab"],
-    target: Float[Array, " samples"],
+    target_of: Callable[[Float[Array, " samples"]], Float[Array, " samples"]],
+    peers: Peers,
 ) -> UInt[Array, " samples"]:
-    """The greatest t whose keys >= t weigh `target` at least; 0 where all of them weigh less.
+    """The greatest t whose keys >= t weigh the target at least; 0 where all of them weigh less.
 
-    Found bit by bit from the top: a few passes over the row, where a sort takes many times longer.
+    The target is a function of what all keys weigh together. The threshold is found bit by bit from the top:
+    a few passes over the row, where a sort takes many times longer.
     """
-    bits = 8 * keys.dtype.itemsize
+    if peers != ALONE:
+        return _threshold_of_all(keys, weight, target_of, peers)
+    bits, target = 8 * keys.dtype.itemsize, target_of(jnp.sum(weight, axis=1))
 
     def try_bit(i: Array, found: Array) -> Array:
         candidate = found | (jnp.array(1, keys.dtype) << (bits - 1 - i).astype(keys.dtype))
@@ -288,16 +340,52 @@ def _threshold(
     return lax.fori_loop(0, bits, try_bit, jnp.zeros(keys.shape[:1], keys.dtype))
 
 
+def _threshold_of_all(
+    keys: UInt[Array, "samples vocab"],
+    weight: Float[Array, "samples vocab"],
+    target_of: Callable[[Float[Array, " samples"]], Float[Array, " samples"]],
+    peers: Peers,
+) -> UInt[Array, " samples"]:
+    """`_threshold` over all peers' keys: a digit of DIGIT bits at a time, each for one small all-reduce.
+
+    A device weighs its keys at or above every value that the digit may have, and the sums of all devices'
+    weights say which of them the threshold has. No loop: one that holds a collective is dear.
+    """
+    found, target = jnp.zeros(keys.shape[:1], keys.dtype), None
+    for shift in range(8 * keys.dtype.itemsize - DIGIT, -1, -DIGIT):
+        digits = jnp.arange(1 << DIGIT, dtype=keys.dtype) << shift
+        candidates = found[:, None] | digits
+        reached = keys[:, :, None] >= candidates[:, None, :]
+        weights = peers.sum(jnp.sum(jnp.where(reached, weight[:, :, None], 0), axis=1))
+        if target is None:
+            target = target_of(weights[:, 0])
+        enough = jnp.sum(
+            weights[:, 1:] >= target[:, None], axis=1, dtype=jnp.int32
+        )  # they fall with the digit
+        found |= digits[enough]
+    return found
+
+
 def _logprobs(
-    logits: Float[Array, "samples vocab"], token: Int[Array, " samples"], top: int
+    logits: Float[Array, "samples vocab"], token: Int[Array, " samples"], top: int, peers: Peers
 ) -> tuple[Array, Array, Array]:
-    total = jax.nn.logsumexp(logits, axis=1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1) - total
-    top_value, top_id = lax.top_k(logits, top)
+    vocab = logits.shape[1]
+    total = jax.nn.logsumexp(logits, axis=1)
+    own = own_ids(token, vocab, peers)[:, None]
+    chosen = jnp.take_along_axis(logits, own, axis=1, mode="fill", fill_value=-jnp.inf)[:, 0]
+    top_value, top_id = lax.top_k(logits, min(top, vocab))
+    if peers != ALONE:
+        totals, each = jnp.moveaxis(peers.gather(jnp.stack([total, chosen])), 1, 0)
+        total, chosen = jax.nn.logsumexp(totals, axis=0), jnp.max(each, axis=0)
+        ids = (top_id + peers.index * vocab).astype(logits.dtype)  # exact: below 2**24
+        candidates = peers.gather(jnp.stack([top_value, ids]))  # of lower ids first, as lax.top_k wants ties
+        values, ids = jnp.moveaxis(candidates, (1, 2), (0, 1)).reshape(2, len(token), -1)
+        top_value, best = lax.top_k(values, top)
+        top_id = jnp.take_along_axis(ids, best, axis=1)
     return (
-        chosen[:, 0].astype(jnp.float32),
+        (chosen - total).astype(jnp.float32),
         top_id.astype(jnp.int32),
-        (top_value - total).astype(jnp.float32),
+        (top_value - total[:, None]).astype(jnp.float32),
     )
 
 
@@ -376,10 +464,12 @@ def count_history(
     ids: Int[Array, " history"],
     n: Int[Array, ""],
     generated: Bool[Array, ""] | bool,
+    *,
+    peers: Peers = ALONE,
 ) -> SlotState:
     """Counts the first `n` ids as given to the slot, or as generated in it."""
     num_slots, vocab = slots.generated_count.shape
-    ids = jnp.where(jnp.arange(ids.size, dtype=jnp.int32) < n, ids, vocab)
+    ids = jnp.where(jnp.arange(ids.size, dtype=jnp.int32) < n, own_ids(ids, vocab, peers), vocab)
     generated_slot = jnp.where(generated, slot, num_slots)
     given_slot = jnp.where(generated, num_slots, slot)
     return slots._replace(

@@ -1,21 +1,42 @@
-"""ShardingRules: which physical mesh axis each logical axis of an array is laid out over.
+"""Where a model's arrays lie: whole on one device, or divided over a mesh of them (tensor parallelism).
 
-Every parameter names its logical axes where it is defined (model/layers.py); these rules, and nothing in
-the model, decide what is sharded. The default replicates everything, which is right for one device.
+Every array names its logical axes where it is defined, and `ShardingRules` alone say over which axes of the
+mesh each of them is divided. A program is written once, for what one device holds: `Placement.program` runs
+it on every device of the mesh at once (`jax.shard_map`), and what the devices must tell each other goes
+through their `Peers`. On one device there is no mesh, and peers have nothing to do.
+
+The split is Megatron's (arXiv 1909.08053): heads, MLP and vocabulary are divided, the residual stream is
+whole on every device. Where a model has fewer KV heads than there are devices, several of them keep the same
+KV head: the mesh is `kv` x `copy`, and KV heads are divided over `kv` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jax import Array
+
 LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "pages", "page")
+# The axes of a mesh. Devices that differ in `copy` alone keep the same KV heads.
+KV, COPY = "kv", "copy"
 
 MeshAxis = str | tuple[str, ...] | None
+
+
+class PlacementError(ValueError):
+    """A model cannot be divided over as many devices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +52,6 @@ class ShardingRules:
     pages: MeshAxis = None
     page: MeshAxis = None
 
-    @classmethod
-    def tensor_parallel(cls, axis: str) -> ShardingRules:
-        """Megatron's split: heads, MLP and vocabulary over `axis`, the residual stream replicated."""
-        return cls(vocab=axis, heads=axis, kv_heads=axis, mlp=axis)
-
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes; one that is None is never divided.
 
@@ -48,12 +64,112 @@ class ShardingRules:
 
 
 @dataclass(frozen=True, slots=True)
+class Peers:
+    """The devices that compute something together, each a part of it, as a program on one of them sees them.
+
+    axes   of the mesh: none where a device computes all of it by itself
+    count  how many they are
+    """
+
+    axes: tuple[str, ...] = ()
+    count: int = 1
+
+    @property
+    def index(self) -> Array | int:
+        """Which of the parts is this device's."""
+        return lax.axis_index(self.axes) if self.axes else 0
+
+    def sum(self, x: Array) -> Array:
+        """The sum of all devices' x: an all-reduce."""
+        return lax.psum(x, self.axes) if self.axes else x
+
+    def max(self, x: Array) -> Array:
+        """The greatest of all devices' x: an all-reduce."""
+        return lax.pmax(x, self.axes) if self.axes else x
+
+    def gather(self, x: Array) -> Array:
+        """All devices' x, in the order of their parts, on a new first axis: an all-gather."""
+        return lax.all_gather(x, self.axes) if self.axes else x[None]
+
+
+ALONE = Peers()
+EVERYWHERE = PartitionSpec()  # how a result is divided of which every device has all
+
+
+def own_ids(ids: Array, size: int, peers: Peers) -> Array:
+    """Indices into a device's own part, of `size`, of a divided axis; `size`, out of range, for its peers'.
+
+    One device has all there is: its ids, out of range or not, stay as they are.
+    """
+    if peers == ALONE:
+        return ids
+    own = ids - peers.index * size
+    return jnp.where((own >= 0) & (own < size), own, size)
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
-    """Where arrays live: laid out over a mesh by the rules, or, without a mesh, whole on one device."""
+    """Where arrays live: divided over a mesh by the rules, or, without a mesh, whole on one device."""
 
     mesh: Mesh | None = None
     rules: ShardingRules = ShardingRules()
     device: Any = None
+
+    @classmethod
+    def over(cls, config: ModelConfig, count: int, devices: Sequence[Any] | None = None) -> Placement:
+        """A model over the first `count` of `devices` (all that JAX has, unless given).
+
+        A vocabulary that `count` does not divide is whole on every device. Raises PlacementError, saying what
+        would do, if there are not as many devices or `count` does not divide the model.
+        """
+        devices = jax.devices() if devices is None else devices
+        if not 1 <= count <= len(devices):
+            there = f"{len(devices)} {devices[0].device_kind} device{'s'[: len(devices) > 1]}"
+            more = ": JAX_NUM_CPU_DEVICES in the environment makes more of a CPU"
+            hint = more if devices[0].platform == "cpu" else ""
+            raise PlacementError(
+                f"a model cannot be divided over {count} devices where JAX finds {there}{hint}"
+            )
+        if not _divides(config, count):
+            able = [str(n) for n in range(1, config.num_heads + 1) if _divides(config, n)]
+            raise PlacementError(
+                f"cannot divide {config.name} over {count} devices: they must share its {config.num_heads} "
+                f"heads, {config.num_kv_heads} KV heads and MLP of {config.intermediate_size} evenly, as "
+                f"{', '.join(able)} would"
+            )
+        if count == 1:
+            return cls(device=devices[0])
+        shards = min(config.num_kv_heads, count)
+        mesh = Mesh(np.array(devices[:count]).reshape(shards, count // shards), (KV, COPY))
+        everywhere = (KV, COPY)
+        return cls(
+            mesh,
+            ShardingRules(
+                vocab=everywhere if config.vocab_size % count == 0 else None,
+                heads=everywhere,
+                kv_heads=KV,
+                mlp=everywhere,
+            ),
+        )
+
+    @property
+    def count(self) -> int:
+        """Number of devices."""
+        return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def devices(self) -> list[Any]:
+        return [self.device or jax.devices()[0]] if self.mesh is None else [*self.mesh.devices.flat]
+
+    @property
+    def peers(self) -> Peers:
+        """Those that share the heads and the MLP of each layer."""
+        return self._peers("heads")
+
+    @property
+    def vocab_peers(self) -> Peers:
+        """Those that share the vocabulary."""
+        return self._peers("vocab")
 
     def sharding(self, axes: Sequence[str | None]) -> Sharding:
         """The sharding of an array with these logical axes. Raises ValueError for an unknown axis."""
@@ -62,5 +178,59 @@ class Placement:
             return SingleDeviceSharding(self.device or jax.devices()[0])
         return NamedSharding(self.mesh, spec)
 
+    def parts(self, axis: str | None) -> int:
+        """Into how many parts a logical axis is divided."""
+        return 1 if axis is None else self._peers(axis).count
+
+    def _peers(self, axis: str) -> Peers:
+        over: MeshAxis = getattr(self.rules, axis)
+        if self.mesh is None or over is None:
+            return ALONE
+        axes = (over,) if isinstance(over, str) else over
+        return Peers(axes, math.prod(self.mesh.shape[axis] for axis in axes))
+
+    def abstract(self, shape: Sequence[int], dtype: Any, axes: Sequence[str | None]) -> jax.ShapeDtypeStruct:
+        """The shape, type and sharding of an array, to compile programs from before it exists."""
+        return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=self.sharding(axes))
+
+    def program(self, function: Callable[..., Any], arguments: Any, results: Any) -> Callable[..., Any]:
+        """`function` of one device's parts of its arguments, as a function of whole arrays.
+
+        Arrays, or their shapes, in the trees `arguments` and `results` say by their shardings how each is
+        divided; what has no sharding, or is EVERYWHERE, is whole on every device. `results` may be a prefix
+        of the real tree.
+        """
+        if self.mesh is None:
+            return function
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=jax.tree.map(_spec, arguments),
+            out_specs=jax.tree.map(_spec, results),
+            check_vma=False,
+        )
+
 
 ON_ONE_DEVICE = Placement()
+
+
+def bytes_each(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or of their shapes."""
+    return sum(_bytes_each(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _bytes_each(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _spec(leaf: Any) -> PartitionSpec:
+    if isinstance(leaf, PartitionSpec):
+        return leaf
+    sharding = getattr(leaf, "sharding", None)
+    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+
+
+def _divides(config: ModelConfig, count: int) -> bool:
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    shared = kv_heads % count == 0 or count % kv_heads == 0
+    return heads % count == 0 and shared and config.intermediate_size % count == 0

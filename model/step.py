@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention import Backend, Capacity, Work
+from attention.heads import wide
 from model.config import ModelConfig
 from model.decoder import Decoder, ModelStructure
 from model.kv_cache import KVCache, page_sizes
 from model.sampling import SAMPLERS, SampleInputs, SampleOutputs, SlotState, sample, sampler_for
+from model.sharding import EVERYWHERE, ON_ONE_DEVICE, Placement
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
@@ -53,13 +55,15 @@ class StepInputs(NamedTuple):
 class StepLayout:
     """Where each array of a bucket's StepInputs lies in its packed vector, and what its rows attend with.
 
-    Hashable: one per program.
+    Hashable: one per program. Over a mesh every device gets the same vector: `capacity` is for the heads of
+    one device, and all have as many.
     """
 
     backend: Backend
     capacity: Capacity
     page_size: int
     samples: int
+    placement: Placement = ON_ONE_DEVICE
 
     @classmethod
     def for_bucket(
@@ -72,10 +76,12 @@ class StepLayout:
         page_size: int,
         samples: int,
         pages_per_read: int | None = None,
+        placement: Placement = ON_ONE_DEVICE,
     ) -> StepLayout:
         """Room for every step of a model with at most `rows` rows, of which `samples` sample."""
-        capacity = backend.capacity(rows, page_sizes(config, num_pages, page_size), pages_per_read)
-        return cls(backend, capacity, page_size, samples)
+        sizes = page_sizes(config, num_pages, page_size, placement)
+        capacity = backend.capacity(rows, sizes, pages_per_read)
+        return cls(backend, capacity, page_size, samples, placement)
 
     @property
     def size(self) -> int:
@@ -142,13 +148,20 @@ def forward(
 ) -> tuple[KVCache, Float[Array, "samples vocab"], Int32[Array, " samples"]]:
     """Feeds every row; the logits of those that sample, and what was fed in them.
 
-    The head runs for the sampled rows only.
+    The head runs for the sampled rows only. Over a mesh, of a device's own part of the vocabulary.
     """
     inputs = layout.unpack(packed)
     tokens = inputs.tokens
     fed = jnp.where(tokens < 0, last_token[jnp.maximum(-1 - tokens, 0)], tokens)
     hidden, cache = model.forward(
-        fed, inputs.positions, cache, inputs.write_page, inputs.write_offset, inputs.work, layout.backend
+        fed,
+        inputs.positions,
+        cache,
+        inputs.write_page,
+        inputs.write_offset,
+        inputs.work,
+        layout.backend,
+        layout.placement,
     )
     rows = inputs.sample.row
     return cache, model.logits(hidden[rows]), fed[rows]
@@ -169,7 +182,7 @@ class StepProgram:
 
     @property
     def working_bytes(self) -> int:
-        """Device memory of a step beyond its arguments, the donated cache and the donated slots."""
+        """Memory of each device for a step beyond its arguments, the donated cache and the donated slots."""
         parts: list[Any] = [part.memory_analysis() for part in (self.forward, *self.samplers.values())]
         sizes = [p.temp_size_in_bytes + p.output_size_in_bytes - p.alias_size_in_bytes for p in parts]
         return sizes[0] + max(sizes[1:])
@@ -177,7 +190,7 @@ class StepProgram:
     def __call__(
         self, weights: tuple[Any, ...], cache: KVCache, slots: SlotState, packed: Any, uses: int = 0
     ) -> tuple[KVCache, SlotState, SampleOutputs]:
-        packed = jax.device_put(packed)
+        packed = jax.device_put(packed, self.layout.placement.sharding([None]))
         cache, logits, fed = self.forward(weights, cache, slots.last_token, packed)
         slots, outputs = self.samplers[sampler_for(uses)](slots, logits, fed, packed)
         return cache, slots, outputs
@@ -195,19 +208,27 @@ def compile_step(
 ) -> StepProgram:
     """Compiles a bucket's step ahead of time, from arrays or from their shapes (jax.ShapeDtypeStruct)."""
 
+    placement = layout.placement
+
     def taper_step(weights: tuple[Any, ...], cache: KVCache, last_token: Array, packed: Array) -> Any:
         return forward(structure.merge(weights), cache, last_token, packed, layout=layout)
 
-    def taper_sample(slots: SlotState, logits: Array, fed: Array, packed: Array, *, uses: int) -> Any:
-        inputs = layout.unpack(packed).sample
-        return sample(logits, fed, slots, inputs, uses=uses, max_top_logprobs=max_top_logprobs)
+    def taper_sample(uses: int, slots: SlotState, logits: Array, fed: Array, packed: Array) -> Any:
+        inputs, peers = layout.unpack(packed).sample, placement.vocab_peers
+        return sample(logits, fed, slots, inputs, uses=uses, max_top_logprobs=max_top_logprobs, peers=peers)
 
-    packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-    model = jax.jit(taper_step, donate_argnums=1).lower(weights, cache, slots.last_token, packed)
-    _, logits, fed = model.out_info
-    sampler = jax.jit(taper_sample, static_argnames="uses", donate_argnums=0)
-    return StepProgram(
-        layout,
-        model.compile(),
-        {uses: sampler.lower(slots, logits, fed, packed, uses=uses).compile() for uses in samplers},
-    )
+    vocab, samples = slots.known.shape[0], layout.samples
+    packed = placement.abstract((layout.size,), jnp.int32, [None])
+    logits = placement.abstract((samples, vocab), wide(structure.merge(weights).dtype), [None, "vocab"])
+    fed = placement.abstract((samples,), jnp.int32, [None])
+
+    arguments = weights, cache, slots.last_token, packed
+    step = placement.program(taper_step, arguments, (cache, logits, fed))
+    model = jax.jit(step, donate_argnums=1).lower(*arguments).compile()
+
+    def sampler(uses: int) -> jax.stages.Compiled:
+        arguments = slots, logits, fed, packed
+        program = placement.program(partial(taper_sample, uses), arguments, (slots, EVERYWHERE))
+        return jax.jit(program, donate_argnums=0).lower(*arguments).compile()
+
+    return StepProgram(layout, model, {uses: sampler(uses) for uses in samplers})

@@ -7,7 +7,6 @@ and what a step sampled stays on the device for the next one.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from attention import Backend
 from model.decoder import Decoder
 from model.kv_cache import KVCache, bytes_per_page
 from model.sampling import SampleOutputs, SlotState, assign, count_history, pack_assignments, uses_of
+from model.sharding import ON_ONE_DEVICE, Placement, bytes_each
 from model.step import StepLayout, StepProgram, compile_step
 from scheduler.buckets import Buckets
 from scheduler.predictor import StepLatencyModel, StepLoad
@@ -43,6 +44,7 @@ class RunnerConfig:
     num_slots         branches that keep device state
     max_logit_bias    biases of one slot
     max_top_logprobs  alternatives that a sample can report
+    placement         the devices that share the model, its KV pages and the slots' state
     """
 
     num_pages: int
@@ -52,6 +54,7 @@ class RunnerConfig:
     backend: Backend
     max_logit_bias: int = 64
     max_top_logprobs: int = 8
+    placement: Placement = ON_ONE_DEVICE
 
 
 class StepHandle:
@@ -85,7 +88,7 @@ class Runner:
     HISTORY = 512  # known tokens that one call of the history program counts
 
     def __init__(self, model: Decoder, config: RunnerConfig) -> None:
-        """`model` needs no weights yet: programs are compiled from shapes."""
+        """`model` needs no weights yet: programs are compiled from shapes. They lie where `config` says."""
         self.config = config
         self.model_config = model.config
         self.buckets = Buckets(config.buckets)
@@ -103,9 +106,10 @@ class Runner:
     def compile(self) -> dict[int, float]:
         """Compile every program; returns the seconds that each bucket took. Nothing compiles after this."""
         with self._precision():
-            slots = self._slot_shapes
-            self._assign = _compiled(assign, slots, self._assignments([]))
-            self._count = _compiled(count_history, slots, *_history_call(0, (), self.HISTORY, False))
+            peers = self.config.placement.vocab_peers
+            self._assign = self._compiled(assign, self._assignments([]))
+            count = partial(count_history, peers=peers)
+            self._count = self._compiled(count, *_history_call(0, (), self.HISTORY, False))
         largest_first = [*self.buckets][::-1]
         with ThreadPoolExecutor(max_workers=4) as pool:
             return dict(zip(largest_first, pool.map(self._compile_bucket, largest_first), strict=True))
@@ -116,29 +120,39 @@ class Runner:
         config, vocab = self.config, self.model_config.vocab_size
         with self._precision():
             self.cache = self._cache_shapes.zeros()
-            self.slots = SlotState.create(config.num_slots, vocab, config.max_logit_bias, known)
+            self.slots = SlotState.create(
+                config.num_slots, vocab, config.max_logit_bias, known, config.placement
+            )
 
     @property
     def _slot_shapes(self) -> SlotState:
-        config = self.config
-        return SlotState.abstract(config.num_slots, self.model_config.vocab_size, config.max_logit_bias)
+        config, vocab = self.config, self.model_config.vocab_size
+        return SlotState.abstract(config.num_slots, vocab, config.max_logit_bias, config.placement)
 
     @property
     def _cache_shapes(self) -> KVCache:
         config = self.config
         return KVCache.abstract(
-            config.backend, self.model_config, config.num_pages, config.page_size, self.dtype
+            config.backend,
+            self.model_config,
+            config.num_pages,
+            config.page_size,
+            self.dtype,
+            config.placement,
         )
 
     def memory(self, limit: int) -> MemoryPlan:
-        """How `limit` bytes divide; compiles the largest step to learn what it needs."""
+        """How `limit` bytes of each device divide; compiles the largest step to learn what it needs."""
         self._compile_bucket(self.buckets.largest)
+        config = self.config
         return MemoryPlan(
             limit=limit,
-            weights=_bytes(self._weight_shapes),
-            slots=_bytes(self._slot_shapes),
+            weights=bytes_each(self._weight_shapes),
+            slots=bytes_each(self._slot_shapes),
             step=self._programs[self.buckets.largest].working_bytes,
-            page=bytes_per_page(self.config.backend, self.model_config, self.config.page_size, self.dtype),
+            page=bytes_per_page(
+                config.backend, self.model_config, config.page_size, self.dtype, config.placement
+            ),
         )
 
     def _compile_bucket(self, bucket: int) -> float:
@@ -150,6 +164,7 @@ class Runner:
             num_pages=config.num_pages,
             page_size=config.page_size,
             samples=min(bucket, config.num_slots),
+            placement=config.placement,
         )
         with self._precision():
             self._programs[bucket] = compile_step(
@@ -180,7 +195,7 @@ class Runner:
         It is greedy whatever the step's slots want, and writes to the step's pages and slots.
         """
         program, packed = self.packed(step)
-        packed = jax.device_put(packed)
+        packed = jax.device_put(packed, self.config.placement.sharding([None]))
 
         def launch() -> SampleOutputs:
             with self._precision():
@@ -266,19 +281,17 @@ class Runner:
             max_bias=self.config.max_logit_bias,
         )
 
+    def _compiled(
+        self, function: Callable[..., SlotState], *arguments: np.ndarray
+    ) -> Callable[..., SlotState]:
+        """A program that changes the slots, which it takes first and donated."""
+        slots = self._slot_shapes
+        program = self.config.placement.program(function, (slots, *arguments), slots)
+        return jax.jit(program, donate_argnums=0).lower(slots, *arguments).compile()
+
     def _precision(self) -> AbstractContextManager[Any]:
         """64-bit types are a per-thread setting of JAX: on exactly where the model is float64."""
         return jax.enable_x64(self.dtype == jnp.float64)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _compiled(
-    function: Callable[..., SlotState], slots: Any, *arguments: np.ndarray
-) -> Callable[..., SlotState]:
-    return jax.jit(function, donate_argnums=0).lower(slots, *arguments).compile()
 
 
 def _history_call(slot: int, ids: Sequence[int], room: int, generated: bool) -> tuple[np.ndarray, ...]:
