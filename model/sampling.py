@@ -359,9 +359,8 @@ def _threshold_of_all(
         weights = peers.sum(jnp.sum(jnp.where(reached, weight[:, :, None], 0), axis=1))
         if target is None:
             target = target_of(weights[:, 0])
-        enough = jnp.sum(
-            weights[:, 1:] >= target[:, None], axis=1, dtype=jnp.int32
-        )  # they fall with the digit
+        # The weights fall with the digit.
+        enough = jnp.sum(weights[:, 1:] >= target[:, None], axis=1, dtype=jnp.int32)
         found |= digits[enough]
     return found
 
