@@ -14,6 +14,7 @@ import tyro
 from attention import BACKENDS, backend_named
 from model.checkpoint import LoadFormat, ModelSource, model_tokenizer
 from model.decode import generate
+from model.sharding import Placement, ask_for_cpu_devices
 from model.tokenizer import Tokenizer
 from scheduler.sampling import SamplingParams
 
@@ -51,6 +52,8 @@ class Decode:
     """`random` makes weights on the device instead of reading them."""
     weights_seed: int = 0
     """Seed of random weights."""
+    tensor_parallel: int = 1
+    """Devices of this machine that share the model."""
     attention: str = "auto"
     """Attention backend; `auto` picks by device, `reference` is the oracle."""
     page_size: int = 16
@@ -61,6 +64,7 @@ class Decode:
 
 def main(args: list[str] | None = None) -> None:
     command = tyro.cli(Decode, prog="taper-decode", description=Decode.__doc__, args=args)
+    ask_for_cpu_devices(command.tensor_parallel)
     try:
         with jax.enable_x64(command.dtype == "float64"):
             print(_report(command))
@@ -78,7 +82,8 @@ def _report(command: Decode) -> str:
     _check_ids(prompts, source.config.vocab_size)
     for note in source.notes:
         print(f"taper-decode: {note}", file=sys.stderr)
-    model = source.load(jnp.dtype(command.dtype), seed=command.weights_seed)
+    placement = Placement.over(source.config, command.tensor_parallel)
+    model = source.load(jnp.dtype(command.dtype), placement, seed=command.weights_seed)
     generation = generate(
         model,
         prompts,
@@ -89,6 +94,7 @@ def _report(command: Decode) -> str:
         known=known,
         page_size=command.page_size,
         backend=None if command.attention == "auto" else backend_named(command.attention),
+        placement=placement,
     )
     answers = [
         [

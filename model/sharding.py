@@ -13,7 +13,9 @@ KV head: the mesh is `kv` x `copy`, and KV heads are divided over `kv` alone.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +214,19 @@ class Placement:
 
 
 ON_ONE_DEVICE = Placement()
+
+
+def ask_for_cpu_devices(count: int) -> None:
+    """Makes one CPU count as so many devices, to try a mesh out; has no effect once JAX has found its devices.
+
+    Whoever sets JAX_NUM_CPU_DEVICES, or XLA's flag for it, keeps what it says. Accelerators are not concerned.
+    """
+    own = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get(
+        "XLA_FLAGS", ""
+    )
+    if count > 1 and not own:
+        with suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def bytes_each(tree: Any) -> int:

@@ -24,6 +24,8 @@ class ServerConfig:
     float64 is for exact tests on CPU."""
     attention: str = "auto"
     """Attention backend; `auto` picks by device."""
+    tensor_parallel: int = 1
+    """Devices of this machine that share the model: its heads, MLP and vocabulary are divided over them."""
     deterministic: bool = False
     """On a GPU: what a row computes does not depend on the rows beside it. Slower where branches share a
     prefix; with a single bucket, tokens are the same under every schedule."""
@@ -113,7 +115,7 @@ class ServerConfig:
         """Raises ValueError for what would only be found after minutes of loading."""
         policy(self.policy)
         optional = ("page_size", "num_pages", "max_chunk", "max_context")
-        counts = ("max_queue", "max_branches", "max_depth", "default_max_tokens")
+        counts = ("max_queue", "max_branches", "max_depth", "default_max_tokens", "tensor_parallel")
         for name in (*optional, *counts, "tpot_slo_ms", "ttft_slo_ms"):
             value = getattr(self, name)
             if value is not None and not value > 0:

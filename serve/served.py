@@ -56,6 +56,7 @@ class ServedModel:
 class Served:
     """What a server serves: a started engine, and its model.
 
+    device          kind of the devices that share the model, of which there are `devices`
     largest_bucket  rows that one step can have
     summary         what getting ready came to, for the operator
     """
@@ -63,6 +64,7 @@ class Served:
     engine: Engine
     model: ServedModel
     device: str = "cpu"
+    devices: int = 1
     largest_bucket: int = 64
     summary: str = ""
 

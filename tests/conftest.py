@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if CACHE not in os.environ:
         config.stash[MADE] = os.environ[CACHE] = tempfile.mkdtemp(prefix="compiled-")
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # for the tests of several devices
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     if config.getoption("--without-jax"):

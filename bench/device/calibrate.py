@@ -163,7 +163,9 @@ def profile(name: str, points: Sequence[Point], runner: Runner, device: str) -> 
     config = runner.config
     return {
         "name": name,
-        **conditions(device, runner.model_config, runner.dtype.name, config.backend.name),
+        **conditions(
+            device, runner.model_config, runner.dtype.name, config.backend.name, config.placement.count
+        ),
         "num_pages": config.num_pages,
         "page_size": config.page_size,
         "forms": fit(points),

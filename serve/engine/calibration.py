@@ -1,6 +1,6 @@
 """Step-time profiles: what steps take on a device with a model, measured beforehand and shipped.
 
-`python -m bench.device.calibrate` writes them. A profile fits a server whose device, attention, type of
+`python -m bench.device.calibrate` writes them. A profile fits a server whose devices, attention, type of
 numbers and shape of model are those it was measured with; weights and names make no difference.
 """
 
@@ -33,11 +33,19 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
-def conditions(device: str, model: ModelConfig, dtype: str, backend: str) -> dict[str, Any]:
-    """What a step's time depends on besides its load."""
+def conditions(
+    device: str, model: ModelConfig, dtype: str, backend: str, tensor_parallel: int
+) -> dict[str, Any]:
+    """What a step's time depends on besides its load; `tensor_parallel` devices share the model."""
     sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
     shape = {size: getattr(model, size) for size in (*sizes, "vocab_size", "tie_embeddings", "architecture")}
-    return {"device": device, "dtype": dtype, "backend": backend, "shape": shape}
+    return {
+        "device": device,
+        "dtype": dtype,
+        "backend": backend,
+        "tensor_parallel": tensor_parallel,
+        "shape": shape,
+    }
 
 
 def matching(wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

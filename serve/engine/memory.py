@@ -5,19 +5,17 @@
 What a step needs is known once it is compiled, and does not depend on the number of pages. The rounding makes
 the next start find the same number, and with it the compiled programs in JAX's cache: these have the size of
 the pool in their shapes. The result is kept beside that cache, so that only the first start compiles a step
-just to learn its size.
+just to learn its size. Devices that share a model hold equal parts of it: the plan is that of each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import jax
 
 SHARES = 64  # the pool is a multiple of this part of the device's memory
 IN_FLIGHT = 2  # steps whose buffers may exist at once: one runs, one is queued
@@ -53,10 +51,10 @@ class MemoryPlan:
         return self.kv // self.page
 
 
-def device_limit() -> int | None:
-    """Bytes that JAX may take of the first device; None where it does not say, as on a CPU."""
-    stats = jax.local_devices()[0].memory_stats()
-    return stats.get("bytes_limit") if stats else None
+def device_limit(devices: Sequence[Any]) -> int | None:
+    """Bytes that JAX may take of each of the devices; None where it does not say, as on a CPU."""
+    stats = [device.memory_stats() or {} for device in devices]
+    return min((each["bytes_limit"] for each in stats if "bytes_limit" in each), default=None)
 
 
 def remembered(folder: str | None, key: dict[str, Any], measure: Callable[[], MemoryPlan]) -> MemoryPlan:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from model.config import ModelConfig
 from model.kv_cache import bytes_per_page
+from model.sharding import Placement
 from scheduler.predictor import StepLatencyModel
 from serve.engine.memory import IN_FLIGHT, SHARES, MemoryPlan
 from serve.engine.runner import RunnerConfig
@@ -39,13 +40,16 @@ class Ready:
     def __str__(self) -> str:
         """The table, as lines of text."""
         runner = self.runner
-        page = bytes_per_page(runner.backend, self.model, runner.page_size, self.dtype)
+        placement, count = runner.placement, runner.placement.count
+        page = bytes_per_page(runner.backend, self.model, runner.page_size, self.dtype, placement)
         tokens = runner.num_pages * runner.page_size
+        device, each = (f"{count} x {self.device}", " on each device") if count > 1 else (self.device, "")
         lines = [
-            f"{self.model.name}, {self.dtype}, on {self.device}, attention by {runner.backend.name}",
+            f"{self.model.name}, {self.dtype}, on {device}, attention by {runner.backend.name}",
+            *_division(placement),
             f"  weights    on the device after {self.load_seconds:.1f} s",
             f"  KV pool    {runner.num_pages} pages of {runner.page_size} tokens: {tokens} tokens, "
-            f"{page * runner.num_pages / GIB:.1f} GiB",
+            f"{page * runner.num_pages / GIB:.1f} GiB{each}",
             *self._memory(),
             f"  steps      {self.latency_source}",
             "  bucket  compiled, s  step, ms",
@@ -58,7 +62,7 @@ class Ready:
     def _memory(self) -> list[str]:
         if self.memory is None:
             return []
-        plan = self.memory
+        plan, each = self.memory, " of each device" if self.runner.placement.count > 1 else ""
         parts = {
             "weights": plan.weights,
             "slots": plan.slots,
@@ -67,6 +71,18 @@ class Ready:
         }
         split = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
         return [
-            f"  memory     {plan.limit / GIB:.1f} GiB less {split};",
+            f"  memory     {plan.limit / GIB:.1f} GiB{each} less {split};",
             f"             what is left, in whole {SHARES}ths of the memory, is the pool",
         ]
+
+
+def _division(placement: Placement) -> list[str]:
+    """What devices that share a model divide, and what each of them has whole."""
+    if placement.count == 1:
+        return []
+    parts = {axis: placement.parts(axis) for axis in ("heads", "kv_heads", "vocab")}
+    whole = "divided" if parts["vocab"] > 1 else "whole on each"
+    return [
+        f"  devices    heads and MLP in {parts['heads']} parts, KV heads in {parts['kv_heads']}; "
+        f"vocabulary {whole}"
+    ]

@@ -16,6 +16,7 @@ from attention import Backend, backend_named, default_backend
 from model.checkpoint import ModelSource, model_tokenizer
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.sharding import Placement, ask_for_cpu_devices
 from model.tokenizer import Tokenizer
 from scheduler.controller import Controller, ControllerConfig
 from scheduler.grammars import GRAMMARS
@@ -57,6 +58,7 @@ def load(config: ServerConfig, watch: Watcher) -> Served:
         engine=started.engine,
         model=started.model,
         device=started.ready.device,
+        devices=config.tensor_parallel,
         largest_bucket=started.runner.buckets.largest,
         summary=str(started.ready),
     )
@@ -72,18 +74,20 @@ def start(
 
     Raises what is wrong with the config or the model folder, before anything is served.
     """
+    ask_for_cpu_devices(config.tensor_parallel)
     config = config.for_platform(jax.default_backend())
     _keep_compiled_programs(config.compilation_cache)
     tokenizer, known, found = _find(config)
+    placement = Placement.over(found.config, config.tensor_parallel)
     began, dtype = time.perf_counter(), jnp.dtype(config.dtype)
     with jax.enable_x64(config.dtype == "float64"), ThreadPoolExecutor(max_workers=1) as compiler:
-        compiling = compiler.submit(_compiled_runner, config, found.abstract(dtype))
-        model = found.load(dtype, seed=config.seed)
+        compiling = compiler.submit(_compiled_runner, config, found.abstract(dtype, placement), placement)
+        model = found.load(dtype, placement, seed=config.seed)
         jax.block_until_ready(model.split()[1])
         loaded = time.perf_counter() - began
         runner, compiled, memory = compiling.result()
         runner.hold(model, known)
-    device = jax.devices()[0].device_kind
+    device = placement.devices[0].device_kind
     latency, source = predictor_for(config, runner, device)
     served = served_model(config, model.config, tokenizer)
     ready = Ready(
@@ -174,7 +178,7 @@ def _find(config: ServerConfig) -> tuple[Tokenizer, Collection[int] | None, Mode
 
 
 def _compiled_runner(
-    config: ServerConfig, model: Decoder
+    config: ServerConfig, model: Decoder, placement: Placement
 ) -> tuple[Runner, dict[int, float], MemoryPlan | None]:
     """The runner with its programs, the seconds that each took, and how memory was divided to size it."""
     assert config.page_size is not None
@@ -188,8 +192,9 @@ def _compiled_runner(
             backend=_attention(config, model),
             max_logit_bias=config.max_logit_bias,
             max_top_logprobs=config.max_top_logprobs,
+            placement=placement,
         )
-        memory, limit = None, device_limit()
+        memory, limit = None, device_limit(placement.devices)
         if config.num_pages is None and limit is not None:
             key = {"model": repr(model.config), "sizes": repr(sizes), "limit": limit, "jax": jax.__version__}
             memory = remembered(config.compilation_cache, key, lambda: Runner(model, sizes).memory(limit))
@@ -201,7 +206,8 @@ def _compiled_runner(
 def predictor_for(config: ServerConfig, runner: Runner, device: str) -> tuple[StepLatencyModel, str]:
     """The step-time predictor, and where its figures are from. Warms every program up."""
     measured = runner.measure()
-    wanted = conditions(device, runner.model_config, runner.dtype.name, runner.config.backend.name)
+    measured_on = runner.dtype.name, runner.config.backend.name, runner.config.placement.count
+    wanted = conditions(device, runner.model_config, *measured_on)
     if config.profile == "auto":
         profile = next(matching(wanted), None)
     else:

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
@@ -70,6 +70,9 @@ class Metrics:
         self._externality = histogram(
             "step_externality_seconds", "Predicted time that extra work adds to a step's baseline", _SECONDS
         )
+        self._devices = Gauge(
+            "taper_devices", "Devices that share the model, by their kind", ["kind"], registry=registry
+        )
         self._width = histogram("width_branches", "Branches of a request that advance in a step", _WIDTHS)
 
     def observe_step(self, step: StepRecord) -> None:
@@ -92,6 +95,10 @@ class Metrics:
 
     def count_request(self, code: str) -> None:
         self._requests.labels(code).inc()
+
+    def describe_devices(self, kind: str, count: int) -> None:
+        """Report that the model is divided over `count` devices of this kind."""
+        self._devices.labels(kind).set(count)
 
     def watch_load(self, load: Callable[[], Load]) -> None:
         """Report `load()` whenever the metrics are scraped."""

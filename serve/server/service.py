@@ -69,6 +69,7 @@ class Service:
             skip: Speller(served.model.tokenizer.spelling, skip_special_tokens=skip) for skip in (False, True)
         }
         self.metrics.watch_load(served.engine.load)
+        self.metrics.describe_devices(served.device, served.devices)
 
     def served(self) -> Served:
         """Raises UnavailableError until the model is loaded."""

@@ -151,7 +151,8 @@ class ControlServicer(control_grpc.ControlServiceServicer):
         )
         if service.state != "STARTING":
             served = service.served()
-            info.device, info.policy = served.device, served.engine.policy
+            info.device, info.device_count = served.device, served.devices
+            info.policy = served.engine.policy
             info.max_step_branches = served.largest_bucket
             info.kv_capacity_tokens = served.engine.load().scheduler.kv_capacity_tokens
         return info

@@ -69,7 +69,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "api_versions", "instance_id", "device", "policy", "state", "max_step_branches", "max_queued_requests", "kv_capacity_tokens", "uptime")
+    __slots__ = ("version", "api_versions", "instance_id", "device", "policy", "state", "max_step_branches", "max_queued_requests", "kv_capacity_tokens", "uptime", "device_count")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     API_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class GetServerInfoResponse(_message.Message):
     MAX_QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_COUNT_FIELD_NUMBER: _ClassVar[int]
     version: str
     api_versions: _containers.RepeatedScalarFieldContainer[str]
     instance_id: str
@@ -90,7 +91,8 @@ class GetServerInfoResponse(_message.Message):
     max_queued_requests: int
     kv_capacity_tokens: int
     uptime: _duration_pb2.Duration
-    def __init__(self, version: _Optional[str] = ..., api_versions: _Optional[_Iterable[str]] = ..., instance_id: _Optional[str] = ..., device: _Optional[str] = ..., policy: _Optional[str] = ..., state: _Optional[_Union[ServerState, str]] = ..., max_step_branches: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    device_count: int
+    def __init__(self, version: _Optional[str] = ..., api_versions: _Optional[_Iterable[str]] = ..., instance_id: _Optional[str] = ..., device: _Optional[str] = ..., policy: _Optional[str] = ..., state: _Optional[_Union[ServerState, str]] = ..., max_step_branches: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., device_count: _Optional[int] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()
