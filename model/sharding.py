@@ -126,12 +126,10 @@ class Placement:
         """
         devices = jax.devices() if devices is None else devices
         if not 1 <= count <= len(devices):
-            there = f"{len(devices)} {devices[0].device_kind} device{'s'[: len(devices) > 1]}"
+            there = f"{len(devices)} of kind {devices[0].device_kind}"
             more = ": JAX_NUM_CPU_DEVICES in the environment makes more of a CPU"
             hint = more if devices[0].platform == "cpu" else ""
-            raise PlacementError(
-                f"a model cannot be divided over {count} devices where JAX finds {there}{hint}"
-            )
+            raise PlacementError(f"cannot divide a model over {count} devices: JAX finds {there}{hint}")
         if not _divides(config, count):
             able = [str(n) for n in range(1, config.num_heads + 1) if _divides(config, n)]
             raise PlacementError(
@@ -217,14 +215,13 @@ ON_ONE_DEVICE = Placement()
 
 
 def ask_for_cpu_devices(count: int) -> None:
-    """Makes one CPU count as so many devices, to try a mesh out; has no effect once JAX has found its devices.
+    """Lets the CPU count as so many devices, to try a mesh out, unless JAX has already found its devices.
 
-    Whoever sets JAX_NUM_CPU_DEVICES, or XLA's flag for it, keeps what it says. Accelerators are not concerned.
+    JAX_NUM_CPU_DEVICES in the environment, or XLA's flag for it, has the last word. Accelerators stay as many
+    as there are.
     """
-    own = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get(
-        "XLA_FLAGS", ""
-    )
-    if count > 1 and not own:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if count > 1 and "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in flags:
         with suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
 
