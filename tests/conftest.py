@@ -17,6 +17,9 @@ from tests.absent import DEVICE, keep_away
 
 pytest_plugins = ["tests.cpu_seconds"]
 
+# For the tests of several devices; before any other conftest imports JAX.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MADE = pytest.StashKey[str]()
 
@@ -29,7 +32,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if CACHE not in os.environ:
         config.stash[MADE] = os.environ[CACHE] = tempfile.mkdtemp(prefix="compiled-")
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # for the tests of several devices
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     if config.getoption("--without-jax"):
