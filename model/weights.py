@@ -89,6 +89,7 @@ def _draw(
 def load_safetensors(model: Decoder, folder: Path, placement: Placement) -> Decoder:
     """Fills the model from a Hugging Face folder, tensor by tensor, casting to the model's dtype.
 
+    The host holds one tensor at a time, beside what the devices have. Each device is sent its own part.
     Raises WeightsError with the missing and unexpected tensors, the wrong shapes and the wrong types.
     """
     with TensorFiles(folder) as files:
@@ -102,6 +103,7 @@ def load_safetensors(model: Decoder, folder: Path, placement: Placement) -> Deco
                 name = embedding_name if tensor.name == EMBEDDING else tensor.name
                 stored = files.read(name).reshape(tensor.view)
                 sent.append(jax.device_put(stored, placement.sharding(tensor.stored_axes(axes))))
+                sent[-1].block_until_ready()
             permutations = tuple(tensor.to_ours for tensor in source.tensors)
             join = _join(permutations, source.axis, param.get_value().dtype, placement.sharding(axes))
             return join(*sent)

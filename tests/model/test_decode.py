@@ -125,7 +125,7 @@ def test_the_loop_is_compiled_with_the_cheapest_sampler_that_suffices(
     taken = []
 
     def compile_generation(*arguments: object) -> Callable[..., tuple[np.ndarray]]:
-        taken.append(arguments[-1])
+        taken.append(arguments[4])
         return lambda weights, cache, slots, arrays: (arrays.tokens,)
 
     monkeypatch.setattr(decode, "compile_generation", compile_generation)

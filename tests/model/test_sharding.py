@@ -1,22 +1,28 @@
-"""Every array names its logical axes, and the rules turn them into a layout."""
+"""Every array names its logical axes, and a placement says over which devices each of them is divided."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import PartitionSpec, SingleDeviceSharding
 
 from attention.xla import Xla
+from model.checkpoint import restore_orbax, save_orbax
 from model.config import PRESETS
 from model.decoder import Decoder
 from model.kv_cache import KVCache, page_sizes
-from model.sharding import LOGICAL_AXES, ON_ONE_DEVICE, Placement, ShardingRules
-from model.weights import load_safetensors, parameters, place_model, random_weights
+from model.sharding import COPY, KV, LOGICAL_AXES, ON_ONE_DEVICE, Placement, PlacementError, ShardingRules
+from model.tensor_files import TensorFiles
+from model.weights import hf_tensors, load_safetensors, parameters, place_model
 from tests.model.checkpoints import CHECKPOINTS
+from tests.model.meshes import divisible, over
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -25,19 +31,20 @@ MODELS = {
     "qwen2": PRESETS["qwen2.5-7b"],
     "llama-tied": replace(PRESETS["qwen3-0.6b"], architecture="llama"),
 }
+ALL = (KV, COPY)
 TENSOR_PARALLEL = {
-    ("embedding",): PartitionSpec("tp", None),
-    ("head",): PartitionSpec(None, "tp"),
-    ("attention", "q"): PartitionSpec(None, "tp", None),
-    ("attention", "k"): PartitionSpec(None, "tp", None),
-    ("attention", "v"): PartitionSpec(None, "tp", None),
-    ("attention", "q_bias"): PartitionSpec("tp", None),
-    ("attention", "k_bias"): PartitionSpec("tp", None),
-    ("attention", "v_bias"): PartitionSpec("tp", None),
-    ("attention", "o"): PartitionSpec("tp", None, None),
-    ("mlp", "gate"): PartitionSpec(None, "tp"),
-    ("mlp", "up"): PartitionSpec(None, "tp"),
-    ("mlp", "down"): PartitionSpec("tp", None),
+    ("embedding",): PartitionSpec(ALL, None),
+    ("head",): PartitionSpec(None, ALL),
+    ("attention", "q"): PartitionSpec(None, ALL, None),
+    ("attention", "k"): PartitionSpec(None, KV, None),
+    ("attention", "v"): PartitionSpec(None, KV, None),
+    ("attention", "q_bias"): PartitionSpec(ALL, None),
+    ("attention", "k_bias"): PartitionSpec(KV, None),
+    ("attention", "v_bias"): PartitionSpec(KV, None),
+    ("attention", "o"): PartitionSpec(ALL, None, None),
+    ("mlp", "gate"): PartitionSpec(None, ALL),
+    ("mlp", "up"): PartitionSpec(None, ALL),
+    ("mlp", "down"): PartitionSpec(ALL, None),
 }
 
 
@@ -50,14 +57,14 @@ def test_every_parameter_carries_a_logical_axis_per_dimension(name: str) -> None
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tensor_parallel_rules_split_every_matrix_and_replicate_every_norm(name: str) -> None:
-    rules = ShardingRules.tensor_parallel("tp")
+def test_every_matrix_is_divided_and_every_norm_is_whole(name: str) -> None:
+    rules = Placement.over(MODELS[name], 4).rules
     for path, param in parameters(Decoder(MODELS[name], jnp.bfloat16)):
         key = path[2:] if path[0] == "layers" else path
         expected = TENSOR_PARALLEL.get(key, PartitionSpec(*[None] * len(param.shape)))
         assert rules.spec(param.get_metadata("axes")) == expected, path
     for array in Xla().pages(page_sizes(MODELS[name], 4, 16), 32, jnp.bfloat16):
-        assert rules.spec(array.axes) == PartitionSpec(None, "tp", None, None)
+        assert rules.spec(array.axes) == PartitionSpec(None, KV, None, None)
 
 
 def test_by_default_everything_is_whole_on_one_device() -> None:
@@ -66,17 +73,84 @@ def test_by_default_everything_is_whole_on_one_device() -> None:
     assert {array.sharding for array in arrays} == {SingleDeviceSharding(jax.devices()[0])}
 
 
-def test_weights_land_in_the_sharding_that_the_rules_ask_for(golden_folder) -> None:
-    placement = Placement(Mesh(np.array(jax.devices()[:1]), ("tp",)), ShardingRules.tensor_parallel("tp"))
-    name = "qwen2-gqa8-untied-sharded-bf16"
-    config = CHECKPOINTS[name].config
-    loaded = load_safetensors(Decoder(config, jnp.float32), golden_folder(name), placement)
-    for model in (loaded, random_weights(Decoder(config, jnp.float32), 0, placement)):
-        for path, param in parameters(model):
-            expected = NamedSharding(placement.mesh, placement.rules.spec(param.get_metadata("axes")))
-            assert param.get_value().sharding == expected, path
-
-
 def test_an_unknown_axis_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="experts"):
         ShardingRules().spec(("experts", "embed"))
+
+
+# --- which numbers of devices -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "able"), [("qwen3-32b", [1, 2, 4, 8]), ("qwen2.5-0.5b", [1, 2]), ("qwen2.5-7b", [1, 2, 4])]
+)
+def test_what_would_divide_a_model_is_said_where_something_does_not(name: str, able: list[int]) -> None:
+    for count in range(1, 9):
+        if count in able:
+            assert Placement.over(PRESETS[name], count).count == count
+        else:
+            with pytest.raises(PlacementError, match=f"as {', '.join(map(str, able))}"):
+                Placement.over(PRESETS[name], count)
+
+
+@pytest.mark.parametrize("count", [0, -1, 16])
+def test_more_devices_than_there_are_are_refused(count: int) -> None:
+    with pytest.raises(PlacementError, match=f"over {count} devices: JAX finds 8 of kind cpu"):
+        Placement.over(PRESETS["qwen3-32b"], count)
+
+
+def test_devices_keep_a_kv_head_between_them_where_there_are_more_of_them() -> None:
+    placement = Placement.over(divisible(2), 8)
+    assert placement.mesh is not None
+    assert dict(placement.mesh.shape) == {KV: 2, COPY: 4}
+    parts = [placement.parts(axis) for axis in ("heads", "kv_heads", "mlp", "vocab", "embed", None)]
+    assert parts == [8, 2, 8, 8, 1, 1]
+    sizes = page_sizes(divisible(2), 3, 4, placement)
+    assert (sizes.heads, sizes.kv_heads) == (1, 1)
+
+
+# --- loading ------------------------------------------------------------------------------------------------
+
+NAME = "qwen2-gqa8-untied-sharded-bf16"
+
+
+def test_weights_go_straight_to_where_they_lie(
+    golden_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tensor is read once."""
+    config, folder = CHECKPOINTS[NAME].config, golden_folder(NAME)
+    placement = Placement.over(config, 2)
+    expected = hf_tensors(load_safetensors(Decoder(config, jnp.float32), folder, ON_ONE_DEVICE))
+    read, reads = TensorFiles.read, Counter[str]()
+
+    def counted(files: TensorFiles, name: str) -> np.ndarray:
+        reads[name] += 1
+        return read(files, name)
+
+    monkeypatch.setattr(TensorFiles, "read", counted)
+    loaded = load_safetensors(Decoder(config, jnp.float32), folder, placement)
+    assert reads == dict.fromkeys(expected, 1)
+    jax.tree.map(np.testing.assert_array_equal, hf_tensors(loaded), expected)
+    assert_placed(loaded, placement)
+
+
+def test_random_weights_are_those_of_one_device_wherever_they_lie() -> None:
+    (_, one), (placement, shared) = over(divisible(2), 1, jnp.float32), over(divisible(2), 8, jnp.float32)
+    assert_placed(shared, placement)
+    jax.tree.map(np.testing.assert_array_equal, shared.split()[1], one.split()[1])
+
+
+def test_orbax_restores_on_another_mesh_than_it_was_written_on(tmp_path: Path) -> None:
+    config = divisible(2)
+    _, written = over(config, 4, jnp.float32)
+    save_orbax(written, tmp_path)
+    for count in (1, 2, 8):
+        placement = Placement.over(config, count)
+        restored = restore_orbax(Decoder(config, jnp.float32), tmp_path, placement)
+        assert_placed(restored, placement)
+        jax.tree.map(np.testing.assert_array_equal, restored.split()[1], written.split()[1])
+
+
+def assert_placed(model: Decoder, placement: Placement) -> None:
+    for path, param in parameters(model):
+        assert param.get_value().sharding == placement.sharding(param.get_metadata("axes")), path

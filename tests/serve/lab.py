@@ -15,7 +15,7 @@ from attention import Backend
 from attention.xla import Xla
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.sharding import Placement
+from model.sharding import ON_ONE_DEVICE, Placement
 from model.weights import random_weights
 from scheduler.controller import Controller, ControllerConfig
 from scheduler.events import Event, Finished, StageFinished, StageStarted, TokenEmitted
@@ -71,10 +71,15 @@ def tiny_runner(dtype: Any, buckets: Sequence[int]) -> Runner:
 
 def tiny_model(dtype: Any) -> Decoder:
     with compiled_quickly(), jax.enable_x64(jnp.dtype(dtype) == jnp.float64):
-        return random_weights(Decoder(TINY, dtype), 7, Placement())
+        return random_weights(Decoder(TINY, dtype), 7, ON_ONE_DEVICE)
 
 
-def compiled_runner(model: Decoder, buckets: Sequence[int], backend: Backend | None = None) -> Runner:
+def compiled_runner(
+    model: Decoder,
+    buckets: Sequence[int],
+    backend: Backend | None = None,
+    placement: Placement = ON_ONE_DEVICE,
+) -> Runner:
     runner = Runner(
         model,
         RunnerConfig(
@@ -84,6 +89,7 @@ def compiled_runner(model: Decoder, buckets: Sequence[int], backend: Backend | N
             num_slots=NUM_SLOTS,
             backend=backend or Xla(),
             max_top_logprobs=4,
+            placement=placement,
         ),
     )
     with compiled_quickly():

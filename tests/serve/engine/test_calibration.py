@@ -11,12 +11,13 @@ import pytest
 
 from attention.gpu import Gpu
 from model.config import PRESETS
+from model.sharding import ON_ONE_DEVICE
 from scheduler.predictor import StepLatencyModel, StepLoad
 from serve.config import ServerConfig
 from serve.engine import calibration, startup
 from serve.engine.calibration import conditions, load_profile, matching, shipped
 
-H200 = conditions("NVIDIA H200", PRESETS["qwen3-32b"], "bfloat16", "gpu")
+H200 = conditions("NVIDIA H200", PRESETS["qwen3-32b"], "bfloat16", "gpu", 1)
 TINY = ["--model", "default", "--buckets", "4", "--num-pages", "64", "--compilation-cache", "None"]
 
 
@@ -36,7 +37,7 @@ def test_a_profile_fits_its_device_type_and_shape_whatever_the_models_name() -> 
     assert not [*matching(H200 | {"device": "NVIDIA H100"})]
     assert not [*matching(H200 | {"dtype": "float32"})]
     assert not [*matching(H200 | {"backend": "xla"})]
-    assert not [*matching(conditions("NVIDIA H200", PRESETS["qwen3-8b"], "bfloat16", "gpu"))]
+    assert not [*matching(conditions("NVIDIA H200", PRESETS["qwen3-8b"], "bfloat16", "gpu", 1))]
 
 
 @pytest.mark.parametrize(
@@ -54,9 +55,14 @@ def test_a_profile_fits_its_device_type_and_shape_whatever_the_models_name() -> 
     ],
     ids=lambda change: next(iter(change)),
 )
+def test_a_profile_fits_no_other_number_of_devices() -> None:
+    assert [*matching(H200)]
+    assert not [*matching({**H200, "tensor_parallel": 3})]
+
+
 def test_a_profile_fits_no_other_shape(change: dict[str, Any]) -> None:
     other = replace(PRESETS["qwen3-32b"], **change)
-    assert not [*matching(conditions("NVIDIA H200", other, "bfloat16", "gpu"))]
+    assert not [*matching(conditions("NVIDIA H200", other, "bfloat16", "gpu", 1))]
 
 
 def test_a_cpus_profile_is_taken_by_name_alone() -> None:
@@ -79,7 +85,7 @@ class TimedRunner:
     def __init__(self, seconds: float) -> None:
         self.model_config = PRESETS["qwen3-32b"]
         self.dtype = type("Dtype", (), {"name": "bfloat16"})
-        self.config = type("Config", (), {"backend": Gpu()})
+        self.config = type("Config", (), {"backend": Gpu(), "placement": ON_ONE_DEVICE})
         self.buckets = [8]
         self._seconds = seconds
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from serve.engine.memory import IN_FLIGHT, MemoryPlan, device_limit, remembered
@@ -75,4 +76,15 @@ def test_the_folder_may_be_named_from_the_home(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_cpu_names_no_limit() -> None:
-    assert device_limit() is None
+    assert device_limit(jax.devices()) is None
+
+
+def test_the_limit_of_devices_that_share_a_model_is_that_of_the_smallest() -> None:
+    class Device:
+        def __init__(self, limit: int) -> None:
+            self.limit = limit
+
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": self.limit}
+
+    assert device_limit([Device(80), Device(79)]) == 79

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from attention.gpu import Gpu
 from model.config import PRESETS
+from model.sharding import Placement
 from scheduler.predictor import StepLatencyModel
 from serve.config import ServerConfig
 from serve.engine.ready import Ready
@@ -46,3 +47,15 @@ def test_what_is_left_open_follows_the_platform() -> None:
     assert (gpu.dtype, gpu.page_size, max(gpu.buckets or ())) == ("bfloat16", 64, 512)
     chosen = ServerConfig(dtype="float32", page_size=32, buckets=(4,)).for_platform("gpu")
     assert (chosen.dtype, chosen.page_size, chosen.buckets) == ("float32", 32, (4,))
+
+
+def test_devices_that_share_a_model_are_counted_and_their_parts_named() -> None:
+    placement = Placement.over(PRESETS["qwen3-32b"], 2)
+    table = str(replace(READY, runner=replace(READY.runner, placement=placement))).splitlines()
+    assert table[0] == "qwen3-32b, bfloat16, on 2 x NVIDIA H200, attention by gpu"
+    assert table[1].split(maxsplit=1) == [
+        "devices",
+        "heads and MLP in 2 parts, KV heads in 2; vocabulary divided",
+    ]
+    assert "253952 tokens, 31.0 GiB on each device" in table[3]
+    assert "128.0 GiB of each device less weights" in table[4]

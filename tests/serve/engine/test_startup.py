@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 ENGINE: dict[str, tuple[Any, Callable[[Started], Any]]] = {
     "dtype": ("bfloat16", lambda s: s.runner.dtype.name),
     "attention": ("reference", lambda s: s.ready.runner.backend.name),
+    "tensor_parallel": (2, lambda s: s.runner.config.placement.count),
     "page_size": (8, lambda s: s.engine.scheduler.config.page_size),
     "num_pages": (96, lambda s: s.engine.scheduler.config.num_pages),
     "buckets": ((2, 4), lambda s: tuple(s.engine.scheduler.controller.latency.buckets)),
