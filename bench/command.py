@@ -14,6 +14,10 @@ class Command(argparse.ArgumentParser):
         super().__init__(prog=f"python -m {module}", description=description)
         self.add_argument("--json", help="where the result goes: a file, or - for standard output")
 
+    def add_tensor_parallel(self) -> None:
+        """For those that place a model by themselves; a server takes the option after "--"."""
+        self.add_argument("--tensor-parallel", type=int, default=1, help="devices that share the model")
+
     def typed(self, arguments: Sequence[str]) -> str:
         """The line that runs it with these arguments, as a shell takes it."""
         return shlex.join([*self.prog.split(), *arguments])

@@ -7,26 +7,48 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bench.result import versions
 from bench.timing import seconds_per_call
 
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from model.sharding import Placement
+
 PACKAGES = ("jax", "jaxlib", "numpy", "torch", "flashinfer-python")
 
 
-def describe() -> dict[str, Any]:
-    """`hardware` and `versions`, for the head of a result."""
+def describe(devices: int = 1) -> dict[str, Any]:
+    """`hardware` and `versions`, for the head of a result; `devices` of the hardware were used."""
     import jax
 
     device = jax.devices()[0]
     found = versions(PACKAGES)
     if device.platform == "gpu":
         found["driver"] = _driver()
-    hardware = {"device": device.device_kind, "platform": device.platform, "host": platform.machine()}
-    return {"hardware": hardware, "versions": found}
+    return {
+        "hardware": {
+            "device": device.device_kind,
+            "devices": devices,
+            "platform": device.platform,
+            "host": platform.machine(),
+        },
+        "versions": found,
+    }
+
+
+def placement(config: ModelConfig, devices: int) -> Placement:
+    """A model over so many devices, which a CPU makes of itself. Call it before anything asks for a device.
+
+    Raises PlacementError if they are not there or cannot share the model.
+    """
+    from model.sharding import Placement, ask_for_cpu_devices
+
+    ask_for_cpu_devices(devices)
+    return Placement.over(config, devices)
 
 
 def _driver() -> str:
@@ -38,7 +60,7 @@ def _driver() -> str:
 
 
 def copy_tb_s(size: int = 2**31) -> float:
-    """Terabytes per second, read plus written, of a large elementwise copy."""
+    """Terabytes per second, read plus written, of one device's large elementwise copy."""
     import jax
     import jax.numpy as jnp
 

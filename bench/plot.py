@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.device.report import label
+from bench.result import device_of
 from serve.door import StepRecord
 from serve.engine.step_log import read_steps
 
@@ -50,7 +51,7 @@ def plot_cases(result: Mapping[str, Any], path: Path) -> None:
         range(len(cases)), [" ".join(label(case).split()) for case in cases], rotation=90, fontsize=6
     )
     axes.set_title(
-        f"Shared-prefix attention on {result['hardware']['device']}, smallest case first "
+        f"Shared-prefix attention on {device_of(result)}, smallest case first "
         f"(floor: unique bytes at {result['copy_tb_s']:.2f} TB/s)",
         fontsize=9,
     )
@@ -184,7 +185,7 @@ def plot_buckets(result: Mapping[str, Any], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     axes.set_title(
-        f"{result['model']} on {result['hardware']['device']}, copy {result['copy_tb_s']:.2f} TB/s",
+        f"{result['model']} on {device_of(result)}, copy {result['copy_tb_s']:.2f} TB/s",
         fontsize=10,
     )
     _save(figure, path)

@@ -27,10 +27,17 @@ def head(command: str, device: Mapping[str, Any] | None = None) -> dict[str, Any
 def ran_on(result: Mapping[str, Any]) -> str:
     """One line of what a result's head says it ran on."""
     client = {**result.get("client", {})}
-    name = client.pop("host", None) or result["hardware"]["device"]
+    name = client.pop("host", None) or device_of(result)
     packages = ", ".join(f"{package} {each}" for package, each in (client or result["versions"]).items())
     server = f", against {result['server']['device']}" if "server" in result else ""
     return f"Ran on {name} ({packages}){server}."
+
+
+def device_of(result: Mapping[str, Any]) -> str:
+    """The device of a result's head, and how many of it if several. Older results had one."""
+    hardware = result["hardware"]
+    count = hardware.get("devices", 1)
+    return hardware["device"] if count == 1 else f"{count} x {hardware['device']}"
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.decode import generate
 from model.decoder import Decoder
-from model.sharding import ON_ONE_DEVICE
+from model.sharding import ON_ONE_DEVICE, Placement
 from model.weights import hf_tensors, random_weights, save_hf
 
 Tokens = list[list[list[int]]]  # of each branch of each prompt
@@ -34,11 +34,21 @@ def random_prompts(scale: Scale, config: ModelConfig, seed: int) -> list[list[in
 
 
 def greedy_here(
-    folder: Path, prompts: Sequence[Sequence[int]], scale: Scale, backend: Backend | None
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    scale: Scale,
+    backend: Backend | None,
+    placement: Placement = ON_ONE_DEVICE,
 ) -> Tokens:
-    model = load_model(str(folder), jnp.float32)
-    tokens, width = scale.new_tokens, scale.branches
-    run = generate(model, prompts, max_tokens=tokens, branches=width, page_size=PAGE, backend=backend)
+    run = generate(
+        load_model(str(folder), jnp.float32, placement=placement),
+        prompts,
+        max_tokens=scale.new_tokens,
+        branches=scale.branches,
+        page_size=PAGE,
+        backend=backend,
+        placement=placement,
+    )
     return run.ids
 
 
@@ -85,12 +95,18 @@ def compare_tokens(ours: Tokens, theirs: Tokens | None) -> dict[str, Any] | None
     return {"same": same, "tokens": total, "ok": same == total}
 
 
-def check_greedy(scale: Scale, config: ModelConfig, seed: int, backend: Backend | None) -> dict[str, Any]:
+def check_greedy(
+    scale: Scale,
+    config: ModelConfig,
+    seed: int,
+    backend: Backend | None,
+    placement: Placement = ON_ONE_DEVICE,
+) -> dict[str, Any]:
     prompts = random_prompts(scale, config, seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_hf(folder, config, hf_tensors(random_weights(Decoder(config, jnp.float32), seed, ON_ONE_DEVICE)))
-        ours = greedy_here(folder, prompts, scale, backend)
+        ours = greedy_here(folder, prompts, scale, backend, placement)
         return {
             "model": config.name,
             "cpu": compare_tokens(ours, greedy_on_cpu(folder, prompts, scale)),

@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.kv_cache import KVCache
 from model.sampling import SampleInputs
-from model.sharding import ON_ONE_DEVICE
+from model.sharding import ON_ONE_DEVICE, Placement
 from model.step import StepInputs, StepLayout, forward
 from model.weights import hf_tensors, random_weights
 
@@ -70,7 +70,9 @@ class Pages:
 class Served:
     """A model behind one compiled step program that gives the logits of every row."""
 
-    def __init__(self, scale: Scale, seed: int, backend: Backend | None) -> None:
+    def __init__(
+        self, scale: Scale, seed: int, backend: Backend | None, placement: Placement = ON_ONE_DEVICE
+    ) -> None:
         self.scale, self.config = scale, scale.logits
         dtype = jnp.bfloat16
         backend = backend or default_backend(self.config.head_dim, dtype)
@@ -85,9 +87,10 @@ class Served:
             page_size=PAGE,
             samples=scale.rows,
             pages_per_read=longest,
+            placement=placement,
         )
-        self.model = random_weights(Decoder(self.config, dtype), seed, ON_ONE_DEVICE)
-        self.cache = KVCache.abstract(backend, self.config, self.num_pages, PAGE, dtype).zeros()
+        self.model = random_weights(Decoder(self.config, dtype), seed, placement)
+        self.cache = KVCache.abstract(backend, self.config, self.num_pages, PAGE, dtype, placement).zeros()
         structure, self.weights = self.model.split()
 
         def step(weights: Any, cache: KVCache, packed: Array) -> tuple[KVCache, Array]:
@@ -95,8 +98,11 @@ class Served:
             model = structure.merge(weights)
             return forward(model, cache, nothing, packed, layout=self.layout)[:2]
 
-        arguments = self.weights, self.cache, jax.ShapeDtypeStruct((self.layout.size,), jnp.int32)
-        self.step = jax.jit(step, donate_argnums=1).lower(*arguments).compile()
+        packed = placement.abstract((self.layout.size,), jnp.int32, [None])
+        arguments = self.weights, self.cache, packed
+        logits = placement.abstract((scale.rows, self.config.vocab_size), jnp.float32, [None, "vocab"])
+        program = placement.program(step, arguments, (self.cache, logits))
+        self.step = jax.jit(program, donate_argnums=1).lower(*arguments).compile()
 
     def feed(self, *parts: tuple[Segment, int]) -> None:
         """One step: the next so many tokens of each segment. Appends their logits."""
@@ -114,6 +120,7 @@ class Served:
         every = np.arange(len(arrays[0]), dtype=np.int32)
         sample = SampleInputs(**dict.fromkeys(SampleInputs._fields, every))
         packed = self.layout.pack(StepInputs(*arrays, work=work, sample=sample))
+        packed = jax.device_put(packed, self.layout.placement.sharding([None]))
         self.cache, logits = self.step(self.weights, self.cache, packed)
         logits, row = np.asarray(logits), 0
         for index in order.tolist():

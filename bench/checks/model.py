@@ -1,6 +1,7 @@
 """Checks what a model computes on the device at hand: greedy tokens, logits, and what a row's bits depend on.
 
     python -m bench.checks.model --json OUT           # a minute on a GPU
+    python -m bench.checks.model --tensor-parallel 2  # the models divided over two of them
     python -m bench.checks.model --scale tiny         # anywhere
 
 greedy    float32: the tokens of `model.decode` equal those of taper-decode on the CPU, in a process of its
@@ -78,24 +79,26 @@ def main(arguments: Sequence[str], backend: Backend | None = None) -> dict[str, 
     parser.add_argument("--scale", choices=sorted(SCALES), default="full")
     parser.add_argument("--without-greedy", action="store_true", help="check logits and schedules only")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_tensor_parallel()
     options = parser.parse_args(arguments)
-    scale = SCALES[options.scale]
+    scale, devices = SCALES[options.scale], options.tensor_parallel
+    placement = hardware.placement(scale.logits, devices)
     backend = backend or (backend_named(options.backend) if options.backend else None)
     backends = {
         jnp.dtype(dtype).name: (backend or default_backend(config.head_dim, dtype)).name
         for dtype, config in ((jnp.float32, scale.greedy[0]), (jnp.bfloat16, scale.logits))
     }
     result: dict[str, Any] = {
-        **head(parser.typed(arguments), hardware.describe()),
+        **head(parser.typed(arguments), hardware.describe(devices)),
         "backends": backends,
         "rows": scale.rows,
         "seed": options.seed,
         "greedy": [
-            check_greedy(scale, config, options.seed, backend)
+            check_greedy(scale, config, options.seed, backend, hardware.placement(config, devices))
             for config in (() if options.without_greedy else scale.greedy)
         ],
     }
-    served = Served(scale, options.seed, backend)
+    served = Served(scale, options.seed, backend, placement)
     result["logits"] = check_logits(served, options.seed)
     result["schedules"] = check_schedules(served, options.seed)
     result["ok"] = passed(result)

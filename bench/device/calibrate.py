@@ -175,9 +175,9 @@ def profile(name: str, points: Sequence[Point], runner: Runner, device: str) -> 
 # --- command line ------------------------------------------------------------------------------------------
 
 
-def default_name(device: str, model: str) -> str:
-    """As in h100-qwen3-32b: without the maker and the memory of an accelerator's name."""
-    short = re.sub(r"^NVIDIA | \d+GB.*$", "", device)
+def default_name(device: str, model: str, count: int = 1) -> str:
+    """As in h100-qwen3-32b: without the maker and the memory of an accelerator's name. Two: h100x2-…"""
+    short = re.sub(r"^NVIDIA | \d+GB.*$", "", device) + (f"x{count}" if count > 1 else "")
     return f"{short}-{model}".lower().replace(" ", "-")
 
 
@@ -194,10 +194,11 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     say(here.summary, options.json)
     here.engine.stop(drain=False, timeout=10.0)
     runner = here.runner
+    count = runner.config.placement.count
     points = measure(runner, options.budget_seconds)
-    described = head(parser.typed(arguments), hardware.describe())
+    described = head(parser.typed(arguments), hardware.describe(count))
     device, model = described["hardware"]["device"], runner.model_config.name
-    name = options.name or default_name(device, model)
+    name = options.name or default_name(device, model, count)
     found = {**described, "model": model, **profile(name, points, runner, device)}
     write(found, options.profile)
     measured = [{**point._asdict(), "load": point.load._asdict()} for point in points]

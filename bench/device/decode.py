@@ -3,7 +3,8 @@
     python -m bench.device.decode --model qwen3-32b --json OUT
 
 A step's time is the difference between a long and a short generation, over the difference in tokens: the
-prompt's pass cancels out, and compiling comes before. The floor is every weight once at the copy rate.
+prompt's pass cancels out, and compiling comes before. The floor is every weight once at the copy rate, of
+one device's part where several share the model (`--tensor-parallel`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from bench import hardware
 from bench.command import Command
 from bench.device.floor import floor_seconds
 from bench.result import conclude, head
-from model.checkpoint import load_model
+from model.checkpoint import ModelSource
 from model.config import PRESETS
 from model.decode import STRIDE, generate
 
@@ -37,20 +38,23 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--branches", type=int, default=1)
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_tensor_parallel()
     options = parser.parse_args(arguments)
+    source = ModelSource.find(options.model, "random")
+    config = source.config
+    placement = hardware.placement(config, options.tensor_parallel)
     copy = hardware.copy_tb_s(2**28 if options.model == "default" else 2**31)
-    model = load_model(options.model, jnp.dtype(options.dtype), "random")
+    model = source.load(jnp.dtype(options.dtype), placement)
 
     def seconds(tokens: int) -> float:
-        sizes = {"branches": options.branches, "page_size": options.page_size}
-        runs = [generate(model, [PROMPT], max_tokens=tokens, **sizes) for _ in range(options.repeats)]
+        how = {"branches": options.branches, "page_size": options.page_size, "placement": placement}
+        runs = [generate(model, [PROMPT], max_tokens=tokens, **how) for _ in range(options.repeats)]
         return sorted(run.seconds for run in runs)[len(runs) // 2]
 
     per_step = (seconds(STRIDE + options.tokens) - seconds(STRIDE)) / options.tokens
-    config = model.config
-    floor = floor_seconds(config, options.dtype, 0, copy)
+    floor = floor_seconds(config, options.dtype, 0, copy, placement)
     result = {
-        **head(parser.typed(arguments), hardware.describe()),
+        **head(parser.typed(arguments), hardware.describe(placement.count)),
         "model": config.name,
         "branches": options.branches,
         "copy_tb_s": copy,

@@ -5,7 +5,7 @@
 Requests of equal length are decoded together. A *steady* step is one in which all of them advance and nothing
 else happens. Its wall time, from the end of one step to the end of the next, is compared with the time of the
 same executable on the same arrays launched back to back, and with the byte floor: every weight and every
-different KV position read once, at the copy rate of this run.
+different KV position read once, at the copy rate of this run; of one device's parts, if several share them.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def bucket_rows(runner: Runner, kv_levels: Sequence[int], copy_tb_s: float) -> l
 
 
 def floor_of(runner: Runner, load: StepLoad, copy_tb_s: float) -> float:
-    return floor_seconds(runner.model_config, runner.dtype, load.kv_tokens, copy_tb_s)
+    placement = runner.config.placement
+    return floor_seconds(runner.model_config, runner.dtype, load.kv_tokens, copy_tb_s, placement)
 
 
 def text(result: dict[str, Any]) -> str:
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     typical, steps = full[len(full) // 2], [step.seconds for step in full]
     device = runner.seconds(typical.step, repeats=100)
     result = {
-        **head(command().typed(arguments), hardware.describe()),
+        **head(command().typed(arguments), hardware.describe(runner.config.placement.count)),
         "model": runner.model_config.name,
         "copy_tb_s": copy,
         "ready_s": ready,

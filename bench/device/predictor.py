@@ -194,7 +194,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         raise SystemExit("no steps were measured: serve for longer")
     results = [result for result, _ in steps]
     result = {
-        **head(command().typed(arguments), hardware.describe()),
+        **head(command().typed(arguments), hardware.describe(here.runner.config.placement.count)),
         "model": here.runner.model_config.name,
         "summary": here.summary,
         "tpot_slo_ms": 1e3 * tpot,

@@ -8,10 +8,14 @@ import pytest
 
 from attention.wrapped import Wrapped
 from attention.xla import Xla
-from bench.checks import greedy
+from bench import hardware
+from bench.checks import greedy, model
 from bench.checks.logits import ERROR_BAR
 from bench.checks.model import main, passed
 from bench.checks.scale import SCALES
+from bench.device.step import WithoutAllReduces
+from model.config import ModelConfig
+from model.sharding import Placement
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -54,6 +58,32 @@ def test_a_model_that_attends_wrongly_fails_every_check(monkeypatch: pytest.Monk
     assert not result["greedy"][0]["cpu"]["ok"]
     assert not result["logits"]["ok"]
     assert result["logits"]["error"] > 2 * ERROR_BAR
+
+
+@pytest.fixture
+def compared_with_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of taper-decode in another process; and what rows' bits depend on is not asked."""
+    here = greedy.greedy_here
+    monkeypatch.setattr(greedy, "greedy_on_cpu", lambda *arguments: here(*arguments, Xla()))
+    monkeypatch.setattr(model, "check_schedules", lambda *_: [])
+
+
+@pytest.mark.usefixtures("without_transformers", "compared_with_one_device")
+def test_a_model_over_two_devices_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--scale", "tiny", "--tensor-parallel", "2"])["ok"]
+    assert "Ran on 2 x cpu" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_transformers", "compared_with_one_device")
+def test_devices_that_tell_each_other_nothing_fail_every_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def apart(config: ModelConfig, devices: int) -> Placement:
+        placement = Placement.over(config, devices)
+        return WithoutAllReduces(placement.mesh, placement.rules)
+
+    monkeypatch.setattr(hardware, "placement", apart)
+    result = main(["--scale", "tiny", "--tensor-parallel", "2"])
+    assert not result["greedy"][0]["cpu"]["ok"]
+    assert not result["logits"]["ok"]
 
 
 def test_one_missed_bar_fails() -> None:

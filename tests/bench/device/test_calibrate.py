@@ -14,6 +14,7 @@ def test_a_profile_is_named_after_the_device_and_the_model() -> None:
     assert default_name("NVIDIA H100 80GB HBM3", "qwen3-32b") == "h100-qwen3-32b"
     assert default_name("NVIDIA H200", "qwen3-32b") == "h200-qwen3-32b"
     assert default_name("cpu", "taper-tiny") == "cpu-taper-tiny"
+    assert default_name("NVIDIA H100 80GB HBM3", "qwen3-32b", 2) == "h100x2-qwen3-32b"
 
 
 def test_least_squares_without_negative_coefficients() -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.device import decode, engine
 from bench.device.probe import Shape, probe
+from model.decode import Generation
+from model.decoder import Decoder
+from model.sharding import Placement
 from scheduler.step import FinishedStep, Forecast
 
 
@@ -48,3 +52,14 @@ def test_the_decode_loop_is_timed_without_its_prompt(
     result = decode.main(["--model", "default", "--dtype", "float32", *sizes])
     assert result["tokens_per_second"] == pytest.approx(1e3 / result["step_ms"])
     assert "x the floor" in capsys.readouterr().out
+
+
+def test_the_decode_loop_runs_over_the_devices_that_have_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(model: Decoder, *_: Any, max_tokens: int, placement: Placement, **__: Any) -> Generation:
+        assert all(len(leaf.devices()) == placement.count == 2 for leaf in model.split()[1])
+        return Generation([], max_tokens, float(max_tokens))
+
+    monkeypatch.setattr(decode, "generate", generate)
+    result = decode.main(["--model", "default", "--repeats", "1", "--tensor-parallel", "2"])
+    assert result["step_ms"] == pytest.approx(1e3)
+    assert result["hardware"]["devices"] == 2
