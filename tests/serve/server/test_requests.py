@@ -189,6 +189,31 @@ def test_a_priority_is_kept(priority):
     assert read(generate_request("go", priority=priority)).priority == priority
 
 
+class SilentTokenizer(ByteTokenizer):
+    """Has no token for the characters of most texts."""
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return [byte for byte in text.encode() if byte == ord("a")]
+
+
+@pytest.mark.parametrize("join", ["kv", "reprefill"])
+def test_only_a_kv_join_needs_a_join_tag_that_has_tokens(join: str):
+    """Without a token there is nothing to go on from: the engine would have no row to sample from."""
+    silent = {"tokenizer": SilentTokenizer()}
+    tags = of_tags(join_open="zz", join=pb.Join.Value(f"JOIN_{join.upper()}"))
+    if join == "reprefill":
+        read(tags, **silent)
+        return
+    assert list(violations(tags, **silent)) == ["model_driven.fork_tags.join_open"]
+    assert list(violations(of_driven(), **silent)) == ["model_driven.tag_set"], "named tags are no different"
+    read(of_tags(join_open="a", join=pb.JOIN_KV), **silent)
+
+
+@pytest.mark.parametrize("name", ["branch_open", "join_open"])
+def test_forced_tags_have_tokens_of_the_models_vocabulary(name: str):
+    assert f"model_driven.fork_tags.{name}" in violations(of_tags(**{name: "\u00ff"}), vocab_size=0xC0)
+
+
 def test_a_model_driven_request_takes_the_models_own_tags():
     driven = model_driven(max_tokens=50, branch_max_tokens=20, max_branches=3, max_depth=2)
     message = generate_request("go", plan=driven)
