@@ -15,7 +15,7 @@ from attention import BACKENDS, backend_named
 from model.checkpoint import LoadFormat, ModelSource, model_tokenizer
 from model.decode import generate
 from model.tokenizer import Tokenizer
-from scheduler.sampling import SamplingParams
+from scheduler.sampling import SamplingParams, faults_of_sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,8 @@ def _report(command: Decode) -> str:
     prompts = _prompts(command, tokenizer)
     source = ModelSource.find(command.model, command.load_format)
     _check_ids(prompts, source.config.vocab_size)
+    if faults := list(faults_of_sampling(command.sampling, source.config.vocab_size)):
+        raise ValueError("; ".join(faults))
     for note in source.notes:
         print(f"taper-decode: {note}", file=sys.stderr)
     model = source.load(jnp.dtype(command.dtype), seed=command.weights_seed)
