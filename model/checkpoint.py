@@ -125,6 +125,8 @@ class ModelSource:
         """The model with its weights in `dtype`; `seed` is that of random ones. Raises as `find` does."""
         if jnp.dtype(dtype) == jnp.float64 and jnp.result_type(float) != jnp.float64:
             raise ValueError("float64 needs jax_enable_x64 to be set before anything is computed")
+        if not 0 <= seed < 2**32:  # JAX would fold a greater one to a smaller one's, in silence
+            raise ValueError(f"the seed of random weights must be from 0 to {2**32 - 1}, not {seed}")
         model = Decoder(self.config, dtype)
         match self.load_format, self.folder:
             case "orbax", Path() as folder:

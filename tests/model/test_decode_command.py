@@ -72,6 +72,10 @@ def test_json_has_ids_and_text_of_every_branch(capsys: pytest.CaptureFixture[str
             r"logit_bias\[5\]: -100 to 100 are possible, got nan",
         ),
         (["--prompt", "a", "--logit-bias", "269", "1"], r"logit_bias\[269\]: the id is not less than 269"),
+        (
+            ["--prompt", "a", "--weights-seed", str(2**32)],
+            "seed of random weights must be from 0 to 4294967295",
+        ),
         (["--prompt", "a", "--seed", "-1"], "seed: a seed has 64 bits"),
     ],
 )
