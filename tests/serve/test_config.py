@@ -11,6 +11,21 @@ def test_the_defaults_are_loopback_and_valid():
     assert ServerConfig().host == "127.0.0.1"
 
 
+def test_the_defaults_are_those_that_were_measured_to_be_best():
+    config = ServerConfig()
+    assert (config.policy, config.rho, config.repay, config.reserve, config.fill) == ("taper", 1, 8, 1, True)
+    assert (config.tpot_slo_ms, config.ttft_slo_ms, config.hold_ms) == (50, 5000, 40)
+    assert (config.profile, config.predictor, config.prefix_cache) == ("auto", "staircase", True)
+
+
+def test_what_is_left_open_follows_the_platform():
+    cpu, gpu = (ServerConfig().for_platform(platform) for platform in ("cpu", "gpu"))
+    assert (cpu.dtype, cpu.page_size, max(cpu.buckets or ())) == ("float32", 16, 64)
+    assert (gpu.dtype, gpu.page_size, max(gpu.buckets or ())) == ("bfloat16", 64, 512)
+    chosen = ServerConfig(dtype="float32", page_size=32, buckets=(4,)).for_platform("gpu")
+    assert (chosen.dtype, chosen.page_size, chosen.buckets) == ("float32", 32, (4,))
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
