@@ -355,6 +355,11 @@ def test_finished_is_the_last_event_and_started_the_first() -> None:
     assert sum(isinstance(event, Started | Finished) for event in events) == 2
 
 
+def test_branches_divide_evenly_what_their_parent_may_hold() -> None:
+    live = Bench(num_pages=20).live(fork("kv", B, C), prompt=6)
+    assert [branch.allowance for branch in live.runnable()] == [(20 - 2 - 1) // 2] * 2
+
+
 def test_it_should_find_a_share_of_the_pages_that_it_may_still_need() -> None:
     bench = Bench()
     live = bench.live(serial(30), prompt=10)  # ten pages in all

@@ -142,6 +142,7 @@ def test_without_a_seed_one_is_drawn_for_the_whole_request():
     message = generate_request("go", plan=[parallel([branch(sampling=sampling(temperature=1))])])
     first, second = read(message), read(message)
     assert first.sampling.seed != second.sampling.seed
+    assert max(first.sampling.seed, second.sampling.seed) >= 2**32, "of 64 bits"
     assert first.program.stages[0].branches[0].sampling.seed == first.sampling.seed
 
 
@@ -423,6 +424,7 @@ JUST_RIGHT = [
     of_sampling(logit_bias={0: -100.0, VOCAB - 1: 100.0}),
     of_sampling(logit_bias=dict.fromkeys(range(64), 1.0)),
     *(of_sampling(**{option.name: option.low}) for option in OPTIONS if option.name != "top_p"),
+    *(of_sampling(**{option.name: option.high}) for option in OPTIONS if option.name != "top_k"),
     of_stopping(max_tokens=1),
     of_stopping(stop=["é" * 128, "x" * 256, "y"]),
     of_stopping(stop=["a"] * 16, stop_token_ids=[VOCAB - 1] * 16),

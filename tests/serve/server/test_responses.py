@@ -306,6 +306,12 @@ def test_held_text_comes_before_the_branch_finishes():
     assert last.events[0].delta.text == "#"
 
 
+def test_a_stop_token_may_be_the_first_of_the_vocabulary():
+    message = writer().write([begins(0), *tokens(0, b"a", 1), ends(0, FinishReason.STOP, stop=0, count=1)])
+    finished = message.events[-1].branch_finished
+    assert (finished.WhichOneof("matched_stop"), finished.stop_token_id) == ("stop_token_id", 0)
+
+
 def test_a_stop_string_is_cut_or_kept():
     for include, expected in ((False, "a"), (True, "a##")):
         stream = writer(include_stop=include)
