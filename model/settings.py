@@ -13,6 +13,7 @@ from typing import Any
 
 MOST = 2**31 - 1  # of sizes and ids: positions and tokens are int32 on the device
 _LARGEST = 1e300  # of other numbers: JSON knows larger ones than a float does
+_POINTER = b"version https://git-lfs.github.com/spec/"  # what Git leaves in the place of a large file
 _SHOWN = 60  # characters of a value that an error shows
 
 
@@ -38,10 +39,25 @@ def listed(faults: Iterable[str], most: int = 8) -> str:
     return "; ".join([*faults[:most], *([f"and {more} more"] if more > 0 else [])])
 
 
+def present(path: Path) -> bool:
+    """Whether there is something at `path`; a link to nothing is, since whoever made it meant a file."""
+    return path.exists() or path.is_symlink()
+
+
+def check_file(path: Path) -> None:
+    """Raises CheckpointError unless this is a file, or a link to one, and it has been fetched."""
+    if not path.is_file():
+        kinds = {"a folder": path.is_dir, "something else": path.exists, "a link to nothing": path.is_symlink}
+        found = next((kind for kind, holds in kinds.items() if holds()), "nothing")
+        raise CheckpointError(f"{path}: expected a file, found {found}")
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(f"{path}: expected the file, found a pointer of Git LFS to it: fetch it")
+
+
 def read_text(path: Path) -> str:
     """A text file's content. Raises CheckpointError if it is not UTF-8, or no file."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}")
+    check_file(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -62,8 +78,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or an empty one where there is no such file."""
-    return read_object(path) if path.exists() else {}
+    """The JSON object in a file, or an empty one where there is none."""
+    return read_object(path) if present(path) else {}
 
 
 class Settings:
