@@ -10,9 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention import tile_parts
 from attention.gpu import H200
 from attention.reads import PageRun, Read, Reads
+from attention.tile_parts import Parts
 from attention.tile_planner import lay_out_tiles
+from attention.tile_reads import Tiles
 from attention.tiles import TileCapacity, TileList, Tiling, pack_sees, refilled, unpack_sees
 from tests.attention.forest import Forest, forests, groups_of_branches, mixed_reads, pages_of, positions_seen
 
@@ -347,6 +350,68 @@ def test_tiles_that_fill_the_device_evenly_are_not_split() -> None:
     _, tiles = lay_out_tiles(Reads.of(reads), capacity_for(reads, tiling()))
     assert tiles.num_tiles == 32
     assert (tiles.row_parts[:256, 1] == -1).all()
+
+
+@pytest.mark.parametrize(("longest", "count"), [(5600, 33), (6400, 50)])
+def test_tiles_of_a_nearly_even_load_are_not_split(longest: int, count: int) -> None:
+    forest = Forest(page_size=64, stride=2053)
+    forest.leaves = [((), forest.segment(length), 1) for length in (*[4096] * 32, longest)]
+    assert plan(forest.reads, tiling()).num_tiles == count
+
+
+@pytest.mark.parametrize(
+    ("parts", "slots", "expected"),
+    [
+        ([4.0, 2.0], 0, (3.4, 3.0)),  # who is left at the end goes on at 0.4 of the time
+        ([3.0, 4.0, 1.0, 2.0], 0, (5.0, 5.0)),  # the longest with the shortest
+        ([4.0, 1.0, 1.0], 0, (3.4, 3.0)),
+        ([4.0, 4.0], 6, (4.0 + 3 * H200.partial, 4.0 + 3 * H200.partial)),
+    ],
+)
+def test_a_plan_takes_what_its_busiest_worker_takes(
+    parts: list[float], slots: int, expected: tuple[float, float]
+) -> None:
+    none = np.zeros(len(parts), np.int64)
+    partial = np.array([slots, *none[1:]])
+    made = Parts(none, none, none, none, none, none, partial, seconds=np.array(parts))
+    assert made.predict(tiling(group=1, kv_heads=1, workers=2)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_two_workers_share_one_long_tile() -> None:
+    tiles = plan(groups(1, 1, 0, 4096), tiling(kv_heads=1, workers=2))
+    assert tiles.tile_whole[:2].tolist() == [[0, 32], [32, 32]]
+
+
+def test_no_coarser_split_is_planned_after_one_that_is_nearly_even_or_worse(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned: list[int] = []
+    split = Parts.split
+
+    def counted(tiles: Tiles, tile: np.ndarray, block: np.ndarray, cut: Tiling) -> Parts:
+        planned.append(len(tile))
+        return split(tiles, tile, block, cut)
+
+    monkeypatch.setattr(Parts, "split", counted)
+    plan(groups(1, 32, 4096, 256), tiling())
+    assert len(planned) == 1
+    plan(groups(32, 8, 4096, 256), tiling())
+    assert len(planned) == 1, "an even load is not planned at all"
+    plan(groups(1, 8, 4096, 256), tiling())
+    assert len(planned) == 3, "the coarser one was worse: no third one"
+
+
+def test_who_sees_what_is_packed_anew_only_for_parts_that_begin_behind_their_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tile_parts, "unpack_sees", lambda _: pytest.fail("nothing begins later"))
+    plan(groups(5, 1, 0, 1000), tiling(workers=1))
+    assert plan(groups(1, 1, 0, 4096), tiling(kv_heads=1, workers=2)).num_tiles == 2
+
+
+def test_a_short_end_of_a_tile_is_no_part_of_its_own() -> None:
+    """Of 32 even cuts through 40 equal tiles, nine come within an eighth of a share of a tile's end."""
+    assert plan(groups(40, 1, 0, 4096), tiling()).num_tiles == 40 + 32 - 9
 
 
 def test_a_part_with_one_rows_tail_is_narrow() -> None:
