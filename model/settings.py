@@ -113,11 +113,14 @@ class Settings:
             return least
         return value
 
-    def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
-        """A finite number greater than `above`; one without a default has to be there."""
+    def number(
+        self, key: str, default: float | None = None, *, above: float = 0.0, or_equal: bool = False
+    ) -> float:
+        """A finite number greater than `above`, or equal to it; one without a default has to be there."""
         value = self._values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < _LARGEST:
-            self.fault(key, f"a number greater than {above:g}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not (above < value < _LARGEST or (or_equal and value == above)):
+            self.fault(key, f"a number {'of at least' if or_equal else 'greater than'} {above:g}")
             return above + 1.0
         return float(value)
 

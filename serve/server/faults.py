@@ -105,7 +105,8 @@ def refuse_text(message: Message, model: ServedModel, path: str = "") -> None:
 
 
 def _text_fields(message: Message, path: str) -> Iterator[Violation]:
-    reason = "this model has no tokenizer: only token ids can be sent"
+    reasons = {"DetokenizeRequest": "this model has no tokenizer: its ids have no text"}
+    reason = reasons.get(message.DESCRIPTOR.name, "this model has no tokenizer: only token ids can be sent")
     for descriptor, value in message.ListFields():
         name = f"{path}.{descriptor.name}" if path else descriptor.name
         if (message.DESCRIPTOR.name, descriptor.name) in _NEED_TEXT:

@@ -83,7 +83,7 @@ class ProgramReader:
     def _serial(self, stage: pb.SerialStage, path: str, position: int, base: SamplingParams) -> SerialStage:
         sampling = read_sampling(self._faults, stage.sampling, base, f"{path}.sampling")
         return SerialStage(
-            prefix=self._prefix(stage.prefix, f"{path}.prefix", position),
+            prefix=self._prefix(stage, f"{path}.prefix", position),
             stopping=self._stopping(stage.stopping, f"{path}.stopping"),
             sampling=self._unless_default(sampling),
         )
@@ -129,7 +129,7 @@ class ProgramReader:
     def _branch(
         self, spec: pb.BranchSpec, path: str, position: int, depth: int, base: SamplingParams
     ) -> tuple[BranchSpec, int]:
-        prefix = self._prefix(spec.prefix, f"{path}.prefix", position)
+        prefix = self._prefix(spec, f"{path}.prefix", position)
         sampling = read_sampling(self._faults, spec.sampling, base, f"{path}.sampling")
         stages, end = self._stages(spec.stages, f"{path}.stages", position + len(prefix), depth, sampling)
         branch = BranchSpec(
@@ -214,9 +214,11 @@ class ProgramReader:
             self._faults.add(path, f"{join} is not a Join of this server")
         return JOINS.get(join, self._model.join)
 
-    def _prefix(self, prefix: pb.Prefix, path: str, position: int) -> tuple[int, ...]:
-        ids: list[int] = []
-        if prefix.WhichOneof("kind") == "text":
+    def _prefix(self, part: pb.SerialStage | pb.BranchSpec, path: str, position: int) -> tuple[int, ...]:
+        prefix, ids = part.prefix, []
+        if part.HasField("prefix") and not prefix.WhichOneof("kind"):
+            self._faults.add(path, "one of text and token_ids is needed")
+        elif prefix.WhichOneof("kind") == "text":
             ids = self._model.tokenizer.encode_continuation(prefix.text)
             ids = self._faults.tokenized(ids, f"{path}.text")
         elif prefix.WhichOneof("kind") == "token_ids":

@@ -130,7 +130,9 @@ CONFIG: dict[str, Fault] = {
     ),
     "odd-head-size": _config("config-keys", "head_dim must be even", head_dim=7),
     "epsilon-text": _config("config-keys", "rms_norm_eps: expected a number", "'1e-6'", rms_norm_eps="1e-6"),
-    "epsilon-negative": _config("config-keys", "rms_norm_eps", "-1", rms_norm_eps=-1),
+    "epsilon-negative": _config(
+        "config-keys", "rms_norm_eps: expected a number of at least 0", "-1", rms_norm_eps=-1
+    ),
     "tied-text": _config(
         "config-keys", "tie_word_embeddings: expected true or false", "'no'", tie_word_embeddings="no"
     ),

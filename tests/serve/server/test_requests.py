@@ -17,6 +17,7 @@ from serve.api import protos
 from serve.api.errors import InvalidRequestError
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
+from serve.server.faults import refuse_text
 from serve.server.requests import ROLES, read_prompt, read_request
 from tests.serve.fakes import EOS, VOCAB, ByteTokenizer, served_model
 
@@ -525,6 +526,15 @@ def test_branches_are_counted_over_the_whole_request():
     ]
 
 
+def test_a_prefix_that_is_there_says_what_it_is():
+    nothing = {"prefix": pb.Prefix()}
+    plan = of_plan(pb.Stage(serial=pb.SerialStage(**nothing)))
+    assert violations(plan) == {"plan.stages[0].serial.prefix": "one of text and token_ids is needed"}
+    plan = of_plan(pb.Stage(parallel=pb.ParallelStage(branches=[pb.BranchSpec(**nothing)])))
+    assert list(violations(plan)) == ["plan.stages[0].parallel.branches[0].prefix"]
+    read(of_plan(pb.Stage(serial=pb.SerialStage(prefix=pb.Prefix(text="")))))
+
+
 def test_chat_is_refused_where_the_model_has_no_template():
     class Plain(ByteTokenizer):
         supports_chat = False
@@ -617,3 +627,8 @@ def test_one_position_for_the_answer_is_room_enough(prompt, plan):
 def test_a_large_limit_is_ended_by_the_context():
     request = read(generate_request("go", max_tokens=2**32 - 1))
     assert request.program.stages[0].stopping.max_tokens == 200
+
+
+def test_ids_are_not_asked_of_whoever_has_sent_ids():
+    with pytest.raises(InvalidRequestError, match="its ids have no text"):
+        refuse_text(pb.DetokenizeRequest(token_ids=[1]), served_model(supports_text=False))
