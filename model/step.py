@@ -8,7 +8,7 @@ a buffer that is written again would corrupt the step in flight.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,9 +72,14 @@ class StepLayout:
         page_size: int,
         samples: int,
         pages_per_read: int | None = None,
+        paths: int = 1,
     ) -> StepLayout:
-        """Room for every step of a model with at most `rows` rows, of which `samples` sample."""
-        capacity = backend.capacity(rows, page_sizes(config, num_pages, page_size), pages_per_read)
+        """Room for every step of a model with at most `rows` rows, of which `samples` sample.
+
+        `paths` is as in `attention.backend.Sizes`.
+        """
+        sizes = replace(page_sizes(config, num_pages, page_size), paths=paths)
+        capacity = backend.capacity(rows, sizes, pages_per_read)
         return cls(backend, capacity, page_size, samples)
 
     @property

@@ -43,6 +43,7 @@ class RunnerConfig:
     num_slots         branches that keep device state
     max_logit_bias    biases of one slot
     max_top_logprobs  alternatives that a sample can report
+    max_depth         nested forks of a request
     """
 
     num_pages: int
@@ -52,6 +53,7 @@ class RunnerConfig:
     backend: Backend
     max_logit_bias: int = 64
     max_top_logprobs: int = 8
+    max_depth: int = 4
 
 
 class StepHandle:
@@ -150,6 +152,7 @@ class Runner:
             num_pages=config.num_pages,
             page_size=config.page_size,
             samples=min(bucket, config.num_slots),
+            paths=1 + config.max_depth,  # a page's own branch, and the join of every fork around it
         )
         with self._precision():
             self._programs[bucket] = compile_step(

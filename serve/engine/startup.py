@@ -188,6 +188,7 @@ def _compiled_runner(
             backend=_attention(config, model),
             max_logit_bias=config.max_logit_bias,
             max_top_logprobs=config.max_top_logprobs,
+            max_depth=config.max_depth,
         )
         memory, limit = None, device_limit()
         if config.num_pages is None and limit is not None:
