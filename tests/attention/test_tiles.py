@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention import tile_parts
+from attention import tile_cuts, tile_parts
 from attention.gpu import H200
 from attention.reads import PageRun, Read, Reads
 from attention.tile_parts import Parts
 from attention.tile_planner import lay_out_tiles
 from attention.tile_reads import Tiles
-from attention.tiles import TileCapacity, TileList, Tiling, pack_sees, refilled, unpack_sees
+from attention.tiles import Costs, TileCapacity, TileList, Tiling, pack_sees, refilled, unpack_sees
 from tests.attention.forest import Forest, forests, groups_of_branches, mixed_reads, pages_of, positions_seen
 
 NUM_PAGES = 4096  # of a Forest
@@ -231,6 +231,11 @@ def test_rows_that_share_nothing_are_narrow_tiles_of_their_own() -> None:
     assert tiles.tile_masked[:5, 1].tolist() == [1] * 5
 
 
+def test_where_nothing_is_shared_no_cuts_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_cuts, "_pack", lambda *_: pytest.fail("there is nothing to pack"))
+    assert plan(groups(5, 1, prefix=0, tail=1000), tiling(workers=1)).num_tiles == 5
+
+
 def test_a_group_wider_than_a_tile_lists_its_prefix_once() -> None:
     tiles = plan(groups(1, 128, prefix=8192, tail=256), tiling(workers=1))
     assert tiles.num_tiles == 16
@@ -260,6 +265,43 @@ def test_rows_with_little_in_common_stay_in_narrow_tiles() -> None:
     apart, together = (plan(groups(1, 4, prefix=prefix, tail=4096), cut) for prefix in (128, 2048))
     assert apart.tile_rows[:4].tolist() == [[row, 1] for row in range(4)]
     assert together.tile_rows[0].tolist() == [0, 4]
+
+
+# A page takes narrow tiles 1, and wide ones half as much again; nothing else costs.
+EXACT = replace(
+    tiling(),
+    narrow_rows=2,
+    wide_rows=8,
+    workers=1,
+    costs=Costs(narrow_token=2**-6, wide_token=1.5 * 2**-6, tile=0.0, partial=0.0, alone=1.0),
+)
+
+
+def tails(prefix: int, *lengths: int) -> list[Read]:
+    """Rows that share a prefix of so many full pages, each with so many of its own."""
+    first = prefix + np.cumsum([0, *lengths])
+    shared = PageRun(list(range(prefix)), 64 * prefix)
+    own = [
+        PageRun(list(range(at, at + length)), 64 * length)
+        for at, length in zip(first.tolist(), lengths, strict=False)
+    ]
+    return [Read((shared,), run, rows=1, ordinal=run.length - 1) for run in own]
+
+
+@pytest.mark.parametrize(("prefix", "sizes"), [(3, [2, 2]), (4, [4])])
+def test_a_wide_tile_stays_from_where_it_saves_as_much_as_it_takes_longer(
+    prefix: int, sizes: list[int]
+) -> None:
+    """Two narrow tiles read the prefix once more; a wide one takes half as long again for all pages."""
+    tiles = plan(tails(prefix, 1, 1, 1, 1), EXACT)
+    assert tiles.tile_rows[: tiles.num_tiles, 1].tolist() == sizes
+
+
+@pytest.mark.parametrize(("tail", "sizes"), [(7, [8]), (8, [1, 7])])
+def test_a_row_with_much_of_its_own_is_left_out_of_a_wide_tile(tail: int, sizes: list[int]) -> None:
+    """A narrow tile's rows would each pay half of their own pages for what is shared."""
+    tiles = plan(tails(8, *[1] * 7, tail), EXACT)
+    assert sorted(tiles.tile_rows[: tiles.num_tiles, 1].tolist()) == sizes
 
 
 def test_a_few_that_share_much_are_found_among_many_that_share_little() -> None:
