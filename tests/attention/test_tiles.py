@@ -434,12 +434,15 @@ def test_no_coarser_split_is_planned_after_one_that_is_nearly_even_or_worse(
         planned.append(len(tile))
         return split(tiles, tile, block, cut)
 
+    def lay_out(reads: list[Read]) -> None:
+        lay_out_tiles(Reads.of(reads), capacity_for(reads, tiling()))
+
     monkeypatch.setattr(Parts, "split", counted)
-    plan(groups(1, 32, 4096, 256), tiling())
+    lay_out(groups(1, 32, 4096, 256))
     assert len(planned) == 1
-    plan(groups(32, 8, 4096, 256), tiling())
+    lay_out(groups(32, 8, 4096, 256))
     assert len(planned) == 1, "an even load is not planned at all"
-    plan(groups(1, 8, 4096, 256), tiling())
+    lay_out(groups(1, 8, 4096, 256))
     assert len(planned) == 3, "the coarser one was worse: no third one"
 
 
