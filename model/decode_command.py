@@ -14,6 +14,7 @@ import tyro
 from attention import BACKENDS, backend_named
 from model.checkpoint import LoadFormat, ModelSource, model_tokenizer
 from model.decode import generate
+from model.settings import one_line, out_of_memory
 from model.tokenizer import Tokenizer
 from scheduler.sampling import SamplingParams, faults_of_sampling
 
@@ -66,6 +67,10 @@ def main(args: list[str] | None = None) -> None:
             print(_report(command))
     except (OSError, ValueError) as error:
         sys.exit(f"taper-decode: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(f"taper-decode: not enough memory: {one_line(error)}")
 
 
 def _report(command: Decode) -> str:

@@ -32,6 +32,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, of the host or of the device."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def listed(faults: Iterable[str], most: int = 8) -> str:
     """Faults in one line: the first few of them, and how many there are besides."""
     faults = list(faults)
