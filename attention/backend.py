@@ -61,12 +61,15 @@ class Sizes:
     num_pages        pages of the pool
     page_size        positions of a page
     heads, kv_heads  query and KV heads of one device
+    paths            different runs of pages in front of one page, in the reads of one step: a branch reads
+                     its page after its ancestors', whoever goes on from a kv join after its siblings', too
     """
 
     num_pages: int
     page_size: int
     heads: int
     kv_heads: int
+    paths: int = 1
 
 
 class Backend(ABC):

@@ -76,7 +76,7 @@ class Gpu(Backend):
 
     def capacity(self, rows: int, sizes: Sizes, pages_per_read: int | None = None) -> TileCapacity:
         tiling = self.tiling(sizes.heads, sizes.kv_heads, sizes.page_size)
-        return TileCapacity.for_bucket(rows, sizes.num_pages, tiling, pages_per_read)
+        return TileCapacity.for_bucket(rows, sizes.num_pages, tiling, pages_per_read, paths=sizes.paths)
 
     def lay_out(self, reads: Reads, capacity: Any) -> tuple[Int[np.ndarray, " reads"], TileList]:
         return lay_out_tiles(reads, capacity)

@@ -26,7 +26,9 @@ class ItemBackend(Backend):
 
     def capacity(self, rows: int, sizes: Sizes, pages_per_read: int | None = None) -> ItemCapacity:
         group_size(sizes.heads, sizes.kv_heads)
-        return ItemCapacity.for_bucket(rows, sizes.num_pages, sizes.page_size, pages_per_read)
+        return ItemCapacity.for_bucket(
+            rows, sizes.num_pages, sizes.page_size, pages_per_read, paths=sizes.paths
+        )
 
     def lay_out(self, reads: Reads, capacity: Any) -> tuple[Int[np.ndarray, " reads"], WorkList]:
         return lay_out_items(reads, capacity)

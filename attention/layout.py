@@ -31,16 +31,16 @@ class ItemCapacity:
 
     @classmethod
     def for_bucket(
-        cls, rows: int, num_pages: int, page_size: int, pages_per_read: int | None = None
+        cls, rows: int, num_pages: int, page_size: int, pages_per_read: int | None = None, *, paths: int = 1
     ) -> ItemCapacity:
         """Room for every step of at most `rows` rows.
 
         The items are the nodes of a tree with at most `rows` leaves in which every inner node branches, so
-        2 * rows - 1 suffice. A pool page is referred to once, and once more by each read that sees only a
-        part of it where others see more; `pages_per_read` (the longest context in pages) bounds small
-        buckets further.
+        2 * rows - 1 suffice. A pool page is referred to once for each of the `paths` on which reads come to
+        it (see `Sizes`), and once more by each read that sees only a part of it where others see more;
+        `pages_per_read` (the longest context in pages) bounds small buckets further.
         """
-        refs = num_pages + rows
+        refs = min(paths, rows) * num_pages + rows
         if pages_per_read is not None:
             refs = min(refs, rows * pages_per_read)
         return cls(rows=rows, items=2 * rows, page_refs=refs, page_size=page_size)

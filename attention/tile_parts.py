@@ -10,7 +10,7 @@ from attention.reads import ragged_ranges
 from attention.tile_reads import Tiles
 from attention.tiles import NO_LIMIT, TileCapacity, TileList, Tiling, pack_sees, unpack_sees
 
-CLOSE = 1.2  # a split this near to an even load is rarely bettered by a coarser one: not worth planning it
+CLOSE = 1.2  # tiles, or parts, this near to an even load are rarely bettered: not worth planning more splits
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def split_tiles(tiles: Tiles, capacity: TileCapacity) -> Parts:
     tiling = capacity.tiling
     best = Parts.unsplit(tiles, tiling)
     seconds, mean = best.predict(tiling)
-    if seconds < 1.05 * mean:
+    if seconds < CLOSE * mean:
         return best
     block_seconds = tiling.block_seconds(tiles.row_end - tiles.row)
     blocks, end, previous = best.blocks, np.cumsum(best.seconds), np.inf

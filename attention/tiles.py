@@ -100,22 +100,28 @@ class TileCapacity:
 
     @classmethod
     def for_bucket(
-        cls, rows: int, num_pages: int, tiling: Tiling, pages_per_read: int | None = None
+        cls,
+        rows: int,
+        num_pages: int,
+        tiling: Tiling,
+        pages_per_read: int | None = None,
+        *,
+        paths: int = 1,
     ) -> TileCapacity:
         """Room for every step of at most `rows` rows.
 
         Splitting makes one tile more per cut, and there are fewer cuts than `tiling.head_workers`. A pool
-        page is referred to once, once more by each read that sees only a part of it, and once more where a
-        run of rows that shares it is cut: two neighbours of such a run have more than `wide_rows` rows.
-        `pages_per_read` (the longest context in pages) bounds that. Each tile may mask pages that others have
-        as whole ones, to fill a block.
+        page is referred to once for each of the `paths` on which reads come to it (see `Sizes`), once more by
+        each read that sees only a part of it, and once more where a run of rows that shares it is cut: two
+        neighbours of such a run have more than `wide_rows` rows. `pages_per_read` (the longest context in
+        pages) bounds that. Each tile may mask pages that others have as whole ones, to fill a block.
         """
         longest = num_pages if pages_per_read is None else min(num_pages, pages_per_read)
         cuts = min(rows - 1, rows if tiling.alone else 2 * rows // (tiling.wide_rows + 1))
         return cls(
             rows=rows,
             tiles=rows + tiling.head_workers,
-            page_refs=min(num_pages + rows + cuts * longest, rows * longest)
+            page_refs=min(paths * num_pages + rows + cuts * longest, rows * longest)
             + rows * (tiling.block_pages - 1),
             slots=rows + tiling.head_workers * min(rows, tiling.wide_rows),
             tiling=tiling,

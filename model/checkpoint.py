@@ -22,7 +22,7 @@ from flax import nnx
 from model.config import PRESETS, ModelConfig
 from model.decoder import Decoder
 from model.hf_config import read_folder
-from model.settings import CheckpointError, Settings, listed, one_line, read_object
+from model.settings import CheckpointError, Settings, listed, one_line, present, read_object
 from model.sharding import ON_ONE_DEVICE, Placement
 from model.tensor_files import Stored, TensorFiles, WeightsError
 from model.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ LoadFormat = Literal["auto", "safetensors", "orbax", "random"]
 
 # What goes along with the weights when a folder is converted.
 COMPANION_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "LICENSE*")
-_ORBAX = "orbax"
+_ORBAX, _ORBAX_METADATA = "orbax", "_METADATA"
 _EMBEDDED = Path(__file__).parent / "tiny"
 
 OWN_HEAD = (
@@ -56,7 +56,7 @@ def model_folder(name: str) -> Path | None:
     if name in PRESETS:
         return None
     folder = _EMBEDDED if name == "default" else Path(name)
-    if not (folder / "config.json").exists():
+    if not name or not folder.is_dir():
         presets = ", ".join(PRESETS)
         raise FileNotFoundError(
             f'no model {name!r}: give a folder with a config.json, "default", or one of {presets}'
@@ -125,6 +125,8 @@ class ModelSource:
         """The model with its weights in `dtype`; `seed` is that of random ones. Raises as `find` does."""
         if jnp.dtype(dtype) == jnp.float64 and jnp.result_type(float) != jnp.float64:
             raise ValueError("float64 needs jax_enable_x64 to be set before anything is computed")
+        if not 0 <= seed < 2**32:  # JAX would fold a greater one to a smaller one's, in silence
+            raise ValueError(f"the seed of random weights must be from 0 to {2**32 - 1}, not {seed}")
         model = Decoder(self.config, dtype)
         match self.load_format, self.folder:
             case "orbax", Path() as folder:
@@ -152,7 +154,7 @@ def _resolve(
 ) -> Literal["safetensors", "orbax", "random"]:
     if load_format != "auto":
         return load_format
-    if folder is not None and (folder / _ORBAX).exists():
+    if folder is not None and present(folder / _ORBAX):
         return "orbax"
     if name == "default" and folder is not None and not any(folder.glob("*.safetensors")):
         return "random"
@@ -188,10 +190,14 @@ def check_orbax(model: Decoder, folder: Path) -> Path:
     import orbax.checkpoint as ocp
 
     path = (folder / _ORBAX).absolute()
-    if not path.exists():
+    if not present(path):
         raise WeightsError(f"no Orbax checkpoint in {folder}: taper-convert writes one")
+    if not (path / _ORBAX_METADATA).is_file():
+        raise WeightsError(
+            f"cannot read the Orbax checkpoint {path}: expected a {_ORBAX_METADATA}, found none"
+        )
     with _orbax_errors(path), ocp.StandardCheckpointer() as checkpointer:
-        stored = _described(dict(checkpointer.metadata(path).item_metadata))
+        stored = _described(dict(checkpointer.metadata(path).item_metadata or {}))
     expected = _described(nnx.to_pure_dict(nnx.state(model)))
     check_tensors({name: tensor.shape for name, tensor in expected.items()}, stored, path)
     return path
@@ -203,7 +209,10 @@ def _orbax_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise WeightsError(f"cannot read the Orbax checkpoint {path}: {one_line(error)}") from error
+        found = f"{type(error).__name__}: {one_line(error)}"
+        raise WeightsError(
+            f"cannot read the Orbax checkpoint {path}: expected what taper-convert writes, found {found}"
+        ) from error
 
 
 def _described(tree: Any) -> dict[str, Stored]:

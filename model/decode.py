@@ -81,11 +81,13 @@ def generate(
     begin with nothing for several. All prompts are read in one pass.
 
     Raises:
-      ValueError: an empty prompt, an id outside the vocabulary, more tokens than the model's context, or a
-        seed of more than 64 bits.
+      ValueError: an empty prompt, an id outside the vocabulary, more tokens than the model's context, a
+        seed of more than 64 bits, or pages without positions.
     """
     sampling = replace(sampling or SamplingParams(), logprobs=False)
     _check(model, prompts, max_tokens, branches)
+    if page_size < 1:
+        raise ValueError(f"a page needs at least one position, not {page_size}")
     if not 0 <= sampling.seed < 2**64:
         raise ValueError(f"a seed has 64 bits: 0..{2**64 - 1}, not {sampling.seed}")
     backend = backend or default_backend(model.config.head_dim, model.dtype)

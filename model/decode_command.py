@@ -14,9 +14,10 @@ import tyro
 from attention import BACKENDS, backend_named
 from model.checkpoint import LoadFormat, ModelSource, model_tokenizer
 from model.decode import generate
+from model.settings import one_line, out_of_memory
 from model.sharding import Placement, ask_for_cpu_devices
 from model.tokenizer import Tokenizer
-from scheduler.sampling import SamplingParams
+from scheduler.sampling import SamplingParams, faults_of_sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,10 @@ def main(args: list[str] | None = None) -> None:
             print(_report(command))
     except (OSError, ValueError) as error:
         sys.exit(f"taper-decode: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(f"taper-decode: not enough memory: {one_line(error)}")
 
 
 def _report(command: Decode) -> str:
@@ -80,6 +85,8 @@ def _report(command: Decode) -> str:
     prompts = _prompts(command, tokenizer)
     source = ModelSource.find(command.model, command.load_format)
     _check_ids(prompts, source.config.vocab_size)
+    if faults := list(faults_of_sampling(command.sampling, source.config.vocab_size)):
+        raise ValueError("; ".join(faults))
     for note in source.notes:
         print(f"taper-decode: {note}", file=sys.stderr)
     placement = Placement.over(source.config, command.tensor_parallel)

@@ -90,7 +90,7 @@ def _sizes(settings: Settings, architecture: Architecture) -> dict[str, Any]:
         "num_kv_heads": settings.size("num_key_value_heads", architecture.kv_heads or heads),
         "head_dim": settings.size("head_dim", architecture.head_dim or max(1, hidden // heads)),
         "intermediate_size": settings.size("intermediate_size"),
-        "rms_norm_eps": settings.number("rms_norm_eps", 1e-6, above=-1e-300),
+        "rms_norm_eps": settings.number("rms_norm_eps", 1e-6, or_equal=True),
         "tie_embeddings": settings.flag("tie_word_embeddings"),
         "max_context": settings.size("max_position_embeddings"),
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 MOST = 2**31 - 1  # of sizes and ids: positions and tokens are int32 on the device
 _LARGEST = 1e300  # of other numbers: JSON knows larger ones than a float does
+_POINTER = b"version https://git-lfs.github.com/spec/"  # what Git leaves in the place of a large file
 _SHOWN = 60  # characters of a value that an error shows
 
 
@@ -31,6 +32,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, of the host or of the device."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def listed(faults: Iterable[str], most: int = 8) -> str:
     """Faults in one line: the first few of them, and how many there are besides."""
     faults = list(faults)
@@ -38,10 +44,25 @@ def listed(faults: Iterable[str], most: int = 8) -> str:
     return "; ".join([*faults[:most], *([f"and {more} more"] if more > 0 else [])])
 
 
+def present(path: Path) -> bool:
+    """Whether there is something at `path`; a link to nothing is, since whoever made it meant a file."""
+    return path.exists() or path.is_symlink()
+
+
+def check_file(path: Path) -> None:
+    """Raises CheckpointError unless this is a file, or a link to one, and it has been fetched."""
+    if not path.is_file():
+        kinds = {"a folder": path.is_dir, "something else": path.exists, "a link to nothing": path.is_symlink}
+        found = next((kind for kind, holds in kinds.items() if holds()), "nothing")
+        raise CheckpointError(f"{path}: expected a file, found {found}")
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(f"{path}: expected the file, found a pointer of Git LFS to it: fetch it")
+
+
 def read_text(path: Path) -> str:
     """A text file's content. Raises CheckpointError if it is not UTF-8, or no file."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}")
+    check_file(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -62,8 +83,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or an empty one where there is no such file."""
-    return read_object(path) if path.exists() else {}
+    """The JSON object in a file, or an empty one where there is none."""
+    return read_object(path) if present(path) else {}
 
 
 class Settings:
@@ -97,11 +118,14 @@ class Settings:
             return least
         return value
 
-    def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
-        """A finite number greater than `above`; one without a default has to be there."""
+    def number(
+        self, key: str, default: float | None = None, *, above: float = 0.0, or_equal: bool = False
+    ) -> float:
+        """A finite number greater than `above`, or equal to it; one without a default has to be there."""
         value = self._values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < _LARGEST:
-            self.fault(key, f"a number greater than {above:g}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not (above < value < _LARGEST or (or_equal and value == above)):
+            self.fault(key, f"a number {'of at least' if or_equal else 'greater than'} {above:g}")
             return above + 1.0
         return float(value)
 

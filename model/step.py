@@ -8,7 +8,7 @@ a buffer that is written again would corrupt the step in flight.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,10 +76,14 @@ class StepLayout:
         page_size: int,
         samples: int,
         pages_per_read: int | None = None,
+        paths: int = 1,
         placement: Placement = ON_ONE_DEVICE,
     ) -> StepLayout:
-        """Room for every step of a model with at most `rows` rows, of which `samples` sample."""
-        sizes = page_sizes(config, num_pages, page_size, placement)
+        """Room for every step of a model with at most `rows` rows, of which `samples` sample.
+
+        `paths` is as in `attention.backend.Sizes`.
+        """
+        sizes = replace(page_sizes(config, num_pages, page_size, placement), paths=paths)
         capacity = backend.capacity(rows, sizes, pages_per_read)
         return cls(backend, capacity, page_size, samples, placement)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from model.settings import CheckpointError, listed, one_line, read_object, shown
+from model.settings import CheckpointError, check_file, listed, one_line, present, read_object, shown
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -82,7 +82,10 @@ class TensorFiles:
 
     def _open(self, file: str) -> Any:
         try:
+            check_file(self._folder / file)
             return self._stack.enter_context(safe_open(self._folder / file, "np"))
+        except CheckpointError as error:
+            raise WeightsError(str(error)) from error
         except Exception as error:  # the library has an exception of its own, and raises others, too
             raise WeightsError(f"cannot read {self._folder / file}: {one_line(error)}") from error
 
@@ -120,8 +123,8 @@ def ignored(name: str) -> bool:
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """Which file holds each tensor, by the index; None where `model.safetensors` is the checkpoint."""
     path, whole = folder / INDEX, folder / WHOLE
-    if not path.exists():
-        if not whole.exists():
+    if not present(path):
+        if not present(whole):
             raise WeightsError(f"no {WHOLE} and no {INDEX} in {folder}{_instead(folder)}")
         return None
     weight_map = read_object(path).get("weight_map")
@@ -135,16 +138,16 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     files = sorted(set(weight_map.values()))
     absent = [shown(file) for file in files if not _exists(folder / file)]
     if absent:
-        beside = f", while {WHOLE} lies beside it" if whole.exists() else ""
+        beside = f", while {WHOLE} lies beside it" if present(whole) else ""
         raise WeightsError(f"{path} names files that are not there{beside}: {listed(absent)}")
-    if whole.exists() and WHOLE not in files:
+    if present(whole) and WHOLE not in files:
         raise WeightsError(f"{path} names other files than {whole}, which is there, too: remove one of them")
     return weight_map
 
 
 def _exists(path: Path) -> bool:
     try:
-        return path.exists()
+        return present(path)
     except OSError:  # a name that no file can have
         return False
 

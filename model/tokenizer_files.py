@@ -13,7 +13,16 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from model.settings import CheckpointError, Settings, listed, one_line, read_optional, read_text, shown
+from model.settings import (
+    CheckpointError,
+    Settings,
+    listed,
+    one_line,
+    present,
+    read_optional,
+    read_text,
+    shown,
+)
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -24,7 +33,7 @@ class TokenizerError(CheckpointError):
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return (folder / TOKENIZER).exists()
+    return present(folder / TOKENIZER)
 
 
 def read_backend(folder: Path) -> tokenizers.Tokenizer:
@@ -149,7 +158,7 @@ def read_chat_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, Pa
     """
     default = folder / "chat_template.jinja"
     files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
-    files |= {"default": default} if default.exists() else {}
+    files |= {"default": default} if present(default) else {}
     if files:
         path = files.get("default")
         return path and (read_text(path), path)

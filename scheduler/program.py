@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scheduler.grammars import TagGrammar
@@ -91,8 +92,13 @@ def longest_first_prefix(program: Plan | TagProgram) -> int:
     return max(len(part.prefix) for part in program.stages[0].parts)
 
 
-def check_program(program: Plan | TagProgram) -> None:
-    """Raise ValueError, naming the stage, for a program that could not run."""
+def check_program(
+    program: Plan | TagProgram, encode: Callable[[str], Sequence[int]] = lambda text: text.encode()
+) -> None:
+    """Raise ValueError, naming the stage, for a program that could not run.
+
+    `encode` gives the tokens of forced text, as the tokenizer has them: a text can have none.
+    """
     if isinstance(program, Plan):
         if not program.stages:
             raise ValueError("plan: at least one stage is needed")
@@ -102,8 +108,8 @@ def check_program(program: Plan | TagProgram) -> None:
         raise ValueError("max_tokens and branch_max_tokens must be at least 1")
     if program.grammar.join not in ("kv", "reprefill"):
         raise ValueError(f"a grammar's join must be kv or reprefill, got {program.grammar.join!r}")
-    if program.grammar.join == "kv" and not program.grammar.join_open:
-        raise ValueError("a grammar that joins by kv needs a join_open to feed")
+    if program.grammar.join == "kv" and not encode(program.grammar.join_open):
+        raise ValueError("a grammar that joins by kv needs a join_open that has tokens to feed")
 
 
 def fault_of_following(before: Stage | None) -> str | None:

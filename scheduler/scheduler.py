@@ -103,7 +103,7 @@ class Scheduler:
 
         Whether it could ever run is asked first: of the reasons to refuse it, a full queue alone will pass.
         """
-        check_program(request.program)
+        check_program(request.program, self._codec.encode)
         if not request.prompt:
             raise ValueError("the prompt is empty: at least one token is needed")
         forced, most = len(request.prompt) + longest_first_prefix(request.program), self.config.max_context

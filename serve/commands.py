@@ -7,6 +7,7 @@ import sys
 
 import tyro
 
+from model.settings import one_line, out_of_memory
 from serve.config import ServerConfig
 
 
@@ -21,3 +22,7 @@ def serve(args: list[str] | None = None) -> None:
         run(config, load)
     except (OSError, ValueError) as error:
         sys.exit(f"taper-serve: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(f"taper-serve: not enough memory: {one_line(error)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -122,8 +123,14 @@ class ServerConfig:
                 raise ValueError(f"{name} must be more than 0, not {value}")
         if self.buckets is not None and (not self.buckets or any(bucket < 1 for bucket in self.buckets)):
             raise ValueError(f"buckets must be row counts of at least 1, not {self.buckets}")
-        if self.repay < 0:
-            raise ValueError(f"repay must be a number of tokens, not {self.repay}")
+        for name in ("max_logit_bias", "max_top_logprobs", "repay", "hold_ms", "drain_timeout"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be a number that is not negative, not {value}")
+        for name, most in (("port", 65535), ("metrics_port", 65535), ("seed", 2**32 - 1)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                raise ValueError(f"{name} must be from 0 to {most}, not {value}")
         for name in ("rho", "reserve"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}")

@@ -170,8 +170,13 @@ def text(name: str, value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        lone = f"{value[error.start]!r} at {error.start} is half of a surrogate pair, which UTF-8 cannot hold"
-        raise wrong_value(name, value, lone) from None
+        lone = value[error.start]
+        # Python reads a byte of a command line or a file name that is not UTF-8 as one of these.
+        byte = f" (the byte 0x{ord(lone) - 0xDC00:02X}, if this was read from bytes)" * (
+            "\udc80" <= lone <= "\udcff"
+        )
+        problem = f"{lone!r} at {error.start} is half of a surrogate pair{byte}, which UTF-8 cannot hold"
+        raise wrong_value(name, value, problem) from None
     return value
 
 

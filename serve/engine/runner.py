@@ -44,6 +44,7 @@ class RunnerConfig:
     num_slots         branches that keep device state
     max_logit_bias    biases of one slot
     max_top_logprobs  alternatives that a sample can report
+    max_depth         nested forks of a request
     placement         the devices that share the model, its KV pages and the slots' state
     """
 
@@ -54,6 +55,7 @@ class RunnerConfig:
     backend: Backend
     max_logit_bias: int = 64
     max_top_logprobs: int = 8
+    max_depth: int = 4
     placement: Placement = ON_ONE_DEVICE
 
 
@@ -164,6 +166,7 @@ class Runner:
             num_pages=config.num_pages,
             page_size=config.page_size,
             samples=min(bucket, config.num_slots),
+            paths=1 + config.max_depth,  # a page's own branch, and the join of every fork around it
             placement=config.placement,
         )
         with self._precision():

@@ -192,6 +192,7 @@ def _compiled_runner(
             backend=_attention(config, model),
             max_logit_bias=config.max_logit_bias,
             max_top_logprobs=config.max_top_logprobs,
+            max_depth=config.max_depth,
             placement=placement,
         )
         memory, limit = None, device_limit(placement.devices)

@@ -6,12 +6,12 @@ outside of the vocabulary by its place.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from scheduler.sampling import fault_of_number
 from serve.api.errors import InvalidRequestError, Violation
 from serve.served import ServedModel
 
@@ -23,7 +23,6 @@ _NEED_TEXT = {
     ("GenerateRequest", "model_driven"),
     ("DetokenizeRequest", "token_ids"),
 }
-SLACK = 1e-6  # a float32 0.01 is a little less than 0.01
 
 
 class Faults:
@@ -71,8 +70,8 @@ class Faults:
         if not message.HasField(name):
             return default
         value = getattr(message, name)
-        if not (math.isfinite(value) and low - SLACK * abs(low) <= value <= high + SLACK * abs(high)):
-            self.add(f"{path}.{name}", f"{low:g} to {high:g} are possible, got {value:g}")
+        if fault := fault_of_number(value, low, high):
+            self.add(f"{path}.{name}", fault)
             return default
         return value
 
@@ -106,7 +105,8 @@ def refuse_text(message: Message, model: ServedModel, path: str = "") -> None:
 
 
 def _text_fields(message: Message, path: str) -> Iterator[Violation]:
-    reason = "this model has no tokenizer: only token ids can be sent"
+    reasons = {"DetokenizeRequest": "this model has no tokenizer: its ids have no text"}
+    reason = reasons.get(message.DESCRIPTOR.name, "this model has no tokenizer: only token ids can be sent")
     for descriptor, value in message.ListFields():
         name = f"{path}.{descriptor.name}" if path else descriptor.name
         if (message.DESCRIPTOR.name, descriptor.name) in _NEED_TEXT:

@@ -83,7 +83,7 @@ class ProgramReader:
     def _serial(self, stage: pb.SerialStage, path: str, position: int, base: SamplingParams) -> SerialStage:
         sampling = read_sampling(self._faults, stage.sampling, base, f"{path}.sampling")
         return SerialStage(
-            prefix=self._prefix(stage.prefix, f"{path}.prefix", position),
+            prefix=self._prefix(stage, f"{path}.prefix", position),
             stopping=self._stopping(stage.stopping, f"{path}.stopping"),
             sampling=self._unless_default(sampling),
         )
@@ -129,7 +129,7 @@ class ProgramReader:
     def _branch(
         self, spec: pb.BranchSpec, path: str, position: int, depth: int, base: SamplingParams
     ) -> tuple[BranchSpec, int]:
-        prefix = self._prefix(spec.prefix, f"{path}.prefix", position)
+        prefix = self._prefix(spec, f"{path}.prefix", position)
         sampling = read_sampling(self._faults, spec.sampling, base, f"{path}.sampling")
         stages, end = self._stages(spec.stages, f"{path}.stages", position + len(prefix), depth, sampling)
         branch = BranchSpec(
@@ -146,8 +146,10 @@ class ProgramReader:
         branch_tokens = driven.branch_max_tokens if driven.HasField("branch_max_tokens") else None
         if branch_tokens == 0:
             self._faults.add(f"{path}.branch_max_tokens", "must be at least 1")
+        grammar = self._grammar(driven, path)
+        self._check_forced(grammar, driven, path)
         return TagProgram(
-            grammar=self._grammar(driven, path),
+            grammar=grammar,
             stopping=stopping,
             branch_max_tokens=min(branch_tokens or stopping.max_tokens, self._model.max_context),
             max_branches=self._limit(driven, "max_branches", path, self._model.max_branches),
@@ -183,8 +185,6 @@ class ProgramReader:
         join = self._join(tags.join, f"{path}.join")
         if join == "none":
             self._faults.add(f"{path}.join", "the branches of a model-driven fork are always joined")
-        if join == "kv" and not tags.join_open:
-            self._faults.add(f"{path}.join_open", "is needed after a kv join")
         # Bounded repetitions over literals: a client cannot make the match slow.
         label = r"[ \t]{0,8}([^\n]{1,128}?)[ \t]{0,8}"
         return TagGrammar(
@@ -198,6 +198,15 @@ class ProgramReader:
             join=join,
         )
 
+    def _check_forced(self, grammar: TagGrammar, driven: pb.ModelDriven, path: str) -> None:
+        """The tags that are forced into the context become tokens of the model; a kv join needs some."""
+        for name in ("branch_open", "join_open"):
+            where = f"{path}.fork_tags.{name}" if driven.HasField("fork_tags") else f"{path}.tag_set"
+            ids = self._model.tokenizer.encode_continuation(getattr(grammar, name).replace("{label}", ""))
+            self._faults.tokenized(ids, where)
+            if name == "join_open" and grammar.join == "kv" and not ids:
+                self._faults.add(where, "a join_open that has tokens is needed after a kv join")
+
     # --- parts of a stage ------------------------------------------------------------------------------
 
     def _join(self, join: pb.Join, path: str) -> str:
@@ -205,9 +214,11 @@ class ProgramReader:
             self._faults.add(path, f"{join} is not a Join of this server")
         return JOINS.get(join, self._model.join)
 
-    def _prefix(self, prefix: pb.Prefix, path: str, position: int) -> tuple[int, ...]:
-        ids: list[int] = []
-        if prefix.WhichOneof("kind") == "text":
+    def _prefix(self, part: pb.SerialStage | pb.BranchSpec, path: str, position: int) -> tuple[int, ...]:
+        prefix, ids = part.prefix, []
+        if part.HasField("prefix") and not prefix.WhichOneof("kind"):
+            self._faults.add(path, "one of text and token_ids is needed")
+        elif prefix.WhichOneof("kind") == "text":
             ids = self._model.tokenizer.encode_continuation(prefix.text)
             ids = self._faults.tokenized(ids, f"{path}.text")
         elif prefix.WhichOneof("kind") == "token_ids":

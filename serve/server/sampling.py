@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from scheduler.sampling import OPTIONS, Option, SamplingParams
+from scheduler.sampling import OPTIONS, Option, SamplingParams, fault_of_bias, fault_of_option
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.server.faults import SLACK, Faults
+from serve.server.faults import Faults
 
 
 def read_sampling(
@@ -19,11 +19,8 @@ def read_sampling(
         most, count = model.max_logit_bias, len(given.logit_bias)
         faults.add(f"{path}.logit_bias", f"at most {most} are possible, got {count}")
     for token, bias in given.logit_bias.items():
-        name = f"{path}.logit_bias[{token}]"
-        if token >= model.vocab_size:
-            faults.add(name, f"the id is not less than {model.vocab_size}, the vocabulary")
-        if not -100 <= bias <= 100:
-            faults.add(name, f"-100 to 100 are possible, got {bias:g}")
+        if fault := fault_of_bias(token, bias, model.vocab_size):
+            faults.add(f"{path}.logit_bias[{token}]", fault)
     return replace(
         base,
         **numbers,
@@ -35,13 +32,14 @@ def read_sampling(
 def _number(
     faults: Faults, option: Option, given: pb.SamplingParams, base: SamplingParams, path: str
 ) -> int | float:
-    """A number among the options, in its range and outside of the gap that it may have there."""
+    """A number among the options, or that of `base` where it is not set or cannot be taken."""
     name = option.name
-    value = faults.number(given, name, path, getattr(base, name), option.low, option.high)
-    if name == "temperature" and 0 < value < 0.01 - SLACK:
-        faults.add(f"{path}.{name}", f"0 (greedy) or 0.01 to 100 are possible, got {value:g}")
-    if name == "top_p" and value == 0:
-        faults.add(f"{path}.{name}", "must be more than 0")
+    if not given.HasField(name):
+        return getattr(base, name)
+    value = getattr(given, name)
+    if fault := fault_of_option(option, value):
+        faults.add(f"{path}.{name}", fault)
+        return getattr(base, name)
     if name == "top_k" and value >= faults.model.vocab_size:
         return 0  # all of it: off
     return value

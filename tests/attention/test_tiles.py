@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention import tile_cuts, tile_parts
 from attention.gpu import H200
 from attention.reads import PageRun, Read, Reads
+from attention.tile_parts import Parts
 from attention.tile_planner import lay_out_tiles
-from attention.tiles import TileCapacity, TileList, Tiling, pack_sees, refilled, unpack_sees
+from attention.tile_reads import Tiles
+from attention.tiles import Costs, TileCapacity, TileList, Tiling, pack_sees, refilled, unpack_sees
 from tests.attention.forest import Forest, forests, groups_of_branches, mixed_reads, pages_of, positions_seen
 
 NUM_PAGES = 4096  # of a Forest
@@ -228,6 +231,11 @@ def test_rows_that_share_nothing_are_narrow_tiles_of_their_own() -> None:
     assert tiles.tile_masked[:5, 1].tolist() == [1] * 5
 
 
+def test_where_nothing_is_shared_no_cuts_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_cuts, "_pack", lambda *_: pytest.fail("there is nothing to pack"))
+    assert plan(groups(5, 1, prefix=0, tail=1000), tiling(workers=1)).num_tiles == 5
+
+
 def test_a_group_wider_than_a_tile_lists_its_prefix_once() -> None:
     tiles = plan(groups(1, 128, prefix=8192, tail=256), tiling(workers=1))
     assert tiles.num_tiles == 16
@@ -257,6 +265,43 @@ def test_rows_with_little_in_common_stay_in_narrow_tiles() -> None:
     apart, together = (plan(groups(1, 4, prefix=prefix, tail=4096), cut) for prefix in (128, 2048))
     assert apart.tile_rows[:4].tolist() == [[row, 1] for row in range(4)]
     assert together.tile_rows[0].tolist() == [0, 4]
+
+
+# A page takes narrow tiles 1, and wide ones half as much again; nothing else costs.
+EXACT = replace(
+    tiling(),
+    narrow_rows=2,
+    wide_rows=8,
+    workers=1,
+    costs=Costs(narrow_token=2**-6, wide_token=1.5 * 2**-6, tile=0.0, partial=0.0, alone=1.0),
+)
+
+
+def tails(prefix: int, *lengths: int) -> list[Read]:
+    """Rows that share a prefix of so many full pages, each with so many of its own."""
+    first = prefix + np.cumsum([0, *lengths])
+    shared = PageRun(list(range(prefix)), 64 * prefix)
+    own = [
+        PageRun(list(range(at, at + length)), 64 * length)
+        for at, length in zip(first.tolist(), lengths, strict=False)
+    ]
+    return [Read((shared,), run, rows=1, ordinal=run.length - 1) for run in own]
+
+
+@pytest.mark.parametrize(("prefix", "sizes"), [(3, [2, 2]), (4, [4])])
+def test_a_wide_tile_stays_from_where_it_saves_as_much_as_it_takes_longer(
+    prefix: int, sizes: list[int]
+) -> None:
+    """Two narrow tiles read the prefix once more; a wide one takes half as long again for all pages."""
+    tiles = plan(tails(prefix, 1, 1, 1, 1), EXACT)
+    assert tiles.tile_rows[: tiles.num_tiles, 1].tolist() == sizes
+
+
+@pytest.mark.parametrize(("tail", "sizes"), [(7, [8]), (8, [1, 7])])
+def test_a_row_with_much_of_its_own_is_left_out_of_a_wide_tile(tail: int, sizes: list[int]) -> None:
+    """A narrow tile's rows would each pay half of their own pages for what is shared."""
+    tiles = plan(tails(8, *[1] * 7, tail), EXACT)
+    assert sorted(tiles.tile_rows[: tiles.num_tiles, 1].tolist()) == sizes
 
 
 def test_a_few_that_share_much_are_found_among_many_that_share_little() -> None:
@@ -347,6 +392,71 @@ def test_tiles_that_fill_the_device_evenly_are_not_split() -> None:
     _, tiles = lay_out_tiles(Reads.of(reads), capacity_for(reads, tiling()))
     assert tiles.num_tiles == 32
     assert (tiles.row_parts[:256, 1] == -1).all()
+
+
+@pytest.mark.parametrize(("longest", "count"), [(5600, 33), (6400, 50)])
+def test_tiles_of_a_nearly_even_load_are_not_split(longest: int, count: int) -> None:
+    forest = Forest(page_size=64, stride=2053)
+    forest.leaves = [((), forest.segment(length), 1) for length in (*[4096] * 32, longest)]
+    assert plan(forest.reads, tiling()).num_tiles == count
+
+
+@pytest.mark.parametrize(
+    ("parts", "slots", "expected"),
+    [
+        ([4.0, 2.0], 0, (3.4, 3.0)),  # who is left at the end goes on at 0.4 of the time
+        ([3.0, 4.0, 1.0, 2.0], 0, (5.0, 5.0)),  # the longest with the shortest
+        ([4.0, 1.0, 1.0], 0, (3.4, 3.0)),
+        ([4.0, 4.0], 6, (4.0 + 3 * H200.partial, 4.0 + 3 * H200.partial)),
+    ],
+)
+def test_a_plan_takes_what_its_busiest_worker_takes(
+    parts: list[float], slots: int, expected: tuple[float, float]
+) -> None:
+    none = np.zeros(len(parts), np.int64)
+    partial = np.array([slots, *none[1:]])
+    made = Parts(none, none, none, none, none, none, partial, seconds=np.array(parts))
+    assert made.predict(tiling(group=1, kv_heads=1, workers=2)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_two_workers_share_one_long_tile() -> None:
+    tiles = plan(groups(1, 1, 0, 4096), tiling(kv_heads=1, workers=2))
+    assert tiles.tile_whole[:2].tolist() == [[0, 32], [32, 32]]
+
+
+def test_no_coarser_split_is_planned_after_one_that_is_nearly_even_or_worse(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned: list[int] = []
+    split = Parts.split
+
+    def counted(tiles: Tiles, tile: np.ndarray, block: np.ndarray, cut: Tiling) -> Parts:
+        planned.append(len(tile))
+        return split(tiles, tile, block, cut)
+
+    def lay_out(reads: list[Read]) -> None:
+        lay_out_tiles(Reads.of(reads), capacity_for(reads, tiling()))
+
+    monkeypatch.setattr(Parts, "split", counted)
+    lay_out(groups(1, 32, 4096, 256))
+    assert len(planned) == 1
+    lay_out(groups(32, 8, 4096, 256))
+    assert len(planned) == 1, "an even load is not planned at all"
+    lay_out(groups(1, 8, 4096, 256))
+    assert len(planned) == 3, "the coarser one was worse: no third one"
+
+
+def test_who_sees_what_is_packed_anew_only_for_parts_that_begin_behind_their_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tile_parts, "unpack_sees", lambda _: pytest.fail("nothing begins later"))
+    plan(groups(5, 1, 0, 1000), tiling(workers=1))
+    assert plan(groups(1, 1, 0, 4096), tiling(kv_heads=1, workers=2)).num_tiles == 2
+
+
+def test_a_short_end_of_a_tile_is_no_part_of_its_own() -> None:
+    """Of 32 even cuts through 40 equal tiles, nine come within an eighth of a share of a tile's end."""
+    assert plan(groups(40, 1, 0, 4096), tiling()).num_tiles == 40 + 32 - 9
 
 
 def test_a_part_with_one_rows_tail_is_narrow() -> None:

@@ -1,6 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+
+from bench import plot
 from bench.plot import against_load
+from scheduler.predictor import StepLoad
+from serve.door import StepRecord
 
 
 def row(policy: str, load: float | None, figure: float | None) -> dict[str, object]:
@@ -19,3 +27,51 @@ def test_what_is_not_known_is_not_drawn() -> None:
     assert against_load([row("off", None, None), row("off", None, 1.0)], "figure") == {
         "off": [(0.0, 1.0, 1.0, 1.0)]
     }
+
+
+def drawing(monkeypatch: pytest.MonkeyPatch, axes: object) -> None:
+    """Everything is drawn on `axes`, of which a test looks at the calls."""
+    pyplot = MagicMock()
+    pyplot.subplots.return_value = MagicMock(), axes
+    monkeypatch.setattr(plot, "_pyplot", lambda: pyplot)
+
+
+def test_cases_are_drawn_smallest_first_over_their_floors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def case(name: str, suite: str, unique_bytes: int, **times: float) -> dict[str, object]:
+        return {"name": name, "suite": suite, "unique_bytes": unique_bytes, "floor_us": 2.0, **times}
+
+    cases = [
+        case("large", "decode", 9, ours_us=3.0),
+        case("prompt", "prefill", 5, ours_us=4.0),
+        case("not run", "decode", 4),
+        case("small", "decode", 1, ours_us=5.0, flashinfer_flat_us=8.0),
+    ]
+    axes = MagicMock()
+    drawing(monkeypatch, axes)
+    monkeypatch.setattr(plot, "label", lambda each: each["name"])
+    result = {"cases": cases, "hardware": {"device": "H200"}, "copy_tb_s": 4.0}
+    plot.plot_cases(result, tmp_path / "plot.png")
+    assert axes.set_xticks.call_args.args[1] == ["small", "large"]
+    lines = {call.kwargs["label"]: call.args[:2] for call in axes.plot.call_args_list}
+    assert lines == {"ours": ((0, 1), (2.5, 1.5)), "FlashInfer flat": ((0,), (4.0,))}
+
+
+def test_steps_are_drawn_from_the_middle_of_the_log_for_some_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def step(ended: float, requests: int) -> StepRecord:
+        return StepRecord(ended, 8, StepLoad(3), requests, 3, 2, 0.02, 0.015, None, 0.03)
+
+    width, time, errors = axes = MagicMock(), MagicMock(), MagicMock()
+    drawing(monkeypatch, axes)
+    steps = [step(ended, 2) for ended in (0.0, 1.0, 4.0, 6.0, 9.0)] + [step(5.0, 1)]
+    plot.plot_steps(steps, tmp_path / "plot.png", seconds=5.0)
+    shown = {call.kwargs["label"]: call.args[:2] for call in width.plot.call_args_list}
+    assert shown["requests"] == ([0.0, 2.0], [2, 2])
+    assert shown["and those that wait"] == ([0.0, 2.0], [5, 5])
+    times = {call.kwargs["label"]: call.args[1] for call in time.plot.call_args_list}
+    assert times["allowed"] == [None, None]
+    assert times["measured"] == [30.0, 30.0]
+    assert len(errors.plot.call_args_list[0].args[0]) == 5, "of all steps of several requests"

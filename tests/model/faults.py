@@ -130,7 +130,9 @@ CONFIG: dict[str, Fault] = {
     ),
     "odd-head-size": _config("config-keys", "head_dim must be even", head_dim=7),
     "epsilon-text": _config("config-keys", "rms_norm_eps: expected a number", "'1e-6'", rms_norm_eps="1e-6"),
-    "epsilon-negative": _config("config-keys", "rms_norm_eps", "-1", rms_norm_eps=-1),
+    "epsilon-negative": _config(
+        "config-keys", "rms_norm_eps: expected a number of at least 0", "-1", rms_norm_eps=-1
+    ),
     "tied-text": _config(
         "config-keys", "tie_word_embeddings: expected true or false", "'no'", tie_word_embeddings="no"
     ),
@@ -297,12 +299,9 @@ WEIGHTS: dict[str, Fault] = {
     "weights-cut": Fault("weights", lambda f: f.cut(WHOLE, 3000), ("cannot read", WHOLE)),
     "weights-empty": _file("weights", WHOLE, b"", "cannot read"),
     "weights-header-cut": Fault("weights", lambda f: f.cut(WHOLE, 100), ("cannot read", WHOLE)),
-    "weights-are-text": _file(
-        "weights", WHOLE, "version https://git-lfs.github.com/spec/v1\n", "cannot read"
-    ),
-    "weights-are-a-folder": Fault("weights", lambda f: f.becomes_a_folder(WHOLE), ("cannot read", WHOLE)),
-    "weights-link-to-nothing": Fault(
-        "weights", lambda f: (f.remove(WHOLE), (f.path / WHOLE).symlink_to("gone")), (f"no {WHOLE}",)
+    "weights-are-text": _file("weights", WHOLE, "weights", "cannot read"),
+    "weights-are-a-folder": Fault(
+        "weights", lambda f: f.becomes_a_folder(WHOLE), (f"{WHOLE}: expected a file, found a folder",)
     ),
     "tensor-absent": Fault(
         "tensors",
@@ -381,12 +380,13 @@ WEIGHTS: dict[str, Fault] = {
         ),
         (INDEX, f"while {WHOLE} lies beside it", "'a.safetensors'"),
     ),
-    "orbax-empty": Fault("orbax", _orbax, ("Orbax checkpoint", "orbax")),
-    "orbax-is-a-file": _file("orbax", "orbax", "", "Orbax"),
+    "orbax-empty": Fault("orbax", _orbax, ("Orbax checkpoint", "orbax: expected a _METADATA, found none")),
+    "orbax-is-a-file": _file("orbax", "orbax", "", "orbax: expected a _METADATA"),
+    "orbax-is-a-link-to-nothing": Fault("links", lambda f: f.links_to_nothing("orbax"), ("a _METADATA",)),
     "orbax-of-garbage": Fault(
         "orbax",
         lambda f: [f.write(f"orbax/{name}", "{}") for name in ("_METADATA", "_CHECKPOINT_METADATA")],
-        ("orbax",),
+        ("orbax: expected what taper-convert writes, found",),
     ),
 }
 
@@ -398,4 +398,25 @@ JSONS = {
 for name, fault in JSONS.items():
     if name.startswith("chat_template.json"):
         JSONS[name] = _legacy_only(fault)
-FAULTS = CONFIG | TOKENIZER | WEIGHTS | JSONS
+NOT_THERE: dict[str, Fault] = {
+    **{
+        f"{name}-is-a-link-to-nothing": Fault(
+            "links",
+            lambda f, name=name: f.links_to_nothing(name),
+            (f"{name}: expected a file, found a link to nothing",),
+        )
+        for name in (*JSON_FILES, "tokenizer.json", "chat_template.jinja", WHOLE, INDEX)
+        if name != "chat_template.json"
+    },
+    "chat_template.json-is-a-link-to-nothing": _legacy_only(
+        Fault("links", lambda f: f.links_to_nothing("chat_template.json"), ("found a link to nothing",))
+    ),
+    **{
+        f"{name}-was-not-fetched": _file(
+            "weights", name, "version https://git-lfs.github.com/spec/v1\noid 1\n", "a pointer of Git LFS"
+        )
+        for name in ("config.json", "tokenizer.json", WHOLE, INDEX)
+    },
+}
+
+FAULTS = NOT_THERE | CONFIG | TOKENIZER | WEIGHTS | JSONS

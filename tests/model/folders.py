@@ -60,6 +60,10 @@ class Folder:
         (self.path / name).unlink(missing_ok=True)
         (self.path / name).mkdir()
 
+    def links_to_nothing(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+        (self.path / name).symlink_to("gone")
+
     def cut(self, name: str, size: int) -> None:
         self.write(name, (self.path / name).read_bytes()[:size])
 

@@ -15,7 +15,7 @@ from model.config import PRESETS, ModelConfig, UnsupportedModelError
 from model.decoder import Decoder
 from model.hf_config import read_config, read_folder
 from model.rotary import LinearScaling, Llama3Scaling, YarnScaling, yarn_attention_factor
-from model.settings import CheckpointError
+from model.settings import MOST, CheckpointError
 from model.weights import parameters
 
 # Parameters of the published checkpoints, a tied head counted once.
@@ -349,3 +349,41 @@ def test_a_rotary_base_that_transformers_would_forget_is_refused() -> None:
         CheckpointError, match=r"rope_scaling: rope_theta: expected the 1000000\.0 of rope_parameters"
     ):
         read_config(without | both)
+
+
+def test_a_model_may_have_a_thousand_layers_and_no_more() -> None:
+    assert read_config(LLAMA | {"num_hidden_layers": 1024}).num_layers == 1024
+    with pytest.raises(CheckpointError, match="num_hidden_layers: expected a whole number from 1 to 1024"):
+        read_config(LLAMA | {"num_hidden_layers": 1025})
+
+
+def test_of_several_begin_tokens_the_first_counts() -> None:
+    assert read_config(LLAMA | {"bos_token_id": [5, 6]}).bos_id == 5
+    assert read_config(LLAMA | {"bos_token_id": None}).bos_id is None
+
+
+def test_a_context_has_as_many_positions_as_the_device_can_count() -> None:
+    longest = LLAMA | {"max_position_embeddings": MOST}
+    assert read_config(longest).max_context == MOST
+    with pytest.raises(CheckpointError, match="a context of at most 2147483647 tokens, stretched"):
+        read_config(longest | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "named"),
+    [
+        (LLAMA3_SCALING | {"low_freq_factor": 4.0}, "high_freq_factor: expected more than low_freq_factor 4"),
+        (YARN | {"beta_fast": 2, "beta_slow": 3}, "beta_fast: expected at least beta_slow 3"),
+        (YARN | {"beta_fast": 2, "beta_slow": 2}, None),
+        (YARN | {"factor": None}, "factor: expected a number"),  # 8192 of 32768: no stretching to be told
+        (YARN | {"factor": 0.5}, "factor: expected a number of at least 1"),
+        (YARN | {"factor": 1.0}, None),
+    ],
+)
+def test_a_scaling_has_to_stretch_what_it_says(scaling: dict[str, Any], named: str | None) -> None:
+    config = LLAMA | {"rope_scaling": scaling}
+    if named is None:
+        assert read_config(config).rope_scaling is not None
+    else:
+        with pytest.raises(CheckpointError, match=named):
+            read_config(config)

@@ -62,6 +62,21 @@ def test_json_has_ids_and_text_of_every_branch(capsys: pytest.CaptureFixture[str
         (["--prompt-ids", "-1"], "token -1 is not in"),
         (["--prompt", "a", "--attention", "magic"], "auto or one of reference, xla"),
         (["--prompt", "a", "--model", "nowhere"], "no model"),
+        (["--prompt", "a", "--page-size", "0"], "a page needs at least one position, not 0"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature: 0 to 100 are possible, got nan"),
+        (["--prompt", "a", "--temperature", "1e-9"], "temperature: 0 .greedy. or 0.01 to 100"),
+        (["--prompt", "a", "--top-p", "0"], "top_p: must be more than 0"),
+        (["--prompt", "a", "--top-k", "-1"], "top_k: 0 or more is possible, got -1"),
+        (
+            ["--prompt", "a", "--logit-bias", "5", "nan"],
+            r"logit_bias\[5\]: -100 to 100 are possible, got nan",
+        ),
+        (["--prompt", "a", "--logit-bias", "269", "1"], r"logit_bias\[269\]: the id is not less than 269"),
+        (
+            ["--prompt", "a", "--weights-seed", str(2**32)],
+            "seed of random weights must be from 0 to 4294967295",
+        ),
+        (["--prompt", "a", "--seed", "-1"], "seed: a seed has 64 bits"),
     ],
 )
 def test_the_command_says_what_is_wrong(options: list[str], message: str) -> None:

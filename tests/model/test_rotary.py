@@ -72,6 +72,15 @@ def test_where_every_pair_turns_more_than_once_yarn_stretches_none_wholly() -> N
     np.testing.assert_allclose(inverse_frequencies(16, 10.0, scaling), expected, rtol=1e-12)
 
 
+def test_where_no_pair_turns_often_yarn_keeps_the_first_alone() -> None:
+    plain = inverse_frequencies(16, 1e4, None)
+    scaling = YarnScaling(factor=4.0, original_max_context=64, attention_factor=1.0)
+    assert 64 / (32 * 2 * math.pi) < 1, "the ramp would begin before the first pair"
+    stretched = np.minimum(np.arange(8) / 3, 1)
+    expected = plain * (1 - stretched) + plain / 4 * stretched
+    np.testing.assert_allclose(inverse_frequencies(16, 1e4, scaling), expected, rtol=1e-12)
+
+
 def test_yarns_bounds_can_be_parts_of_a_pair_and_can_be_one() -> None:
     whole = inverse_frequencies(
         16, 1e4, YarnScaling(factor=4.0, original_max_context=64, attention_factor=1.0)
@@ -94,7 +103,13 @@ def test_yarns_bounds_can_be_parts_of_a_pair_and_can_be_one() -> None:
 
 @pytest.mark.parametrize(
     ("scaling", "stated", "context"),
-    [(None, 100, 100), (LLAMA3, 100, 100), (LinearScaling(factor=4 / 3), 100, 133), (YARN, 131072, 131072)],
+    [
+        (None, 100, 100),
+        (LLAMA3, 100, 100),
+        (LinearScaling(factor=4 / 3), 100, 133),
+        (LinearScaling(factor=4 / 3), 101, 134),  # 100.5 of it
+        (YARN, 131072, 131072),
+    ],
 )
 def test_the_context_that_a_file_states_can_be_found_again(
     scaling: RopeScaling | None, stated: int, context: int

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.settings import CheckpointError, Settings, listed, read_object, read_optional, shown
+from model.settings import MOST, CheckpointError, Settings, listed, read_object, read_optional, shown
 
 NULL = Settings({"a": None, "size": 3, "flag": True, "ids": 7, "inner": {"size": "3"}}, "f.json")
 
@@ -38,6 +38,25 @@ def test_values_are_taken_as_they_are_and_never_converted() -> None:
     ]
 
 
+def test_bounds_are_within_what_is_taken_and_what_is_true_is_no_number() -> None:
+    values = {
+        "most": MOST,
+        "more": MOST + 1,
+        "true": True,
+        "ids": [0, MOST],
+        "wrong": [MOST + 1],
+        "odd": [True],
+    }
+    settings = Settings(values, "f.json")
+    assert (settings.size("most"), settings.ids("ids")) == (MOST, (0, MOST))
+    assert settings.faults == []
+    settings.size("more")
+    settings.size("true")
+    settings.number("true")
+    assert (settings.ids("wrong"), settings.ids("odd")) == ((), ())
+    assert len(settings.faults) == 5
+
+
 def test_a_fault_of_an_inner_object_is_noted_outside_once() -> None:
     settings = Settings({"inner": {"size": "3"}}, "f.json")
     settings.section("inner").size("size")
@@ -47,6 +66,8 @@ def test_a_fault_of_an_inner_object_is_noted_outside_once() -> None:
 
 def test_long_values_and_long_lists_are_cut() -> None:
     assert len(shown("x" * 1000)) < 70
+    assert shown("x" * 58) == repr("x" * 58), "sixty characters are shown"
+    assert shown("x" * 59) == "'" + "x" * 59 + "..."
     assert shown("a\nb") == r"'a\nb'"
     assert listed(["a", "b", "c"], 2) == "a; b; and 1 more"
     assert listed(["a", "b"], 2) == "a; b"

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from scheduler.draft import StepDraft
 from scheduler.predictor import Costs, StepLatencyModel, StepLoad
 from scheduler.program import BranchSpec, ParallelStage, SerialStage
+from scheduler.segment import Segment
 from scheduler.step import Entry
 from scheduler.stopping import Stopping
 from tests.scheduler.drafts import Bench
@@ -178,6 +181,27 @@ def test_without_pages_as_much_is_read_as_there_are() -> None:
     assert bench.asked == [1]
 
 
+def test_nobody_has_to_go_for_as_many_pages_as_there_are() -> None:
+    bench = Bench(num_pages=2)
+    live = bench.live(serial(), prompt=8)
+    assert bench.draft().add(live, live.runnable()[0], 8, must=True) == 8
+    assert bench.asked == []
+
+
+def test_what_reads_an_ancestor_waits_until_all_of_it_is_computed() -> None:
+    bench = Bench()
+    live = bench.live(FORK)
+    branch, *_ = live.runnable()
+    bench.draft().add(live, branch, 7)  # of eight rows: the prompt's six and two of its own
+    ancestor = branch.segment.chain[0]
+    ancestor.drop(bench.pool)
+    branch.complete = 0
+    bench.pool.allocate(bench.pool.available - 1)
+    draft = bench.draft()
+    assert draft.add(live, branch, 9) == 4, "one page of the two that the prompt needs"
+    assert only(draft).segment == ancestor.id
+
+
 def test_nothing_is_left_of_a_branch_that_samples() -> None:
     bench = Bench()
     live = bench.live(serial())
@@ -278,11 +302,15 @@ def test_a_price_is_that_of_what_the_branch_would_add() -> None:
 class Counting(StepLatencyModel):
     """Counts what it is asked."""
 
-    asked = 0
+    asked = lines = 0
 
     def reading_seconds(self, load: StepLoad) -> float:
         self.asked += 1
         return super().reading_seconds(load)
+
+    def row_line(self, context: int) -> tuple[float, float]:
+        self.lines += 1
+        return super().row_line(context)
 
 
 def test_branches_with_one_row_are_priced_by_one_line() -> None:
@@ -298,11 +326,34 @@ def test_branches_with_one_row_are_priced_by_one_line() -> None:
     draft = bench.draft()
     first, *others = live.runnable()
     draft.add(live, first, 1)
-    latency.asked = 0
+    latency.asked = latency.lines = 0
     prices = draft.prices(others)
-    assert latency.asked == 0
+    assert (latency.asked, latency.lines) == (0, 1)
     expected = [latency.reading_seconds(draft.added(branch, 1)) for branch in others]
     assert [seconds for _, seconds in prices] == pytest.approx(expected)
+
+
+class Watched(tuple):
+    """Ancestors that count how often they are looked through."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[Segment]:
+        Watched.looks += 1
+        return super().__iter__()
+
+
+def test_ancestors_that_the_step_reads_are_not_looked_through_again() -> None:
+    bench = Bench()
+    live = bench.live(FORK)
+    first, second, _ = live.runnable()
+    second.segment.ancestors = Watched(second.segment.ancestors)
+    draft = bench.draft()
+    unread = draft.added(second, 1)
+    assert Watched.looks == 1
+    draft.add(live, first, 9)
+    assert draft.added(second, 1).shared_kv < unread.shared_kv + 6
+    assert Watched.looks == 1
 
 
 def test_what_is_affordable_is_found_by_bisection() -> None:

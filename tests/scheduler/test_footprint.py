@@ -45,6 +45,28 @@ def test_branches_that_begin_with_nothing_repeat_the_forks_token() -> None:
     assert pages(branches("none", 3, 4, prefix=())) == 2 + 1 + 2
 
 
+def test_one_branch_that_begins_with_nothing_makes_all_of_them_repeat_it() -> None:
+    specs = tuple(BranchSpec(stopping=stopping(1), prefix=prefix) for prefix in ((), (1, 1, 1)))
+    assert pages(ParallelStage(branches=specs, join="none")) == 2 + 1 + 2  # 1 + 1, and 1 + 3 + 1 tokens
+
+
+def test_the_widest_moment_counts_though_it_is_not_the_last() -> None:
+    wide = replace(branches("kv", 30, 30), first_k=1)
+    between = SerialStage(stopping=stopping(1), prefix=(1,))
+    assert pages(wide, between, branches("none", 3, 3)) == 2 + 8 + 8
+
+
+def test_what_nobody_joins_is_given_back() -> None:
+    spec = BranchSpec(stopping=stopping(3), prefix=(1,), stages=(branches("none", 30, 30),))
+    joined = ParallelStage(branches=(spec,), join="kv")
+    assert pages(joined, SerialStage(stopping=stopping(79), prefix=(1,))) == 2 + 1 + 20
+
+
+def test_a_stage_may_end_early_and_leave_the_context_to_what_follows() -> None:
+    before = SerialStage(stopping=stopping(40), prefix=(1,))
+    assert pages(before, branches("none", 40), max_context=60) == 12 + 11  # positions 6 to 46
+
+
 def test_a_kv_join_keeps_all_branches() -> None:
     after = SerialStage(stopping=stopping(5), prefix=(1,))
     assert pages(branches("kv", 3, 3), after) == 2 + 1 + 1 + 2
@@ -75,6 +97,7 @@ def test_after_a_race_the_context_has_room_for_what_the_shortest_winners_leave()
 def test_nothing_is_longer_than_the_context() -> None:
     assert pages(SerialStage(stopping=stopping(10_000)), max_context=32) == 8
     assert pages(branches("none", 10_000, 10_000), max_context=32) == 2 + 7 + 7
+    assert pages(branches("none", 10_000, prefix=()), max_context=33) == 2 + 8, "from the fork's token on"
 
 
 def test_a_model_driven_request_counts_as_serial() -> None:

@@ -353,3 +353,16 @@ def test_finished_is_the_last_event_and_started_the_first() -> None:
     assert isinstance(events[0], Started)
     assert isinstance(events[-1], Finished)
     assert sum(isinstance(event, Started | Finished) for event in events) == 2
+
+
+def test_branches_divide_evenly_what_their_parent_may_hold() -> None:
+    live = Bench(num_pages=20).live(fork("kv", B, C), prompt=6)
+    assert [branch.allowance for branch in live.runnable()] == [(20 - 2 - 1) // 2] * 2
+
+
+def test_it_should_find_a_share_of_the_pages_that_it_may_still_need() -> None:
+    bench = Bench()
+    live = bench.live(serial(30), prompt=10)  # ten pages in all
+    assert [live.reserved_pages(share) for share in (0.0, 0.5, 1.0)] == [3, 5, 10]
+    bench.draft().add(live, live.runnable()[0], 10)
+    assert [live.reserved_pages(share) for share in (0.0, 0.5, 1.0)] == [0, 3, 7]

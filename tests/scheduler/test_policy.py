@@ -190,3 +190,11 @@ def test_what_just_fits_the_bucket_and_the_budget_is_admitted(admission: Taper |
 def test_the_cheapest_is_the_one_that_adds_the_fewest_seconds_whatever_its_rows() -> None:
     dear, cheap = Extra(0, 0, rows=1, seconds=3.0), Extra(1, 0, rows=2, seconds=1.0)
     assert cheapest_first([dear, cheap]) == [cheap, dear]
+    narrow = Extra(2, 0, rows=1, seconds=1.0)
+    assert cheapest_first([cheap, narrow]) == [narrow, cheap], "of equal ones, that with the fewest rows"
+
+
+def test_of_equal_branches_the_papers_loop_takes_the_oldest_requests() -> None:
+    extras = [Extra(number, number, 1, 0.001) for number in range(3)]
+    admitted = Greedy().admit(extras, Baseline(1, 0.0, 0.0125), StepLatencyModel({8: 0.010}))
+    assert [extra.candidate for extra in admitted] == [0, 1]

@@ -59,6 +59,14 @@ def test_a_plan_that_could_not_run_is_refused_by_name(stages: tuple, message: st
         check_program(Plan(stages=stages))
 
 
+def test_tags_that_join_by_kv_bring_a_token_to_go_on_from() -> None:
+    check_program(PROGRAM)
+    with pytest.raises(ValueError, match="join_open that has tokens"):
+        check_program(PROGRAM, lambda text: ())
+    reprefill = replace(PROGRAM, grammar=replace(MULTIVERSE, join="reprefill"))
+    check_program(reprefill, lambda text: ())
+
+
 def test_plans_that_can_run_are_not_refused() -> None:
     check_program(
         Plan(

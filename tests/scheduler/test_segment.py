@@ -63,8 +63,10 @@ def test_a_page_that_is_cut_into_is_not_shared_any_more() -> None:
 def test_a_dropped_segment_keeps_its_tokens() -> None:
     pool = PagePool(4, 2)
     segment = computed(pool, [1, 2, 3])
+    segment.shared = 1
     segment.drop(pool)
     assert (segment.tokens, segment.missing, pool.owned) == ([1, 2, 3], 3, 0)
+    assert segment.shared == 0, "pages that it does not have are no longer shared"
 
 
 def test_a_read_names_the_filled_pages() -> None:

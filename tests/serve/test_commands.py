@@ -26,16 +26,38 @@ def test_the_server_is_run_with_its_options_and_a_loader(monkeypatch):
     assert float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) > 0.9
 
 
-def test_what_keeps_the_server_from_starting_is_said_in_a_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError("cannot listen"), "taper-serve: cannot listen"),
+        (MemoryError("3 TiB"), "taper-serve: not enough memory: 3 TiB"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"),
+            "taper-serve: not enough memory: RESOURCE_EXHAUSTED: Out of memory allocating",
+        ),
+    ],
+)
+def test_what_keeps_the_server_from_starting_is_said_in_a_line(error, line, monkeypatch):
     def fail(config: ServerConfig, load: object) -> None:
-        raise OSError("cannot listen")
+        raise error
 
     monkeypatch.setitem(sys.modules, "serve.engine.startup", SimpleNamespace(load=None))
     monkeypatch.setattr("serve.server.server.run", fail)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     with pytest.raises(SystemExit) as caught:
         commands.serve([])
-    assert str(caught.value) == "taper-serve: cannot listen"
+    assert str(caught.value) == line
+
+
+def test_a_fault_of_the_servers_own_keeps_its_traceback(monkeypatch):
+    def fail(config: ServerConfig, load: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setitem(sys.modules, "serve.engine.startup", SimpleNamespace(load=None))
+    monkeypatch.setattr("serve.server.server.run", fail)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    with pytest.raises(RuntimeError, match="a bug"):
+        commands.serve([])
 
 
 def test_the_command_explains_itself(capsys):

@@ -11,6 +11,21 @@ def test_the_defaults_are_loopback_and_valid():
     assert ServerConfig().host == "127.0.0.1"
 
 
+def test_the_defaults_are_those_that_were_measured_to_be_best():
+    config = ServerConfig()
+    assert (config.policy, config.rho, config.repay, config.reserve, config.fill) == ("taper", 1, 8, 1, True)
+    assert (config.tpot_slo_ms, config.ttft_slo_ms, config.hold_ms) == (50, 5000, 40)
+    assert (config.profile, config.predictor, config.prefix_cache) == ("auto", "staircase", True)
+
+
+def test_what_is_left_open_follows_the_platform():
+    cpu, gpu = (ServerConfig().for_platform(platform) for platform in ("cpu", "gpu"))
+    assert (cpu.dtype, cpu.page_size, max(cpu.buckets or ())) == ("float32", 16, 64)
+    assert (gpu.dtype, gpu.page_size, max(gpu.buckets or ())) == ("bfloat16", 64, 512)
+    chosen = ServerConfig(dtype="float32", page_size=32, buckets=(4,)).for_platform("gpu")
+    assert (chosen.dtype, chosen.page_size, chosen.buckets) == ("float32", 32, (4,))
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -29,6 +44,19 @@ def test_the_defaults_are_loopback_and_valid():
         ("buckets", ()),
         ("buckets", (8, 0)),
         ("repay", -0.1),
+        ("repay", float("nan")),
+        ("hold_ms", -1.0),
+        ("hold_ms", float("nan")),
+        ("drain_timeout", -1.0),
+        ("drain_timeout", float("nan")),
+        ("max_logit_bias", -1),
+        ("max_top_logprobs", -1),
+        ("port", -1),
+        ("port", 65536),
+        ("metrics_port", -1),
+        ("metrics_port", 65536),
+        ("seed", -1),
+        ("seed", 2**32),
         ("rho", 1.01),
         ("rho", -0.01),
         ("reserve", 1.01),
@@ -47,6 +75,9 @@ def test_what_cannot_work_is_refused_by_name(option, value):
         *((name, 1) for name in ("page_size", "num_pages", "max_chunk", "max_context", "max_queue")),
         *((name, 1) for name in ("max_branches", "max_depth", "default_max_tokens")),
         ("buckets", (1,)),
+        *((name, 0) for name in ("max_logit_bias", "max_top_logprobs", "hold_ms", "drain_timeout")),
+        *((name, value) for name in ("port", "metrics_port") for value in (0, 65535)),
+        ("seed", 2**32 - 1),
         ("repay", 0.0),
         ("tpot_slo_ms", 0.5),
     ],

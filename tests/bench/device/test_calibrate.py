@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from bench.device import calibrate
 from bench.device.calibrate import Point, default_name, fit, non_negative
 from bench.device.probe import probe, shapes
 from scheduler.predictor import StepLatencyModel, StepLoad
+from scheduler.step import Step
 
 BUCKETS = (1, 8, 16, 64)
 
@@ -24,6 +30,42 @@ def test_least_squares_without_negative_coefficients() -> None:
     found = non_negative(design / (design @ wanted)[:, None])
     assert found == pytest.approx(wanted, abs=1e-4)
     assert (non_negative(np.stack([np.ones(9), -np.arange(9.0)], axis=1)) >= 0).all()
+
+
+def test_what_is_never_there_costs_nothing() -> None:
+    assert non_negative(np.array([[1.0, 0.0], [1.0, 0.0]])).tolist() == [1.0, 0.0]
+
+
+def test_a_constant_is_what_all_rows_took_over_their_number() -> None:
+    points = [Point(1, StepLoad(1, raw_kv=1), 0.010), Point(8, StepLoad(8, raw_kv=9), 0.017)]
+    assert fit(points)["constant"]["line"] == [0.0, pytest.approx(0.003)]
+
+
+class Steady:
+    """A runner whose steps take 1, 2 and then 9 seconds."""
+
+    def __init__(self, max_context: int) -> None:
+        self.config = SimpleNamespace(buckets=(1, 8), num_pages=400, page_size=16)
+        self.model_config = SimpleNamespace(max_context=max_context)
+        self.timed: Counter[Step] = Counter()
+
+    def seconds(self, step: Step, repeats: int) -> float:
+        if repeats == calibrate.SETTLING:
+            return 100.0
+        self.timed[step] += 1
+        return (0.0, 1.0, 2.0, 9.0)[self.timed[step]]
+
+
+def test_a_point_is_the_median_of_its_rounds_and_shorter_than_the_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = [probe(shape, page_size=16)[0] for shape in shapes((1, 8), num_pages=400, page_size=16)]
+    ends = [max(entry.start + entry.rows for entry in step.entries) for step in steps]
+    for max_context in (max(ends), max(ends) + 1):
+        monkeypatch.setattr(calibrate, "clock", itertools.count().__next__)
+        points = calibrate.measure(Steady(max_context), budget_seconds=2.5)  # type: ignore[arg-type]
+        assert {point.seconds for point in points} == {2.0}
+        assert len(points) == sum(end < max_context for end in ends)
 
 
 def test_what_a_staircase_took_is_found_again() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 
 import pytest
@@ -95,3 +96,57 @@ def test_targets_follow_from_a_request_on_a_warm_server() -> None:
     assert asyncio.run(unloaded_tpot(Answering(0.5, 0.01), 100)) == pytest.approx(0.01)
     with pytest.raises(ServiceError, match="800 \\+ 400 tokens failed"):
         asyncio.run(unloaded_tpot(Answering(0.5, 0.01, tokens=399), 100))
+
+
+class Asked(Driver):
+    """Notes what it is asked, and whether garbage is collected meanwhile; may never answer."""
+
+    def __init__(self, *, answers: bool = True) -> None:
+        self.answers = answers
+        self.requests: list[pb.GenerateRequest] = []
+        self.collecting: list[bool] = []
+
+    async def ask(self, request: bytes, reply: Reply) -> None:
+        self.requests.append(pb.GenerateRequest.FromString(request))
+        self.collecting.append(gc.isenabled())
+        if not self.answers:
+            await asyncio.Event().wait()
+
+
+def play(driver: Asked) -> Trial:
+    """Two requests, one after the other, in a window that is over at once."""
+    items = tuple(Item(at, 4, ((2,),)) for at in (0.0, 1e-4))
+    setting = Setting(
+        workload=Workload("hand-made", "poisson", 0, items),
+        slo=Slo(tpot=0.6, ttft=5.0),
+        window=Window(0.0, 1e-3, drain=1e-3),
+        vocab_size=1000,
+    )
+    trial = Trial(setting, "off")
+    asyncio.run(asyncio.wait_for(trial.play(driver, None), 10.0))
+    return trial
+
+
+def test_requests_are_the_same_in_every_trial_but_for_whose_prompts_they_find() -> None:
+    first, second = Asked(), Asked()
+    for driver in (first, second):
+        assert len(play(driver).measured) == 2
+        assert [request.sampling.seed for request in driver.requests] == [0, 1]
+    salts = [{request.cache_salt for request in driver.requests} for driver in (first, second)]
+    assert [len(salt) for salt in salts] == [1, 1]
+    assert "" not in salts[0] | salts[1]
+    assert salts[0] != salts[1]
+    prompts = [[[*each.prompt.token_ids.ids] for each in driver.requests] for driver in (first, second)]
+    assert prompts[0] == prompts[1]
+    assert prompts[0][0] != prompts[0][1]
+
+
+def test_no_garbage_is_collected_while_requests_run() -> None:
+    driver = Asked()
+    play(driver)
+    assert driver.collecting == [False, False]
+    assert gc.isenabled()
+
+
+def test_who_is_not_answered_in_the_drain_is_given_up() -> None:
+    assert len(play(Asked(answers=False)).replies) == 2

@@ -43,6 +43,20 @@ def test_a_lognormal_has_the_mean_that_it_is_named_after() -> None:
     assert max(lognormal(rng, 300, 0.5, 400) for _ in range(1000)) == 400
 
 
+def test_statistics_are_means_and_what_is_offered_a_second() -> None:
+    items = (Item(0.0, 10, ((4,), (3, 5))), Item(1.0, 30, ((8,),)))
+    statistics = Workload("hand-made", "poisson", 0, items, rate=0.5, seconds=4.0).statistics()
+    assert statistics == {
+        "requests": 2,
+        "prompt_tokens": 20,
+        "output_tokens": 10,
+        "critical_path": (4 + 5 + 8) / 2,
+        "share_parallel": 0.5,
+        "branches": 2,
+        "output_tokens_s": 5.0,
+    }
+
+
 @pytest.mark.parametrize("family", STATISTICS)
 def test_a_family_has_the_means_that_define_it(family: str) -> None:
     statistics = closed_loop(family, 1, 6000, seed=5).statistics()
@@ -102,6 +116,7 @@ def test_the_headline_points_are_what_the_issue_says() -> None:
     assert named("headline", 3, 90.0) == open_loop("fanout", "bursty", 1.6, 90.0, 3)
     assert named("headline", 3, 90.0, rate=0.8).rate == 0.8
     assert named("headline-closed", 3, 9.0) == closed_loop("fanout", 40, 90, 3)
+    assert len(named("headline-closed", 3, 9.05).items) == 91, "they have to last"
     assert named("headline-closed", 3, 9.0, clients=20).clients == 20
 
 

@@ -34,6 +34,8 @@ def row(goodput: float, attained: float) -> dict[str, Any]:
         ((1000, 0.60), (1000, 0.66), False),
         ((1000, 0.96), (700, 0.96), False),  # goodput above 95 % and below 5 %, attainment in between
         ((1000, 0.94), (700, 0.94), True),
+        ((1000, 0.95), (700, 0.95), True),
+        ((1000, 0.05), (700, 0.05), True),
         ((1000, 0.06), (700, 0.06), True),
         ((1000, 0.04), (700, 0.04), False),
         ((0, 0.0), (0, 0.0), True),
@@ -106,3 +108,11 @@ def test_a_closed_loops_load_is_its_clients() -> None:
     real["rows"][0]["load"] = 2
     ((setting, policy),) = settings(real, replace(PROFILE, name="other"))
     assert (setting.workload.clients, setting.window.drain, policy) == (2, 60.0, "off")
+
+
+def test_what_was_scaled_is_scaled_again() -> None:
+    real = result("light", "off", 2.0)
+    smaller = named("light", 3, 3.5, rate=2.0).scaled(0.5)
+    real["scale"], real["points"][0]["sha256"] = 0.5, smaller.digest
+    ((setting, _),) = settings(real, PROFILE)
+    assert setting.workload == smaller

@@ -81,6 +81,24 @@ def test_what_is_served_counts_when_it_comes_and_not_who_asked() -> None:
     assert (len(before.measured), len(after.measured)) == (1, 0)
 
 
+def test_a_step_counts_where_it_ends() -> None:
+    whole = Simulation(setting(), "off")
+    whole.serve()
+    first = whole.records["0"].first
+    for end, tokens in ((first, 0), (first + 1e-9, 1)):
+        simulation = Simulation(setting(window=Window(0.0, end)), "off")
+        simulation.serve()
+        assert (simulation.tokens, simulation.turns) == (tokens, tokens)
+
+
+def test_it_ends_once_all_that_is_measured_is_answered() -> None:
+    items = (Item(0.0, 100, ((40,),)), Item(0.02, 100, ((4000,),)))
+    workload = Workload("hand-made", "poisson", 0, items)
+    simulation = Simulation(setting(workload=workload, window=Window(0.0, 0.01)), "off")
+    simulation.serve()
+    assert [record.finished for record in simulation.records.values()] == [True, False]
+
+
 def test_what_is_not_answered_in_time_is_given_up() -> None:
     item = Item(0.0, 100, ((4000,),))
     workload = Workload("hand-made", "poisson", 0, (item,))

@@ -30,7 +30,7 @@ def test_every_figure_of_the_end_is_read_from_its_own_field() -> None:
         prompt_tokens=1, cached_tokens=2, completion_tokens=3, critical_path_tokens=4, preemptions=5
     )
     timing = pb.Timing(
-        queue_time=Duration(seconds=1),
+        queue_time=Duration(seconds=1, nanos=1),
         time_to_first_token=Duration(seconds=2),
         time_per_output_token=Duration(nanos=3_000_000),
         total_time=Duration(seconds=4),
@@ -42,7 +42,9 @@ def test_every_figure_of_the_end_is_read_from_its_own_field() -> None:
             usage=Usage(
                 prompt_tokens=1, cached_tokens=2, completion_tokens=3, critical_path_tokens=4, preemptions=5
             ),
-            timing=Timing(queue=1.0, ttft=2.0, tpot=0.003, total=4.0, tpot_slo_met=False, ttft_slo_met=True),
+            timing=Timing(
+                queue=1.000000001, ttft=2.0, tpot=0.003, total=4.0, tpot_slo_met=False, ttft_slo_met=True
+            ),
         )
     ]
 
@@ -157,6 +159,9 @@ def test_an_answer_is_shown_in_short():
     assert repr(long).startswith("<Completion 'word word ")
     assert "…': not finished, 5000 tokens, 0 branches>" in repr(long)
     assert len(repr(long)) < 120
+    sixty, more = (repr(collected(STARTED, stage(0, (0, 0, "")), say(0, "x" * n))) for n in (60, 61))
+    assert sixty.startswith(f"<Completion {'x' * 60!r}:")
+    assert more.startswith(f"<Completion {'x' * 59 + '…'!r}:")
 
 
 def test_a_branch_is_shown_without_its_lists():
@@ -201,8 +206,11 @@ def test_an_answer_as_json_has_all_of_it_under_names_that_stay():
 def test_ids_and_logprobs_are_in_the_json_if_they_were_asked_for():
     likely = Logprob(token=7, logprob=-0.5, top=((7, -0.5), (8, -1.0)))
     delta = Delta(branch=0, text="a", token_ids=(7,), logprobs=(likely,), completion_tokens=1)
-    trunk = collected(STARTED, stage(0, (0, 0, "")), delta, end(0), FINISHED).as_dict()["trunk"]
+    answer = collected(STARTED, stage(0, (0, 0, "")), delta, end(0), FINISHED)
+    trunk = answer.as_dict()["trunk"]
     assert trunk["token_ids"] == [7]
+    trunk["token_ids"].append(8)
+    assert answer.trunk.token_ids == [7], "what is done to it is not done to the answer"
     assert json.loads(json.dumps(trunk["logprobs"])) == [
         {"token": 7, "logprob": -0.5, "top": [[7, -0.5], [8, -1.0]]}
     ]

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
+from serve.client import (
+    arguments,
+    branch,
+    generate_request,
+    model_driven,
+    parallel,
+    sampling,
+    serial,
+    stopping,
+)
+from serve.client.arguments import seconds, target, token_ids
 from serve.client.options import StageOptions
 
 NAN, INF = float("nan"), float("inf")
@@ -186,7 +196,7 @@ PROMPTS: list[tuple[Any, type[Exception], str]] = [
         "prompt[0]['content'] is None (NoneType): a str is needed",
     ),
     ([{"role": "user", "content": "hi"}, "hi"], TypeError, "prompt[1] is 'hi' (str): a turn like {'role': "),
-    ("a\udc80", ValueError, "'\\udc80' at 1 is half of a surrogate pair"),
+    ("a\udc80", ValueError, "(the byte 0x80, if this was read from bytes)"),
 ]
 
 
@@ -248,3 +258,20 @@ def test_a_long_value_is_shortened():
     with pytest.raises(TypeError) as caught:
         asked(max_tokens="5" * 10_000)
     assert len(str(caught.value)) < 300
+
+
+def test_the_bounds_of_ports_and_timeouts() -> None:
+    for port in (1, 65535):
+        assert target("address", f"host:{port}") == f"host:{port}"
+    for port in (0, 65536):
+        with pytest.raises(ValueError, match="a port is 1 to 65535"):
+            target("address", f"host:{port}")
+    assert seconds("timeout", 1e-9) == 1e-9
+    with pytest.raises(ValueError, match="more than 0 seconds"):
+        seconds("timeout", 0)
+
+
+def test_ids_that_are_plain_integers_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt has many."""
+    monkeypatch.setattr(arguments, "whole", lambda *_: pytest.fail("one by one"))
+    assert token_ids("prompt", (0, 5, 2**32 - 1)) == [0, 5, 2**32 - 1]

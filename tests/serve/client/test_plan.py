@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client import branch, model_driven, parallel, sampling, serial, stopping
 from serve.client.plan import inherit_stopping
@@ -57,6 +59,9 @@ def test_a_string_is_a_branch_that_goes_on_from_it():
 def test_a_parallel_stage_joins_all_of_its_branches_unless_it_is_told_how_many():
     assert parallel(["a", "b"]).parallel.first_k == 0
     assert parallel(["a", "b"], first_k=1).parallel.first_k == 1
+    assert parallel(["a", "b"], first_k=2).parallel.first_k == 2
+    with pytest.raises(ValueError, match="first_k is 3: 0 to 2 are possible"):
+        parallel(["a", "b"], first_k=3)
 
 
 def test_options_of_a_parallel_stage_are_for_branches_that_do_not_say_otherwise():

@@ -69,10 +69,12 @@ def test_what_cannot_be_read_is_measured_again(tmp_path: Path, content: str) -> 
     assert MemoryPlan(**json.loads(file.read_text())) == PLAN
 
 
-def test_the_folder_may_be_named_from_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_may_be_named_from_the_home_and_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    remembered("~/cache", {}, lambda: PLAN)
-    assert len([*(tmp_path / "cache").iterdir()]) == 1
+    remembered("~/cache/taper", {}, lambda: PLAN)
+    assert len([*(tmp_path / "cache/taper").iterdir()]) == 1
 
 
 def test_a_cpu_names_no_limit() -> None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from attention.layout import ItemCapacity
 from attention.xla import Xla
 from model.sampling import branch_key
 from model.step import StepLayout
+from scheduler.footprint import worst_case_pages
+from scheduler.request import Request
 from scheduler.sampling import SamplingParams
 from scheduler.step import Entry, SegmentRead, SlotSetup, Step
 from serve.engine.packing import step_inputs
+from tests.scheduler.alphabet import PLAIN
+from tests.scheduler.requests import fork, request, serial
+from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving
+from tests.scheduler.symbolic import SymbolicModel
+from tests.scheduler.world import Setting, serve
 
 PREFIX = SegmentRead((7, 3), 6)  # pages of four positions: the second is half full
 
@@ -118,3 +128,34 @@ def test_a_branchs_key_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None
     keys = [step_inputs(plan, layout(8)).sample.branch_key.tolist() for _ in range(3)]
     assert keys[0] == keys[1] == keys[2]
     assert len(hashed) == 1
+
+
+def tight(load: list[Request], setting: Setting, spare: int) -> Setting:
+    """Hardly more pages than the largest request needs."""
+    needed = max(worst_case_pages(each, setting.page_size, setting.max_context) for each in load)
+    return replace(setting, num_pages=needed + spare)
+
+
+def room_for(setting: Setting, bucket: int, depth: int) -> ItemCapacity:
+    return ItemCapacity.for_bucket(bucket, setting.num_pages, setting.page_size, paths=1 + depth)
+
+
+def test_the_last_tokens_of_branches_and_their_join_fit_one_step_of_a_full_pool() -> None:
+    """A branch reads its pages after its ancestors', the join of all of them after its siblings', too."""
+    setting = Setting(buckets=(8,), num_pages=30)
+    load = [request("r", fork(3, tokens=30, join="kv"), serial(4, prefix=(1,)))]
+    most = 0
+    for step in serve(load, tight(load, setting, 0), SymbolicModel(PLAIN)).steps:
+        read = sum(len(each.pages) for entry in step.entries for each in (*entry.context, entry.own))
+        most = max(most, read)
+        step_inputs(step, StepLayout(Xla(), room_for(setting, 8, 1), setting.page_size, samples=8))
+    assert most > setting.num_pages + 8, "else it tests nothing"
+
+
+@examples(100)
+@given(loads(plans, least=3, most=6, slos=st.just(RELAXED)), serving, st.integers(0, 24))
+def test_every_step_of_any_load_fits_its_bucket(load: list[Request], setting: Setting, spare: int) -> None:
+    setting = tight(load, setting, spare)
+    for step in serve(load, setting, SymbolicModel(PLAIN)).steps:
+        capacity = room_for(setting, step.bucket, 4)
+        step_inputs(step, StepLayout(Xla(), capacity, setting.page_size, samples=step.bucket))

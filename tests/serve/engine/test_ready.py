@@ -8,7 +8,6 @@ from attention.gpu import Gpu
 from model.config import PRESETS
 from model.sharding import Placement
 from scheduler.predictor import StepLatencyModel
-from serve.config import ServerConfig
 from serve.engine.ready import Ready
 from serve.engine.runner import RunnerConfig
 from tests.serve.engine.test_memory import PLAN
@@ -39,14 +38,6 @@ def test_the_table_says_how_the_memory_is_divided_and_what_each_bucket_took() ->
 
 def test_a_given_number_of_pages_needs_no_reasons() -> None:
     assert "less weights" not in str(replace(READY, memory=None))
-
-
-def test_what_is_left_open_follows_the_platform() -> None:
-    cpu, gpu = (ServerConfig().for_platform(platform) for platform in ("cpu", "gpu"))
-    assert (cpu.dtype, cpu.page_size, max(cpu.buckets or ())) == ("float32", 16, 64)
-    assert (gpu.dtype, gpu.page_size, max(gpu.buckets or ())) == ("bfloat16", 64, 512)
-    chosen = ServerConfig(dtype="float32", page_size=32, buckets=(4,)).for_platform("gpu")
-    assert (chosen.dtype, chosen.page_size, chosen.buckets) == ("float32", 32, (4,))
 
 
 def test_devices_that_share_a_model_are_counted_and_their_parts_named() -> None:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import structlog
 
 from model.checkpoint import load_model
+from model.config import PRESETS
+from model.tokenizer import Tokenizer
 from scheduler.request import Slo
 from serve.config import ServerConfig
 from serve.door import StepRecord, Watcher
 from serve.engine import startup
+from serve.engine.collector import NEVER
+from serve.engine.memory import MemoryPlan
+from serve.engine.runner import RunnerConfig
 from serve.engine.startup import Started
 from serve.served import Served
+from tests.serve.engine.test_memory import PLAN
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -125,6 +134,56 @@ def test_what_is_served_is_what_was_started(started: Started, monkeypatch: pytes
         largest_bucket=4,
         summary=str(started.ready),
     )
+
+
+def test_garbage_is_collected_when_nothing_runs(started: Started) -> None:
+    assert gc.get_threshold()[2] == NEVER
+
+
+def test_what_clients_may_ask_for_is_what_the_model_can() -> None:
+    model, tokenizer = PRESETS["qwen3-8b"], Tokenizer.without_tokens((7,), "none")
+    longest = {
+        asked: startup.served_model(ServerConfig(max_context=asked), model, tokenizer).max_context
+        for asked in (None, 90, 2 * model.max_context)
+    }
+    assert longest == {None: model.max_context, 90: 90, 2 * model.max_context: model.max_context}
+    assert startup.served_model(ServerConfig(), model, tokenizer).eos_ids == (7,)
+    silent = replace(tokenizer, eos_ids=())
+    assert startup.served_model(ServerConfig(), model, silent).eos_ids == model.eos_ids != ()
+
+
+def test_the_pool_is_what_the_memory_leaves_unless_its_pages_are_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Sized:
+        """Stands in for a Runner."""
+
+        def __init__(self, _: object, config: RunnerConfig) -> None:
+            self.config = config
+
+        def memory(self, limit: int) -> MemoryPlan:
+            return replace(PLAN, limit=limit)
+
+        def compile(self) -> dict[int, float]:
+            return {}
+
+    monkeypatch.setattr(startup, "Runner", Sized)
+    monkeypatch.setattr(startup, "device_limit", lambda: PLAN.limit)
+    model: Any = SimpleNamespace(config=PRESETS["qwen3-8b"], dtype=jnp.float32)
+    for asked, pages, plan in ((None, PLAN.num_pages, PLAN), (96, 96, None)):
+        config = ServerConfig(num_pages=asked, compilation_cache=None, attention="reference")
+        runner, _, memory = startup._compiled_runner(config.for_platform("cpu"), model)
+        assert (runner.config.num_pages, memory) == (pages, plan)
+
+
+def test_the_operator_hears_what_is_odd_about_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "model_tokenizer", lambda _: (SimpleNamespace(notes=("one",)), None))
+    monkeypatch.setattr(startup.ModelSource, "find", lambda *_: SimpleNamespace(notes=("two", "three")))
+    with structlog.testing.capture_logs() as heard:
+        startup._find(ServerConfig(model="odd"))
+    assert [(each["event"], each["model"]) for each in heard] == [
+        (note, "odd") for note in ("one", "two", "three")
+    ]
 
 
 def test_weights_are_random_by_their_seed(started: Started) -> None:

@@ -17,6 +17,7 @@ from serve.api import protos
 from serve.api.errors import InvalidRequestError
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
+from serve.server.faults import refuse_text
 from serve.server.requests import ROLES, read_prompt, read_request
 from tests.serve.fakes import EOS, VOCAB, ByteTokenizer, served_model
 
@@ -142,6 +143,7 @@ def test_without_a_seed_one_is_drawn_for_the_whole_request():
     message = generate_request("go", plan=[parallel([branch(sampling=sampling(temperature=1))])])
     first, second = read(message), read(message)
     assert first.sampling.seed != second.sampling.seed
+    assert max(first.sampling.seed, second.sampling.seed) >= 2**32, "of 64 bits"
     assert first.program.stages[0].branches[0].sampling.seed == first.sampling.seed
 
 
@@ -187,6 +189,31 @@ def test_a_stop_string_that_is_a_special_token_ends_the_sequence_though_the_toke
 @pytest.mark.parametrize("priority", [-100, 0, 100])
 def test_a_priority_is_kept(priority):
     assert read(generate_request("go", priority=priority)).priority == priority
+
+
+class SilentTokenizer(ByteTokenizer):
+    """Has no token for the characters of most texts."""
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return [byte for byte in text.encode() if byte == ord("a")]
+
+
+@pytest.mark.parametrize("join", ["kv", "reprefill"])
+def test_only_a_kv_join_needs_a_join_tag_that_has_tokens(join: str):
+    """Without a token there is nothing to go on from: the engine would have no row to sample from."""
+    silent = {"tokenizer": SilentTokenizer()}
+    tags = of_tags(join_open="zz", join=pb.Join.Value(f"JOIN_{join.upper()}"))
+    if join == "reprefill":
+        read(tags, **silent)
+        return
+    assert list(violations(tags, **silent)) == ["model_driven.fork_tags.join_open"]
+    assert list(violations(of_driven(), **silent)) == ["model_driven.tag_set"], "named tags are no different"
+    read(of_tags(join_open="a", join=pb.JOIN_KV), **silent)
+
+
+@pytest.mark.parametrize("name", ["branch_open", "join_open"])
+def test_forced_tags_have_tokens_of_the_models_vocabulary(name: str):
+    assert f"model_driven.fork_tags.{name}" in violations(of_tags(**{name: "\u00ff"}), vocab_size=0xC0)
 
 
 def test_a_model_driven_request_takes_the_models_own_tags():
@@ -398,6 +425,7 @@ JUST_RIGHT = [
     of_sampling(logit_bias={0: -100.0, VOCAB - 1: 100.0}),
     of_sampling(logit_bias=dict.fromkeys(range(64), 1.0)),
     *(of_sampling(**{option.name: option.low}) for option in OPTIONS if option.name != "top_p"),
+    *(of_sampling(**{option.name: option.high}) for option in OPTIONS if option.name != "top_k"),
     of_stopping(max_tokens=1),
     of_stopping(stop=["é" * 128, "x" * 256, "y"]),
     of_stopping(stop=["a"] * 16, stop_token_ids=[VOCAB - 1] * 16),
@@ -498,6 +526,15 @@ def test_branches_are_counted_over_the_whole_request():
     ]
 
 
+def test_a_prefix_that_is_there_says_what_it_is():
+    nothing = {"prefix": pb.Prefix()}
+    plan = of_plan(pb.Stage(serial=pb.SerialStage(**nothing)))
+    assert violations(plan) == {"plan.stages[0].serial.prefix": "one of text and token_ids is needed"}
+    plan = of_plan(pb.Stage(parallel=pb.ParallelStage(branches=[pb.BranchSpec(**nothing)])))
+    assert list(violations(plan)) == ["plan.stages[0].parallel.branches[0].prefix"]
+    read(of_plan(pb.Stage(serial=pb.SerialStage(prefix=pb.Prefix(text="")))))
+
+
 def test_chat_is_refused_where_the_model_has_no_template():
     class Plain(ByteTokenizer):
         supports_chat = False
@@ -590,3 +627,8 @@ def test_one_position_for_the_answer_is_room_enough(prompt, plan):
 def test_a_large_limit_is_ended_by_the_context():
     request = read(generate_request("go", max_tokens=2**32 - 1))
     assert request.program.stages[0].stopping.max_tokens == 200
+
+
+def test_ids_are_not_asked_of_whoever_has_sent_ids():
+    with pytest.raises(InvalidRequestError, match="its ids have no text"):
+        refuse_text(pb.DetokenizeRequest(token_ids=[1]), served_model(supports_text=False))

@@ -135,7 +135,7 @@ def test_every_figure_of_the_end_has_a_field_of_its_own():
     usage = Usage(
         prompt_tokens=1, cached_tokens=2, completion_tokens=3, critical_path_tokens=4, preemptions=5
     )
-    timing = Timing(queue=1.001, ttft=2.0, tpot=3.0, total=4.0, tpot_slo_met=False, ttft_slo_met=True)
+    timing = Timing(queue=1.000000001, ttft=2.0, tpot=3.0, total=4.0, tpot_slo_met=False, ttft_slo_met=True)
     ((_, fields),) = told(writer().write([Finished("r", usage, timing)]))
     assert fields == {
         "usage": {
@@ -146,7 +146,7 @@ def test_every_figure_of_the_end_has_a_field_of_its_own():
             "preemptions": 5,
         },
         "timing": {
-            "queue_time": "1.001s",
+            "queue_time": "1.000000001s",
             "time_to_first_token": "2s",
             "time_per_output_token": "3s",
             "total_time": "4s",
@@ -304,6 +304,12 @@ def test_held_text_comes_before_the_branch_finishes():
     assert told(first)[1] == ("delta", {"text": "a", "completion_tokens": 2})
     assert [kind for kind, _ in told(last)] == ["delta", "branch_finished"]
     assert last.events[0].delta.text == "#"
+
+
+def test_a_stop_token_may_be_the_first_of_the_vocabulary():
+    message = writer().write([begins(0), *tokens(0, b"a", 1), ends(0, FinishReason.STOP, stop=0, count=1)])
+    finished = message.events[-1].branch_finished
+    assert (finished.WhichOneof("matched_stop"), finished.stop_token_id) == ("stop_token_id", 0)
 
 
 def test_a_stop_string_is_cut_or_kept():

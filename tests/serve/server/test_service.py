@@ -10,7 +10,7 @@ import pytest
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request
 from scheduler.stopping import Stopping
-from serve.api.errors import DuplicateRequestError, UnavailableError
+from serve.api.errors import CancelledError, DuplicateRequestError, UnavailableError
 from serve.config import ServerConfig
 from serve.door import Refused
 from serve.served import Served
@@ -127,5 +127,19 @@ def test_an_id_that_was_refused_is_free_and_one_that_runs_is_not() -> None:
         assert len(await stream.take()) == 2
         shared.close("r", finished=True)
         assert (shared.is_idle, engine.cancelled) == (True, [])
+
+    asyncio.run(use())
+
+
+def test_an_abort_stops_the_request_at_once_and_its_call_is_told() -> None:
+    async def use() -> None:
+        engine = FakeEngine()
+        shared = service(engine)
+        stream = shared.open(request("r"))
+        assert (shared.abort("r"), shared.abort("another")) == (True, False)
+        assert engine.cancelled == ["r"], "before its call comes to its turn"
+        with pytest.raises(CancelledError) as caught:
+            await stream.take()
+        assert caught.value.reason == "ABORTED"
 
     asyncio.run(use())
