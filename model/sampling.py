@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ import numpy as np
 from jax import lax
 
 from attention.heads import wide
+from model.nucleus import keep_nucleus
 from model.sharding import ALONE, ON_ONE_DEVICE, Peers, Placement, own_ids
 from scheduler.sampling import OPTIONS, Option, SamplingParams
 
@@ -47,8 +48,6 @@ SAMPLERS = (0, USES_RANDOM | USES_TOP, USES_ALL)
 _FIRST_OPTION = 3
 _FIXED_WORDS = _FIRST_OPTION + len(OPTIONS)
 _MOST = 2**31 - 1  # top-k of more than the vocabulary keeps all of it
-# Bits of a threshold that devices which share a vocabulary find at once.
-DIGIT = 8
 _OFF = {option.name: option.off for option in OPTIONS}
 
 
@@ -260,7 +259,8 @@ def _draw(
 ) -> Int[Array, " samples"]:
     scaled = _scale(logits, _option("temperature", slots, inputs.slot), peers)
     if cut:
-        scaled = _cut(scaled, slots, inputs.slot, peers)
+        top_k, top_p, min_p = (_option(name, slots, inputs.slot) for name in ("top_k", "top_p", "min_p"))
+        scaled = keep_nucleus(scaled, top_k, top_p, min_p, peers)
     noise = _noise(slots, inputs, logits.shape[1], peers)
     return _best(scaled + noise.astype(logits.dtype), peers)
 
@@ -290,79 +290,6 @@ def _noise(slots: SlotState, inputs: SampleInputs, vocab: int, peers: Peers) -> 
 
     branch = lax.bitcast_convert_type(inputs.branch_key, jnp.uint32)
     return jax.vmap(of_sample)(_of_slot(slots.seed, inputs.slot, 0), branch, inputs.position)
-
-
-def _cut(
-    scaled: Float[Array, "samples vocab"], slots: SlotState, slot: Int[Array, " samples"], peers: Peers
-) -> Float[Array, "samples vocab"]:
-    """Drops what top-k, top-p (of the mass that top-k left) and min-p exclude."""
-    top_k = _option("top_k", slots, slot)
-    top_p = _option("top_p", slots, slot).astype(scaled.dtype)
-    min_p = _option("min_p", slots, slot).astype(scaled.dtype)
-    keys = _ordered_bits(scaled)
-    found = _threshold(keys, jnp.ones_like(scaled), lambda total: top_k.astype(total.dtype), peers)
-    at_least = jnp.where(top_k > 0, found, 0)
-    mass = jnp.where(keys >= at_least[:, None], jnp.exp(scaled), 0)
-    found = _threshold(keys, mass, lambda total: top_p * total, peers)
-    at_least = jnp.maximum(at_least, jnp.where(top_p < 1, found, 0))
-    kept = (keys >= at_least[:, None]) & (scaled >= jnp.log(min_p)[:, None])
-    best = scaled >= 0  # the mass that a tiny top-p asks for may be rounded to nothing
-    return jnp.where(kept | best, scaled, -jnp.inf)
-
-
-def _ordered_bits(values: Float[Array, "samples vocab"]) -> UInt[Array, "samples vocab"]:
-    """Unsigned integers in the order of the floats."""
-    bits = lax.bitcast_convert_type(values, jnp.uint64 if values.dtype == jnp.float64 else jnp.uint32)
-    sign = jnp.array(1, bits.dtype) << (8 * bits.dtype.itemsize - 1)
-    return jnp.where(bits & sign != 0, ~bits, bits | sign)
-
-
-def _threshold(
-    keys: UInt[Array, "samples vocab"],
-    weight: Float[Array, "samples vocab"],
-    target_of: Callable[[Float[Array, " samples"]], Float[Array, " samples"]],
-    peers: Peers,
-) -> UInt[Array, " samples"]:
-    """The greatest t whose keys >= t weigh the target at least; 0 where all of them weigh less.
-
-    The target is a function of what all keys weigh together. The threshold is found bit by bit from the top:
-    a few passes over the row, where a sort takes many times longer.
-    """
-    if peers != ALONE:
-        return _threshold_of_all(keys, weight, target_of, peers)
-    bits, target = 8 * keys.dtype.itemsize, target_of(jnp.sum(weight, axis=1))
-
-    def try_bit(i: Array, found: Array) -> Array:
-        candidate = found | (jnp.array(1, keys.dtype) << (bits - 1 - i).astype(keys.dtype))
-        reached = jnp.sum(jnp.where(keys >= candidate[:, None], weight, 0), axis=1) >= target
-        return jnp.where(reached, candidate, found)
-
-    return lax.fori_loop(0, bits, try_bit, jnp.zeros(keys.shape[:1], keys.dtype))
-
-
-def _threshold_of_all(
-    keys: UInt[Array, "samples vocab"],
-    weight: Float[Array, "samples vocab"],
-    target_of: Callable[[Float[Array, " samples"]], Float[Array, " samples"]],
-    peers: Peers,
-) -> UInt[Array, " samples"]:
-    """`_threshold` over all peers' keys: a digit of DIGIT bits at a time, each for one small all-reduce.
-
-    A device weighs its keys at or above every value that the digit may have, and the sums of all devices'
-    weights say which of them the threshold has. No loop: one that holds a collective is dear.
-    """
-    found, target = jnp.zeros(keys.shape[:1], keys.dtype), None
-    for shift in range(8 * keys.dtype.itemsize - DIGIT, -1, -DIGIT):
-        digits = jnp.arange(1 << DIGIT, dtype=keys.dtype) << shift
-        candidates = found[:, None] | digits
-        reached = keys[:, :, None] >= candidates[:, None, :]
-        weights = peers.sum(jnp.sum(jnp.where(reached, weight[:, :, None], 0), axis=1))
-        if target is None:
-            target = target_of(weights[:, 0])
-        # The weights fall with the digit.
-        enough = jnp.sum(weights[:, 1:] >= target[:, None], axis=1, dtype=jnp.int32)
-        found |= digits[enough]
-    return found
 
 
 def _logprobs(

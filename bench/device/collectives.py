@@ -6,7 +6,7 @@
 A collective is one of a chain in one program, each of which takes the result of the one before it.
 All-reduces are those of a layer, bfloat16 [rows, hidden] of each device; all-gathers those of a greedy
 choice, float32 [rows, 2]. Samplers, in chains too, find thresholds by digits of 4 and of 8 bits
-(model.sampling.DIGIT). On one device there is nothing to tell: compare the other samplers with its own.
+(model.nucleus.DIGIT). On one device there is nothing to tell: compare the other samplers with its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.command import Command
 from bench.device.step import tiny
 from bench.result import conclude, head
 from bench.timing import seconds_per_call
-from model import sampling
+from model import nucleus
 from model.config import PRESETS, ModelConfig
 from model.sampling import SAMPLERS, SampleInputs, SampleOutputs, SlotState, sample
 from model.sharding import EVERYWHERE, Placement
@@ -93,11 +93,11 @@ def sampler(placement: Placement, vocab: int, samples: int, uses: int, **timing:
 @contextmanager
 def digits_of(bits: int) -> Iterator[None]:
     """Samplers that are compiled inside find thresholds by digits of so many bits."""
-    as_it_was, sampling.DIGIT = sampling.DIGIT, bits
+    as_it_was, nucleus.DIGIT = nucleus.DIGIT, bits
     try:
         yield
     finally:
-        sampling.DIGIT = as_it_was
+        nucleus.DIGIT = as_it_was
 
 
 def measure(config: ModelConfig, placement: Placement, samples: int, **timing: int) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def measure(config: ModelConfig, placement: Placement, samples: int, **timing: i
             placement, peers.sum, (rows, width), jnp.bfloat16, **timing
         )
         times["all_gather_us"][str(rows)] = collective(placement, gathered, (rows, 2), jnp.float32, **timing)
-    for bits in DIGITS if placement.vocab_peers.count > 1 else (sampling.DIGIT,):
+    for bits in DIGITS if placement.vocab_peers.count > 1 else (nucleus.DIGIT,):
         with digits_of(bits):
             times["sampler_us"][str(bits)] = {
                 str(uses): sampler(placement, config.vocab_size, samples, uses, **timing) for uses in SAMPLERS

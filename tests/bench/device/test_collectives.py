@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from bench.device import collectives
-from model import sampling
+from model import nucleus
+from model.sampling import USES_RANDOM, USES_TOP
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -16,22 +17,22 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collectives, "ROWS", (8,))
     monkeypatch.setattr(collectives, "CHAIN", 2)
     monkeypatch.setattr(collectives, "SAMPLER_CHAIN", 2)
-    monkeypatch.setattr(collectives, "SAMPLERS", (0, sampling.USES_RANDOM | sampling.USES_TOP))
+    monkeypatch.setattr(collectives, "SAMPLERS", (0, USES_RANDOM | USES_TOP))
 
 
 def test_what_two_devices_tell_each_other_is_timed(tmp_path: Path) -> None:
-    out, digit = tmp_path / "out.json", sampling.DIGIT
+    out, digit = tmp_path / "out.json", nucleus.DIGIT
     result = collectives.main(["--scale", "tiny", "--tensor-parallel", "2", "--json", str(out)])
     assert json.loads(out.read_text()) == result
     assert result["all_reduce_us"]["8"] > 0
     assert result["all_gather_us"]["8"] > 0
     assert result["sampler_us"].keys() == {"4", "8"}
     assert all(took > 0 for each in result["sampler_us"].values() for took in each.values())
-    assert digit == sampling.DIGIT
+    assert digit == nucleus.DIGIT
 
 
 def test_one_device_has_its_samplers_to_compare_with(capsys: pytest.CaptureFixture[str]) -> None:
     result = collectives.main(["--scale", "tiny"])
     assert not result["all_reduce_us"]
-    assert result["sampler_us"].keys() == {str(sampling.DIGIT)}
+    assert result["sampler_us"].keys() == {str(nucleus.DIGIT)}
     assert "sampler" in capsys.readouterr().out

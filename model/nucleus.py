@@ -1,0 +1,100 @@
+"""Which tokens top-k, top-p and min-p leave to be drawn from.
+
+All three keep what is at or above a threshold, which is found by weighing the tokens above candidates of it,
+bits from the top; so nothing is sorted, and a nucleus may hold any number of tokens. Devices that share a
+vocabulary weigh their own parts and add them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import lax
+
+from model.sharding import ALONE, Peers
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, UInt
+
+# Bits of a threshold that devices which share a vocabulary find at once.
+DIGIT = 8
+
+
+def keep_nucleus(
+    scaled: Float[Array, "samples vocab"],
+    top_k: Int[Array, " samples"],
+    top_p: Float[Array, " samples"],
+    min_p: Float[Array, " samples"],
+    peers: Peers,
+) -> Float[Array, "samples vocab"]:
+    """`scaled` with -inf for what top-k, top-p (of the mass that top-k left) and min-p exclude.
+
+    It is the logits over the temperature, relative to the row's best. A top-k of 0 excludes nothing.
+    """
+    top_p, min_p = top_p.astype(scaled.dtype), min_p.astype(scaled.dtype)
+    keys = _ordered_bits(scaled)
+    found = _threshold(keys, jnp.ones_like(scaled), lambda total: top_k.astype(total.dtype), peers)
+    at_least = jnp.where(top_k > 0, found, 0)
+    mass = jnp.where(keys >= at_least[:, None], jnp.exp(scaled), 0)
+    found = _threshold(keys, mass, lambda total: top_p * total, peers)
+    at_least = jnp.maximum(at_least, jnp.where(top_p < 1, found, 0))
+    kept = (keys >= at_least[:, None]) & (scaled >= jnp.log(min_p)[:, None])
+    best = scaled >= 0  # the mass that a tiny top-p asks for may be rounded to nothing
+    return jnp.where(kept | best, scaled, -jnp.inf)
+
+
+def _ordered_bits(values: Float[Array, "samples vocab"]) -> UInt[Array, "samples vocab"]:
+    """Unsigned integers in the order of the floats."""
+    bits = lax.bitcast_convert_type(values, jnp.uint64 if values.dtype == jnp.float64 else jnp.uint32)
+    sign = jnp.array(1, bits.dtype) << (8 * bits.dtype.itemsize - 1)
+    return jnp.where(bits & sign != 0, ~bits, bits | sign)
+
+
+def _threshold(
+    keys: UInt[Array, "samples vocab"],
+    weight: Float[Array, "samples vocab"],
+    target_of: Callable[[Float[Array, " samples"]], Float[Array, " samples"]],
+    peers: Peers,
+) -> UInt[Array, " samples"]:
+    """The greatest t whose keys >= t weigh the target at least; 0 where all of them weigh less.
+
+    The target is a function of what all keys weigh together. The threshold is found bit by bit from the top:
+    a few passes over the row, where a sort takes many times longer.
+    """
+    if peers != ALONE:
+        return _threshold_of_all(keys, weight, target_of, peers)
+    bits, target = 8 * keys.dtype.itemsize, target_of(jnp.sum(weight, axis=1))
+
+    def try_bit(i: Array, found: Array) -> Array:
+        candidate = found | (jnp.array(1, keys.dtype) << (bits - 1 - i).astype(keys.dtype))
+        reached = jnp.sum(jnp.where(keys >= candidate[:, None], weight, 0), axis=1) >= target
+        return jnp.where(reached, candidate, found)
+
+    return lax.fori_loop(0, bits, try_bit, jnp.zeros(keys.shape[:1], keys.dtype))
+
+
+def _threshold_of_all(
+    keys: UInt[Array, "samples vocab"],
+    weight: Float[Array, "samples vocab"],
+    target_of: Callable[[Float[Array, " samples"]], Float[Array, " samples"]],
+    peers: Peers,
+) -> UInt[Array, " samples"]:
+    """`_threshold` over all peers' keys: a digit of DIGIT bits at a time, each for one small all-reduce.
+
+    A device weighs its keys at or above every value that the digit may have, and the sums of all devices'
+    weights say which of them the threshold has. No loop: one that holds a collective is dear.
+    """
+    found, target = jnp.zeros(keys.shape[:1], keys.dtype), None
+    for shift in range(8 * keys.dtype.itemsize - DIGIT, -1, -DIGIT):
+        digits = jnp.arange(1 << DIGIT, dtype=keys.dtype) << shift
+        candidates = found[:, None] | digits
+        reached = keys[:, :, None] >= candidates[:, None, :]
+        weights = peers.sum(jnp.sum(jnp.where(reached, weight[:, :, None], 0), axis=1))
+        if target is None:
+            target = target_of(weights[:, 0])
+        # The weights fall with the digit.
+        enough = jnp.sum(weights[:, 1:] >= target[:, None], axis=1, dtype=jnp.int32)
+        found |= digits[enough]
+    return found
