@@ -105,10 +105,10 @@ def _report(command: Decode) -> str:
     )
     answers = [
         [
-            {"token_ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True) if tokenizer else ""}
+            {"token_ids": ids, "text": _continuation(tokenizer, prompt, ids) if tokenizer else ""}
             for ids in branches
         ]
-        for branches in generation.ids
+        for prompt, branches in zip(prompts, generation.ids, strict=True)
     ]
     if command.json:
         prompts_json = [{"branches": branches} for branches in answers]
@@ -119,6 +119,18 @@ def _report(command: Decode) -> str:
             text = branch["text"] if tokenizer else " ".join(map(str, branch["token_ids"]))
             lines += [f"--- prompt {number}, branch {letter}", text]
     return "\n".join([*lines, f"--- {generation.tokens_per_second:.1f} tokens/s"])
+
+
+def _continuation(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
+    """What `ids` add to the text of the prompt.
+
+    By themselves they would lose the space that a tokenizer drops at the beginning of a text.
+    """
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *ids], skip_special_tokens=True)
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return tokenizer.decode(ids, skip_special_tokens=True)  # they complete a character of the prompt
 
 
 def _prompts(command: Decode, tokenizer: Tokenizer | None) -> list[list[int]]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import tyro
 
-from model.decode_command import Decode, main
+from model.decode_command import Decode, _continuation, main
 from scheduler.sampling import OPTIONS, SamplingParams
+from tests.families import FAMILIES, family
 from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
 from tests.sizes import sampled
 
@@ -51,6 +52,14 @@ def test_json_has_ids_and_text_of_every_branch(capsys: pytest.CaptureFixture[str
     assert all(branch["text"] for branch in branches)
     text = run(capsys, *prompts, *options)
     assert all(branch["text"] in text for branch in branches)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_continuation_is_what_its_ids_add_to_the_text_of_the_prompt(name: str) -> None:
+    tokenizer = family(name)
+    prompt, ids = tokenizer.encode("the", add_special_tokens=True), tokenizer.encode_continuation(" cat")
+    assert _continuation(tokenizer, prompt, ids) == " cat"
+    assert _continuation(tokenizer, prompt, []) == ""
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attention.backend import Backend, Sizes
+from attention.gpu import Gpu
 from attention.layout import ItemCapacity
 from attention.xla import Xla
 from model.sampling import branch_key
@@ -136,11 +138,18 @@ def tight(load: list[Request], setting: Setting, spare: int) -> Setting:
     return replace(setting, num_pages=needed + spare)
 
 
-def room_for(setting: Setting, bucket: int, depth: int) -> ItemCapacity:
-    return ItemCapacity.for_bucket(bucket, setting.num_pages, setting.page_size, paths=1 + depth)
+def room_for(backend: Backend, setting: Setting, bucket: int, depth: int) -> StepLayout:
+    sizes = Sizes(
+        num_pages=setting.num_pages, page_size=setting.page_size, heads=4, kv_heads=2, paths=1 + depth
+    )
+    return StepLayout(backend, backend.capacity(bucket, sizes), setting.page_size, samples=bucket)
 
 
-def test_the_last_tokens_of_branches_and_their_join_fit_one_step_of_a_full_pool() -> None:
+BACKENDS = pytest.mark.parametrize("backend", [Xla(), Gpu()], ids=["xla", "gpu"])
+
+
+@BACKENDS
+def test_the_last_tokens_of_branches_and_their_join_fit_one_step_of_a_full_pool(backend: Backend) -> None:
     """A branch reads its pages after its ancestors', the join of all of them after its siblings', too."""
     setting = Setting(buckets=(8,), num_pages=30)
     load = [request("r", fork(3, tokens=30, join="kv"), serial(4, prefix=(1,)))]
@@ -148,14 +157,16 @@ def test_the_last_tokens_of_branches_and_their_join_fit_one_step_of_a_full_pool(
     for step in serve(load, tight(load, setting, 0), SymbolicModel(PLAIN)).steps:
         read = sum(len(each.pages) for entry in step.entries for each in (*entry.context, entry.own))
         most = max(most, read)
-        step_inputs(step, StepLayout(Xla(), room_for(setting, 8, 1), setting.page_size, samples=8))
+        step_inputs(step, room_for(backend, setting, 8, 1))
     assert most > setting.num_pages + 8, "else it tests nothing"
 
 
-@examples(100)
+@BACKENDS
+@examples(50)
 @given(loads(plans, least=3, most=6, slos=st.just(RELAXED)), serving, st.integers(0, 24))
-def test_every_step_of_any_load_fits_its_bucket(load: list[Request], setting: Setting, spare: int) -> None:
+def test_every_step_of_any_load_fits_its_bucket(
+    backend: Backend, load: list[Request], setting: Setting, spare: int
+) -> None:
     setting = tight(load, setting, spare)
     for step in serve(load, setting, SymbolicModel(PLAIN)).steps:
-        capacity = room_for(setting, step.bucket, 4)
-        step_inputs(step, StepLayout(Xla(), capacity, setting.page_size, samples=step.bucket))
+        step_inputs(step, room_for(backend, setting, step.bucket, 4))
