@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention import tile_cuts, tile_parts
+from attention import tile_parts
 from attention.gpu import H200
 from attention.reads import PageRun, Read, Reads
 from attention.tile_parts import Parts
@@ -229,11 +229,6 @@ def test_rows_that_share_nothing_are_narrow_tiles_of_their_own() -> None:
     assert tiles.tile_rows[:5].tolist() == [[row, 1] for row in range(5)]
     assert tiles.tile_whole[:5, 1].tolist() == [15] * 5
     assert tiles.tile_masked[:5, 1].tolist() == [1] * 5
-
-
-def test_where_nothing_is_shared_no_cuts_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tile_cuts, "_pack", lambda *_: pytest.fail("there is nothing to pack"))
-    assert plan(groups(5, 1, prefix=0, tail=1000), tiling(workers=1)).num_tiles == 5
 
 
 def test_a_group_wider_than_a_tile_lists_its_prefix_once() -> None:

@@ -17,6 +17,7 @@ import structlog
 
 from model.checkpoint import load_model
 from model.config import PRESETS
+from model.sharding import ON_ONE_DEVICE
 from model.tokenizer import Tokenizer
 from scheduler.request import Slo
 from serve.config import ServerConfig
@@ -168,11 +169,11 @@ def test_the_pool_is_what_the_memory_leaves_unless_its_pages_are_given(
             return {}
 
     monkeypatch.setattr(startup, "Runner", Sized)
-    monkeypatch.setattr(startup, "device_limit", lambda: PLAN.limit)
+    monkeypatch.setattr(startup, "device_limit", lambda _: PLAN.limit)
     model: Any = SimpleNamespace(config=PRESETS["qwen3-8b"], dtype=jnp.float32)
     for asked, pages, plan in ((None, PLAN.num_pages, PLAN), (96, 96, None)):
         config = ServerConfig(num_pages=asked, compilation_cache=None, attention="reference")
-        runner, _, memory = startup._compiled_runner(config.for_platform("cpu"), model)
+        runner, _, memory = startup._compiled_runner(config.for_platform("cpu"), model, ON_ONE_DEVICE)
         assert (runner.config.num_pages, memory) == (pages, plan)
 
 
