@@ -273,6 +273,7 @@ def command() -> Command:
     parser.add_argument("--model", choices=sorted(PRESETS), default="qwen3-32b")
     parser.add_argument("--backend", default=None, help="default: the device's")
     parser.add_argument("--page", type=int, default=64)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="the first so many")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for a smaller device")
     parser.add_argument("--scale", choices=["full", "tiny"], default="full")
     parser.add_argument("--seed", type=int, default=0)
@@ -287,7 +288,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     config = replace(config, num_layers=options.layers or config.num_layers)
     shapes = [
         Shape("decode", *lengths, options.page, config.num_heads, config.num_kv_heads, config.head_dim)
-        for lengths in CASES
+        for lengths in CASES[: options.cases]
     ]
     small = options.scale == "tiny"
     if small:
