@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import lax
 
-from model.sharding import ALONE, Peers
+from model.sharding import Peers
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, UInt
 
-# Bits of a threshold that devices which share a vocabulary find at once.
-DIGIT = 8
+# Bits of a threshold that are found at once.
+DIGIT = 4
 
 
 def keep_nucleus(
@@ -60,31 +60,10 @@ def _threshold(
 ) -> UInt[Array, " samples"]:
     """The greatest t whose keys >= t weigh the target at least; 0 where all of them weigh less.
 
-    The target is a function of what all keys weigh together. The threshold is found bit by bit from the top:
-    a few passes over the row, where a sort takes many times longer.
-    """
-    if peers != ALONE:
-        return _threshold_of_all(keys, weight, target_of, peers)
-    bits, target = 8 * keys.dtype.itemsize, target_of(jnp.sum(weight, axis=1))
-
-    def try_bit(i: Array, found: Array) -> Array:
-        candidate = found | (jnp.array(1, keys.dtype) << (bits - 1 - i).astype(keys.dtype))
-        reached = jnp.sum(jnp.where(keys >= candidate[:, None], weight, 0), axis=1) >= target
-        return jnp.where(reached, candidate, found)
-
-    return lax.fori_loop(0, bits, try_bit, jnp.zeros(keys.shape[:1], keys.dtype))
-
-
-def _threshold_of_all(
-    keys: UInt[Array, "samples vocab"],
-    weight: Float[Array, "samples vocab"],
-    target_of: Callable[[Float[Array, " samples"]], Float[Array, " samples"]],
-    peers: Peers,
-) -> UInt[Array, " samples"]:
-    """`_threshold` over all peers' keys: a digit of DIGIT bits at a time, each for one small all-reduce.
-
-    A device weighs its keys at or above every value that the digit may have, and the sums of all devices'
-    weights say which of them the threshold has. No loop: one that holds a collective is dear.
+    The target is a function of what all keys weigh together. The threshold is found from the top, a digit of
+    DIGIT bits at a time: for each value that the digit may have, the keys at or above it are weighed, in one
+    pass over the row and, between devices, one small all-reduce. A sort takes many times longer, and a loop
+    that held a collective would be dear.
     """
     found, target = jnp.zeros(keys.shape[:1], keys.dtype), None
     for shift in range(8 * keys.dtype.itemsize - DIGIT, -1, -DIGIT):
@@ -92,8 +71,7 @@ def _threshold_of_all(
         candidates = found[:, None] | digits
         reached = keys[:, :, None] >= candidates[:, None, :]
         weights = peers.sum(jnp.sum(jnp.where(reached, weight[:, :, None], 0), axis=1))
-        if target is None:
-            target = target_of(weights[:, 0])
+        target = target_of(weights[:, 0]) if target is None else target
         # The weights fall with the digit.
         enough = jnp.sum(weights[:, 1:] >= target[:, None], axis=1, dtype=jnp.int32)
         found |= digits[enough]

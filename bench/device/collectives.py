@@ -5,7 +5,7 @@
 
 A collective is one of a chain in one program, each of which takes the result of the one before it.
 All-reduces are those of a layer, bfloat16 [rows, hidden] of each device; all-gathers those of a greedy
-choice, float32 [rows, 2]. Samplers, in chains too, find thresholds by digits of 4 and of 8 bits
+choice, float32 [rows, 2]. Samplers, in chains too, find thresholds by digits of 2 and of 4 bits
 (model.nucleus.DIGIT). On one device there is nothing to tell: compare the other samplers with its own.
 """
 
@@ -33,7 +33,7 @@ from model.sharding import EVERYWHERE, Placement
 ROWS = (8, 64, 128, 512)
 SAMPLES = 64
 CHAIN, SAMPLER_CHAIN = 64, 4
-DIGITS = (4, 8)
+DIGITS = (2, 4)
 TOP_LOGPROBS = 8
 
 
@@ -113,7 +113,7 @@ def measure(config: ModelConfig, placement: Placement, samples: int, **timing: i
             placement, peers.sum, (rows, width), jnp.bfloat16, **timing
         )
         times["all_gather_us"][str(rows)] = collective(placement, gathered, (rows, 2), jnp.float32, **timing)
-    for bits in DIGITS if placement.vocab_peers.count > 1 else (nucleus.DIGIT,):
+    for bits in DIGITS:
         with digits_of(bits):
             times["sampler_us"][str(bits)] = {
                 str(uses): sampler(placement, config.vocab_size, samples, uses, **timing) for uses in SAMPLERS

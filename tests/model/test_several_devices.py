@@ -98,12 +98,12 @@ def test_a_step_has_two_all_reduces_a_layer_and_one_for_the_embedding(step: Step
 
 
 def test_a_sampler_tells_bests_and_sums_and_never_loops_over_a_collective(step: StepProgram) -> None:
-    """The best of the logits; the greatest, eight digits of two thresholds and the best of the noisy logits;
-    for log-probabilities the totals and the best few."""
+    """The best of the logits; the greatest, eight digits of each of two thresholds and the best of the noisy
+    logits; for log-probabilities the totals and the best few."""
     greedy, drawn, every = (collectives(step.samplers[uses]) for uses in step.samplers)
     assert greedy == {"all-gather": 1}
-    assert drawn == {"all-gather": 2, "all-reduce": 1 + 8}
-    assert every == {"all-gather": 4, "all-reduce": 1 + 8}
+    assert drawn == {"all-gather": 2, "all-reduce": 1 + 2 * 8}
+    assert every == {"all-gather": 4, "all-reduce": 1 + 2 * 8}
 
 
 def test_the_cache_is_updated_in_place_and_nothing_as_large_is_allocated(step: StepProgram) -> None:

@@ -26,7 +26,7 @@ def test_what_two_devices_tell_each_other_is_timed(tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == result
     assert result["all_reduce_us"]["8"] > 0
     assert result["all_gather_us"]["8"] > 0
-    assert result["sampler_us"].keys() == {"4", "8"}
+    assert result["sampler_us"].keys() == {"2", "4"}
     assert all(took > 0 for each in result["sampler_us"].values() for took in each.values())
     assert digit == nucleus.DIGIT
 
@@ -34,5 +34,5 @@ def test_what_two_devices_tell_each_other_is_timed(tmp_path: Path) -> None:
 def test_one_device_has_its_samplers_to_compare_with(capsys: pytest.CaptureFixture[str]) -> None:
     result = collectives.main(["--scale", "tiny"])
     assert not result["all_reduce_us"]
-    assert result["sampler_us"].keys() == {str(nucleus.DIGIT)}
+    assert result["sampler_us"].keys() == {"2", "4"}
     assert "sampler" in capsys.readouterr().out
