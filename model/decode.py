@@ -425,5 +425,4 @@ def compile_generation(
     )
     arguments = jax.tree.unflatten(shapes.treedef, shapes.leaves)
     _, cache, slots, _ = arguments
-    program = placement.program(loop, arguments, (EVERYWHERE, cache, slots))
-    return jax.jit(program, donate_argnums=(1, 2)).lower(*arguments).compile()
+    return placement.compile(loop, arguments, (EVERYWHERE, cache, slots), donate=[1, 2])

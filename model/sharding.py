@@ -210,6 +210,21 @@ class Placement:
             check_vma=False,
         )
 
+    def compile(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], results: Any, *, donate: Sequence[int]
+    ) -> jax.stages.Compiled:
+        """`program` compiled ahead of time; the arguments at the places `donate` are updated in place."""
+        program = jax.jit(self.program(function, arguments, results), donate_argnums=donate)
+        return program.lower(*arguments).compile(self._compiler_options)
+
+    @property
+    def _compiler_options(self) -> dict[str, bool | str] | None:
+        """XLA's own all-reduce on GPUs is no faster than NCCL's, and takes memory beyond JAX's for each one
+        in a program: together gigabytes, which the KV pages have."""
+        if self.mesh is None or self.devices[0].platform != "gpu":
+            return None
+        return {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False}
+
 
 ON_ONE_DEVICE = Placement()
 

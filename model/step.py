@@ -227,12 +227,10 @@ def compile_step(
     fed = placement.abstract((samples,), jnp.int32, [None])
 
     arguments = weights, cache, slots.last_token, packed
-    step = placement.program(taper_step, arguments, (cache, logits, fed))
-    model = jax.jit(step, donate_argnums=1).lower(*arguments).compile()
+    model = placement.compile(taper_step, arguments, (cache, logits, fed), donate=[1])
 
     def sampler(uses: int) -> jax.stages.Compiled:
-        arguments = slots, logits, fed, packed
-        program = placement.program(partial(taper_sample, uses), arguments, (slots, EVERYWHERE))
-        return jax.jit(program, donate_argnums=0).lower(*arguments).compile()
+        arguments, results = (slots, logits, fed, packed), (slots, EVERYWHERE)
+        return placement.compile(partial(taper_sample, uses), arguments, results, donate=[0])
 
     return StepProgram(layout, model, {uses: sampler(uses) for uses in samplers})

@@ -5,15 +5,14 @@
 
 A collective is one of a chain in one program, each of which takes the result of the one before it.
 All-reduces are those of a layer, bfloat16 [rows, hidden] of each device; all-gathers those of a greedy
-choice, float32 [rows, 2]. Samplers, in chains too, find thresholds by digits of 2 and of 4 bits
-(model.nucleus.DIGIT). On one device there is nothing to tell: compare the other samplers with its own.
+choice, float32 [rows, 2]. Samplers, in chains too, are named by their bits in model.sampling. On one device
+there is nothing to tell: compare the others' samplers with its own.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,6 @@ from bench.command import Command
 from bench.device.step import tiny
 from bench.result import conclude, head
 from bench.timing import seconds_per_call
-from model import nucleus
 from model.config import PRESETS, ModelConfig
 from model.sampling import SAMPLERS, SampleInputs, SampleOutputs, SlotState, sample
 from model.sharding import EVERYWHERE, Placement
@@ -33,7 +31,6 @@ from model.sharding import EVERYWHERE, Placement
 ROWS = (8, 64, 128, 512)
 SAMPLES = 64
 CHAIN, SAMPLER_CHAIN = 64, 4
-DIGITS = (2, 4)
 TOP_LOGPROBS = 8
 
 
@@ -59,7 +56,7 @@ def collective(
 
     # Divided over all of them, so that XLA cannot know any part to be like another.
     parts = placement.abstract((shape[0] * placement.count, shape[1]), dtype, ["heads", None])
-    program = jax.jit(placement.program(chained, (parts,), parts), donate_argnums=0).lower(parts).compile()
+    program = placement.compile(chained, (parts,), parts, donate=[0])
     return microseconds(program, jnp.zeros(parts.shape, dtype, device=parts.sharding), CHAIN, **timing)
 
 
@@ -85,19 +82,8 @@ def sampler(placement: Placement, vocab: int, samples: int, uses: int, **timing:
     inputs = SampleInputs(**dict.fromkeys(SampleInputs._fields, every))
     slots = SlotState.create(samples, vocab, 64, placement=placement)
     arguments = slots, logits, inputs
-    program = jax.jit(placement.program(chained, arguments, (slots, EVERYWHERE)), donate_argnums=0)
-    compiled = program.lower(*arguments).compile()
+    compiled = placement.compile(chained, arguments, (slots, EVERYWHERE), donate=[0])
     return microseconds(lambda slots: compiled(slots, logits, inputs)[0], slots, SAMPLER_CHAIN, **timing)
-
-
-@contextmanager
-def digits_of(bits: int) -> Iterator[None]:
-    """Samplers that are compiled inside find thresholds by digits of so many bits."""
-    as_it_was, nucleus.DIGIT = nucleus.DIGIT, bits
-    try:
-        yield
-    finally:
-        nucleus.DIGIT = as_it_was
 
 
 def measure(config: ModelConfig, placement: Placement, samples: int, **timing: int) -> dict[str, Any]:
@@ -113,11 +99,8 @@ def measure(config: ModelConfig, placement: Placement, samples: int, **timing: i
             placement, peers.sum, (rows, width), jnp.bfloat16, **timing
         )
         times["all_gather_us"][str(rows)] = collective(placement, gathered, (rows, 2), jnp.float32, **timing)
-    for bits in DIGITS:
-        with digits_of(bits):
-            times["sampler_us"][str(bits)] = {
-                str(uses): sampler(placement, config.vocab_size, samples, uses, **timing) for uses in SAMPLERS
-            }
+    for uses in SAMPLERS:
+        times["sampler_us"][str(uses)] = sampler(placement, config.vocab_size, samples, uses, **timing)
     return times
 
 
@@ -130,9 +113,7 @@ def text(result: dict[str, Any]) -> str:
         )
         lines += [f"{rows:>6}{took:>28.1f}{gathers[rows]:>24.1f}" for rows, took in reduces.items()]
     lines.append(f"sampler, {result['samples']} samples of a vocabulary of {result['vocab']}, by its options")
-    for bits, by_uses in result["sampler_us"].items():
-        each = "".join(f"{uses:>6}: {took:.1f}" for uses, took in by_uses.items())
-        lines.append(f"  digits of {bits} bits{each}")
+    lines += [f"{uses:>6}{took:>28.1f}" for uses, took in result["sampler_us"].items()]
     return "\n".join(lines)
 
 

@@ -289,8 +289,7 @@ class Runner:
     ) -> Callable[..., SlotState]:
         """A program that changes the slots, which it takes first and donated."""
         slots = self._slot_shapes
-        program = self.config.placement.program(function, (slots, *arguments), slots)
-        return jax.jit(program, donate_argnums=0).lower(slots, *arguments).compile()
+        return self.config.placement.compile(function, (slots, *arguments), slots, donate=[0])
 
     def _precision(self) -> AbstractContextManager[Any]:
         """64-bit types are a per-thread setting of JAX: on exactly where the model is float64."""

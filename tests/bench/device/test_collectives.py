@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from bench.device import collectives
-from model import nucleus
 from model.sampling import USES_RANDOM, USES_TOP
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -21,18 +20,17 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_two_devices_tell_each_other_is_timed(tmp_path: Path) -> None:
-    out, digit = tmp_path / "out.json", nucleus.DIGIT
+    out = tmp_path / "out.json"
     result = collectives.main(["--scale", "tiny", "--tensor-parallel", "2", "--json", str(out)])
     assert json.loads(out.read_text()) == result
     assert result["all_reduce_us"]["8"] > 0
     assert result["all_gather_us"]["8"] > 0
-    assert result["sampler_us"].keys() == {"2", "4"}
-    assert all(took > 0 for each in result["sampler_us"].values() for took in each.values())
-    assert digit == nucleus.DIGIT
+    assert result["sampler_us"].keys() == {"0", "3"}
+    assert all(took > 0 for took in result["sampler_us"].values())
 
 
 def test_one_device_has_its_samplers_to_compare_with(capsys: pytest.CaptureFixture[str]) -> None:
     result = collectives.main(["--scale", "tiny"])
     assert not result["all_reduce_us"]
-    assert result["sampler_us"].keys() == {"2", "4"}
+    assert result["sampler_us"].keys() == {"0", "3"}
     assert "sampler" in capsys.readouterr().out
