@@ -367,6 +367,16 @@ def test_what_is_affordable_is_found_by_bisection() -> None:
     assert latency.asked <= 3 + 8
 
 
+def test_what_is_affordable_as_a_whole_is_not_searched_for() -> None:
+    latency = Counting({256: 0.5}, 2**-10)
+    bench = Bench(num_pages=100, latency=latency)
+    (trunk,) = bench.live(serial(), prompt=90).runnable()
+    draft = bench.draft()
+    latency.asked = 0
+    assert draft.affordable(trunk, 90) == 90
+    assert latency.asked <= 3  # for the step, for one row more, and for all of them
+
+
 def test_branches_of_a_fork_share_one_view_of_what_came_before() -> None:
     bench = Bench()
     live = bench.live(FORK)
