@@ -45,9 +45,9 @@ def placement(config: ModelConfig, devices: int) -> Placement:
 
     Raises PlacementError if they are not there or cannot share the model.
     """
-    from model.sharding import Placement, ask_for_cpu_devices
+    from model.sharding import Placement, ask_for_devices
 
-    ask_for_cpu_devices(devices)
+    ask_for_devices(devices)
     return Placement.over(config, devices)
 
 

@@ -12,6 +12,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as taper-serv
 
 import tyro
 
+from model.sharding import ask_for_devices
 from scheduler.events import Event, Finished
 from scheduler.request import Request
 from scheduler.step import FinishedStep
@@ -41,8 +42,14 @@ class Inside:
         return answered
 
 
-def start(arguments: Sequence[str], on_step: Callable[[FinishedStep], None] | None = None) -> Inside:
-    """Start the engine that taper-serve would start with these arguments."""
+def configured(arguments: Sequence[str]) -> ServerConfig:
+    """What taper-serve would make of these arguments. Call it before anything asks for a device."""
     config = tyro.cli(ServerConfig, prog="taper-serve", args=[*arguments])
+    ask_for_devices(config.tensor_parallel)
+    return config
+
+
+def start(config: ServerConfig, on_step: Callable[[FinishedStep], None] | None = None) -> Inside:
+    """Start the engine that taper-serve would start with this config."""
     started = startup.start(config, on_step=on_step)
     return Inside(started.engine, started.runner, str(started.ready))

@@ -15,7 +15,7 @@ from attention import BACKENDS, backend_named
 from model.checkpoint import LoadFormat, ModelSource, model_tokenizer
 from model.decode import generate
 from model.settings import one_line, out_of_memory
-from model.sharding import Placement, ask_for_cpu_devices
+from model.sharding import Placement, ask_for_devices
 from model.tokenizer import Tokenizer
 from scheduler.sampling import SamplingParams, faults_of_sampling
 
@@ -65,7 +65,7 @@ class Decode:
 
 def main(args: list[str] | None = None) -> None:
     command = tyro.cli(Decode, prog="taper-decode", description=Decode.__doc__, args=args)
-    ask_for_cpu_devices(command.tensor_parallel)
+    ask_for_devices(command.tensor_parallel)
     try:
         with jax.enable_x64(command.dtype == "float64"):
             print(_report(command))

@@ -215,30 +215,30 @@ class Placement:
     ) -> jax.stages.Compiled:
         """`program` compiled ahead of time; the arguments at the places `donate` are updated in place."""
         program = jax.jit(self.program(function, arguments, results), donate_argnums=donate)
-        return program.lower(*arguments).compile(self._compiler_options)
-
-    @property
-    def _compiler_options(self) -> dict[str, bool | str] | None:
-        """XLA's own all-reduce on GPUs is no faster than NCCL's, and takes memory beyond JAX's for each one
-        in a program: together gigabytes, which the KV pages have."""
-        if self.mesh is None or self.devices[0].platform != "gpu":
-            return None
-        return {"xla_gpu_unsupported_use_all_reduce_one_shot_kernel": False}
+        return program.lower(*arguments).compile()
 
 
 ON_ONE_DEVICE = Placement()
 
 
-def ask_for_cpu_devices(count: int) -> None:
-    """Lets the CPU count as so many devices, to try a mesh out, unless JAX has already found its devices.
+def ask_for_devices(count: int) -> None:
+    """Prepares JAX for a mesh of `count` devices; has no effect once JAX has found its devices.
 
-    JAX_NUM_CPU_DEVICES in the environment, or XLA's flag for it, has the last word. Accelerators stay as many
-    as there are.
+    A CPU counts as so many, to try a mesh out, unless JAX_NUM_CPU_DEVICES in the environment, or XLA's flag
+    for it, says otherwise. On GPUs NCCL adds up what they have: XLA's own all-reduce is no faster, and takes
+    memory beyond JAX's for each one in a program, together gigabytes.
     """
+    if count == 1:
+        return
     flags = os.environ.get("XLA_FLAGS", "")
-    if count > 1 and "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in flags:
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in flags:
         with suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
+    if _OWN_ALL_REDUCE not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{_OWN_ALL_REDUCE}=false".strip()
+
+
+_OWN_ALL_REDUCE = "xla_gpu_unsupported_use_all_reduce_one_shot_kernel"
 
 
 def bytes_each(tree: Any) -> int:

@@ -190,7 +190,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = parser.parse_args(own)
     from bench import inside
 
-    here = inside.start(server)
+    here = inside.start(inside.configured(server))
     say(here.summary, options.json)
     here.engine.stop(drain=False, timeout=10.0)
     runner = here.runner

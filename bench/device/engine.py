@@ -132,9 +132,10 @@ def command() -> Command:
 def main(arguments: Sequence[str]) -> dict[str, Any]:
     own, server = split(arguments)
     options = command().parse_args(own)
+    config = inside.configured(server)
     copy = hardware.copy_tb_s(2**28 if jax.default_backend() == "cpu" else 2**31)
     started, results = clock(), list[FinishedStep]()
-    here = inside.start(server, results.append)
+    here = inside.start(config, results.append)
     ready, runner = clock() - started, here.runner
     say(here.summary, options.json)
     compilations, times = Compilations(), host_times(here)

@@ -181,7 +181,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     own, server = split(arguments)
     options = command().parse_args(own)
     recorder = Recorder()
-    here = inside.start(server, recorder.on_step)
+    here = inside.start(inside.configured(server), recorder.on_step)
     say(here.summary, options.json)
     recorder.watch(here.engine.scheduler.controller.latency)
     tpot = options.tpot_slo or 2.0 * unloaded_tpot(here, ALONE.scaled(options.scale))

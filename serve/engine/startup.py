@@ -16,7 +16,7 @@ from attention import Backend, backend_named, default_backend
 from model.checkpoint import ModelSource, model_tokenizer
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.sharding import Placement, ask_for_cpu_devices
+from model.sharding import Placement, ask_for_devices
 from model.tokenizer import Tokenizer
 from scheduler.controller import Controller, ControllerConfig
 from scheduler.grammars import GRAMMARS
@@ -74,7 +74,7 @@ def start(
 
     Raises what is wrong with the config or the model folder, before anything is served.
     """
-    ask_for_cpu_devices(config.tensor_parallel)
+    ask_for_devices(config.tensor_parallel)
     config = config.for_platform(jax.default_backend())
     _keep_compiled_programs(config.compilation_cache)
     tokenizer, known, found = _find(config)
