@@ -51,7 +51,7 @@ def plot_cases(result: Mapping[str, Any], path: Path) -> None:
         range(len(cases)), [" ".join(label(case).split()) for case in cases], rotation=90, fontsize=6
     )
     axes.set_title(
-        f"Shared-prefix attention on {device_of(result)}, smallest case first "
+        f"Shared-prefix attention on {device_of(result['hardware'])}, smallest case first "
         f"(floor: unique bytes at {result['copy_tb_s']:.2f} TB/s)",
         fontsize=9,
     )
@@ -185,7 +185,7 @@ def plot_buckets(result: Mapping[str, Any], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     axes.set_title(
-        f"{result['model']} on {device_of(result)}, copy {result['copy_tb_s']:.2f} TB/s",
+        f"{result['model']} on {device_of(result['hardware'])}, copy {result['copy_tb_s']:.2f} TB/s",
         fontsize=10,
     )
     _save(figure, path)

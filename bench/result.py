@@ -27,17 +27,16 @@ def head(command: str, device: Mapping[str, Any] | None = None) -> dict[str, Any
 def ran_on(result: Mapping[str, Any]) -> str:
     """One line of what a result's head says it ran on."""
     client = {**result.get("client", {})}
-    name = client.pop("host", None) or device_of(result)
+    name = client.pop("host", None) or device_of(result["hardware"])
     packages = ", ".join(f"{package} {each}" for package, each in (client or result["versions"]).items())
-    server = f", against {result['server']['device']}" if "server" in result else ""
+    server = f", against {device_of(result['server'])}" if "server" in result else ""
     return f"Ran on {name} ({packages}){server}."
 
 
-def device_of(result: Mapping[str, Any]) -> str:
-    """The device of a result's head, and how many of it if several. Older results had one."""
-    hardware = result["hardware"]
-    count = hardware.get("devices", 1)
-    return hardware["device"] if count == 1 else f"{count} x {hardware['device']}"
+def device_of(described: Mapping[str, Any]) -> str:
+    """The device of a result's hardware or server, and how many of it if several. Older results had one."""
+    count = described.get("devices", 1)
+    return described["device"] if count == 1 else f"{count} x {described['device']}"
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -57,6 +56,7 @@ async def describe_server(client: AsyncClient) -> dict[str, Any]:
     return {
         "version": info.version,
         "device": info.device,
+        "devices": info.device_count,
         "model": model.model,
         "vocab_size": model.vocab_size,
         "max_context_tokens": model.max_context_tokens,

@@ -34,6 +34,9 @@ LOGICAL_AXES = ("vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "pages
 # The axes of a mesh. Devices that differ in `copy` alone keep the same KV heads.
 KV, COPY = "kv", "copy"
 
+_MOST_CPU_DEVICES = 64
+_OWN_ALL_REDUCE = "xla_gpu_unsupported_use_all_reduce_one_shot_kernel"
+
 MeshAxis = str | tuple[str, ...] | None
 
 
@@ -228,17 +231,14 @@ def ask_for_devices(count: int) -> None:
     for it, says otherwise. On GPUs NCCL adds up what they have: XLA's own all-reduce is no faster, and takes
     memory beyond JAX's for each one in a program, together gigabytes.
     """
-    if count == 1:
+    if count <= 1:
         return
     flags = os.environ.get("XLA_FLAGS", "")
     if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in flags:
         with suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", count)
+            jax.config.update("jax_num_cpu_devices", min(count, _MOST_CPU_DEVICES))
     if _OWN_ALL_REDUCE not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{_OWN_ALL_REDUCE}=false".strip()
-
-
-_OWN_ALL_REDUCE = "xla_gpu_unsupported_use_all_reduce_one_shot_kernel"
 
 
 def bytes_each(tree: Any) -> int:

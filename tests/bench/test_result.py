@@ -22,8 +22,8 @@ def test_what_it_ran_on_is_a_line() -> None:
     alone = head("python -m bench.x")
     assert ran_on(alone).startswith(f"Ran on {alone['client']['host']} (python {alone['client']['python']}, ")
     device = {"hardware": {"device": "a card"}, "versions": {"python": "3", "jax": "0"}}
-    assert ran_on(device | {"server": {"device": "another"}}) == (
-        "Ran on a card (python 3, jax 0), against another."
+    assert ran_on(device | {"server": {"device": "another", "devices": 2}}) == (
+        "Ran on a card (python 3, jax 0), against 2 x another."
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +21,16 @@ from model.checkpoint import restore_orbax, save_orbax
 from model.config import PRESETS
 from model.decoder import Decoder
 from model.kv_cache import KVCache, page_sizes
-from model.sharding import COPY, KV, LOGICAL_AXES, ON_ONE_DEVICE, Placement, PlacementError, ShardingRules
+from model.sharding import (
+    COPY,
+    KV,
+    LOGICAL_AXES,
+    ON_ONE_DEVICE,
+    Placement,
+    PlacementError,
+    ShardingRules,
+    ask_for_devices,
+)
 from model.tensor_files import TensorFiles
 from model.weights import hf_tensors, load_safetensors, parameters, place_model
 from tests.model.checkpoints import CHECKPOINTS
@@ -154,3 +166,45 @@ def test_orbax_restores_on_another_mesh_than_it_was_written_on(tmp_path: Path) -
 def assert_placed(model: Decoder, placement: Placement) -> None:
     for path, param in parameters(model):
         assert param.get_value().sharding == placement.sharding(param.get_metadata("axes")), path
+
+
+# --- before JAX finds its devices ---------------------------------------------------------------------------
+
+FOUND = (
+    "import jax; from model.sharding import ask_for_devices; ask_for_devices({}); print(len(jax.devices()))"
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "found"),
+    [
+        (1, {}, 1),
+        (3, {}, 3),
+        (3, {"JAX_NUM_CPU_DEVICES": "2"}, 2),
+        (3, {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+        (10**9, {}, 64),
+        (-1, {}, 1),
+    ],
+)
+def test_a_cpu_counts_as_many_devices_unless_the_environment_says_otherwise(
+    asked: int, environment: dict[str, str], found: int
+) -> None:
+    clean = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    said = subprocess.run(
+        [sys.executable, "-c", FOUND.format(asked)],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(said.stdout) == found
+
+
+def test_the_flag_that_leaves_xla_s_all_reduce_out_is_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    for _ in range(2):
+        ask_for_devices(2)
+    assert os.environ["XLA_FLAGS"].split() == [
+        "--xla_cpu_enable_fast_math=false",
+        "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel=false",
+    ]

@@ -104,6 +104,12 @@ def test_every_figure_of_the_load_has_a_gauge_of_its_own():
     }
 
 
+def test_the_devices_that_share_the_model_are_counted():
+    metrics = Metrics()
+    metrics.describe_devices("NVIDIA H200", 2)
+    assert metrics.registry.get_sample_value("taper_devices", {"kind": "NVIDIA H200"}) == 2
+
+
 def test_load_is_read_when_it_is_scraped():
     metrics, engine = Metrics(), FakeEngine()
     stage = SerialStage(stopping=Stopping(max_tokens=1))

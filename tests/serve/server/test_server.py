@@ -64,7 +64,7 @@ async def serving(engine: FakeEngine | None = None, **options: int) -> AsyncIter
     """A server, with an engine or still without one, and its address."""
     service = Service(CONFIG, **options)
     if engine is not None:
-        service.serve(Served(engine=engine, model=served_model(), device="fake"))
+        service.serve(Served(engine=engine, model=served_model(), device="fake", devices=3))
     async with listening_to(service) as address:
         yield service, address
 
@@ -592,7 +592,8 @@ async def test_a_server_describes_itself():
         assert model.default_join == inference_service_pb2.JOIN_REPREFILL
         assert list(model.tag_sets) == ["multiverse"]
         assert model.supports_chat
-        assert (server.device, server.policy, server.kv_capacity_tokens) == ("fake", "taper", 1000)
+        assert (server.device, server.device_count, server.policy) == ("fake", 3, "taper")
+        assert server.kv_capacity_tokens == 1000
         assert list(server.api_versions) == ["taper.v1"]
         assert server.state == control_service_pb2.SERVER_STATE_SERVING
         assert 0 < server.uptime.ToNanoseconds() / 1e9 <= time.monotonic() - before
