@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import lax
 
-from model.sharding import Peers
+from model.sharding import ALONE, Peers
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, UInt
@@ -63,18 +63,22 @@ def _threshold(
 
     The target is a function of what all keys weigh together. The threshold is found from the top, a digit of
     a few bits at a time: for each value that the digit may have, the keys at or above it are weighed, in one
-    pass over the row and, between devices, one small all-reduce. A sort takes many times longer, and a loop
-    that held a collective would be dear.
+    pass over the row and, between devices, one small all-reduce. A sort takes many times longer.
     """
     bits = SHARED_DIGIT if peers.count > 1 else DIGIT
-    found, target = jnp.zeros(keys.shape[:1], keys.dtype), None
-    for shift in range(8 * keys.dtype.itemsize - bits, -1, -bits):
-        digits = jnp.arange(1 << bits, dtype=keys.dtype) << shift
-        candidates = found[:, None] | digits
-        reached = keys[:, :, None] >= candidates[:, None, :]
+    passes = 8 * keys.dtype.itemsize // bits
+    target = target_of(peers.sum(jnp.sum(weight, axis=1)))[:, None]
+
+    def add_digit(i: Array | int, found: Array) -> Array:
+        digits = jnp.arange(1 << bits, dtype=keys.dtype) << jnp.array(bits * (passes - 1 - i), keys.dtype)
+        reached = keys[:, :, None] >= (found[:, None] | digits[1:])[:, None, :]
         weights = peers.sum(jnp.sum(jnp.where(reached, weight[:, :, None], 0), axis=1))
-        target = target_of(weights[:, 0]) if target is None else target
-        # The weights fall with the digit.
-        enough = jnp.sum(weights[:, 1:] >= target[:, None], axis=1, dtype=jnp.int32)
-        found |= digits[enough]
+        # They fall with the digit.
+        return found | digits[jnp.sum(weights >= target, axis=1, dtype=jnp.int32)]
+
+    found = jnp.zeros(keys.shape[:1], keys.dtype)
+    if peers == ALONE:
+        return lax.fori_loop(0, passes, add_digit, found)
+    for i in range(passes):  # a loop on the device that held a collective would be dear
+        found = add_digit(i, found)
     return found

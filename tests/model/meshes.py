@@ -13,9 +13,7 @@ from model.decoder import Decoder
 from model.sharding import Placement
 from model.weights import random_weights
 
-# (KV heads, devices) that daily work tries: KV heads divided and kept twice, and one that all keep. The
-# others are tried before a release.
-DAILY = [(2, 4), (1, 8)]
+# (KV heads, devices)
 MESHES = [(kv_heads, count) for kv_heads in (1, 2, 4, 8) for count in (2, 4, 8)]
 
 

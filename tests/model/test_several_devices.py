@@ -18,7 +18,7 @@ from model.sampling import USES_ALL, USES_RANDOM, USES_TOP, SlotState
 from model.sharding import ON_ONE_DEVICE, bytes_each
 from model.step import StepLayout, StepProgram, compile_step
 from scheduler.sampling import SamplingParams
-from tests.model.meshes import DAILY, divisible, meshes, over
+from tests.model.meshes import divisible, meshes, over
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -47,13 +47,13 @@ def decoded(kv_heads: int, count: int, sampling: str, vocab_size: int = 136) -> 
         return generate(model, PROMPTS, max_tokens=16, branches=3, **options).ids
 
 
-@pytest.mark.parametrize(("kv_heads", "count"), meshes(*DAILY))
+@pytest.mark.parametrize(("kv_heads", "count"), meshes((1, 8)))
 def test_tokens_are_those_of_one_device(kv_heads: int, count: int) -> None:
     assert decoded(kv_heads, count, "every option") == decoded(kv_heads, 1, "every option")
     assert len({token for branches in decoded(kv_heads, count, "every option") for token in branches[0]}) > 4
 
 
-@pytest.mark.parametrize(("kv_heads", "count"), meshes((8, 2)))
+@pytest.mark.parametrize(("kv_heads", "count"), meshes())
 def test_greedy_tokens_are_those_of_one_device(kv_heads: int, count: int) -> None:
     assert decoded(kv_heads, count, "greedy") == decoded(kv_heads, 1, "greedy")
 
@@ -65,7 +65,7 @@ def test_a_vocabulary_that_cannot_be_divided_is_whole_everywhere() -> None:
 # --- what the devices tell each other -----------------------------------------------------------------------
 
 COLLECTIVE = re.compile(
-    r" = \S+ (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
+    r" = (?:\([^)]*\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
     r"(?:-start)?\("
 )
 LAYERS, PAGES, PAGE_SIZE, SLOTS = 3, 256, 16, 8
@@ -98,8 +98,9 @@ def test_a_step_has_two_all_reduces_a_layer_and_one_for_the_embedding(step: Step
 
 
 def test_a_sampler_tells_bests_and_sums_and_never_loops_over_a_collective(step: StepProgram) -> None:
-    """The best of the logits; the greatest, eight digits of each of two thresholds and the best of the noisy
-    logits; for log-probabilities the totals and the best few."""
+    """The best of the logits; the greatest, eight digits of each of two thresholds (XLA adds up the mass of
+    which top-p takes a part beside the first) and the best of the noisy logits; for log-probabilities the
+    totals and the best few."""
     greedy, drawn, every = (collectives(step.samplers[uses]) for uses in step.samplers)
     assert greedy == {"all-gather": 1}
     assert drawn == {"all-gather": 2, "all-reduce": 1 + 2 * 8}
