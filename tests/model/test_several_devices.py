@@ -65,7 +65,8 @@ def test_a_vocabulary_that_cannot_be_divided_is_whole_everywhere() -> None:
 # --- what the devices tell each other -----------------------------------------------------------------------
 
 COLLECTIVE = re.compile(
-    r" = (?:\([^)]*\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
+    r" = (?:\([^)]*\)|\S+) "
+    r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
     r"(?:-start)?\("
 )
 LAYERS, PAGES, PAGE_SIZE, SLOTS = 3, 256, 16, 8
