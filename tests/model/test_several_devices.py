@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from attention.gpu import Gpu
 from attention.xla import Xla
 from model.decode import generate
 from model.kv_cache import KVCache, bytes_per_page
@@ -65,10 +68,11 @@ def test_a_vocabulary_that_cannot_be_divided_is_whole_everywhere() -> None:
 # --- what the devices tell each other -----------------------------------------------------------------------
 
 COLLECTIVE = re.compile(
-    r" = (?:\([^)]*\)|\S+) "
+    r" = (\([^)]*\)|\S+) "
     r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
     r"(?:-start)?\("
 )
+SHAPE = re.compile(r"\w+\[([\d,]+)\]")
 LAYERS, PAGES, PAGE_SIZE, SLOTS = 3, 256, 16, 8
 
 
@@ -91,7 +95,13 @@ def step() -> StepProgram:
 
 
 def collectives(program: jax.stages.Compiled) -> Counter[str]:
-    return Counter(COLLECTIVE.findall(program.as_text()))
+    return Counter(kind for _, kind in COLLECTIVE.findall(program.as_text()))
+
+
+def most_numbers(program: jax.stages.Compiled) -> int:
+    """In the result of any of its collectives."""
+    shapes = (SHAPE.findall(result) for result, _ in COLLECTIVE.findall(program.as_text()))
+    return max(math.prod(map(int, shape.split(","))) for each in shapes for shape in each)
 
 
 def test_a_step_has_two_all_reduces_a_layer_and_one_for_the_embedding(step: StepProgram) -> None:
@@ -106,6 +116,26 @@ def test_a_sampler_tells_bests_and_sums_and_never_loops_over_a_collective(step: 
     assert greedy == {"all-gather": 1}
     assert drawn == {"all-gather": 2, "all-reduce": 1 + 2 * 8}
     assert every == {"all-gather": 4, "all-reduce": 1 + 2 * 8}
+
+
+def test_no_sampler_gathers_logits(step: StepProgram) -> None:
+    vocab, samples = divisible(2).vocab_size, step.layout.samples
+    for program in step.samplers.values():
+        assert most_numbers(program) < samples * vocab / 2
+
+
+def test_the_slots_are_updated_in_place(step: StepProgram) -> None:
+    slots = SlotState.abstract(SLOTS, divisible(2).vocab_size, 2, step.layout.placement)
+    for program in step.samplers.values():
+        assert program.memory_analysis().alias_size_in_bytes >= bytes_each(slots)
+
+
+def test_a_step_has_room_for_the_reads_of_one_device_s_heads(step: StepProgram) -> None:
+    sizes: dict[str, Any] = {"num_pages": PAGES, "page_size": PAGE_SIZE, "samples": 4}
+    heads = StepLayout.for_bucket(divisible(2), Gpu(), 8, placement=step.layout.placement, **sizes)
+    part = replace(divisible(2), num_heads=2, num_kv_heads=1)
+    assert heads.capacity == StepLayout.for_bucket(part, Gpu(), 8, **sizes).capacity
+    assert heads.capacity != StepLayout.for_bucket(divisible(2), Gpu(), 8, **sizes).capacity
 
 
 def test_the_cache_is_updated_in_place_and_nothing_as_large_is_allocated(step: StepProgram) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from model.sharding import (
     PlacementError,
     ShardingRules,
     ask_for_devices,
+    bytes_each,
 )
 from model.tensor_files import TensorFiles
 from model.weights import hf_tensors, load_safetensors, parameters, place_model
@@ -94,14 +96,15 @@ def test_an_unknown_axis_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "able"), [("qwen3-32b", [1, 2, 4, 8]), ("qwen2.5-0.5b", [1, 2]), ("qwen2.5-7b", [1, 2, 4])]
+    ("name", "able"),
+    [("qwen3-32b", [1, 2, 4, 8, 16, 32, 64]), ("qwen2.5-0.5b", [1, 2]), ("qwen2.5-7b", [1, 2, 4])],
 )
 def test_what_would_divide_a_model_is_said_where_something_does_not(name: str, able: list[int]) -> None:
     for count in range(1, 9):
         if count in able:
             assert Placement.over(PRESETS[name], count).count == count
         else:
-            with pytest.raises(PlacementError, match=f"as {', '.join(map(str, able))}"):
+            with pytest.raises(PlacementError, match=f"evenly, as {', '.join(map(str, able))} would"):
                 Placement.over(PRESETS[name], count)
 
 
@@ -109,6 +112,12 @@ def test_what_would_divide_a_model_is_said_where_something_does_not(name: str, a
 def test_more_devices_than_there_are_are_refused(count: int) -> None:
     with pytest.raises(PlacementError, match=f"over {count} devices: JAX finds 8 of kind cpu"):
         Placement.over(PRESETS["qwen3-32b"], count)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_model_lies_on_the_devices_that_were_given(count: int) -> None:
+    given = jax.devices()[3:]
+    assert Placement.over(divisible(2), count, given).devices == given[:count]
 
 
 def test_devices_keep_a_kv_head_between_them_where_there_are_more_of_them() -> None:
@@ -129,19 +138,26 @@ NAME = "qwen2-gqa8-untied-sharded-bf16"
 def test_weights_go_straight_to_where_they_lie(
     golden_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each tensor is read once."""
+    """Each tensor is read once, and each device is sent its own part of it."""
     config, folder = CHECKPOINTS[NAME].config, golden_folder(NAME)
     placement = Placement.over(config, 2)
     expected = hf_tensors(load_safetensors(Decoder(config, jnp.float32), folder, ON_ONE_DEVICE))
     read, reads = TensorFiles.read, Counter[str]()
+    put, sent = jax.device_put, []
 
     def counted(files: TensorFiles, name: str) -> np.ndarray:
         reads[name] += 1
         return read(files, name)
 
+    def noted(*arguments: Any) -> jax.Array:
+        sent.append(put(*arguments))
+        return sent[-1]
+
     monkeypatch.setattr(TensorFiles, "read", counted)
+    monkeypatch.setattr(jax, "device_put", noted)
     loaded = load_safetensors(Decoder(config, jnp.float32), folder, placement)
     assert reads == dict.fromkeys(expected, 1)
+    assert 2 * bytes_each(sent) == bytes_each(loaded.split()[1]), "two bytes a number are stored, four kept"
     jax.tree.map(np.testing.assert_array_equal, hf_tensors(loaded), expected)
     assert_placed(loaded, placement)
 

@@ -11,7 +11,7 @@ import pytest
 
 from attention.gpu import Gpu
 from model.config import PRESETS
-from model.sharding import ON_ONE_DEVICE
+from model.sharding import ON_ONE_DEVICE, Placement
 from scheduler.predictor import StepLatencyModel, StepLoad
 from serve.config import ServerConfig
 from serve.engine import calibration, startup
@@ -82,10 +82,10 @@ def test_what_is_not_there_is_refused_by_name() -> None:
 class TimedRunner:
     """A runner whose steps were measured to take `seconds`."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, placement: Placement = ON_ONE_DEVICE) -> None:
         self.model_config = PRESETS["qwen3-32b"]
         self.dtype = type("Dtype", (), {"name": "bfloat16"})
-        self.config = type("Config", (), {"backend": Gpu(), "placement": ON_ONE_DEVICE})
+        self.config = type("Config", (), {"backend": Gpu(), "placement": placement})
         self.buckets = [8]
         self._seconds = seconds
 
@@ -102,8 +102,14 @@ PREDICTED = StepLatencyModel.from_profile(load_profile("h200-qwen3-32b"), (8,)).
 """What the profile says of the probe."""
 
 
-def started_with(seconds: float, device: str = "NVIDIA H200", **options: str) -> tuple[StepLatencyModel, str]:
-    return startup.predictor_for(ServerConfig(**options), TimedRunner(seconds), device)  # type: ignore[arg-type]
+def started_with(
+    seconds: float,
+    device: str = "NVIDIA H200",
+    placement: Placement = ON_ONE_DEVICE,
+    **options: Any,
+) -> tuple[StepLatencyModel, str]:
+    runner: Any = TimedRunner(seconds, placement)
+    return startup.predictor_for(ServerConfig(**options), runner, device)
 
 
 def test_a_server_starts_from_the_profile_that_fits() -> None:
@@ -116,6 +122,7 @@ def test_a_server_starts_from_the_profile_that_fits() -> None:
 def test_it_measures_where_none_fits_or_is_wanted_or_it_is_far_off() -> None:
     for found in (
         started_with(0.0166, device="NVIDIA H100"),
+        started_with(0.0166, placement=Placement.over(PRESETS["qwen3-32b"], 8)),
         started_with(0.0166, profile="measure"),
         started_with(PREDICTED * 1.26),
         started_with(PREDICTED * 0.74),

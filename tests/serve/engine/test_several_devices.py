@@ -6,12 +6,14 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from scheduler.request import Request, Slo
 from scheduler.step import Sample
 from serve.engine.runner import Runner
+from tests.compiling import compiled_quickly
 from tests.model.meshes import divisible, meshes, over
 from tests.serve.lab import Run, compiled_runner, run, samples
 from tests.serve.loads import load
@@ -57,3 +59,17 @@ def test_every_plan_and_sampling_is_answered_as_by_one_device(kv_heads: int, cou
                 assert [token for token, _ in have.top] == [token for token, _ in want.top]
                 numbers = [(each.logprob or 0.0, *dict(each.top).values()) for each in (want, have)]
                 np.testing.assert_allclose(*numbers, rtol=1e-5)
+
+
+def test_the_memory_plan_is_that_of_each_device() -> None:
+    shared = runner(2, 4)
+    with compiled_quickly():
+        plan = shared.memory(2**30)
+    assert plan.weights == on_the_first(shared.weights)
+    assert plan.slots == on_the_first(shared.slots)
+    assert shared.config.num_pages * plan.page == on_the_first(shared.cache)
+
+
+def on_the_first(tree: Any) -> int:
+    """Bytes of arrays on the first device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))

@@ -17,7 +17,7 @@ import structlog
 
 from model.checkpoint import load_model
 from model.config import PRESETS
-from model.sharding import ON_ONE_DEVICE
+from model.sharding import ON_ONE_DEVICE, Placement
 from model.tokenizer import Tokenizer
 from scheduler.request import Slo
 from serve.config import ServerConfig
@@ -153,21 +153,22 @@ def test_what_clients_may_ask_for_is_what_the_model_can() -> None:
     assert startup.served_model(ServerConfig(), model, silent).eos_ids == model.eos_ids != ()
 
 
+class Sized:
+    """Stands in for a Runner."""
+
+    def __init__(self, _: object, config: RunnerConfig) -> None:
+        self.config = config
+
+    def memory(self, limit: int) -> MemoryPlan:
+        return replace(PLAN, limit=limit)
+
+    def compile(self) -> dict[int, float]:
+        return {}
+
+
 def test_the_pool_is_what_the_memory_leaves_unless_its_pages_are_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Sized:
-        """Stands in for a Runner."""
-
-        def __init__(self, _: object, config: RunnerConfig) -> None:
-            self.config = config
-
-        def memory(self, limit: int) -> MemoryPlan:
-            return replace(PLAN, limit=limit)
-
-        def compile(self) -> dict[int, float]:
-            return {}
-
     monkeypatch.setattr(startup, "Runner", Sized)
     monkeypatch.setattr(startup, "device_limit", lambda _: PLAN.limit)
     model: Any = SimpleNamespace(config=PRESETS["qwen3-8b"], dtype=jnp.float32)
@@ -175,6 +176,43 @@ def test_the_pool_is_what_the_memory_leaves_unless_its_pages_are_given(
         config = ServerConfig(num_pages=asked, compilation_cache=None, attention="reference")
         runner, _, memory = startup._compiled_runner(config.for_platform("cpu"), model, ON_ONE_DEVICE)
         assert (runner.config.num_pages, memory) == (pages, plan)
+
+
+def test_the_pool_is_sized_by_the_devices_that_share_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was remembered for other numbers of them is no answer."""
+    limits = {1: 128 * 2**30, 2: 128 * 2**30, 4: 96 * 2**30}
+    asked: list[list[Any]] = []
+
+    def limit(devices: list[Any]) -> int:
+        asked.append(devices)
+        return limits[len(devices)]
+
+    monkeypatch.setattr(startup, "Runner", Sized)
+    monkeypatch.setattr(startup, "device_limit", limit)
+    model: Any = SimpleNamespace(config=PRESETS["qwen3-8b"], dtype=jnp.float32)
+    config = ServerConfig(compilation_cache=str(tmp_path), attention="reference").for_platform("cpu")
+    for count in limits:
+        startup._compiled_runner(config, model, Placement.over(model.config, count))
+    assert asked == [jax.devices()[:count] for count in limits]
+    assert len([*tmp_path.glob("memory-*.json")]) == len(limits)
+
+
+def test_jax_is_prepared_for_the_devices_before_it_looks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AskedError(Exception):
+        pass
+
+    def ask(count: int) -> None:
+        raise AskedError(count)
+
+    def look() -> str:
+        raise AssertionError("JAX has found its devices")
+
+    monkeypatch.setattr(startup, "ask_for_devices", ask)
+    monkeypatch.setattr(jax, "default_backend", look)
+    with pytest.raises(AskedError, match="3"):
+        startup.start(ServerConfig(tensor_parallel=3))
 
 
 def test_the_operator_hears_what_is_odd_about_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
