@@ -46,6 +46,20 @@ def drawn(record: Run) -> dict[str, dict[Any, list[Sample]]]:
     return {name: {**samples(events)} for name, events in record.events.items()}
 
 
+def test_the_memory_plan_is_that_of_each_device() -> None:
+    shared = runner(2, 4)
+    with compiled_quickly():
+        plan = shared.memory(2**30)
+    assert plan.weights == on_the_first(shared.weights)
+    assert plan.slots == on_the_first(shared.slots)
+    assert shared.config.num_pages * plan.page == on_the_first(shared.cache)
+
+
+def on_the_first(tree: Any) -> int:
+    """Bytes of arrays on the first device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
 @pytest.mark.parametrize(("kv_heads", "count"), meshes((2, 4)))
 def test_every_plan_and_sampling_is_answered_as_by_one_device(kv_heads: int, count: int) -> None:
     """Forks, both joins, preemption; the schedules differ, too."""
@@ -59,17 +73,3 @@ def test_every_plan_and_sampling_is_answered_as_by_one_device(kv_heads: int, cou
                 assert [token for token, _ in have.top] == [token for token, _ in want.top]
                 numbers = [(each.logprob or 0.0, *dict(each.top).values()) for each in (want, have)]
                 np.testing.assert_allclose(*numbers, rtol=1e-5)
-
-
-def test_the_memory_plan_is_that_of_each_device() -> None:
-    shared = runner(2, 4)
-    with compiled_quickly():
-        plan = shared.memory(2**30)
-    assert plan.weights == on_the_first(shared.weights)
-    assert plan.slots == on_the_first(shared.slots)
-    assert shared.config.num_pages * plan.page == on_the_first(shared.cache)
-
-
-def on_the_first(tree: Any) -> int:
-    """Bytes of arrays on the first device."""
-    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
