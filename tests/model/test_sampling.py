@@ -33,6 +33,7 @@ from model.sampling import (
     uses_of,
 )
 from scheduler.sampling import OPTIONS, SamplingParams
+from tests.model.noise import noise
 
 VOCAB = 101
 SLOTS = 13
@@ -131,16 +132,8 @@ def tokens(rows: Sequence[Row], **batch) -> list[int]:
     return choose(rows, **batch)[1].token.tolist()
 
 
-@jax.jit
-def noise_of(seed, branch, position):
-    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-    key = jax.random.fold_in(jax.random.fold_in(key, branch), position)
-    return jax.random.gumbel(key, (VOCAB,), np.float32)
-
-
 def gumbel(row: Row) -> np.ndarray:
-    seed = np.array([row.sampling.seed >> 32, row.sampling.seed % 2**32], np.uint32)
-    return np.asarray(noise_of(seed, np.uint32(branch_key(row.path) % 2**32), np.int32(row.position)))
+    return noise(row.sampling.seed, branch_key(row.path), row.position, VOCAB)
 
 
 def penalized(row: Row) -> np.ndarray:

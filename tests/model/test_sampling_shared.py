@@ -6,7 +6,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,6 +24,7 @@ from model.sampling import (
 from model.sharding import EVERYWHERE, ON_ONE_DEVICE, Placement
 from scheduler.sampling import SamplingParams
 from tests.model.meshes import divisible
+from tests.model.noise import noise
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -142,12 +142,5 @@ def test_a_nucleus_of_tens_of_thousands_is_cut_exactly(count: int, x64: None) ->
         kept = nucleus(logits[row], options)
         assert kept.sum() > 20_000
         # What is drawn is the best of the kept tokens' logits with the sample's own noise.
-        drawn = logits[row] / options.temperature + noise(options.seed, row)
+        drawn = logits[row] / options.temperature + noise(options.seed, row + 20, row + 7, VOCAB)
         assert outputs.token[row] == np.where(kept, drawn, -np.inf).argmax()
-
-
-def noise(seed: int, row: int) -> np.ndarray:
-    words = jnp.array([seed >> 32, seed & 0xFFFFFFFF], jnp.uint32)
-    key = jax.random.wrap_key_data(words, impl="threefry2x32")
-    key = jax.random.fold_in(jax.random.fold_in(key, row + 20), row + 7)
-    return np.asarray(jax.random.gumbel(key, (VOCAB,), jnp.float32), np.float64)

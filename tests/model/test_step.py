@@ -249,7 +249,8 @@ OUTPUTS = (((1,), jnp.int32), ((1,), jnp.float32), ((1, 1), jnp.int32), ((1, 1),
 
 
 def program_of(forward: MagicMock, samplers: dict[int, MagicMock]) -> StepProgram:
-    return StepProgram(LAYOUT, cast(Any, forward), cast(Any, samplers))
+    inputs = LAYOUT.placement.sharding([None])
+    return StepProgram(LAYOUT, inputs, cast(Any, forward), cast(Any, samplers))
 
 
 def test_a_step_runs_the_cheapest_sampler_that_suffices() -> None:

@@ -7,6 +7,7 @@ from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
 from scheduler.stopping import Stopping
 
+SMALL_POOL = 40  # pages: hardly more than the largest request needs
 SYSTEM = tuple(range(40, 61))  # five full pages that several prompts begin with
 
 SAMPLINGS = {

@@ -14,9 +14,8 @@ from scheduler.sampling import SamplingParams
 from scheduler.step import Sample
 from serve.engine.runner import Runner
 from tests.serve.lab import Answer, run, samples
-from tests.serve.loads import load
+from tests.serve.loads import SMALL_POOL, load
 
-SMALL_POOL = 40  # pages: hardly more than the largest request needs
 RELAXED = 10.0  # seconds: everybody may start
 
 FACTORS = {

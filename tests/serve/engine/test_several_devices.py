@@ -11,21 +11,19 @@ import numpy as np
 import pytest
 
 from scheduler.request import Request, Slo
-from scheduler.step import Sample
 from serve.engine.runner import Runner
 from tests.compiling import compiled_quickly
 from tests.model.meshes import divisible, meshes, over
 from tests.serve.lab import Run, compiled_runner, run, samples
-from tests.serve.loads import load
+from tests.serve.loads import SMALL_POOL, load
 
-SMALL_POOL = 40  # pages: hardly more than the largest request needs
 PATIENT = Slo(tpot=10.0, ttft=60.0)
 
 
 def requests() -> list[Request]:
     """Every kind of plan, join and sampling; half of them want log-probabilities."""
     return [
-        replace(request, sampling=replace(request.sampling, logprobs=index % 2 == 0, top_logprobs=3))
+        replace(request, sampling=replace(request.sampling, logprobs=True, top_logprobs=3))
         if index % 2 == 0
         else request
         for index, request in enumerate(load(PATIENT))
@@ -40,10 +38,6 @@ def runner(kv_heads: int, count: int) -> Runner:
 
 def served(kv_heads: int, count: int, **settings: Any) -> Run:
     return run(runner(kv_heads, count), requests(), **settings)
-
-
-def drawn(record: Run) -> dict[str, dict[Any, list[Sample]]]:
-    return {name: {**samples(events)} for name, events in record.events.items()}
 
 
 def test_the_memory_plan_is_that_of_each_device() -> None:
@@ -67,9 +61,10 @@ def test_every_plan_and_sampling_is_answered_as_by_one_device(kv_heads: int, cou
     shared = served(kv_heads, count, policy="eager", num_pages=SMALL_POOL, max_chunk=3)
     assert shared.preemptions() > 0
     assert shared.answers() == one.answers()
-    for name, branches in drawn(one).items():
-        for branch, expected in branches.items():
-            for want, have in zip(expected, drawn(shared)[name][branch], strict=True):
+    for name, events in one.events.items():
+        got = samples(shared.events[name])
+        for branch, expected in samples(events).items():
+            for want, have in zip(expected, got[branch], strict=True):
                 assert [token for token, _ in have.top] == [token for token, _ in want.top]
                 numbers = [(each.logprob or 0.0, *dict(each.top).values()) for each in (want, have)]
                 np.testing.assert_allclose(*numbers, rtol=1e-5)
