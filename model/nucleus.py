@@ -65,7 +65,7 @@ def _threshold(
     a few bits at a time: for each value that the digit may have, the keys at or above it are weighed, in one
     pass over the row and, between devices, one small all-reduce. A sort takes many times longer.
     """
-    bits = SHARED_DIGIT if peers.count > 1 else DIGIT
+    bits = DIGIT if peers == ALONE else SHARED_DIGIT
     passes = 8 * keys.dtype.itemsize // bits
     target = target_of(peers.sum(jnp.sum(weight, axis=1)))[:, None]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from attention import Backend, Capacity, Work
 from attention.heads import wide
@@ -177,10 +178,12 @@ class StepProgram:
 
     `program(weights, cache, slots, packed, uses)`, with weights from `Decoder.split` and `packed` from
     `layout.pack`, gives `cache, slots, outputs` without waiting for the device. The cache and the slots are
-    donated and updated in place: use what is returned. `uses` are model.sampling's bits of the step.
+    donated and updated in place: use what is returned. `uses` are model.sampling's bits of the step, `inputs`
+    where the packed vector goes.
     """
 
     layout: StepLayout
+    inputs: Sharding
     forward: jax.stages.Compiled
     samplers: Mapping[int, jax.stages.Compiled]
 
@@ -194,7 +197,7 @@ class StepProgram:
     def __call__(
         self, weights: tuple[Any, ...], cache: KVCache, slots: SlotState, packed: Any, uses: int = 0
     ) -> tuple[KVCache, SlotState, SampleOutputs]:
-        packed = jax.device_put(packed, self.layout.placement.sharding([None]))
+        packed = jax.device_put(packed, self.inputs)
         cache, logits, fed = self.forward(weights, cache, slots.last_token, packed)
         slots, outputs = self.samplers[sampler_for(uses)](slots, logits, fed, packed)
         return cache, slots, outputs
@@ -233,4 +236,4 @@ def compile_step(
         arguments, results = (slots, logits, fed, packed), (slots, EVERYWHERE)
         return placement.compile(partial(taper_sample, uses), arguments, results, donate=[0])
 
-    return StepProgram(layout, model, {uses: sampler(uses) for uses in samplers})
+    return StepProgram(layout, packed.sharding, model, {uses: sampler(uses) for uses in samplers})

@@ -98,11 +98,10 @@ class Served:
             model = structure.merge(weights)
             return forward(model, cache, nothing, packed, layout=self.layout)[:2]
 
-        packed = placement.abstract((self.layout.size,), jnp.int32, [None])
-        arguments = self.weights, self.cache, packed
+        self.inputs = placement.abstract((self.layout.size,), jnp.int32, [None])
+        arguments = self.weights, self.cache, self.inputs
         logits = placement.abstract((scale.rows, self.config.vocab_size), jnp.float32, [None, "vocab"])
-        program = placement.program(step, arguments, (self.cache, logits))
-        self.step = jax.jit(program, donate_argnums=1).lower(*arguments).compile()
+        self.step = placement.compile(step, arguments, (self.cache, logits), donate=[1])
 
     def feed(self, *parts: tuple[Segment, int]) -> None:
         """One step: the next so many tokens of each segment. Appends their logits."""
@@ -120,7 +119,7 @@ class Served:
         every = np.arange(len(arrays[0]), dtype=np.int32)
         sample = SampleInputs(**dict.fromkeys(SampleInputs._fields, every))
         packed = self.layout.pack(StepInputs(*arrays, work=work, sample=sample))
-        packed = jax.device_put(packed, self.layout.placement.sharding([None]))
+        packed = jax.device_put(packed, self.inputs.sharding)
         self.cache, logits = self.step(self.weights, self.cache, packed)
         logits, row = np.asarray(logits), 0
         for index in order.tolist():

@@ -201,7 +201,7 @@ class StepBench:
     def seconds(self, shape: Shape, variant: str, calls: int, repeats: int) -> float:
         """Median wall time of a step in a queue of `calls` steps, until all devices have ended."""
         program, packed = self.programs[shape.rows, variant], self.inputs(shape)
-        packed = jax.device_put(packed, self.placement.sharding([None]))
+        packed = jax.device_put(packed, program.inputs)
 
         def call(state: tuple[Any, Any]) -> tuple[Any, Any]:
             return program(self.weights, *state, packed)[:2]

@@ -108,9 +108,8 @@ class Runner:
     def compile(self) -> dict[int, float]:
         """Compile every program; returns the seconds that each bucket took. Nothing compiles after this."""
         with self._precision():
-            peers = self.config.placement.vocab_peers
             self._assign = self._compiled(assign, self._assignments([]))
-            count = partial(count_history, peers=peers)
+            count = partial(count_history, peers=self.config.placement.vocab_peers)
             self._count = self._compiled(count, *_history_call(0, (), self.HISTORY, False))
         largest_first = [*self.buckets][::-1]
         with ThreadPoolExecutor(max_workers=4) as pool:
@@ -198,7 +197,7 @@ class Runner:
         It is greedy whatever the step's slots want, and writes to the step's pages and slots.
         """
         program, packed = self.packed(step)
-        packed = jax.device_put(packed, self.config.placement.sharding([None]))
+        packed = jax.device_put(packed, program.inputs)
 
         def launch() -> SampleOutputs:
             with self._precision():
