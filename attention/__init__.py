@@ -16,6 +16,8 @@ from attention.gpu import Gpu
 from attention.heads import HeadNorms, Places
 from attention.reads import PageRun, Read, Reads
 from attention.reference import Reference
+from attention.tpu import Tpu
+from attention.tpu_chips import CHIPS, chip_of
 from attention.xla import Xla
 
 __all__ = [
@@ -36,7 +38,18 @@ __all__ = [
 ]
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {backend.name: backend for backend in (Reference(), Xla(), Gpu(), Gpu(alone=True), Gpu(interpret=True))}
+    {
+        backend.name: backend
+        for backend in (
+            Reference(),
+            Xla(),
+            Gpu(),
+            Gpu(alone=True),
+            Gpu(interpret=True),
+            *(Tpu(chip) for chip in CHIPS.values()),
+            Tpu(interpret=True),
+        )
+    }
 )
 
 
@@ -49,5 +62,9 @@ def backend_named(name: str) -> Backend:
 
 def default_backend(head_dim: int, dtype: Any) -> Backend:
     """The backend for the devices that JAX runs on, a model's head size and its type."""
-    gpu = Gpu()
-    return gpu if jax.default_backend() == "gpu" and gpu.supports(head_dim, dtype) else Xla()
+    own: Backend | None = None
+    if jax.default_backend() == "gpu":
+        own = Gpu()
+    elif jax.default_backend() == "tpu" and (chip := chip_of(jax.devices()[0].device_kind)):
+        own = Tpu(chip)
+    return own if own and own.supports(head_dim, dtype) else Xla()

@@ -1,4 +1,4 @@
-"""Cuts what a step's query rows read into tiles for a GPU: reads in, `TileList` out. NumPy only.
+"""Cuts what a step's query rows read into tiles: reads in, `TileList` out. NumPy only.
 
 Where the rows are cut (`attention.tile_cuts`), and which tiles are split so that all of the device has work
 (`attention.tile_parts`), is decided by predicted cost; `attention.tile_reads` lists what each tile reads.
@@ -42,7 +42,8 @@ def lay_out_tiles(reads: Reads, capacity: TileCapacity) -> tuple[Int[np.ndarray,
     if len(tiles.page_ids) > capacity.page_refs:
         tiles = Tiles.of(tree, cut_least(tree, tiling), tiling)
     _check_fits(tiles, capacity)
-    split_tiles(tiles, capacity).write(tiles, out)
+    parts = split_tiles(tiles, capacity) if tiling.splits else Parts.unsplit(tiles, tiling)
+    parts.write(tiles, out)
     return order, out
 
 

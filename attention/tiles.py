@@ -1,4 +1,4 @@
-"""What the GPU kernels read: a step's work as tiles, made by `attention.tile_planner`.
+"""What the kernels read: a step's work as tiles, made by `attention.tile_planner`.
 
 A tile is a run of rows in tree order and the pages that they read, with one KV head's keys and values of each
 page read once for all of the tile's rows. What all rows see whole comes first, the rest (tails, nested
@@ -51,6 +51,7 @@ class Tiling:
     costs        what the device takes for them
     alone        each read has a tile of its own, whose pages come in order and unsplit: what a row computes
                  does not depend on the other rows
+    splits       a tile may be split among workers, whose partial results are then merged
     """
 
     page_size: int
@@ -61,6 +62,7 @@ class Tiling:
     workers: int
     costs: Costs
     alone: bool = False
+    splits: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.page_size <= MAX_PAGE_SIZE:

@@ -1,0 +1,5 @@
+"""Placeholder until the kernel lands."""
+
+
+def write(*a, **k):
+    raise NotImplementedError
