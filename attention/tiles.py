@@ -190,7 +190,7 @@ def unpack_sees(word: Int32[Any, "*shape"]) -> tuple[Any, Any, Any, Any]:
     return word & 0xFF, word >> 8 & 0x7F, word >> 15 & 0xFF, (word >> 23 & 0x1FF) - 256
 
 
-def refilled(word: Int32[Any, " refs"], valid: Int32[Any, " refs"]) -> Int32[Any, " refs"]:
+def refilled(word: Int32[Any, "*shape"], valid: Int32[Any, "*shape"]) -> Int32[Any, "*shape"]:
     """The words of the same pages with `valid` positions filled; of an empty page nobody sees anything."""
     end = word & (0xFF << 15)
     others = word & ~(0xFF | 0xFF << 15)

@@ -10,14 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention import Backend, Capacity, Read, Reads, Sizes, Work
+from attention import Backend, Capacity, Pages, Read, Reads, Sizes, Work
+from attention.tpu import Tpu
+from attention.tpu_pages import joined
 from attention.xla import Xla
 from tests.attention.forest import filled, pages_of
 
 
 @partial(jax.jit, static_argnames=("scale", "backend"))
-def _attend(q, k_pages, v_pages, work, *, scale: float, backend: Backend):
-    return backend.attend(q, (k_pages, v_pages), work, scale=scale)
+def _attend(q, pages, work, *, scale: float, backend: Backend):
+    return backend.attend(q, pages, work, scale=scale)
+
+
+def stored(backend: Backend, k: jax.Array, v: jax.Array) -> Pages:
+    """Pages [pages, kv_heads, page, head_dim] of keys and of values, as a backend keeps them."""
+    return (joined(k, v).swapaxes(2, 3),) if isinstance(backend, Tpu) else (k, v)
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,9 @@ class Case:
         return float(norm), float(np.abs(lse[real] - self.lse[real]).max(initial=0.0))
 
     def run(self, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
-        arrays = map(jnp.asarray, (self.q, self.k_pages, self.v_pages))
-        out, lse = _attend(*arrays, self.work, scale=self.scale, backend=backend)
+        q, k_pages, v_pages = map(jnp.asarray, (self.q, self.k_pages, self.v_pages))
+        pages = stored(backend, k_pages, v_pages)
+        out, lse = _attend(q, pages, self.work, scale=self.scale, backend=backend)
         assert out.dtype == self.q.dtype
         return np.asarray(out, np.float64), np.asarray(lse, np.float64)
 

@@ -15,11 +15,13 @@ import pytest
 from attention import BACKENDS, Backend, PageArray, PageRun, Read, Reads, Sizes
 from attention.gpu import Gpu
 from attention.reference import Reference
+from attention.tpu import Tpu
 from attention.wrapped import Wrapped
 from attention.xla import Xla
+from tests.attention.dense import stored
 
-PAGE_SIZE, NUM_PAGES, HEADS, KV_HEADS, HEAD_DIM = 4, 16, 2, 1, 16
-RUNNING = [Reference(), Xla(), Gpu(interpret=True), Wrapped(Xla())]
+PAGE_SIZE, NUM_PAGES, HEADS, KV_HEADS, HEAD_DIM = 16, 8, 2, 1, 128
+RUNNING = [Reference(), Xla(), Gpu(interpret=True), Tpu(interpret=True, block_tokens=128), Wrapped(Xla())]
 EVERY_BACKEND = pytest.mark.parametrize("backend", RUNNING, ids=lambda backend: type(backend).__name__)
 
 
@@ -36,13 +38,11 @@ def compiled_attend(backend: Backend) -> Callable[..., tuple[jax.Array, jax.Arra
 
 def seen(backend: Backend, work: object, rows: int) -> list[list[int]]:
     """The positions of the pool that each row reads, as the lse of equal scores and one-hot values tell."""
-    shape = (NUM_PAGES, KV_HEADS, PAGE_SIZE, 4 * HEAD_DIM)
-    positions = np.arange(NUM_PAGES * PAGE_SIZE)
-    values = np.zeros((len(positions), 4 * HEAD_DIM), np.float32)
-    values[positions, positions] = 1
-    pages = jnp.zeros(shape), jnp.asarray(values.reshape(shape))
+    shape = (NUM_PAGES, KV_HEADS, PAGE_SIZE, HEAD_DIM)
+    values = np.eye(NUM_PAGES * PAGE_SIZE, HEAD_DIM, dtype=np.float32).reshape(shape)
+    pages = stored(backend, jnp.zeros(shape), jnp.asarray(values))
     attend = compiled_attend(backend)
-    out, lse = attend(jnp.zeros((rows, HEADS, 4 * HEAD_DIM)), pages, work)
+    out, lse = attend(jnp.zeros((rows, HEADS, HEAD_DIM)), pages, work)
     read = [np.flatnonzero(row[0]).tolist() for row in np.asarray(out)]
     counts = np.rint(np.exp(np.asarray(lse)[:, 0])).astype(int).tolist()
     assert counts == [len(row) for row in read]
@@ -53,20 +53,20 @@ def seen(backend: Backend, work: object, rows: int) -> list[list[int]]:
 def test_pages_are_refilled_where_it_says_and_nowhere_else(backend: Backend) -> None:
     """Two branches on pages of their own, one after another, behind a prefix that stays as it is."""
     nearly = PAGE_SIZE - 1
-    prefix = PageRun((0, 1), 6)
+    prefix = PageRun((0, 1), PAGE_SIZE + 6)
     reads = [
         Read((prefix, PageRun((first,), nearly)), PageRun((first + 1,), nearly), 1, nearly - 1)
         for first in (2, 4)
     ]
     order, work = backend.lay_out(Reads.of(reads), capacity(backend, 2))
     assert order.tolist() == [0, 1]
-    for steps in (1, 3, 4, 5, 8):
+    for steps in (1, nearly, PAGE_SIZE, PAGE_SIZE + 1, 2 * PAGE_SIZE):
         begin = np.full(NUM_PAGES, -1)
         begin[[2, 3, 4, 5]] = [0, PAGE_SIZE, 0, PAGE_SIZE]
         filled = np.where(begin < 0, -1, np.clip(steps - begin, 0, PAGE_SIZE)).astype(np.int32)
         own = [[PAGE_SIZE * first + i for i in range(steps)] for first in (2, 4)]
         refilled = backend.refill(work, jnp.asarray(filled))
-        assert seen(backend, refilled, 2) == [[*range(6), *mine] for mine in own], steps
+        assert seen(backend, refilled, 2) == [[*range(prefix.length), *mine] for mine in own], steps
 
 
 @EVERY_BACKEND
@@ -76,7 +76,7 @@ def test_query_heads_must_be_a_multiple_of_kv_heads(backend: Backend) -> None:
     pool = jnp.zeros((NUM_PAGES, 2, PAGE_SIZE, HEAD_DIM))
     work = capacity(backend, 4, heads=4, kv_heads=2).empty()
     with pytest.raises(ValueError, match="3 query heads cannot share 2 KV heads"):
-        backend.attend(jnp.zeros((4, 3, HEAD_DIM)), (pool, pool), work, scale=1.0)
+        backend.attend(jnp.zeros((4, 3, HEAD_DIM)), stored(backend, pool, pool), work, scale=1.0)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -97,7 +97,7 @@ def test_only_the_tiles_of_a_gpu_have_a_deterministic_form() -> None:
     assert Gpu(interpret=True).deterministic() == Gpu(alone=True, interpret=True)
     assert Gpu(alone=True).tiling(16, 8, 64).alone
     assert not Gpu().tiling(16, 8, 64).alone
-    for backend in (Reference(), Xla()):
+    for backend in (Reference(), Xla(), Tpu()):
         with pytest.raises(ValueError, match=f"{backend.name} has no deterministic form"):
             backend.deterministic()
 
