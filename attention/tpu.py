@@ -103,6 +103,22 @@ class Tpu(Backend):
             splits=False,
         )
 
+    def plan(self, rows: int, sizes: Sizes, head_dim: int, dtype: Any) -> Plan:
+        """What the attention kernel of a bucket is compiled for."""
+        group = group_size(sizes.heads, sizes.kv_heads)
+        tiling = self.tiling(sizes.heads, sizes.kv_heads, sizes.page_size)
+        return Plan(
+            rows=rows,
+            kv_heads=sizes.kv_heads,
+            group=group,
+            head_dim=head_dim,
+            page_size=sizes.page_size,
+            block_pages=tiling.block_pages,
+            lanes=group * min(rows, tiling.wide_rows),
+            cores=self.chip.cores,
+            itemsize=jnp.dtype(dtype).itemsize,
+        )
+
     def _block_tokens(self, kv_heads: int) -> int:
         """Tokens of a block: as many as fit, float32, with all heads."""
         room = PAGES_SHARE * (self.chip.vmem - SPARE) / BUFFERS / (kv_heads * 2 * LANES * 4)
@@ -134,25 +150,14 @@ class Tpu(Backend):
         """As any backend; and raises ValueError if the kernel needs more memory than a core has."""
         rows, heads, head_dim = q.shape
         (array,) = pages
-        _, kv_heads, _, page_size, _ = array.shape
-        group = group_size(heads, kv_heads)
+        num_pages, kv_heads, _, page_size, _ = array.shape
         if not self.supports(head_dim, array.dtype):
             raise ValueError(
                 f"the TPU kernels need an even head_dim of at most {LANES}, of bfloat16 or float32: not "
                 f"{head_dim}, {array.dtype}"
             )
-        tiling = self.tiling(heads, kv_heads, page_size)
-        plan = Plan(
-            rows=rows,
-            kv_heads=kv_heads,
-            group=group,
-            head_dim=head_dim,
-            page_size=page_size,
-            block_pages=tiling.block_pages,
-            lanes=group * min(rows, tiling.wide_rows),
-            cores=self.chip.cores,
-            itemsize=array.dtype.itemsize,
-        )
+        sizes = Sizes(num_pages=num_pages, page_size=page_size, heads=heads, kv_heads=kv_heads)
+        plan = self.plan(rows, sizes, head_dim, array.dtype)
         limit = self._vmem_limit(plan)
         self._check("scalar", plan.smem(work.tiles.size // TILE_WORDS), self.chip.smem)
         return attend(q, array, work, plan, scale=scale, vmem_limit=limit, interpret=self._interpreter)

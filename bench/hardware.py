@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
     from model.sharding import Placement
 
-PACKAGES = ("jax", "jaxlib", "numpy", "torch", "flashinfer-python")
+PACKAGES = ("jax", "jaxlib", "libtpu", "numpy", "torch", "flashinfer-python")
 
 
 def describe(devices: int = 1) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from model.config import ModelConfig
 
@@ -218,7 +226,20 @@ class Placement:
     ) -> jax.stages.Compiled:
         """`program` compiled ahead of time; the arguments at the places `donate` are updated in place."""
         program = jax.jit(self.program(function, arguments, results), donate_argnums=donate)
-        return program.lower(*arguments).compile()
+        with self._as_its_kind():
+            lowered = program.lower(*arguments)
+        return lowered.compile()
+
+    def _as_its_kind(self) -> AbstractContextManager[Any]:
+        """Kernels ask what they are lowered for: of a device that is not here they are told.
+
+        A mesh says by itself of which kind its devices are.
+        """
+        device = self.device
+        if device is None or device.platform == jax.default_backend():
+            return nullcontext()
+        kind = AbstractDevice(device.device_kind, device.num_cores, device.platform)
+        return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind))
 
 
 ON_ONE_DEVICE = Placement()

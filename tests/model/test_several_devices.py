@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
@@ -15,6 +13,7 @@ import pytest
 
 from attention.gpu import Gpu
 from attention.xla import Xla
+from bench.hlo import collectives
 from model.decode import generate
 from model.kv_cache import KVCache, bytes_per_page
 from model.sampling import USES_ALL, USES_RANDOM, USES_TOP, SlotState
@@ -67,12 +66,6 @@ def test_a_vocabulary_that_cannot_be_divided_is_whole_everywhere() -> None:
 
 # --- what the devices tell each other -----------------------------------------------------------------------
 
-COLLECTIVE = re.compile(
-    r" = (\([^)]*\)|\S+) "
-    r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)"
-    r"(?:-start)?\("
-)
-SHAPE = re.compile(r"\w+\[([\d,]+)\]")
 LAYERS, PAGES, PAGE_SIZE, SLOTS = 3, 256, 16, 8
 
 
@@ -94,25 +87,24 @@ def step() -> StepProgram:
     )
 
 
-def collectives(program: jax.stages.Compiled) -> Counter[str]:
-    return Counter(kind for _, kind in COLLECTIVE.findall(program.as_text()))
+def kinds(program: jax.stages.Compiled) -> Counter[str]:
+    return Counter(each.kind for each in collectives(program.as_text()))
 
 
 def most_numbers(program: jax.stages.Compiled) -> int:
     """In the result of any of its collectives."""
-    shapes = (SHAPE.findall(result) for result, _ in COLLECTIVE.findall(program.as_text()))
-    return max(math.prod(map(int, shape.split(","))) for each in shapes for shape in each)
+    return max(each.numbers for each in collectives(program.as_text()))
 
 
 def test_a_step_has_two_all_reduces_a_layer_and_one_for_the_embedding(step: StepProgram) -> None:
-    assert collectives(step.forward) == {"all-reduce": 2 * LAYERS + 1}
+    assert kinds(step.forward) == {"all-reduce": 2 * LAYERS + 1}
 
 
 def test_a_sampler_tells_bests_and_sums_and_never_loops_over_a_collective(step: StepProgram) -> None:
     """The best of the logits; the greatest, eight digits of each of two thresholds (XLA adds up the mass of
     which top-p takes a part beside the first) and the best of the noisy logits; for log-probabilities the
     totals and the best few."""
-    greedy, drawn, every = (collectives(step.samplers[uses]) for uses in step.samplers)
+    greedy, drawn, every = (kinds(step.samplers[uses]) for uses in step.samplers)
     assert greedy == {"all-gather": 1}
     assert drawn == {"all-gather": 2, "all-reduce": 1 + 2 * 8}
     assert every == {"all-gather": 4, "all-reduce": 1 + 2 * 8}

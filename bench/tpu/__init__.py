@@ -1,0 +1,1 @@
+"""What a TPU takes, from what its compiler says: no TPU is needed."""
