@@ -79,12 +79,14 @@ def compiled_runner(
     buckets: Sequence[int],
     backend: Backend | None = None,
     placement: Placement = ON_ONE_DEVICE,
+    num_pages: int = NUM_PAGES,
+    page_size: int = PAGE_SIZE,
 ) -> Runner:
     runner = Runner(
         model,
         RunnerConfig(
-            num_pages=NUM_PAGES,
-            page_size=PAGE_SIZE,
+            num_pages=num_pages,
+            page_size=page_size,
             buckets=tuple(buckets),
             num_slots=NUM_SLOTS,
             backend=backend or Xla(),
