@@ -9,7 +9,7 @@ MODEL  ?= default
 WITHOUT_JAX := $(addprefix tests/,scheduler serve/api serve/client serve/server serve/text serve/test_config.py)
 PLANNERS := $(addprefix tests/,attention/test_layout.py attention/test_tiles.py test_rooms.py)
 
-.PHONY: demo test-fast test test-all check test-oracle test-answers protos clean
+.PHONY: demo test-fast test test-tpu test-all check test-oracle test-answers protos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/taper-demo --model $(MODEL)
@@ -22,10 +22,14 @@ test-fast: $(VENV)/.installed-test
 # For every commit: a sample of the matrices. Its CPU seconds are printed, and those of one test are bounded;
 # CONTRIBUTING.md says how.
 test: $(VENV)/.installed-test check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 --cpu-bound 20
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 --cpu-bound 20 --ignore tests/tpu
+
+# The same for TPUs: what libtpu compiles for chips that are not here, and what is slow in the interpreter.
+test-tpu: $(VENV)/.installed-tpu
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 tests/tpu
 
 # Before a release: everything but the oracle.
-test-all: $(VENV)/.installed-test check
+test-all: $(VENV)/.installed-tpu check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 -m 'not oracle'
 
 # Static checks: style, types.
@@ -56,6 +60,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable '.[convert,test]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-tpu: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --editable '.[convert,tpu-test]'
+	touch $@
 
 $(VENV)/.installed-oracle: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --editable '.[convert,test,oracle]'

@@ -151,7 +151,6 @@ def estimate(
 
 def measure(target: Target, shape: Shape) -> dict[str, Any]:
     """All of the result but its head."""
-    kernels = cycles(target.kernels, target.backend)
     started = time.perf_counter()
     try:
         program = target.compile()
@@ -160,6 +159,7 @@ def measure(target: Target, shape: Shape) -> dict[str, Any]:
             raise
         return {"hbm_bytes_per_chip": target.figures.hbm, "fits": False, "refused": str(error)}
     seconds = time.perf_counter() - started
+    kernels = cycles(target.kernels, target.backend)
     greedy = (program.forward, program.samplers[0])
     told = [each for part in greedy for each in collectives(part.as_text() or "")]
     return {

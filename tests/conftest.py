@@ -9,16 +9,21 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from bench.tpu.topology import ENVIRONMENT, installed
 from tests.absent import DEVICE, keep_away
 
 pytest_plugins = ["tests.cpu_seconds"]
 
 # For the tests of several devices; before any other conftest imports JAX.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Where there is a libtpu it compiles, and looks for no TPU.
+if installed():
+    os.environ.update({**ENVIRONMENT, **os.environ})
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MADE = pytest.StashKey[str]()
@@ -36,6 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     if config.getoption("--without-jax"):
         keep_away(*DEVICE)
+
+
+def pytest_report_header() -> str:
+    return (
+        f"libtpu: {version('libtpu')}" if installed() else "libtpu: none, so that tests/tpu is not collected"
+    )
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
