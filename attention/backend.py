@@ -107,6 +107,14 @@ class Backend(ABC):
         array = PageArray(shape, ("pages", "kv_heads", "page", "head_dim"), dtype)
         return array, array
 
+    def stored(
+        self,
+        k: Float[Array, "pages kv_heads page head_dim"],
+        v: Float[Array, "pages kv_heads page head_dim"],
+    ) -> Pages:
+        """A layer's pages that hold these keys and values: for checks and benchmarks, which write none."""
+        return k, v
+
     @abstractmethod
     def capacity(self, rows: int, sizes: Sizes, pages_per_read: int | None = None) -> Capacity:
         """Room for every step of at most `rows` rows.

@@ -18,7 +18,7 @@ from attention.heads import group_size
 from attention.tile_planner import lay_out_tiles
 from attention.tiles import MAX_ROWS, Costs, TileCapacity, TileList, Tiling, refilled
 from attention.tpu_chips import CHIPS, MIB, Chip
-from attention.tpu_pages import LANES, planes
+from attention.tpu_pages import LANES, joined, planes
 from attention.tpu_plan import BUFFERS, CHUNK, NARROW, TILE_WORDS, WIDE, CoreTiles, Plan
 from attention.tpu_tiles import attend
 from attention.tpu_write import write
@@ -81,6 +81,9 @@ class Tpu(Backend):
     def pages(self, sizes: Sizes, head_dim: int, dtype: Any) -> Sequence[PageArray]:
         shape = (sizes.num_pages, sizes.kv_heads, planes(head_dim), sizes.page_size, LANES)
         return (PageArray(shape, ("pages", "kv_heads", None, "page", None), dtype),)
+
+    def stored(self, k: Array, v: Array) -> tuple[Array]:
+        return (joined(k, v).swapaxes(2, 3),)
 
     def tiling(self, heads: int, kv_heads: int, page_size: int) -> Tiling:
         """How the kernel cuts a step into tiles, each of which a core computes with all of its KV heads."""

@@ -29,6 +29,9 @@ class Wrapped(Backend):
     def pages(self, sizes: Sizes, head_dim: int, dtype: Any) -> Sequence[PageArray]:
         return self.inner.pages(sizes, head_dim, dtype)
 
+    def stored(self, k: Any, v: Any) -> Any:
+        return self.inner.stored(k, v)
+
     def capacity(self, rows: int, sizes: Sizes, pages_per_read: int | None = None) -> Capacity:
         return self.inner.capacity(rows, sizes, pages_per_read)
 

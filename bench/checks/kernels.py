@@ -147,7 +147,8 @@ def check(
     used = row_of < setup.rows
     scale = setup.head_dim**-0.5
     queries = q.at[row_of].get(mode="fill", fill_value=1)
-    out, lse = setup.backend.attend(queries, (k_pages, v_pages), inputs["work"], scale=scale)
+    pages = setup.backend.stored(k_pages, v_pages)
+    out, lse = setup.backend.attend(queries, pages, inputs["work"], scale=scale)
     reference = tree_reference if setup.kind == "tree" else forest_reference
     wide_k, wide_v = (
         jnp.where(filled[:, None, :, None], x, 0).astype(jnp.float32) for x in (k_pages, v_pages)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention import Sizes, Work, backend_named, default_backend
+from attention import Pages, Sizes, Work, backend_named, default_backend
 from bench import hardware
 from bench.command import Command
 from bench.device.peers import FlashInfer, peer_names
@@ -130,11 +130,12 @@ class KernelBench:
     def measure_all(self, prepared: Sequence[Prepared], flashinfer: FlashInfer | None) -> None:
         """Ours and the strong peers on every shape first, then the weak peers."""
         pools = {page: self.pool(page) for page in {item.shape.page for item in prepared}}
+        stored = {page: self.backend.stored(*pool) for page, pool in pools.items()}
         outputs = []
         for item in prepared:
             if self.late():
                 return
-            case, out = self.measure(item, *pools[item.shape.page])
+            case, out = self.measure(item, stored[item.shape.page])
             outputs.append(out)
             self.result["cases"].append(case)
             self.measure_peers(item, case, out, *pools[item.shape.page], flashinfer, weak=False)
@@ -181,19 +182,20 @@ class KernelBench:
 
         # Jitted, so that the calls of the loop are traced and lowered once.
         @jax.jit
-        def attend(q: Array, k_pages: Array, v_pages: Array, work: Work) -> Array:
-            return self.backend.attend(q, (k_pages, v_pages), work, scale=scale)[0]
+        def attend(q: Array, pages: Pages, work: Work) -> Array:
+            return self.backend.attend(q, pages, work, scale=scale)[0]
 
-        def loop(q: Array, k_pages: Array, v_pages: Array, works: Sequence[Any]) -> Array:
+        def loop(q: Array, pages: Pages, works: Sequence[Any]) -> Array:
             def body(_: Any, q: Array) -> Array:
                 for work in works:
-                    q = attend(q, k_pages, v_pages, work)
+                    q = attend(q, pages, work)
                 return q
 
             return lax.fori_loop(0, self.trips, body, q)
 
-        once_program = attend.lower(q, pool, pool, work).compile()
-        loop_program = jax.jit(loop).lower(q, pool, pool, [work] * self.sets).compile()
+        pages = jax.eval_shape(self.backend.stored, pool, pool)
+        once_program = attend.lower(q, pages, work).compile()
+        loop_program = jax.jit(loop).lower(q, pages, [work] * self.sets).compile()
         return Program(once_program, loop_program)
 
     def pool_pages(self, shape: Shape) -> int:
@@ -222,9 +224,7 @@ class KernelBench:
         q = rng.standard_normal((shape.rows, shape.q_heads, shape.head_dim), np.float32)
         return q.astype(jnp.bfloat16)
 
-    def measure(
-        self, item: Prepared, k_pages: Array, v_pages: Array
-    ) -> tuple[dict[str, Any], np.ndarray | None]:
+    def measure(self, item: Prepared, pages: Pages) -> tuple[dict[str, Any], np.ndarray | None]:
         """Our time on a shape; our output, [rows, heads, head_dim] in the order of the branches, float32."""
         shape = item.shape
         floor = shape.unique_bytes / self.result["copy_tb_s"] / 1e12
@@ -247,17 +247,17 @@ class KernelBench:
         moved = [item.tables.moved(index % sets * shape.pages) for index in range(self.sets)]
         works = [jax.device_put(item.plan(tables.reads())[1]) for tables in moved]
         out = np.zeros(q.shape, np.float32)
-        out[item.rows] = np.asarray(program.once(ours, k_pages, v_pages, works[0]))[: shape.rows]
-        return case | self.time_ours(program, ours, k_pages, v_pages, works, floor), out
+        out[item.rows] = np.asarray(program.once(ours, pages, works[0]))[: shape.rows]
+        return case | self.time_ours(program, ours, pages, works, floor), out
 
     def time_ours(
-        self, program: Program, q: Array, k_pages: Array, v_pages: Array, works: Sequence[Any], floor: float
+        self, program: Program, q: Array, pages: Pages, works: Sequence[Any], floor: float
     ) -> dict[str, float]:
         """Microseconds of one attention call; with `profile`, of its kernels alone too."""
         attentions = self.sets * self.trips
 
         def call(q: Array) -> Array:
-            return program.loop(q, k_pages, v_pages, works)
+            return program.loop(q, pages, works)
 
         first, q = seconds_per_call(call, call(q), calls=1, repeats=1)
         calls = 1 if self.tiny else int(np.clip(0.04 / first, 2, 200))

@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention import Backend, Capacity, Pages, Read, Reads, Sizes, Work
-from attention.tpu import Tpu
-from attention.tpu_pages import joined
+from attention import Backend, Capacity, Read, Reads, Sizes, Work
 from attention.xla import Xla
 from tests.attention.forest import filled, pages_of
 
@@ -20,11 +18,6 @@ from tests.attention.forest import filled, pages_of
 @partial(jax.jit, static_argnames=("scale", "backend"))
 def _attend(q, pages, work, *, scale: float, backend: Backend):
     return backend.attend(q, pages, work, scale=scale)
-
-
-def stored(backend: Backend, k: jax.Array, v: jax.Array) -> Pages:
-    """Pages [pages, kv_heads, page, head_dim] of keys and of values, as a backend keeps them."""
-    return (joined(k, v).swapaxes(2, 3),) if isinstance(backend, Tpu) else (k, v)
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Case:
 
     def run(self, backend: Backend) -> tuple[np.ndarray, np.ndarray]:
         q, k_pages, v_pages = map(jnp.asarray, (self.q, self.k_pages, self.v_pages))
-        pages = stored(backend, k_pages, v_pages)
+        pages = backend.stored(k_pages, v_pages)
         out, lse = _attend(q, pages, self.work, scale=self.scale, backend=backend)
         assert out.dtype == self.q.dtype
         return np.asarray(out, np.float64), np.asarray(lse, np.float64)

@@ -18,7 +18,6 @@ from attention.reference import Reference
 from attention.tpu import Tpu
 from attention.wrapped import Wrapped
 from attention.xla import Xla
-from tests.attention.dense import stored
 
 PAGE_SIZE, NUM_PAGES, HEADS, KV_HEADS, HEAD_DIM = 16, 8, 2, 1, 128
 RUNNING = [Reference(), Xla(), Gpu(interpret=True), Tpu(interpret=True, block_tokens=128), Wrapped(Xla())]
@@ -40,7 +39,7 @@ def seen(backend: Backend, work: object, rows: int) -> list[list[int]]:
     """The positions of the pool that each row reads, as the lse of equal scores and one-hot values tell."""
     shape = (NUM_PAGES, KV_HEADS, PAGE_SIZE, HEAD_DIM)
     values = np.eye(NUM_PAGES * PAGE_SIZE, HEAD_DIM, dtype=np.float32).reshape(shape)
-    pages = stored(backend, jnp.zeros(shape), jnp.asarray(values))
+    pages = backend.stored(jnp.zeros(shape), jnp.asarray(values))
     attend = compiled_attend(backend)
     out, lse = attend(jnp.zeros((rows, HEADS, HEAD_DIM)), pages, work)
     read = [np.flatnonzero(row[0]).tolist() for row in np.asarray(out)]
@@ -76,7 +75,7 @@ def test_query_heads_must_be_a_multiple_of_kv_heads(backend: Backend) -> None:
     pool = jnp.zeros((NUM_PAGES, 2, PAGE_SIZE, HEAD_DIM))
     work = capacity(backend, 4, heads=4, kv_heads=2).empty()
     with pytest.raises(ValueError, match="3 query heads cannot share 2 KV heads"):
-        backend.attend(jnp.zeros((4, 3, HEAD_DIM)), stored(backend, pool, pool), work, scale=1.0)
+        backend.attend(jnp.zeros((4, 3, HEAD_DIM)), backend.stored(pool, pool), work, scale=1.0)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
