@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -22,7 +24,10 @@ from .client import Client
 from .options import Options, SamplingOptions
 from .plan import branch, model_driven, parallel, serial
 from .request import Prompt
-from .terminal import show_live
+from .terminal import SHOWN_AGAIN, show_live
+
+_INTERRUPTED = 130
+_STDOUT = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +62,7 @@ def main(args: list[str] | None = None) -> None:
     flags = (tyro.conf.FlagCreatePairsOff,)
     ask = tyro.cli(Ask, prog="taper-client", description=Ask.__doc__, args=args, config=flags)
     try:
-        with Client(ask.address, timeout=ask.timeout) as client, _left_at_once_when_interrupted():
+        with _left_at_once_when_interrupted(), Client(ask.address, timeout=ask.timeout) as client:
             _answer(client, ask)
             sys.stdout.flush()
     except ServiceError as error:
@@ -68,20 +73,35 @@ def main(args: list[str] | None = None) -> None:
         # Whoever reads has seen enough. The interpreter would write what is left when it ends, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt:  # as `main` begins or ends
+        sys.exit(_INTERRUPTED)
 
 
 @contextlib.contextmanager
 def _left_at_once_when_interrupted() -> Iterator[None]:
-    """An interrupt that comes just as a call begins leaves a channel that gRPC waits for ever to close.
+    """An interrupt ends the process where it comes, without raising KeyboardInterrupt.
 
-    The server ends the request when it sees that the connection is gone.
+    That may be raised anywhere in gRPC's Python: where a condition has released its lock and not yet begun to
+    wait, it turns into a RuntimeError; where a call begins, it leaves a channel that never closes. The server
+    ends the request when it sees that the connection is gone.
     """
+    before = signal.getsignal(signal.SIGINT)
+    on_main = threading.current_thread() is threading.main_thread()
+    if not on_main or before is not signal.default_int_handler:  # such as ignored, by whoever started us
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
     try:
         yield
-    except KeyboardInterrupt:
-        os._exit(130)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _leave(*_: object) -> None:
+    with contextlib.suppress(OSError):
+        if os.isatty(_STDOUT):  # past its buffer and its lock, which may be held
+            os.write(_STDOUT, SHOWN_AGAIN)
+    os._exit(_INTERRUPTED)
 
 
 def _answer(client: Client, ask: Ask) -> None:

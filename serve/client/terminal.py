@@ -12,6 +12,9 @@ from rich.text import Text
 
 from .answer import Branch, BranchFinished, Completion, Delta, Event, StageStarted
 
+SHOWN_AGAIN = b"\x1b[?25h\n"
+"""What a terminal needs where `show_live` is left in its midst: the cursor, which it hides, on a new line."""
+
 
 def show_live(events: Iterable[Event], console: Console) -> None:
     """The answer is drawn anew whenever something of it has come."""

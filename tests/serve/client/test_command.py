@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -19,6 +22,7 @@ from serve.client.command import main
 from tests.serve.client.test_options import SAMPLING
 from tests.serve.fakes import FakeEngine, begin, fork_and_join, listening
 
+HIDDEN, SHOWN = "\x1b[?25l", "\x1b[?25h"
 ANSWER = "Hi. Tea: goodCoffee: bad, or x, and y So: tea."
 
 
@@ -185,10 +189,17 @@ def test_the_command_explains_itself(capsys):
 
 
 PROGRAM = "from serve.client.command import main; main()"
-# An interrupt can leave a channel that never closes.
+# What an interrupt that is raised inside of gRPC can do: it becomes nobody's, and the channel never closes.
 STUCK = f"""
-import threading
+import contextlib, threading
 from serve.client import Client
+generate = Client.generate
+def swallowing(*args, **options):
+    while True:
+        with contextlib.suppress(BaseException):
+            yield from generate(*args, **options)
+            return
+Client.generate = swallowing
 Client.close = lambda client: threading.Event().wait()
 {PROGRAM}
 """
@@ -202,12 +213,35 @@ def begin_or_answer(engine: FakeEngine, request: Request) -> None:
         engine.tell(request.id, Started(request.id, 3, 2), begin(request.id, 0))
 
 
-def started(
-    address: str, *args: str, stdout: int = subprocess.PIPE, program: str = PROGRAM
-) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", program, *args, "--address", address]
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=buffered)
+def begun(prompt: bytes) -> Callable[[FakeEngine], bool]:
+    """Whether an engine has got a request with a prompt."""
+    return lambda engine: any(prompt in bytes(each.prompt) for each in engine.requests.values())
+
+
+class Processes:
+    """`taper-client`s as processes of their own: with the block they end, and their pipes are closed."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._running = contextlib.ExitStack()
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
+
+    def start(
+        self, *args: str, stdout: int = subprocess.PIPE, program: str = PROGRAM
+    ) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", program, *args, "--address", self._address]
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        process = subprocess.Popen(
+            command, stdout=stdout, stderr=subprocess.PIPE, text=True, env={**env, "TERM": "xterm"}
+        )
+        self._running.enter_context(process)
+        self._running.callback(process.kill)
+        return process
 
 
 def test_exit_codes_of_a_process():
@@ -215,12 +249,13 @@ def test_exit_codes_of_a_process():
     reading, writing = os.pipe()
     os.close(reading)
     engine = FakeEngine(begin_or_answer)
-    with listening(engine) as address:
-        good, late = started(address, "answer"), started(address, "wait", "--timeout", "2")
-        broken = started(address, "answer", stdout=writing)
-        waiting = started(address, "wait for long", program=STUCK)
+    with listening(engine) as address, Processes(address) as processes:
+        start = processes.start
+        good, late = start("answer"), start("wait", "--timeout", "2")
+        broken = start("answer", stdout=writing)
+        waiting = start("wait for long", program=STUCK)
         os.close(writing)
-        engine.wait_for(lambda e: any(b"long" in bytes(r.prompt) for r in e.requests.values()), timeout=60)
+        engine.wait_for(begun(b"long"), timeout=60)
         waiting.send_signal(signal.SIGINT)
         ends = [(*each.communicate(timeout=60), each.returncode) for each in (good, waiting, broken)]
         assert ends == [(ANSWER + "\n", "", 0), ("", "", 130), (None, "", 1)]
@@ -228,3 +263,46 @@ def test_exit_codes_of_a_process():
         assert (late.returncode, out, error.count("\n")) == (1, "", 1)
         assert error.startswith("taper-client: DEADLINE_EXCEEDED: ")
         engine.wait_for(lambda e: len(e.cancelled) >= 2)
+
+
+def read_all(terminal: int) -> str:
+    """What comes until nobody has the other end any more."""
+    read = b""
+    with contextlib.suppress(OSError):
+        while more := os.read(terminal, 4096):
+            read += more
+    return read.decode()
+
+
+def test_an_interrupt_gives_a_terminal_its_cursor_back():
+    terminal, theirs = pty.openpty()
+    engine = FakeEngine(begin_or_answer)
+    with listening(engine) as address, Processes(address) as processes:
+        waiting = processes.start("wait for long", stdout=theirs)
+        os.close(theirs)
+        engine.wait_for(begun(b"long"), timeout=60)
+        shown = os.read(terminal, 4096).decode()
+        while HIDDEN not in shown:
+            shown += os.read(terminal, 4096).decode()
+        waiting.send_signal(signal.SIGINT)
+        left = read_all(terminal)
+        assert (waiting.communicate(timeout=60)[1], waiting.returncode) == ("", 130)
+    os.close(terminal)
+    assert SHOWN in left
+
+
+def test_a_process_that_was_started_so_that_interrupts_are_ignored_ignores_them():
+    engine = FakeEngine(begin_or_answer)
+    with listening(engine) as address, Processes(address) as processes:
+        ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{PROGRAM}"
+        waiting = processes.start("wait for long", program=ignoring)
+        engine.wait_for(begun(b"long"), timeout=60)
+        waiting.send_signal(signal.SIGINT)
+        (asked,) = engine.requests.values()
+        fork_and_join(engine, asked)
+        assert (*waiting.communicate(timeout=60), waiting.returncode) == (ANSWER + "\n", "", 0)
+
+
+def test_who_calls_the_command_gets_interrupts_back(run):
+    run("Drinks?")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
