@@ -108,6 +108,34 @@ def generate(
     return Generation(ids, steps=int((tokens[:, 0] >= 0).sum()), seconds=seconds)
 
 
+def compile_ahead(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    branches: int = 1,
+    sampling: SamplingParams | None = None,
+    page_size: int = 16,
+    backend: Backend,
+    placement: Placement,
+) -> jax.stages.Compiled:
+    """The program that `generate` would run, from a model that has no weights yet: `place_model` says where.
+
+    The devices of the placement need not be here. Raises ValueError as `generate` does.
+    """
+    sampling = sampling or SamplingParams()
+    _check(model, prompts, max_tokens, branches)
+    batch = _batch(prompts, branches, max_tokens, page_size, (), model.config, backend, placement)
+    sizes = batch.num_pages, page_size
+    cache = KVCache.abstract(backend, model.config, *sizes, model.dtype, placement)
+    vocab, bias = model.config.vocab_size, max(1, len(sampling.logit_bias))
+    slots = SlotState.abstract(len(prompts) * branches, vocab, bias, placement)
+    structure, weights = model.split()
+    uses = sampler_for(uses_of(replace(sampling, logprobs=False)))
+    shapes = _Shapes.of((weights, cache, slots, batch.arrays))
+    return compile_generation(structure, shapes, backend, page_size, uses, placement)
+
+
 def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int, branches: int) -> None:
     if not prompts or max_tokens < 1 or branches < 1:
         raise ValueError("there must be a prompt, and at least one token and one branch to generate")

@@ -16,10 +16,11 @@ from attention.reference import Reference
 from attention.xla import Xla
 from model import decode
 from model.checkpoint import load_model
-from model.decode import generate
+from model.decode import compile_ahead, generate
 from model.decoder import Decoder
 from model.sampling import USES_ALL, USES_RANDOM, USES_TOP, branch_key
-from model.weights import hf_tensors
+from model.sharding import ON_ONE_DEVICE
+from model.weights import hf_tensors, place_model
 from scheduler.sampling import SamplingParams
 from tests.model.dense import dense_greedy, dense_logits
 from tests.sizes import sampled
@@ -173,6 +174,17 @@ def test_prompts_of_other_lengths_and_other_options_use_the_same_program(model: 
     compiled = decode.compile_generation.cache_info().misses
     others, sampling = [[4], [5, 6], [7, 8, 9]], SamplingParams(temperature=1.0, top_k=3)
     generate(model, others, max_tokens=TOKENS, eos_ids=(2, 3), sampling=sampling)
+    assert decode.compile_generation.cache_info().misses == compiled
+
+
+def test_a_program_compiled_ahead_of_the_weights_is_the_one_that_generates(model: Decoder) -> None:
+    abstract = place_model(Decoder(model.config, jnp.float32), ON_ONE_DEVICE)
+    ahead = compile_ahead(
+        abstract, PROMPTS, max_tokens=TOKENS, branches=3, backend=Xla(), placement=ON_ONE_DEVICE
+    )
+    compiled = decode.compile_generation.cache_info().misses
+    assert ahead.memory_analysis() is not None
+    generate(model, PROMPTS, max_tokens=TOKENS, branches=3, backend=Xla())
     assert decode.compile_generation.cache_info().misses == compiled
 
 

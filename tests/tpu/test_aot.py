@@ -17,6 +17,7 @@ from bench.tpu.kernels import Kernels, cycles, tpu_for
 from bench.tpu.topology import TopologyError, devices
 from bench.tpu_aot import main
 from model.config import PRESETS
+from model.decode import compile_ahead
 from model.decoder import Decoder
 from model.kv_cache import KVCache, bytes_per_page
 from model.sampling import SlotState
@@ -91,6 +92,28 @@ def test_the_kernels_keep_to_their_cycles() -> None:
 def test_a_topology_that_there_is_not_is_refused(topology: str, count: int | None, why: str) -> None:
     with pytest.raises(TopologyError, match=why):
         devices(topology, count)
+
+
+@pytest.mark.parametrize("chips", [pytest.param(1, marks=pytest.mark.full), 8])
+def test_the_loop_of_taper_decode_compiles(chips: int) -> None:
+    """For eight prompts, which are one pass of 256 rows, and 96 tokens of each of 64 branches."""
+    chosen = devices("v5e:2x4", chips)
+    placement, backend = Placement.over(QWEN3_32B, chips, chosen), tpu_for(chosen[0])
+    model = place_model(Decoder(QWEN3_32B, DTYPE), placement)
+    prompts: list[list[int]] = [[*range(1, 33)]] * 8
+    program = compile_ahead(
+        model, prompts, max_tokens=96, branches=8, page_size=16, backend=backend, placement=placement
+    )
+    pages = 256 // 16 + 8 + 64 * 96 // 16
+    cache = pages * bytes_per_page(backend, QWEN3_32B, 16, DTYPE, placement)
+    assert program.memory_analysis().alias_size_in_bytes >= cache
+    # Of the last layer the pass needs keys and values only.
+    expected = {
+        "all-reduce bf16[256,5120]": 2 * LAYERS - 1,
+        "all-reduce bf16[64,5120]": 2 * LAYERS + 1,
+        "all-gather f32[8,2,64]": 1,
+    }
+    assert Counter(map(str, collectives(program.as_text()))) == (expected if chips > 1 else {})
 
 
 def test_the_command_says_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> None:
