@@ -22,7 +22,7 @@ test-fast: $(VENV)/.installed-test
 # For every commit: a sample of the matrices. Its CPU seconds are printed, and those of one test are bounded;
 # CONTRIBUTING.md says how.
 test: $(VENV)/.installed-test check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 --cpu-bound 20
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 --cpu-bound 15
 
 # Before a release: everything but the oracle.
 test-all: $(VENV)/.installed-test check
