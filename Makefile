@@ -22,7 +22,7 @@ test-fast: $(VENV)/.installed-test
 # For every commit: a sample of the matrices. Its CPU seconds are printed, and those of one test are bounded;
 # CONTRIBUTING.md says how.
 test: $(VENV)/.installed-test check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 --cpu-bound 20 --ignore tests/tpu
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 --cpu-bound 15 --ignore tests/tpu
 
 # The same for TPUs: what libtpu compiles for chips that are not here, and what is slow in the interpreter.
 test-tpu: $(VENV)/.installed-tpu

@@ -1,4 +1,4 @@
-"""What the tests cost, in CPU seconds, which hardly depend on what else the machine does: `pytest --cpu`.
+"""What the tests cost in CPU seconds, which depend less than other seconds on what else runs: `pytest --cpu`.
 
 Of each test all threads of its process are counted, and the processes that it waited for. The first test to
 ask for a shared fixture is charged with it.
@@ -15,9 +15,12 @@ import pytest
 
 SINCE = pytest.StashKey[float]()
 
-# Two hyperthreads share a core, and neighbours its caches: the same work is then charged with up to half
-# as many seconds again. A test fails the run only where that does not excuse it.
-SHARED_CORES = 1.5
+# The same work is charged with more seconds where others share the machine: two hyperthreads share a core,
+# and neighbours its caches and its memory. Beside one or two busy processes we saw 1.3 to 1.6 times as many,
+# and the host of a virtual machine has neighbours that nobody sees. So the bound is what a test may take on a
+# quiet machine, a test above it is marked, and one fails the run only where no neighbour excuses it: a test
+# whose work has grown by this factor fails it everywhere.
+SHARED_CORES = 3.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--cpu-bound",
         type=float,
         metavar="SECONDS",
-        help=f"with --cpu: mark tests that took more, and fail if one took {SHARED_CORES} times as many",
+        help=f"with --cpu: mark tests that took more, and fail if one took {SHARED_CORES:g} times as many",
     )
 
 
@@ -98,5 +101,5 @@ class CpuSeconds:
     def verdict(self, seconds: float) -> str:
         """What a test's cost means for the run."""
         if seconds > SHARED_CORES * self.bound:
-            return f"  FAILS THE RUN: more than {SHARED_CORES} times {self.bound:g}"
+            return f"  FAILS THE RUN: more than {SHARED_CORES:g} times {self.bound:g}"
         return f"  above {self.bound:g}" if seconds > self.bound else ""

@@ -31,7 +31,7 @@ def run(pytester: pytest.Pytester, *options: str) -> tuple[pytest.ExitCode | int
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_one_dear_test_fails_a_run_in_which_all_pass(pytester: pytest.Pytester, workers: str) -> None:
-    code, said = run(pytester, "-n", workers, "--cpu", "2", "--cpu-bound", "0.3")
+    code, said = run(pytester, "-n", workers, "--cpu", "2", "--cpu-bound", "0.1")
     assert code == pytest.ExitCode.TESTS_FAILED
     (line,) = (line for line in said.splitlines() if "::test_dear" in line and "FAILS THE RUN" in line)
     assert float(line.split()[0]) >= 0.5
