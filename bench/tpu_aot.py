@@ -38,7 +38,13 @@ from bench.device.shapes import PageTables, Shape
 from bench.hlo import Collective, collectives
 from bench.result import conclude, head
 from bench.tpu.cycles import ATTEND, WRITE, AttentionCycles, WriteCycles
-from bench.tpu.estimate import Reading, collectives_seconds, products_seconds, sides_of
+from bench.tpu.estimate import (
+    Reading,
+    collectives_seconds,
+    products_seconds,
+    roofline_shares,
+    sides_of,
+)
 from bench.tpu.figures import Figures, figures_of
 from bench.tpu.kernels import Kernels, cycles, tpu_for
 from model.config import PRESETS, ModelConfig
@@ -146,7 +152,13 @@ def estimate(
         "collectives_seconds": collectives_seconds(told, sides, target.figures),
     }
     total = sum(parts.values())
-    return {"floor_seconds": floor, "estimate_seconds": total, "over_floor": total / floor, "parts": parts}
+    return {
+        "floor_seconds": floor,
+        "estimate_seconds": total,
+        "over_floor": total / floor,
+        "parts": parts,
+        "roofline_shares": roofline_shares(attend, plan, page, chip),
+    }
 
 
 def measure(target: Target, shape: Shape) -> dict[str, Any]:
@@ -184,6 +196,7 @@ def text(result: dict[str, Any]) -> str:
         for name in ("argument", "alias", "temp", "needed", "usable")
     }
     told = ", ".join(f"{count} x {name}" for name, count in result["collectives"].items())
+    shares = ", ".join(f"{lanes} lanes {share:.0%}" for lanes, share in result["roofline_shares"].items())
     parts = ", ".join(f"{name[:-8]} {1e3 * each:.2f}" for name, each in result["parts"].items())
     return (
         f"{compiled}, compiled in {result['compile_seconds']:.0f} s\n"
@@ -191,6 +204,7 @@ def text(result: dict[str, Any]) -> str:
         f"temporary {gib['temp']:.3f}; needed {gib['needed']:.2f} of {gib['usable']:.2f}: "
         f"{'fits' if result['fits'] else 'DOES NOT FIT'}\n"
         f"collectives: {told or 'none'}\n"
+        f"attention in full blocks, of the memory's rate: {shares}\n"
         f"estimated, not measured: a step takes {1e3 * result['estimate_seconds']:.2f} ms ({parts}), "
         f"{result['over_floor']:.2f} x its byte floor of {1e3 * result['floor_seconds']:.2f} ms"
     )

@@ -74,10 +74,13 @@ class AttentionCycles:
 
 @dataclass(frozen=True, slots=True)
 class WriteCycles:
-    """Cycles of the kernel that writes KV."""
+    """Cycles of the kernel that writes KV, for all rows of a bucket."""
 
     once: int
 
     @classmethod
     def of(cls, schedule: Schedule) -> WriteCycles:
+        """Raises ScheduleError if it is not known how often its loops run."""
+        if None in map(schedule.times, schedule.loops):
+            raise ScheduleError("a loop of the kernel that writes runs for nobody knows how long")
         return cls(schedule.cycles(schedule.whole))

@@ -89,6 +89,17 @@ def tile_cycles(tile: np.ndarray, plan: Plan, cycles: AttentionCycles) -> float:
     )
 
 
+def roofline_shares(cycles: AttentionCycles, plan: Plan, page_bytes: int, chip: Chip) -> dict[int, float]:
+    """What attention reaches of the memory's rate in full blocks that all rows see, by lanes."""
+    reading = plan.block_pages * page_bytes * chip.cores / chip.hbm
+    around = plan.block_pages * cycles.page + cycles.block
+    each = plan.kv_heads / cycles.heads
+    return {
+        lanes: min(1.0, reading / ((around + each * update) / chip.clock))
+        for lanes, update in cycles.updates.items()
+    }
+
+
 def update_cycles(variants: dict[int, int], lanes: int) -> int:
     """By the smallest variant with room for so many lanes, or the largest as often as it takes."""
     widest = max(variants)

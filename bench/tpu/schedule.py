@@ -94,9 +94,8 @@ class Schedule:
         for index in range(loop.first, loop.end):
             test = _EXIT.search(self.bundles[index])
             if test and not any(each.first <= index < each.end for each in within):
-                text = "".join(self.bundles[loop.first : loop.end])
-                step = re.search(rf"%{test[1]} = sadd\.s32 (\d+),", text)
-                return -(-int(test[2]) // int(step[1])) if step else None
+                step = _step("\n".join(self.bundles[loop.first : loop.end]), test[1])
+                return -(-int(test[2]) // step) if step else None
         return None
 
     def cycles(self, region: Region) -> int:
@@ -128,3 +127,13 @@ class Schedule:
         if not held:
             raise ScheduleError("a schedule without the loop that it should have")
         return min(held, key=lambda loop: loop.cycles)
+
+
+def _step(text: str, counter: str) -> int | None:
+    """What is added to a loop's counter each time, also where it is kept in memory meanwhile."""
+    if added := re.search(rf"%{counter} = sadd\.s32 (\d+),", text):
+        return int(added[1])
+    if loaded := re.search(rf"%{counter} = sld \[smem:\[(#\w+)\]\]", text):
+        stored = re.search(rf"sst \[smem:\[{loaded[1]}\]\] %(\w+)", text)
+        return _step(text, stored[1]) if stored else None
+    return None

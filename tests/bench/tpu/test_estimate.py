@@ -17,6 +17,7 @@ from bench.tpu.estimate import (
     Reading,
     collective_seconds,
     products_seconds,
+    roofline_shares,
     sides_of,
     tile_cycles,
     update_cycles,
@@ -95,6 +96,14 @@ def test_what_attention_reads_is_what_the_plan_copies(chip: Chip) -> None:
     assert reading.cycles == 500 + each * 8 / chip.cores
     page = 2 * 64 * 128 * 2
     assert reading.seconds(page, chip) == max(reading.cycles / chip.clock, reading.pages * page / chip.hbm)
+
+
+def test_more_lanes_reach_less_of_the_memory_s_rate() -> None:
+    """Blocks of 32 pages of 32 KiB, which take v5e 1.28 us to read."""
+    shares = roofline_shares(CYCLES, PLAN, 32 * 1024, V5E)
+    reading = 32 * 32 * 1024 / 819e9
+    assert shares == {8: 1.0, 64: 1.0, 128: pytest.approx(reading / ((32 * 5 + 200 + 1700) / 1.5e9))}
+    assert shares[128] < 1
 
 
 def test_the_sides_of_a_grid_are_those_of_its_places() -> None:

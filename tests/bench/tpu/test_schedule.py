@@ -53,6 +53,13 @@ def test_a_loop_counts_as_often_as_it_runs_where_that_is_known() -> None:
     assert schedule.around([inner]) == outer
 
 
+def test_a_counter_that_is_kept_in_memory_is_found_there() -> None:
+    kept = "%s5 = sld [smem:[#allocation8_spill]]"
+    added = "%s9 = sadd.s32 8, %s4  ;;  %7 = sst [smem:[#allocation8_spill]] %s9"
+    schedule = Schedule.parse(NESTED.replace("%s5 = sadd.s32 8, %s4", f"{added}  ;;  {kept}"))
+    assert [schedule.times(loop) for loop in schedule.loops] == [None, 8]
+
+
 def test_the_schedule_of_a_kernel_is_the_last_that_was_written(tmp_path: Path) -> None:
     analysis = "2-kv_write.1-64-schedule-analysis_packed-bundles-post-ra.txt"
     for name in (
@@ -98,3 +105,5 @@ def test_the_loops_of_the_kernel_that_writes_are_counted() -> None:
     schedule = Schedule.parse((SCHEDULES / "write.txt").read_text())
     assert [schedule.times(loop) for loop in schedule.loops] == [8, 8, 8, 2]
     assert WriteCycles.of(schedule).once == schedule.cycles(schedule.whole) > len(schedule.bundles)
+    with pytest.raises(ScheduleError, match="for nobody knows how long"):
+        WriteCycles.of(Schedule.parse(NESTED))
