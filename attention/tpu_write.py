@@ -194,7 +194,8 @@ def _launch(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=[shape((rows, width), qkv.dtype), shape(array.shape, array.dtype)],
+        # Kept out of VMEM, where XLA would bring the pages of a whole layer if they fitted.
+        out_shape=[shape((rows, width), qkv.dtype), pltpu.HBM(array.shape, array.dtype)],
         input_output_aliases={len(arguments) - 1: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
