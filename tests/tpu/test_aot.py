@@ -63,7 +63,7 @@ def test_pages_are_updated_in_place_and_never_copied(over_eight: StepProgram) ->
     cache = PAGES * bytes_per_page(layout.backend, QWEN3_32B, PAGE_SIZE, DTYPE, layout.placement)
     memory = over_eight.forward.memory_analysis()
     assert memory.alias_size_in_bytes == cache
-    assert memory.temp_size_in_bytes < cache / LAYERS / 100
+    assert memory.temp_size_in_bytes < cache / LAYERS / 10
     pages = rf"bf16\[{PAGES},1,2,{PAGE_SIZE},128\]"
     made_by = Counter(
         re.findall(rf" = (?:\([^=]*)?{pages}[^=]*? ([a-z][\w-]*)\(", over_eight.forward.as_text())
@@ -137,7 +137,7 @@ def test_the_command_says_what_a_step_takes(capsys: pytest.CaptureFixture[str]) 
     result = json.loads(printed.out)
     assert (result["topology"], result["chips"], result["fits"]) == ("v5e:2x2", 1, True)
     assert result["compile_seconds"] > 0
-    assert result["temp_bytes_per_chip"] < 2**20
+    assert result["temp_bytes_per_chip"] < 2**23
     assert result["hbm_bytes_per_chip"] == 16 * 2**30
     assert result["collectives"] == {}
     assert result["kernel_cycles"].keys() == {"shared_prefix_attention", "kv_write"}
