@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from jax import Array
 
 SETS, TRIPS = 8, 4  # page sets that a program takes in turn, and how often
+CEILINGS = {"cpu": (2**28, 1024), "others": (2**31, 8192)}  # bytes that are copied, side of the matrices
 ROW_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024)
 ROTATED_BYTES = 4e8  # that a shape's page sets have together, so that none of it stays in a cache
 VALUE_SCALE = 32.0  # of V: outputs of some thousand positions are then about as large as queries
@@ -87,20 +89,25 @@ class Prepared:
     plan_seconds: float
 
 
-class KernelBench:
-    """The pools, the programs and the results of one run."""
+def suites(options: Options) -> list[Shape]:
+    """The shapes that options ask for, the random ones last."""
+    tables = [suite_shapes(suite, options.page, options.heads) for suite in options.suite]
+    return [*chain(*tables), *random_shapes(options.random, options.seed, options.page)]
 
-    def __init__(self, options: Options) -> None:
+
+class KernelBench:
+    """The pools, the programs and the results of one run: of the options' suites, or of these shapes."""
+
+    def __init__(self, options: Options, shapes: Sequence[Shape] = ()) -> None:
         self.options, self.backend = options, backend_named(options.backend)
         self.started = time.perf_counter()
-        self.shapes = [
-            shape for suite in options.suite for shape in suite_shapes(suite, options.page, options.heads)
-        ]
-        self.shapes += random_shapes(options.random, options.seed, options.page)
+        self.shapes = [*shapes] or suites(options)
         self.tiny = options.scale == "tiny"
         if self.tiny:
             self.shapes = [shrunk(shape) for shape in self.shapes]
-        self.sets, self.trips = (2, 1) if self.tiny else (SETS, TRIPS)
+        # A CPU starts a program at once, and each call takes it long.
+        self.few = self.tiny or jax.default_backend() == "cpu"
+        self.sets, self.trips = (2, 1) if self.few else (SETS, TRIPS)
         self.compilers = ThreadPoolExecutor(max_workers=os.cpu_count())
         self.programs: dict[Any, Future[Program]] = {}
         self.result: dict[str, Any] = {
@@ -115,12 +122,12 @@ class KernelBench:
         prepared = [self.prepare(shape) for shape in self.shapes]
         for item in prepared:
             self.program(item)
-        small = {"size": 2**20} if self.tiny else {}
+        copied, multiplied = (2**20, 128) if self.tiny else CEILINGS["cpu" if self.few else "others"]
         flashinfer = FlashInfer() if "flashinfer" in self.options.peers else None
         wait(self.programs.values())
         self.log(f"{len(self.programs)} programs are compiled")
-        self.result["copy_tb_s"] = hardware.copy_tb_s(**small)
-        self.result["matmul_tflop_s"] = hardware.matmul_tflop_s(**({"size": 128} if self.tiny else {}))
+        self.result["copy_tb_s"] = hardware.copy_tb_s(size=copied)
+        self.result["matmul_tflop_s"] = hardware.matmul_tflop_s(size=multiplied)
         self.measure_all(prepared, flashinfer)
         self.compilers.shutdown()
         self.result["seconds"] = time.perf_counter() - self.started
@@ -260,7 +267,7 @@ class KernelBench:
             return program.loop(q, pages, works)
 
         first, q = seconds_per_call(call, call(q), calls=1, repeats=1)
-        calls = 1 if self.tiny else int(np.clip(0.04 / first, 2, 200))
+        calls = 1 if self.few else int(np.clip(0.04 / first, 2, 200))
         seconds, q = seconds_per_call(call, q, calls=calls, repeats=1 if self.tiny else 5)
         case = {"ours_us": 1e6 * seconds / attentions, "ours_over_floor": seconds / attentions / floor}
         if self.options.profile:

@@ -88,8 +88,12 @@ class Shape:
     @property
     def unique_bytes(self) -> int:
         """Keys and values read once, queries read and outputs written: the fewest bytes to move."""
-        kv = self.kv_tokens * self.kv_heads * 2 * self.head_dim
-        return BYTES * (kv + 2 * self.rows * self.q_heads * self.head_dim)
+        return BYTES * self.kv_tokens * self.kv_heads * 2 * self.head_dim + self.rows_bytes
+
+    @property
+    def rows_bytes(self) -> int:
+        """Of queries and outputs."""
+        return BYTES * 2 * self.rows * self.q_heads * self.head_dim
 
     @property
     def flops(self) -> int:

@@ -120,10 +120,13 @@ class StepBench:
         backend: Backend,
         placement: Placement,
         seed: int,
+        *,
+        whole: bool = False,
     ) -> None:
+        """With `whole`, the step alone, without its variants."""
         self.config, self.shapes, self.seed = config, shapes, seed
         self.backend, self.placement = backend, placement
-        self.variants = variants(backend, placement)
+        self.variants = {"step": Variant(backend, placement)} if whole else variants(backend, placement)
         self.page = shapes[0].page
         self.num_pages = max(shape.pages for shape in shapes)
         self.rows = sorted({shape.rows for shape in shapes})
