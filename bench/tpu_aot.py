@@ -29,8 +29,9 @@ if __name__ == "__main__":
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
-from attention import Reads
+from attention import Reads, Sizes
 from attention.tpu import Tpu
+from attention.tpu_plan import Plan
 from bench import hardware
 from bench.command import Command, ints
 from bench.device.floor import kv_bytes, weight_bytes
@@ -75,9 +76,25 @@ class Target:
         return figures_of(self.backend.chip)
 
     @property
+    def sizes(self) -> Sizes:
+        """Of one chip's pages."""
+        return page_sizes(self.config, self.num_pages, self.page_size, self.placement)
+
+    @property
+    def plan(self) -> Plan:
+        """Of its attention kernel."""
+        return self.backend.plan(self.rows, self.sizes, self.config.head_dim, DTYPE)
+
+    @property
+    def page_bytes(self) -> int:
+        """What it has of a page of one layer."""
+        of_all = bytes_per_page(self.backend, self.config, self.page_size, DTYPE, self.placement)
+        return of_all // self.config.num_layers
+
+    @property
     def kernels(self) -> Kernels:
         """What each of the chips has of a layer."""
-        sizes = page_sizes(self.config, self.num_pages, self.page_size, self.placement)
+        sizes = self.sizes
         return Kernels(
             topology=self.topology,
             rows=self.rows,
@@ -127,6 +144,14 @@ def memory(program: StepProgram, figures: Figures) -> dict[str, Any]:
     }
 
 
+def attention_seconds(target: Target, shape: Shape, attend: AttentionCycles, rows_bytes: int = 0) -> float:
+    """Of one layer, on each of the chips; `rows_bytes` as in Reading.seconds."""
+    capacity = target.backend.capacity(target.rows, target.sizes)
+    _, tiles = target.backend.lay_out(Reads.of(PageTables.of(shape, 0).reads()), capacity)
+    reading = Reading.of(tiles, target.plan, attend)
+    return reading.seconds(target.page_bytes, target.backend.chip, rows_bytes)
+
+
 def estimate(
     target: Target,
     shape: Shape,
@@ -134,20 +159,14 @@ def estimate(
     kernels: tuple[AttentionCycles, WriteCycles],
 ) -> dict[str, Any]:
     """Seconds of a decode step in which every branch of the shape has a row; its parts, and its floor."""
-    config, placement, backend, chip = target.config, target.placement, target.backend, target.backend.chip
+    config, placement, chip = target.config, target.placement, target.backend.chip
     attend, write = kernels
     weights = weight_bytes(config, DTYPE, placement)
     floor = (weights + kv_bytes(config, DTYPE, shape.kv_tokens, placement)) / chip.hbm
-    sizes = page_sizes(config, target.num_pages, target.page_size, placement)
-    capacity = backend.capacity(target.rows, sizes)
-    _, tiles = backend.lay_out(Reads.of(PageTables.of(shape, 0).reads()), capacity)
-    plan = backend.plan(target.rows, sizes, config.head_dim, DTYPE)
-    reading = Reading.of(tiles, plan, attend)
-    page = bytes_per_page(backend, config, target.page_size, DTYPE, placement) // config.num_layers
     sides = sides_of(device.coords for device in placement.devices)
     parts = {
         "products_seconds": products_seconds(weights, target.rows, chip, target.figures),
-        "attention_seconds": config.num_layers * reading.seconds(page, chip),
+        "attention_seconds": config.num_layers * attention_seconds(target, shape, attend),
         "write_seconds": config.num_layers * write.once / chip.clock,
         "collectives_seconds": collectives_seconds(told, sides, target.figures),
     }
@@ -157,7 +176,7 @@ def estimate(
         "estimate_seconds": total,
         "over_floor": total / floor,
         "parts": parts,
-        "roofline_shares": roofline_shares(attend, plan, page, chip),
+        "roofline_shares": roofline_shares(attend, target.plan, target.page_bytes, chip),
     }
 
 

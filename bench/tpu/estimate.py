@@ -67,9 +67,12 @@ class Reading:
         used = words[: bounds[-1]]
         return cls(busiest, int(used[:, 3].sum() + used[:, 5].sum()))
 
-    def seconds(self, page_bytes: int, chip: Chip) -> float:
-        """Copies run beside the schedule, ahead of it: the longer of both counts."""
-        return max(self.cycles / chip.clock, self.pages * page_bytes / chip.hbm)
+    def seconds(self, page_bytes: int, chip: Chip, rows_bytes: int = 0) -> float:
+        """Copies run beside the schedule, ahead of it: the longer of both counts.
+
+        `rows_bytes` are those of queries and outputs, where these are copied, too.
+        """
+        return max(self.cycles / chip.clock, (self.pages * page_bytes + rows_bytes) / chip.hbm)
 
 
 def tile_cycles(tile: np.ndarray, plan: Plan, cycles: AttentionCycles) -> float:

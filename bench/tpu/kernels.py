@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ def tpu_for(device: Any) -> Tpu:
     return Tpu(chip)
 
 
+@cache
 def cycles(kernels: Kernels, backend: Tpu) -> tuple[AttentionCycles, WriteCycles]:
-    """Of both, by the schedules that libtpu makes in another process. Raises ScheduleError."""
+    """Of both, by the schedules that libtpu makes in another process, once. Raises ScheduleError."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "bench.tpu.kernels", *kernels.arguments()]
         environment = {**ENVIRONMENT, **os.environ, **dumped_to(folder)}
