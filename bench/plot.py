@@ -4,8 +4,9 @@
 
 Of a kernel benchmark: how many times the byte floor each case takes, ours and FlashInfer's. Of a comparison
 of policies: goodput and attainment against load, by the stage measure and by the mean. Of simulated maps:
-the same, by the stage measure. Of an engine: its steps against the byte floor. Of a log of steps (.jsonl, as
-`taper-serve --step-log` writes it): width and slack over time, and predicted against measured times.
+the same, by the stage measure. Of an engine: its steps against the byte floor. Of a comparison of backends:
+how many byte floors each case takes. Of a log of steps (.jsonl, as `taper-serve --step-log` writes it): width
+and slack over time, and predicted against measured times.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.device.report import label
 from bench.result import device_of
 from serve.door import StepRecord
 from serve.engine.step_log import read_steps
+
+if TYPE_CHECKING:
+    from bench.device.cases import Row
 
 MARKERS = "osv^Dx*"
 
@@ -191,6 +195,34 @@ def plot_buckets(result: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_backends(rows: Sequence[Row], path: Path) -> None:
+    """Draws how many byte floors each case takes, a bar for each device; hatched where it is estimated."""
+    pyplot = _pyplot()
+    rows = [row for row in rows if row.over_floor is not None]
+    cases, series = (
+        list(dict.fromkeys(each)) for each in zip(*((r.case, r.series) for r in rows), strict=True)
+    )
+    colors = pyplot.get_cmap("tab10")
+    figure, axes = pyplot.subplots(figsize=(11, 5))
+    width = 0.85 / len(series)
+    for index, name in enumerate(series):
+        own = [row for row in rows if row.series == name]
+        color, guess = colors(index % 10), own[0].how == "estimated"
+        look = {"facecolor": "white", "hatch": "////"} if guess else {"facecolor": color}
+        at = [cases.index(row.case) + (index - (len(series) - 1) / 2) * width for row in own]
+        heights = [row.over_floor for row in own]
+        bars = axes.bar(at, heights, 0.9 * width, label=name, edgecolor=color, **look)
+        axes.bar_label(bars, [f"{height:.2g}" for height in heights], fontsize=6)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylabel("time / byte floor of the device")
+    axes.set_xticks(range(len(cases)), cases)
+    axes.legend(fontsize=7)
+    axes.set_title("Filled: measured. Hatched: estimated for a device that was not there.", fontsize=9)
+    _save(figure, path)
+
+
 def _pyplot() -> Any:
     matplotlib: Any = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
@@ -211,6 +243,11 @@ def main(arguments: Sequence[str]) -> None:
             plot_steps([*read_steps(lines)], target)
         return
     result = json.loads(source.read_text())
+    if "over_floor" in next(iter(result.get("rows", [])), {}):
+        from bench.device.cases import Row
+
+        plot_backends([Row.of_json(row) for row in result["rows"]], target)
+        return
     plots = {"capacity": plot_maps, "rows": plot_policies, "buckets": plot_buckets, "cases": plot_cases}
     next(plot for key, plot in plots.items() if key in result)(result, target)
 
