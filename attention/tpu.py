@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from attention.backend import Backend, PageArray, Sizes
 from attention.heads import group_size
 from attention.tile_planner import lay_out_tiles
-from attention.tiles import MAX_ROWS, Costs, TileCapacity, TileList, Tiling, refilled
+from attention.tiles import MAX_ROWS, Costs, TileCapacity, TileList, Tiling, pack_sees, refilled
 from attention.tpu_chips import CHIPS, MIB, Chip
 from attention.tpu_pages import LANES, joined, planes
 from attention.tpu_plan import BUFFERS, CHUNK, NARROW, TILE_WORDS, WIDE, CoreTiles, Plan
@@ -204,8 +204,9 @@ def _by_core(tiles: TileList, capacity: CoreCapacity) -> CoreTiles:
             load[core] += each
     out.cores[1:] = np.bincount(core_of, minlength=capacity.cores).cumsum()
     out.tiles[: words.size] = words[np.argsort(core_of, kind="stable")].ravel()
-    ids, sees = out.refs[:, 0], out.refs[:, 1]
-    for ours, theirs in ((ids, tiles.page_ids), (sees, tiles.page_sees)):
+    whole = pack_sees(tiling.page_size, 0, np.array([MAX_ROWS]))
+    sees = np.where(tiles.page_sees == 0, whole, tiles.page_sees)  # it is of masked references only
+    for ours, theirs in ((out.refs[:, 0], tiles.page_ids), (out.refs[:, 1], sees)):
         flat = np.zeros(ours.size, np.int32)
         flat[: len(theirs)] = theirs
         ours[...] = flat.reshape(ours.shape)

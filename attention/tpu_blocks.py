@@ -174,20 +174,25 @@ class Masks:
         plan = self.plan
         each = LANES // plan.page_size  # pages whose tokens fill the lanes of a vector
         vectors = plan.block_tokens // LANES
-        together = next(n for n in (4, 2, 1) if vectors % n == 0)
-        offset = lax.broadcasted_iota(jnp.int32, (1, LANES), 1) & plan.page_size - 1
+        together = next(n for n in (8, 4, 2, 1) if vectors % n == 0)
+        lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+        offset = lane & plan.page_size - 1
 
         def some(index: Array, _: None) -> None:
             page = index * (together * each)
-            words = [self._word(block, step, page + more) for more in range(together * each)]
+            words = [self.blocks.word(block, step, page + more, 1) for more in range(together * each)]
             for vector in range(together):
                 word = self._spread(words[vector * each : (vector + 1) * each])
                 valid, first, end, causal = unpack_sees(word)
-                tokens = pl.ds(pl.multiple_of((index * together + vector) * LANES, LANES), LANES)
+                token = (index * together + vector) * LANES
+                tokens = pl.ds(pl.multiple_of(token, LANES), LANES)
+                filled = (offset < valid) & (token + lane < block.pages * plan.page_size)
                 self.low[:, tokens] = jnp.maximum(first, offset - causal)
-                self.high[:, tokens] = jnp.where(offset < valid, end, 0)
+                self.high[:, tokens] = jnp.where(filled, end, 0)
 
-            @pl.when(reduce(jnp.minimum, [word & 0xFF for word in words]) < plan.page_size)
+            least = reduce(jnp.minimum, [word & 0xFF for word in words])
+
+            @pl.when((least < plan.page_size) | (page + together * each > block.pages))
             def _() -> None:
                 lax.fori_loop(
                     page, page + together * each, lambda page, _: self._clean(block, step, page), None
@@ -203,23 +208,13 @@ class Masks:
             word = jnp.where(lane >= page * self.plan.page_size, later, word)
         return word
 
-    def _word(self, block: Block, step: Array, page: Array) -> Array:
-        """Who sees what of a block's page; nobody of one that it has not."""
-        everybody = _sees_all(self.plan.page_size)
-        word = jnp.where(block.masked, self.blocks.word(block, step, page, 1), everybody)
-        return jnp.where(page < block.pages, word, 0)
-
     def _clean(self, block: Block, step: Array, page: Array) -> None:
         """Makes values of a page zero that nobody sees: these may be anything, and 0 * NaN is not 0."""
-        valid, slot = self._word(block, step, page) & 0xFF, lax.rem(step, BUFFERS)
+        word, slot = self.blocks.word(block, step, page, 1), lax.rem(step, BUFFERS)
+        valid = jnp.where(page < block.pages, word & 0xFF, 0)
 
         @pl.when(valid < self.plan.page_size)
         def _() -> None:
             values = self.ring.at[slot, page, :, self.ring.shape[3] - 1]
             token = lax.broadcasted_iota(jnp.int32, values.shape, 1)
             values[...] = jnp.where(token < valid, values[...], jnp.zeros(values.shape, values.dtype))
-
-
-def _sees_all(page_size: int) -> int:
-    """The word of a page that every row sees whole, as a signed one."""
-    return (255 + 256 << 23) + (128 << 15) + page_size - 2**32

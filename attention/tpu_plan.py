@@ -24,7 +24,8 @@ class CoreTiles(NamedTuple):
     tiles  of each TILE_WORDS words: its first row, how many; the first reference of the pages that all its
            rows see whole, how many; that of its other pages, how many
     cores  where the tiles of each core begin, and where the last core's end
-    refs   CHUNK pages, then who sees what of each of these (`attention.tiles.pack_sees`); and so on
+    refs   CHUNK pages, then who sees what of each of these (`attention.tiles.pack_sees`), all rows all of
+           those that are seen whole; and so on
     """
 
     tiles: Int32[Any, " words"]
