@@ -6,7 +6,7 @@ ask for a shared fixture is charged with it.
 
 from __future__ import annotations
 
-import os
+import resource
 from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -39,9 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def used() -> float:
-    """Seconds of this process and of those that it waited for."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    """Seconds of this process and of those that it waited for; `os.times` rounds them to hundredths."""
+    spent = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in spent)
 
 
 def pytest_configure(config: pytest.Config) -> None:

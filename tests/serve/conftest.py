@@ -29,7 +29,8 @@ def runner() -> Runner:
 
 @pytest.fixture(scope="session")
 def default_runner() -> Runner:
-    """The default model, the one that forks by itself."""
+    """The default model, the one that forks by itself. Its programs are those of the server in
+    test_end_to_end.py, compiled once for all."""
     import jax.numpy as jnp
 
     from attention.xla import Xla
@@ -39,7 +40,7 @@ def default_runner() -> Runner:
     model = load_model("default", jnp.float32)
     runner = Runner(
         model,
-        RunnerConfig(num_pages=1024, page_size=16, buckets=(16, 64), num_slots=128, backend=Xla()),
+        RunnerConfig(num_pages=2048, page_size=16, buckets=(16, 32), num_slots=64, backend=Xla()),
     )
     runner.compile()
     runner.hold(model)

@@ -13,35 +13,34 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from bench import demo
 from bench.demo import POLICIES, TITLES, Demo, compare
 from model import decode
 from model.checkpoint import load_model
 from scheduler.sampling import SamplingParams
 from serve.client import Client, branch, parallel, sampling, serial, stopping
 from serve.client.answer import BranchFinished, Delta, Finished, Joined, StageStarted, Started
+from tests.sizes import sampled
 
 
 @pytest.fixture(scope="module")
 def command(compiled: str) -> list[str]:
-    return [
-        str(Path(sys.executable).with_name("taper-serve")),
-        *("--port", "0", "--buckets", "8", "32"),
-        *("--compilation-cache", compiled),
-    ]
+    program = str(Path(sys.executable).with_name("taper-serve"))
+    return [program, "--port", "0", "--compilation-cache", compiled, "--buckets"]
 
 
 def test_explain_says_what_serving_takes_and_leaves(command: list[str]) -> None:
     """First in this file: the server below finds the programs that this has compiled."""
     table = subprocess.run(
-        [*command, "--explain"], stdout=subprocess.PIPE, text=True, timeout=300, check=True
+        [*command, "32", "--explain"], stdout=subprocess.PIPE, text=True, timeout=300, check=True
     )
     assert "2048 pages of 16 tokens: 32768 tokens" in table.stdout
-    assert [line.split()[0] for line in table.stdout.splitlines()[-3:]] == ["8", "32", "ready"]
+    assert [line.split()[0] for line in table.stdout.splitlines()[-2:]] == ["32", "ready"]
 
 
 @pytest.fixture(scope="module")
 def server(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*command, "16", "32"], stdout=subprocess.PIPE, text=True) as process:
         yield process
         if process.poll() is None:
             process.kill()
@@ -92,8 +91,14 @@ def test_a_race_is_decided_and_its_loser_is_not_in_the_answer(address: str) -> N
     assert lost.completion_tokens < 20
 
 
-def test_every_policy_gives_every_request_the_same_tokens(address: str) -> None:
-    loads = asyncio.run(compare(address, Demo(requests=3), Console(quiet=True)))
+SHORT = 3_000_315  # a seed of the demo with short answers, of which the second branches
+
+
+def test_every_policy_gives_every_request_the_same_tokens(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "CROWD", 2)
+    loads = asyncio.run(compare(address, Demo(requests=3, seed=SHORT), Console(quiet=True)))
     assert set(loads) == set(POLICIES)
     assert all(load.answers == loads["off"].answers for load in loads.values())
     assert {len(load.cells()) for load in loads.values()} == {len(TITLES)}
@@ -102,28 +107,27 @@ def test_every_policy_gives_every_request_the_same_tokens(address: str) -> None:
     assert len({str(answer) for answer in loads["off"].answers}) == 3, "different prompts, different answers"
 
 
+WAYS = [(0.0, 1), (0.9, 1), (0.9, 3)]  # (temperature, branches)
+
+
 @pytest.mark.usefixtures("quick_compiler")
-def test_the_server_and_the_offline_decode_loop_agree(address: str) -> None:
+@pytest.mark.parametrize(("temperature", "width"), sampled(WAYS, [(0.9, 1), (0.9, 3)]))
+def test_the_server_and_the_offline_decode_loop_agree(address: str, temperature: float, width: int) -> None:
     """Two programs that share the model alone: one schedules, one is a single loop on the device."""
     prompt, tokens, seed = [40, 101, 77, 212, 9], 12, 5
     model = load_model("default", jnp.float32)
-    for temperature, width in ((0.0, 1), (0.9, 1), (0.9, 3)):
-        options = SamplingParams(temperature=temperature, seed=seed)
-        expected = decode.generate(model, [prompt], max_tokens=tokens, branches=width, sampling=options).ids[
-            0
-        ]
-        ends = stopping(tokens, ignore_eos=True)
-        plan = (
-            [serial(stopping=ends)]
-            if width == 1
-            else [parallel([branch(stopping=ends) for _ in range(width)], join="none")]
+    options = SamplingParams(temperature=temperature, seed=seed)
+    generated = decode.generate(model, [prompt], max_tokens=tokens, branches=width, sampling=options)
+    ends = stopping(tokens, ignore_eos=True)
+    plan = [parallel([branch(stopping=ends) for _ in range(width)], join="none")]
+    if width == 1:
+        plan = [serial(stopping=ends)]
+    with Client(address) as client:
+        answer = client.complete(
+            prompt, plan=plan, sampling=sampling(temperature=temperature, seed=seed), token_ids=True
         )
-        with Client(address) as client:
-            answer = client.complete(
-                prompt, plan=plan, sampling=sampling(temperature=temperature, seed=seed), token_ids=True
-            )
-        got = [answer.trunk.token_ids] if width == 1 else [b.token_ids for b in answer.branches]
-        assert got == expected
+    got = [answer.trunk.token_ids] if width == 1 else [each.token_ids for each in answer.branches]
+    assert got == generated.ids[0]
 
 
 def test_sigterm_drains_and_exits_cleanly(server: subprocess.Popen[str], address: str) -> None:

@@ -5,11 +5,20 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from bench.checks.greedy import compare_tokens, greedy_here, greedy_of_transformers, random_prompts
+from bench.checks import greedy
+from bench.checks.greedy import (
+    check_greedy,
+    compare_tokens,
+    greedy_here,
+    greedy_of_transformers,
+    random_prompts,
+)
 from bench.checks.scale import SCALES
 from model.decoder import Decoder
 from model.sharding import ON_ONE_DEVICE
 from model.weights import hf_tensors, random_weights, save_hf
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 TINY = SCALES["tiny"]
 
@@ -17,6 +26,15 @@ TINY = SCALES["tiny"]
 def test_tokens_count_up_to_a_branchs_first_difference() -> None:
     ours = [[[1, 2, 3, 4], [5, 6, 7, 8]]]
     assert compare_tokens(ours, [[[1, 9, 3, 4], [5, 6, 7, 8]]]) == {"same": 5, "tokens": 8, "ok": False}
+
+
+def test_taper_decode_in_a_process_of_its_own_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greedy, "greedy_of_transformers", lambda *_: None)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # there, as here
+    tokens = len(TINY.prompts) * TINY.branches * TINY.new_tokens
+    found = check_greedy(TINY, TINY.greedy[0], 0, None)
+    assert found["cpu"] == {"same": tokens, "tokens": tokens, "ok": True}
+    assert found["transformers"] is None
 
 
 @pytest.mark.oracle

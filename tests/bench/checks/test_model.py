@@ -27,7 +27,14 @@ def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greedy, "greedy_of_transformers", lambda *_: None)
 
 
-@pytest.mark.usefixtures("without_transformers")
+@pytest.fixture
+def without_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is taper-decode asked in another process, as it is in test_greedy.py."""
+    here = greedy.greedy_here
+    monkeypatch.setattr(greedy, "greedy_on_cpu", lambda *arguments: here(*arguments, Xla()))
+
+
+@pytest.mark.usefixtures("without_transformers", "without_a_process")
 def test_a_right_model_passes_every_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "check.json"
     result = main(["--scale", "tiny", "--json", str(out)])
@@ -49,10 +56,8 @@ class Wrong(Wrapped):
         return self.inner.attend(q, pages, work, scale=0.7 * scale)
 
 
-@pytest.mark.usefixtures("without_transformers")
-def test_a_model_that_attends_wrongly_fails_every_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = greedy.greedy_here
-    monkeypatch.setattr(greedy, "greedy_on_cpu", lambda *arguments: here(*arguments, Xla()))
+@pytest.mark.usefixtures("without_transformers", "without_a_process")
+def test_a_model_that_attends_wrongly_fails_every_check() -> None:
     result = main(["--scale", "tiny"], Wrong(Xla()))
     assert not result["ok"]
     assert not result["greedy"][0]["cpu"]["ok"]
@@ -61,10 +66,8 @@ def test_a_model_that_attends_wrongly_fails_every_check(monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def compared_with_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of taper-decode in another process; and what rows' bits depend on is not asked."""
-    here = greedy.greedy_here
-    monkeypatch.setattr(greedy, "greedy_on_cpu", lambda *arguments: here(*arguments, Xla()))
+def compared_with_one_device(without_a_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what rows' bits depend on is not asked."""
     monkeypatch.setattr(model, "check_schedules", lambda *_: [])
 
 

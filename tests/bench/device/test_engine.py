@@ -11,10 +11,13 @@ import pytest
 
 from bench.device import decode, engine
 from bench.device.probe import Shape, probe
+from model.checkpoint import ModelSource
 from model.decode import Generation
 from model.decoder import Decoder
 from model.sharding import Placement
 from scheduler.step import FinishedStep, Forecast
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def finished(requests: int, rows: int = 1) -> FinishedStep:
@@ -46,8 +49,10 @@ def test_the_engine_is_timed_against_its_own_executable(
 
 
 def test_the_decode_loop_is_timed_without_its_prompt(
-    capsys: pytest.CaptureFixture[str],
+    one_layer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    small = ModelSource.find(one_layer)
+    monkeypatch.setattr(decode.ModelSource, "find", lambda *_: small)
     sizes = ["--tokens", "16", "--page-size", "16", "--repeats", "1"]
     result = decode.main(["--model", "default", "--dtype", "float32", *sizes])
     assert result["tokens_per_second"] == pytest.approx(1e3 / result["step_ms"])

@@ -13,6 +13,8 @@ from bench.simulate.simulation import Profile
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.step import FinishedStep, Forecast, Step
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 def step(bucket: int, predicted: float, seconds: float) -> FinishedStep:
     forecast = Forecast(StepLoad(bucket), predicted, predicted, predicted, deferred=())
