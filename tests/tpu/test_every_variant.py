@@ -38,11 +38,12 @@ def test_every_variant_of_the_kernels_compiles(page: int, group: int, head_dim: 
     assert memory.alias_size_in_bytes > 0
 
 
-# Most bytes of a chip: arguments, with 200,000 tokens in the pages, and what is temporary.
+# Most bytes of a chip: arguments, with 200,000 tokens in the pages, and what is temporary. Nearly all of that
+# is tables of XLA's prefetches of weights, some 33 a layer, which take 16 KiB each.
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("topology", "arguments", "temporary"),
-    [("v5e:2x4", 14.75e9, 100e6), ("v6e:2x4", 14.75e9, 100e6), ("v5p:2x2x1", 29.5e9, 100e6)],
+    [("v5e:2x4", 14.75e9, 75e6), ("v6e:2x4", 14.75e9, 105e6), ("v5p:2x2x1", 29.5e9, 40e6)],
 )
 def test_the_largest_model_fits(topology: str, arguments: float, temporary: float) -> None:
     result = main(["--topology", topology])
