@@ -42,8 +42,8 @@ SAMPLINGS = {
 
 
 @lru_cache
-def decoded(kv_heads: int, count: int, sampling: str, vocab_size: int = 136) -> list[list[list[int]]]:
-    placement, model = over(divisible(kv_heads, vocab_size=vocab_size), count)
+def decoded(kv_heads: int, count: int, sampling: str, **sizes: int) -> list[list[list[int]]]:
+    placement, model = over(divisible(kv_heads, **sizes), count)
     with jax.enable_x64(True):
         options = {"sampling": SAMPLINGS[sampling], "placement": placement}
         return generate(model, PROMPTS, max_tokens=16, branches=3, **options).ids
@@ -61,7 +61,8 @@ def test_greedy_tokens_are_those_of_one_device(kv_heads: int, count: int) -> Non
 
 
 def test_a_vocabulary_that_cannot_be_divided_is_whole_everywhere() -> None:
-    assert decoded(2, 4, "every option", 131) == decoded(2, 1, "every option", 131)
+    sizes = {"vocab_size": 131, "num_layers": 1}
+    assert decoded(2, 4, "every option", **sizes) == decoded(2, 1, "every option", **sizes)
 
 
 # --- what the devices tell each other -----------------------------------------------------------------------

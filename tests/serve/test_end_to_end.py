@@ -29,13 +29,15 @@ def command(compiled: str) -> list[str]:
     return [program, "--port", "0", "--compilation-cache", compiled, "--buckets"]
 
 
-def test_explain_says_what_serving_takes_and_leaves(command: list[str]) -> None:
-    """First in this file: the server below finds the programs that this has compiled."""
-    table = subprocess.run(
-        [*command, "32", "--explain"], stdout=subprocess.PIPE, text=True, timeout=300, check=True
+@pytest.mark.parametrize("buckets", [("32",), ("16", "32")], ids=" ".join)
+def test_explain_says_what_serving_takes_and_leaves(command: list[str], buckets: tuple[str, ...]) -> None:
+    """First in this file: each compiles one bucket, and the server below finds the programs of both."""
+    told = subprocess.run(
+        [*command, *buckets, "--explain"], stdout=subprocess.PIPE, text=True, timeout=300, check=True
     )
-    assert "2048 pages of 16 tokens: 32768 tokens" in table.stdout
-    assert [line.split()[0] for line in table.stdout.splitlines()[-2:]] == ["32", "ready"]
+    assert "2048 pages of 16 tokens: 32768 tokens" in told.stdout
+    rows = [line.split()[0] for line in told.stdout.splitlines()]
+    assert rows[-1 - len(buckets) :] == [*buckets, "ready"]
 
 
 @pytest.fixture(scope="module")
