@@ -210,16 +210,18 @@ def plot_backends(rows: Sequence[Row], path: Path) -> None:
         color, guess = colors(index % 10), own[0].how == "estimated"
         look = {"facecolor": "white", "hatch": "////"} if guess else {"facecolor": color}
         at = [cases.index(row.case) + (index - (len(series) - 1) / 2) * width for row in own]
-        heights = [row.over_floor for row in own]
-        bars = axes.bar(at, heights, 0.9 * width, label=name, edgecolor=color, **look)
-        axes.bar_label(bars, [f"{height:.2g}" for height in heights], fontsize=6)
+        bars = axes.bar(at, [r.over_floor for r in own], 0.9 * width, label=name, edgecolor=color, **look)
+        axes.bar_label(bars, [f"{row.over_floor:.3g}{'*' * row.differs}" for row in own], fontsize=6)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log", base=2)
+    axes.set_ylim(bottom=0.5)
     axes.yaxis.set_major_formatter(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylabel("time / byte floor of the device")
     axes.set_xticks(range(len(cases)), cases)
     axes.legend(fontsize=7)
-    axes.set_title("Filled: measured. Hatched: estimated for a device that was not there.", fontsize=9)
+    axes.set_title(
+        "Filled: measured. Hatched: estimated, for a device that was not there. *: another length", fontsize=9
+    )
     _save(figure, path)
 
 

@@ -82,7 +82,12 @@ class Row:
     def series(self) -> str:
         """What its points are called in a picture."""
         on = device_of({"device": self.device, "devices": self.devices})
-        return f"{on}, {self.backend}{', estimated' * (self.how == 'estimated')}"
+        return f"{on}, {self.backend}, {self.model}{', estimated' * (self.how == 'estimated')}"
+
+    @property
+    def differs(self) -> bool:
+        """Whether what was read is not what the case has."""
+        return self.shape != lengths_of(self.case)
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "over_floor": self.over_floor}
@@ -202,7 +207,7 @@ def _line(row: Row, factor: float) -> str:
     if row.seconds is None:
         return f"{start}  did not run: {' '.join((row.error or '').split())[:60]}"
     products = f"{row.seconds / row.arithmetic_seconds:.2f}" if row.arithmetic_seconds else ""
-    other = "" if row.shape == lengths_of(row.case) else f"  {row.shape}"
+    other = f"  {row.shape}" if row.differs else ""
     line = f"{start}{factor * row.seconds:>11.2f}{row.over_floor:>9.2f}{products:>12}{other}"
     return line.rstrip()
 

@@ -250,7 +250,7 @@ def test_bars_are_hatched_where_they_are_estimated(monkeypatch: pytest.MonkeyPat
     pyplot.subplots.return_value = MagicMock(), axes
     monkeypatch.setattr(plot, "_pyplot", lambda: pyplot)
     rows = [
-        row("decode, shared", how="measured", device="H200", devices=1, backend="gpu"),
+        row("decode, shared", how="measured", device="H200", devices=1, backend="gpu", shape="4 x 4, 1 + 1"),
         row(STEP, how="measured", device="H200", devices=1, backend="gpu", seconds=None),
         row("decode, shared"),
         row(STEP),
@@ -260,10 +260,11 @@ def test_bars_are_hatched_where_they_are_estimated(monkeypatch: pytest.MonkeyPat
     plot.main([str(source), str(tmp_path / "plot.png")])
     here, there = axes.bar.call_args_list
     assert (here.kwargs["label"], there.kwargs["label"]) == (
-        "H200, gpu",
-        "8 x TPU v5 lite, tpu-v5e, estimated",
+        "H200, gpu, qwen3-32b",
+        "8 x TPU v5 lite, tpu-v5e, qwen3-32b, estimated",
     )
     assert "hatch" not in here.kwargs
     assert "hatch" in there.kwargs
     assert (len(here.args[0]), len(there.args[0])) == (1, 2)
     assert there.args[1] == [pytest.approx(1.25)] * 2
+    assert [call.args[1] for call in axes.bar_label.call_args_list] == [["1.25*"], ["1.25", "1.25"]]
