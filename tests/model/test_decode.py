@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 NAME = "qwen3-gqa2-untied-wide-heads-bf16"
 PROMPTS = [[7], [*range(50, 72)], [3, 1, 4, 1, 5, 9, 2, 6, 5]]
 TOKENS = 14
+# Tests that differ in no shape and in no sampler share a program, which is compiled once.
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +92,11 @@ def test_draws_are_keyed_by_seed_path_and_position(model: Decoder, branches: int
 
 def test_penalties_count_the_prompt_and_what_was_generated(model: Decoder) -> None:
     sampling = SamplingParams(repetition_penalty=1e6, frequency_penalty=1e6)
-    generation = generate(model, PROMPTS, max_tokens=TOKENS, sampling=sampling)
-    for prompt, [ids] in zip(PROMPTS, generation.ids, strict=True):
-        assert len(set(ids)) == len(ids)
-        assert not set(ids) & set(prompt)
+    generation = generate(model, PROMPTS, max_tokens=TOKENS, branches=2, sampling=sampling)
+    for prompt, answers in zip(PROMPTS, generation.ids, strict=True):
+        for ids in answers:
+            assert len(set(ids)) == len(ids) == TOKENS
+            assert not set(ids) & set(prompt)
 
 
 def test_each_prompt_is_counted_for_its_own_branches_to_its_last_token(model: Decoder) -> None:
@@ -107,9 +109,10 @@ def test_each_prompt_is_counted_for_its_own_branches_to_its_last_token(model: De
 def test_a_generated_token_counts_once_and_one_of_the_prompt_never(model: Decoder) -> None:
     """The prompt's last token is fed by the loop as what it generates is, but was not generated."""
     liked = SamplingParams(logit_bias=((7, 1e4),), frequency_penalty=6e3)
-    [[ids]] = generate(model, [[7]], max_tokens=TOKENS, sampling=liked).ids
-    assert ids[:2] == [7, 7]
-    assert 7 not in ids[2:]
+    for answers in generate(model, [[7], [7, 5, 7], [5]], max_tokens=TOKENS, branches=2, sampling=liked).ids:
+        for ids in answers:
+            assert ids[:2] == [7, 7]
+            assert 7 not in ids[2:]
 
 
 @pytest.mark.parametrize(
@@ -153,27 +156,27 @@ def test_a_branch_ends_before_the_end_of_sequence_token(model: Decoder, greedy: 
     end = greedy[1][5]
     expected = [ids[: ids.index(end)] if end in ids else ids for ids in greedy]
     assert len(expected[1]) <= 5
-    generation = generate(model, PROMPTS, max_tokens=TOKENS, eos_ids=(end,))
-    assert generation.ids == [[ids] for ids in expected]
+    how = {"branches": 2, "page_size": 4, "backend": Xla()}
+    generation = generate(model, PROMPTS, max_tokens=TOKENS, eos_ids=(end,), **how)
+    assert generation.ids == [[ids, ids] for ids in expected]
 
 
 def test_the_loop_ends_with_its_last_branch_and_looks_once_a_stride(model: Decoder) -> None:
-    """Every token ends a branch, or none does."""
+    """Every token ends a branch, or none does, since none of those that would is in the vocabulary."""
     vocab = model.config.vocab_size
     stepped = [
         generate(model, PROMPTS, max_tokens=3 * decode.STRIDE, eos_ids=eos_ids).steps
-        for eos_ids in (range(vocab), ())
+        for eos_ids in (range(vocab), range(vocab, 2 * vocab))
     ]
     assert stepped == [decode.STRIDE, 3 * decode.STRIDE]
 
 
 def test_prompts_of_other_lengths_and_other_options_use_the_same_program(model: Decoder) -> None:
-    generate(
-        model, PROMPTS, max_tokens=TOKENS, eos_ids=(1,), sampling=SamplingParams(temperature=0.5, top_p=0.9)
-    )
+    sampling = SamplingParams(temperature=0.5, top_p=0.9)
+    generate(model, PROMPTS, max_tokens=TOKENS, branches=2, eos_ids=(1,), sampling=sampling)
     compiled = decode.compile_generation.cache_info().misses
     others, sampling = [[4], [5, 6], [7, 8, 9]], SamplingParams(temperature=1.0, top_k=3)
-    generate(model, others, max_tokens=TOKENS, eos_ids=(2, 3), sampling=sampling)
+    generate(model, others, max_tokens=TOKENS, branches=2, eos_ids=(2, 3), sampling=sampling)
     assert decode.compile_generation.cache_info().misses == compiled
 
 
