@@ -7,13 +7,12 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 from jax.errors import JaxRuntimeError
 
 from attention.tpu import Tpu
-from bench import backends, plot
+from bench import backends
 from bench.backends import Measuring, command, main
 from bench.device.cases import CASES, LIKE, STEP, Row, earlier, shape_of, table
 from bench.device.kernels import KernelBench
@@ -243,28 +242,3 @@ def test_each_device_reads_its_share_of_the_heads() -> None:
     placement: Any = SimpleNamespace(parts=lambda axis: {"heads": 16, "kv_heads": 8}[axis])
     shape = shape_of("decode, shared", QWEN3, placement)
     assert (shape.q_heads, shape.kv_heads, shape.kv_tokens) == (4, 1, 8 * 2048 + 64 * 192)
-
-
-def test_bars_are_hatched_where_they_are_estimated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pyplot, axes = MagicMock(), MagicMock()
-    pyplot.subplots.return_value = MagicMock(), axes
-    monkeypatch.setattr(plot, "_pyplot", lambda: pyplot)
-    rows = [
-        row("decode, shared", how="measured", device="H200", devices=1, backend="gpu", shape="4 x 4, 1 + 1"),
-        row(STEP, how="measured", device="H200", devices=1, backend="gpu", seconds=None),
-        row("decode, shared"),
-        row(STEP),
-    ]
-    source = tmp_path / "rows.json"
-    source.write_text(json.dumps({"rows": [each.as_json() for each in rows]}))
-    plot.main([str(source), str(tmp_path / "plot.png")])
-    here, there = axes.bar.call_args_list
-    assert (here.kwargs["label"], there.kwargs["label"]) == (
-        "H200, gpu, qwen3-32b",
-        "8 x TPU v5 lite, tpu-v5e, qwen3-32b, estimated",
-    )
-    assert "hatch" not in here.kwargs
-    assert "hatch" in there.kwargs
-    assert (len(here.args[0]), len(there.args[0])) == (1, 2)
-    assert there.args[1] == [pytest.approx(1.25)] * 2
-    assert [call.args[1] for call in axes.bar_label.call_args_list] == [["1.25*"], ["1.25", "1.25"]]

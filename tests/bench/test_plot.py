@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 
 from bench import plot
+from bench.device.cases import STEP, Row
 from bench.plot import against_load
 from scheduler.predictor import StepLoad
 from serve.door import StepRecord
@@ -75,3 +77,44 @@ def test_steps_are_drawn_from_the_middle_of_the_log_for_some_seconds(
     assert times["allowed"] == [None, None]
     assert times["measured"] == [30.0, 30.0]
     assert len(errors.plot.call_args_list[0].args[0]) == 5, "of all steps of several requests"
+
+
+def test_bars_are_hatched_where_they_are_estimated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def row(case: str, device: str, how: str, seconds: float | None = 0.0125, shape: str = "8 x 8") -> Row:
+        backend, devices = ("gpu", 1) if how == "measured" else ("tpu-v5e", 8)
+        return Row(
+            case=case,
+            shape=shape,
+            backend=backend,
+            device=device,
+            devices=devices,
+            model="qwen3-32b",
+            layers=64,
+            how=how,
+            seconds=seconds,
+            floor_seconds=0.01,
+            tb_s=0.819,
+            ran_on="2026-11-28T12:00:00Z, jax 0.10.2",
+        )
+
+    axes = MagicMock()
+    drawing(monkeypatch, axes)
+    rows = [
+        row("decode, shared", "H200", "measured", shape="4 x 4, 1 + 1"),
+        row(STEP, "H200", "measured", seconds=None),
+        row("decode, shared", "TPU v5 lite", "estimated", shape="8 x 8, 2048 + 192"),
+        row(STEP, "TPU v5 lite", "estimated", shape="8 x 8, 2048 + 192"),
+    ]
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps({"rows": [each.as_json() for each in rows]}))
+    plot.main([str(source), str(tmp_path / "plot.png")])
+    here, there = axes.bar.call_args_list
+    assert (here.kwargs["label"], there.kwargs["label"]) == (
+        "H200, gpu, qwen3-32b",
+        "8 x TPU v5 lite, tpu-v5e, qwen3-32b, estimated",
+    )
+    assert "hatch" not in here.kwargs
+    assert "hatch" in there.kwargs
+    assert (len(here.args[0]), len(there.args[0])) == (1, 2)
+    assert there.args[1] == [pytest.approx(1.25)] * 2
+    assert [call.args[1] for call in axes.bar_label.call_args_list] == [["1.25*"], ["1.25", "1.25"]]
