@@ -49,9 +49,9 @@ def attend(
     lanes = q.astype(jnp.float32).reshape(rows, kv_heads, group, head_dim).swapaxes(0, 1)
     lanes = jnp.pad(widened(lanes).reshape(kv_heads, rows * group, LANES), ((0, 0), (0, spare), (0, 0)))
 
-    # Of one axis: an index into it is an address, which one instruction adds up.
     # Kept out of fast memory, where XLA would bring the pages of a whole layer if they fitted.
     pages = pages if interpret else pltpu.with_memory_space_constraint(pages, pltpu.HBM)
+    # Of one axis: an index into it is an address, which one instruction adds up.
     near = jnp.concatenate([work.refs[:-1], work.refs[1:]], axis=2).reshape(-1)
     result = jax.ShapeDtypeStruct((plan.cores, *lanes.shape), jnp.float32)
     of_core = pl.BlockSpec((1, *lanes.shape), lambda core, *_: (core, 0, 0, 0))
