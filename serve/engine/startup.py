@@ -229,9 +229,8 @@ def predictor_for(config: ServerConfig, runner: Runner, device: str) -> tuple[St
 
 
 def _attention(config: ServerConfig, model: Decoder) -> Backend:
-    if config.attention != "auto":
-        return backend_named(config.attention)
-    backend = default_backend(model.config.head_dim, model.dtype)
+    auto = config.attention == "auto"
+    backend = default_backend(model.config.head_dim, model.dtype) if auto else backend_named(config.attention)
     return backend.deterministic() if config.deterministic else backend
 
 

@@ -242,6 +242,7 @@ def test_chunks_are_as_large_as_the_largest_bucket_unless_they_are_chosen() -> N
     assert startup.controller_config(ServerConfig(max_chunk=3), largest_bucket=64).max_chunk == 3
 
 
-def test_a_form_that_the_backend_lacks_is_refused() -> None:
+@pytest.mark.parametrize("attention", ["auto", "tpu-v5e"])
+def test_a_form_that_the_backend_lacks_is_refused(attention: str) -> None:
     with pytest.raises(ValueError, match="no deterministic form"):
-        startup.start(ServerConfig(deterministic=True, compilation_cache=None))
+        startup.start(ServerConfig(attention=attention, deterministic=True, compilation_cache=None))
