@@ -9,7 +9,9 @@ from attention import BACKENDS, backend_named, default_backend
 
 
 def test_every_backend_is_found_by_the_name_that_users_type() -> None:
-    assert list(BACKENDS) == ["reference", "xla", "gpu", "gpu-alone", "gpu-interpreted"]
+    gpus = ["gpu", "gpu-alone", "gpu-interpreted"]
+    tpus = ["tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu-v7x", "tpu-v5e-interpreted"]
+    assert list(BACKENDS) == ["reference", "xla", *gpus, *tpus]
     assert [backend_named(name).name for name in BACKENDS] == list(BACKENDS)
 
 

@@ -218,6 +218,10 @@ def begun(prompt: bytes) -> Callable[[FakeEngine], bool]:
     return lambda engine: any(prompt in bytes(each.prompt) for each in engine.requests.values())
 
 
+# Whoever runs the tests in the background may have them, and what they start, ignore interrupts.
+HEARS_INTERRUPTS = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 class Processes:
     """`taper-client`s as processes of their own: with the block they end, and their pipes are closed."""
 
@@ -234,7 +238,7 @@ class Processes:
     def start(
         self, *args: str, stdout: int = subprocess.PIPE, program: str = PROGRAM
     ) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", program, *args, "--address", self._address]
+        command = [sys.executable, "-c", HEARS_INTERRUPTS + program, *args, "--address", self._address]
         env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         process = subprocess.Popen(
             command, stdout=stdout, stderr=subprocess.PIPE, text=True, env={**env, "TERM": "xterm"}
