@@ -308,5 +308,9 @@ def test_a_process_that_was_started_so_that_interrupts_are_ignored_ignores_them(
 
 
 def test_who_calls_the_command_gets_interrupts_back(run):
-    run("Drinks?")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        run("Drinks?")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
