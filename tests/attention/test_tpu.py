@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import partial
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from attention import PageRun, Read, Reads, Sizes, default_backend
 from attention.tpu import CoreCapacity, Tpu
 from attention.tpu_chips import CHIPS, chip_of
+from attention.tpu_pages import LANES
 from attention.tpu_plan import CHUNK, TILE_WORDS
 from attention.xla import Xla
 from tests.attention.dense import Case, make_case
@@ -32,10 +36,13 @@ def interpreted(chip: str = "v5e", block_tokens: int = 256) -> Tpu:
 
 
 def check(case: Case, backend: Tpu) -> None:
-    """The answer is right, and no copy raced with a use."""
+    """The answer is right, no copy raced with a use, and each page and list of references came once."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
     out, lse = case.errors(backend)
+    pages = case.work.tiles.reshape(-1, TILE_WORDS)[: case.work.cores[-1], [3, 5]]
+    block_pages = backend.block_tokens // case.k_pages.shape[2]
+    assert interpreter.dma_id_counter.get_next() - 100 == pages.sum() + (-(-pages // block_pages)).sum()
     assert out < (2e-6 if case.q.dtype == np.float32 else 3e-3)
     assert lse < 5e-6
     assert not interpreter.races.races_found
@@ -72,29 +79,90 @@ def test_trees_and_prompt_chunks_agree_with_brute_force(
     check(case, backend)
 
 
-@given(forests(page_sizes=(16,)))
-@settings(max_examples=10, deadline=None)
-def test_random_trees_agree_with_brute_force(forest: Forest) -> None:
-    """By one program, of two cores."""
+def of_three_heads(reads: list[Read]) -> Case:
+    """By one program, of two cores: groups of 3, 256 rows, pages of 16."""
     backend = interpreted("v5p")
-    sizes = Sizes(num_pages=forest.num_pages, page_size=16, heads=3, kv_heads=1, paths=8)
+    sizes = Sizes(num_pages=4096, page_size=16, heads=3, kv_heads=1, paths=8)
     capacity = backend.capacity(256, sizes, pages_per_read=64)
     case = make_case(
-        forest.reads,
+        reads,
         backend=backend,
         capacity=capacity,
         page_size=16,
         kv_heads=1,
         group=3,
         head_dim=64,
-        num_pages=forest.num_pages,
+        num_pages=sizes.num_pages,
     )
     check(case, backend)
+    return case
 
 
-def test_a_group_wider_than_a_tile_that_is_longer_than_its_chunk_of_references() -> None:
+@given(forests(page_sizes=(16,)))
+@settings(max_examples=10, deadline=None)
+def test_random_trees_agree_with_brute_force(forest: Forest) -> None:
+    of_three_heads(forest.reads)
+
+
+def test_a_tile_begins_between_the_lanes_at_which_a_window_may() -> None:
+    """And so ends behind the 16, 64 or 128 lanes that it would fit into."""
+    forest = Forest(page_size=16, stride=1237)
+    reads: list[Read] = []
+    for width in (5, 21, 42, 21):
+        trunk = (forest.segment(80),)
+        reads += [Read(trunk, forest.segment(1), 1, 0) for _ in range(width)]
+    case = of_three_heads(reads)
+    row, rows = case.work.tiles.reshape(-1, TILE_WORDS)[: case.work.cores[-1], :2].T
+    for size in (16, 64, 128):
+        assert ((3 * rows <= size) & (3 * rows + 3 * row % 8 > size)).any(), size
+
+
+@pytest.mark.parametrize(("rows", "group"), [(256, 3), (256, 5), (64, 8), (8, 1)])
+def test_there_is_room_for_the_widest_tile_wherever_it_begins(rows: int, group: int) -> None:
+    """For its running softmax, and, at the end of all rows, for the lanes behind it."""
+    plan = Tpu().plan(rows, Sizes(num_pages=64, page_size=16, heads=group, kv_heads=1), 64, jnp.bfloat16)
+    largest = plan.variants[-1]
+    for first in range(rows - plan.lanes // group + 1):
+        before = first * group % 8
+        window = -(-(before + plan.lanes) // largest) * largest
+        assert window <= plan.window
+        assert first * group - before + window <= plan.all_lanes
+
+
+@pytest.fixture
+def pages_ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of the pages that are on their way where the kernel begins to wait for some of them."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    ahead, of_references = [0], set[int]()
+    a_page, a_list = 16 * 2 * LANES * 4, 4 * CHUNK * 4
+
+    def told(function: Any, note: Callable[[dict[str, Any]], None]) -> Any:
+        def instead(*arguments: Any, **options: Any) -> Any:
+            note(inspect.signature(function).bind(*arguments, **options).arguments)
+            return function(*arguments, **options)
+
+        return instead
+
+    def started(copy: dict[str, Any]) -> None:
+        into = int(copy["dst_id"])
+        of_references.update(() if of_references else [into])  # the first is one
+        ahead[-1] += a_page * (into not in of_references)
+
+    def waited(copy: dict[str, Any]) -> None:
+        if copy["size"] != a_list:
+            ahead.append(ahead[-1] - int(copy["size"]))
+
+    monkeypatch.setattr(interpreter, "dma_start", told(interpreter.dma_start, started))
+    monkeypatch.setattr(interpreter, "dma_wait", told(interpreter.dma_wait, waited))
+    return ahead
+
+
+def test_a_group_wider_than_a_tile_that_is_longer_than_its_chunk_of_references(
+    pages_ahead: list[int],
+) -> None:
     """Four times as many lanes as are computed at once, blocks whose references lie in two chunks; scores so
-    far apart that nearly all weight is on one position."""
+    far apart that nearly all weight is on one position. While a block is used, two are on their way."""
     backend = Tpu(interpret=True, block_tokens=128)
     reads = groups_of_branches(1, 64, 16 * 221, [1], 16)
     case = make_case(reads, backend=backend, page_size=16, kv_heads=1, group=8, head_dim=128, magnitude=30.0)
@@ -106,11 +174,14 @@ def test_a_group_wider_than_a_tile_that_is_longer_than_its_chunk_of_references()
     out, lse = case.errors(backend)
     assert out < 2e-5
     assert lse < 1e-4
+    block = 128 * 2 * LANES * 4
+    assert max(pages_ahead) == 3 * block
+    assert min(pages_ahead[:-3]) > 2.5 * block
+    assert pages_ahead[-1] == 0
 
 
 def test_no_work_gives_zeros() -> None:
-    backend = interpreted("v5p")
-    assert make_case([], backend=backend, page_size=16, group=8).errors(backend) == (0, 0)
+    assert of_three_heads([]).errors(interpreted("v5p")) == (0, 0)
 
 
 # --- what is copied ----------------------------------------------------------------------------------------
@@ -170,6 +241,13 @@ def test_the_longest_tiles_come_first_and_each_core_has_as_much_to_do() -> None:
         assert (np.diff(pages[core == each]) <= 0).all()
     assert pages[core == 0].tolist() == [600, 33]
     assert pages[core == 1].tolist() == [210, 200, 190, 40]
+
+
+def test_a_core_is_charged_by_how_many_rows_a_tile_has_and_not_by_which() -> None:
+    forest = Forest(page_size=64, stride=1237)
+    reads = [Read((), forest.segment(length), 1, length - 1) for length in (64 * 2000, *[64 * 30] * 60)]
+    _, tiles, core = laid_out(reads, "v5p")
+    assert tiles[core == 0, 3].tolist() == [2000, 30, 30, 30, 30]
 
 
 def test_rows_that_share_go_into_wide_tiles_where_that_is_faster() -> None:
@@ -253,6 +331,8 @@ def test_what_a_chip_takes_for_a_token() -> None:
     """Reading it, or adding it to the softmax; wider tiles in parts."""
     v5e, v5p = CHIPS["v5e"], CHIPS["v5p"]
     assert chip_of("TPU v5 lite") == v5e
+    kinds = {"TPU v4": "v4", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "v7x"}
+    assert {kind: chip.name for kind in kinds if (chip := chip_of(kind))} == kinds
     assert chip_of("TPU v9") is None
     assert [v5e.update_cycles(lanes) for lanes in (1, 8, 9, 64, 128)] == [855, 855, 1058, 1058, 1718]
     assert v5e.update_cycles(129) == v5e.update_cycles(256) == 2 * 1718
