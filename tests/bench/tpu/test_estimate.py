@@ -104,6 +104,16 @@ def test_more_lanes_reach_less_of_the_memory_s_rate() -> None:
     reading = 32 * 32 * 1024 / 819e9
     assert shares == {8: 1.0, 64: 1.0, 128: pytest.approx(reading / ((32 * 5 + 200 + 1700) / 1.5e9))}
     assert shares[128] < 1
+    each_core_has_half = roofline_shares(CYCLES, PLAN, 32 * 1024, V5P)
+    reading = 32 * 32 * 1024 / (2.765e12 / 2)
+    assert each_core_has_half[128] == pytest.approx(reading / ((32 * 5 + 200 + 1700) / 1.75e9))
+
+
+def test_a_tile_that_begins_between_two_windows_takes_the_lanes_before_it_too() -> None:
+    """Twelve rows of five heads are 60 lanes: from row 1 on, which is lane 5 of its window, 65."""
+    plan = replace(PLAN, group=5)
+    at_a_window, between = (tile_cycles(np.array((row, 12, 0, 32, 0, 0)), plan, CYCLES) for row in (0, 1))
+    assert between - at_a_window == 1700 - 1000
 
 
 def test_the_sides_of_a_grid_are_those_of_its_places() -> None:
