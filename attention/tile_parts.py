@@ -72,7 +72,7 @@ class Parts:
         tiling: Tiling,
     ) -> Parts:
         blocks = _blocks(whole, tiling.block_pages) + _blocks(masked, tiling.block_pages)
-        seconds = tiling.costs.tile + blocks * tiling.block_seconds(row_end - row)
+        seconds = tiling.tile_seconds(row_end - row, blocks)
         return cls(tile, row, row_end, whole, masked, blocks, slots, seconds)
 
     def predict(self, tiling: Tiling) -> tuple[float, float]:

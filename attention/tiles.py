@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxtyping import Int, Int32
+    from jaxtyping import Float, Int, Int32
 
 MAX_PAGE_SIZE = MAX_ROWS = 128  # what page_sees has bits for
 NO_LIMIT = 255  # page_sees: every offset is seen
@@ -83,6 +83,12 @@ class Tiling:
         """What a tile of so many rows takes a worker for a block, of one head."""
         token = np.where(rows > self.narrow_rows, self.costs.wide_token, self.costs.narrow_token)
         return self.block_pages * self.page_size * token
+
+    def tile_seconds(
+        self, rows: Int[np.ndarray, " tiles"], blocks: Int[np.ndarray, " tiles"]
+    ) -> Float[np.ndarray, " tiles"]:
+        """What tiles of so many rows and blocks take a worker, of one head."""
+        return self.costs.tile + blocks * self.block_seconds(rows)
 
     @property
     def partial_row_seconds(self) -> float:

@@ -19,7 +19,7 @@ from attention.tile_planner import lay_out_tiles
 from attention.tiles import MAX_ROWS, Costs, TileCapacity, TileList, Tiling, pack_sees, refilled
 from attention.tpu_chips import CHIPS, MIB, Chip
 from attention.tpu_pages import LANES, joined, planes
-from attention.tpu_plan import BUFFERS, CHUNK, NARROW, TILE_WORDS, WIDE, CoreTiles, Plan
+from attention.tpu_plan import BUFFERS, CHUNK, NARROW, SPARE, TILE_WORDS, WIDE, CoreTiles, Plan
 from attention.tpu_tiles import attend
 from attention.tpu_write import write
 
@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 TOKEN_BYTES = 2 * LANES * 2  # of one KV head's key and value, bfloat16
 TILE_CYCLES = 400  # of a tile besides its blocks
 SMALLEST_PAGE = 16
-# Of a core's vector memory: for what Mosaic itself keeps there, and of the rest for pages on their way.
-SPARE = 2 * MIB
-PAGES_SHARE = 1 / 2
+PAGES_SHARE = 1 / 2  # of a core's vector memory, for pages on their way
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +196,7 @@ def _by_core(tiles: TileList, capacity: CoreCapacity) -> CoreTiles:
     load, core_of = np.zeros(capacity.cores), np.zeros(count, np.int64)
     if capacity.cores > 1:
         blocks = -(-words[:, 3] // tiling.block_pages) - (-words[:, 5] // tiling.block_pages)
-        seconds = tiling.costs.tile + blocks * tiling.block_seconds(words[:, 1])
-        for tile, each in enumerate(seconds):
+        for tile, each in enumerate(tiling.tile_seconds(words[:, 1], blocks)):
             core_of[tile] = core = load.argmin()
             load[core] += each
     out.cores[1:] = np.bincount(core_of, minlength=capacity.cores).cumsum()

@@ -34,11 +34,8 @@ class Chip:
     updates: tuple[tuple[int, int], ...]
 
     def update_cycles(self, lanes: int) -> int:
-        """Of UPDATE tokens of one KV head; more lanes than there is code for are so many times as long."""
-        widest, most = self.updates[-1]
-        if lanes > widest:
-            return -(-lanes // widest) * most
-        return next(cycles for size, cycles in self.updates if size >= lanes)
+        """Of UPDATE tokens of one KV head."""
+        return update_cycles(dict(self.updates), lanes)
 
     def token_seconds(self, lanes: int, token_bytes: int) -> float:
         """What a core takes for a token of one KV head while all are busy: to read it, or to add it."""
@@ -46,6 +43,14 @@ class Chip:
             token_bytes * self.cores / self.hbm,
             self.update_cycles(lanes) / UPDATE / self.clock,
         )
+
+
+def update_cycles(variants: Mapping[int, int], lanes: int) -> int:
+    """Cycles by the smallest variant with room for so many lanes, or by the largest as often as it takes."""
+    widest = max(variants)
+    if lanes > widest:
+        return -(-lanes // widest) * variants[widest]
+    return variants[min(size for size in variants if size >= lanes)]
 
 
 # By libtpu 0.0.42.1. Those of v4 are taken from v5e, whose matrix units are alike, and those of v7x from v6e.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from attention.tpu_chips import MIB
 from attention.tpu_pages import LANES, planes
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ NARROW = 128  # lanes that are computed at once; wider tiles are so many times a
 WIDE = 512  # most lanes of a tile
 BUFFERS = 3  # blocks of pages in fast memory
 SUBLANES = 8
+SPARE = 2 * MIB  # of a core's vector memory, for what Mosaic itself keeps there
 TILE_WORDS = 6
 CHUNK = 256  # references that lie together; a block has fewer, which two chunks hold wherever they begin
 

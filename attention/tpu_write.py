@@ -25,16 +25,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attention.heads import HeadNorms, Places
+from attention.tpu_chips import MIB
 from attention.tpu_pages import LANES, planes, value_lane, widened
+from attention.tpu_plan import SPARE
 
 if TYPE_CHECKING:
     from jax import Array
 
 # Rows of a wave: at most WAVE_ROWS; fewer, but not below LEAST_ROWS, if they took more VMEM than WAVE_BYTES.
 WAVE_ROWS = 128
-WAVE_BYTES = 4 << 20
+WAVE_BYTES = 4 * MIB
 LEAST_ROWS = 16
-SPARE_BYTES = 2 << 20  # of VMEM, for what the compiler keeps there
 # Loops are unrolled, as a step waits for its own results: by rows, and by heads of as many rows altogether as
 # keep a core busy without spilling its registers.
 ROWS_AT_ONCE = 8
@@ -199,7 +200,7 @@ def _launch(
         input_output_aliases={len(arguments) - 1: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=sizes.vmem_bytes(wave) + SPARE_BYTES,
+            vmem_limit_bytes=sizes.vmem_bytes(wave) + SPARE,
             disable_bounds_checks=True,  # rows whose place does not exist have no group
         ),
         cost_estimate=pl.CostEstimate(

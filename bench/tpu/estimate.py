@@ -15,8 +15,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from attention.tpu_chips import Chip
-from attention.tpu_plan import TILE_WORDS, CoreTiles, Plan
+from attention.tpu_chips import Chip, update_cycles
+from attention.tpu_plan import SUBLANES, TILE_WORDS, CoreTiles, Plan
 from bench.hlo import Collective
 from bench.tpu.cycles import AttentionCycles
 from bench.tpu.figures import Figures
@@ -78,7 +78,7 @@ class Reading:
 def tile_cycles(tile: np.ndarray, plan: Plan, cycles: AttentionCycles) -> float:
     """Of a tile's words: its rows are words 0 and 1; words 3 and 5 count its whole and its other pages."""
     row, rows, _, wholes, _, maskeds = map(int, tile)
-    before = row * plan.group % 8
+    before = row * plan.group % SUBLANES
     lanes = before + rows * plan.group
     full, rest = divmod(wholes, plan.block_pages)
     masked = (rest > 0) + -(-maskeds // plan.block_pages)
@@ -101,14 +101,6 @@ def roofline_shares(cycles: AttentionCycles, plan: Plan, page_bytes: int, chip: 
         lanes: min(1.0, reading / ((around + each * update) / chip.clock))
         for lanes, update in cycles.updates.items()
     }
-
-
-def update_cycles(variants: dict[int, int], lanes: int) -> int:
-    """By the smallest variant with room for so many lanes, or the largest as often as it takes."""
-    widest = max(variants)
-    if lanes > widest:
-        return -(-lanes // widest) * variants[widest]
-    return variants[min(size for size in variants if size >= lanes)]
 
 
 def sides_of(coordinates: Iterable[Sequence[int]]) -> list[int]:
