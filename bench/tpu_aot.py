@@ -71,6 +71,21 @@ class Target:
     num_pages: int
     page_size: int
 
+    @classmethod
+    def over(
+        cls, topology: str, config: ModelConfig, rows: int, *, kv_tokens: int, page_size: int, chips: Any
+    ) -> Target:
+        """The model on these chips of a topology, in whose pool so many positions have room."""
+        return cls(
+            topology=topology,
+            config=config,
+            placement=Placement.over(config, len(chips), chips),
+            backend=tpu_for(chips[0]),
+            rows=rows,
+            num_pages=-(-kv_tokens // page_size),
+            page_size=page_size,
+        )
+
     @property
     def figures(self) -> Figures:
         return figures_of(self.backend.chip)
@@ -252,15 +267,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     config = PRESETS[options.model]
     config = replace(config, num_layers=options.layers or config.num_layers)
     chips = devices(options.topology, options.chips)
-    target = Target(
-        topology=options.topology,
-        config=config,
-        placement=Placement.over(config, len(chips), chips),
-        backend=tpu_for(chips[0]),
-        rows=options.rows,
-        num_pages=-(-options.kv_tokens // options.page_size),
-        page_size=options.page_size,
-    )
+    pool = {"kv_tokens": options.kv_tokens, "page_size": options.page_size}
+    target = Target.over(options.topology, config, options.rows, **pool, chips=chips)
     width = min(8, options.rows)
     groups, width, prefix, tail = options.case or (options.rows // width, width, 2048, 192)
     shape = Shape(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
-from bench.device.shapes import Shape
+from bench.device.shapes import Shape, lengths
 from bench.result import device_of
 from model.config import ModelConfig
 from model.sharding import ON_ONE_DEVICE, Placement
@@ -37,11 +37,6 @@ def shape_of(case: str, config: ModelConfig, placement: Placement = ON_ONE_DEVIC
     heads = config.num_heads // placement.parts("heads")
     kv_heads = config.num_kv_heads // placement.parts("kv_heads")
     return Shape(*CASES[case], PAGE, heads, kv_heads, config.head_dim)
-
-
-def lengths(case: Mapping[str, Any]) -> str:
-    """Of a shape: groups x width, prefix + tail tokens."""
-    return f"{case['groups']} x {case['width']}, {case['prefix']} + {case['tail']}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ is tuned to a table.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -115,6 +115,11 @@ class Shape:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"rows": self.rows, "unique_bytes": self.unique_bytes, "flops": self.flops}
+
+
+def lengths(case: Mapping[str, Any]) -> str:
+    """Of a shape's JSON: groups x width, prefix + tail tokens."""
+    return f"{case['groups']} x {case['width']}, {case['prefix']} + {case['tail']}"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from attention.wrapped import Wrapped
 from bench import hardware
 from bench.command import Command
 from bench.device.floor import kv_bytes, weight_bytes
-from bench.device.shapes import PageTables, Shape, shrunk
+from bench.device.shapes import PageTables, Shape, lengths, shrunk
 from bench.result import conclude, head, keep, say
 from bench.timing import seconds_per_call
 from model.config import PRESETS, ModelConfig
@@ -262,9 +262,8 @@ def text(cases: Sequence[dict[str, Any]]) -> str:
         f"{'all-reduces':>13}{'limit':>8}{'x floor':>9}{'attention / KV floor':>22}"
     ]
     for case in cases:
-        name = f"{case['groups']} x {case['width']}, {case['prefix']} + {case['tail']}"
         lines.append(
-            f"{name:<28}{case['rows']:>5}{case['step_ms']:>9.2f}{case['products_ms']:>10.2f}"
+            f"{lengths(case):<28}{case['rows']:>5}{case['step_ms']:>9.2f}{case['products_ms']:>10.2f}"
             f"{case['attention_ms']:>11.2f}{case.get('all_reduces_ms', 0.0):>13.2f}"
             f"{case['limit_ms']:>8.2f}{case['over_floor']:>9.2f}{case['attention_over_kv_floor']:>22.2f}"
         )
@@ -290,8 +289,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     config = PRESETS[options.model]
     config = replace(config, num_layers=options.layers or config.num_layers)
     shapes = [
-        Shape("decode", *lengths, options.page, config.num_heads, config.num_kv_heads, config.head_dim)
-        for lengths in CASES[: options.cases]
+        Shape("decode", *case, options.page, config.num_heads, config.num_kv_heads, config.head_dim)
+        for case in CASES[: options.cases]
     ]
     small = options.scale == "tiny"
     if small:

@@ -25,10 +25,9 @@ from bench.command import Command
 from bench.device.cases import CASES, PAGE, STEP, Row, lengths_of, shape_of, table, when_and_with
 from bench.device.floor import floor_seconds
 from bench.result import conclude, head
-from bench.tpu.kernels import cycles, tpu_for
+from bench.tpu.kernels import cycles
 from bench.tpu_aot import DTYPE, Target, attention_seconds, measure
 from model.config import PRESETS, ModelConfig
-from model.sharding import Placement
 
 POOL_TOKENS = 200_000  # positions that the pool has room for
 
@@ -45,16 +44,8 @@ def estimated(topology: str, model: str, layers: int | None) -> dict[str, Any]:
 
 def target_of(topology: str, config: ModelConfig, rows: int) -> Target:
     """A step of so many rows on all chips of a topology."""
-    chips = devices(topology)
-    return Target(
-        topology=topology,
-        config=config,
-        placement=Placement.over(config, len(chips), chips),
-        backend=tpu_for(chips[0]),
-        rows=rows,
-        num_pages=-(-POOL_TOKENS // PAGE),
-        page_size=PAGE,
-    )
+    pool = {"kv_tokens": POOL_TOKENS, "page_size": PAGE}
+    return Target.over(topology, config, rows, **pool, chips=devices(topology))
 
 
 def attention(target: Target, case: str) -> dict[str, Any]:
