@@ -50,13 +50,21 @@ class Load:
 
 
 class StepRecord(NamedTuple):
-    """A finished step in figures. Times are in seconds, `ended` by the monotonic clock.
+    """A finished step in figures: seconds, and moments by the engine's monotonic clock.
 
     requests, branches    that it should give a token
     deferred              branches that could have advanced and did not
     predicted, baseline   seconds, by the predictor as it was when the step was planned
     budget                seconds that it was allowed; None where nothing limited it
-    seconds               from the end of the step before it, or from its launch if that was later
+    seconds               from the end of the step before it; from `launched` if it was planned after that
+    planned               its plan was made
+    launching, launched   the launch was called, and returned
+    looked                the engine came to wait for its result
+    ended                 the result was seen, and so the step's end
+    published             its events had been handed out
+    idle                  of `seconds`: the device had nothing to do, as the step was not launched yet
+    ready                 whether the result was there already when the engine looked
+    paused                of `seconds`: the engine could have run, and the machine did not run it
     widths                of each request that it should give a token: how many of its branches advanced
     """
 
@@ -71,6 +79,14 @@ class StepRecord(NamedTuple):
     budget: float | None
     seconds: float
     widths: tuple[int, ...] = ()
+    planned: float = 0.0
+    launching: float = 0.0
+    launched: float = 0.0
+    looked: float = 0.0
+    published: float = 0.0
+    idle: float = 0.0
+    ready: bool = False
+    paused: float = 0.0
 
 
 Watcher = Callable[[StepRecord], None]

@@ -15,6 +15,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -25,7 +27,8 @@ from scheduler.scheduler import RejectedError, Scheduler
 from scheduler.step import FinishedStep, Sample, ScheduledStep, Step, StepResult
 from serve.door import Failed, Load, Refused, Sink, State, Watcher
 from serve.engine.collector import Collector
-from serve.engine.step_log import StepLog, record
+from serve.engine.pauses import Pauses
+from serve.engine.step_log import Moments, StepLog, record
 
 log = structlog.get_logger("taper")
 
@@ -41,13 +44,20 @@ class StepRunner(Protocol):
     def launch(self, step: Step) -> Handle: ...
 
 
+@dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step in flight and when it was launched."""
+    """A step in flight.
 
-    def __init__(self, scheduled: ScheduledStep, handle: Handle, at: float) -> None:
-        self.scheduled = scheduled
-        self.handle = handle
-        self.at = at
+    planned, launching, at  when its plan was made, and its launch called and returned
+    follows                 it was planned while the step before it was in flight
+    """
+
+    scheduled: ScheduledStep
+    handle: Handle
+    planned: float
+    launching: float
+    at: float
+    follows: bool
 
 
 class InProcessEngine:
@@ -169,7 +179,8 @@ class InProcessEngine:
     def _run(self) -> None:
         error = "the server stopped before the request finished"
         try:
-            self._loop()
+            with closing(Pauses()) as pauses:
+                self._loop(pauses)
         except Exception as crash:
             log.exception("the engine failed")
             error = repr(crash)
@@ -184,7 +195,7 @@ class InProcessEngine:
             if self._step_log is not None:
                 self._step_log.close()
 
-    def _loop(self) -> None:
+    def _loop(self, pauses: Pauses) -> None:
         flying: _Launched | None = None
         ended = self._clock()
         while True:
@@ -196,31 +207,33 @@ class InProcessEngine:
                 if flying is None and (self.state == "STOPPED" or self.scheduler.idle):
                     return
                 next_step = self.scheduler.schedule(self._clock()) if self.state != "STOPPED" else None
-            launched = self._launch(next_step) if next_step else None
+            launched = self._launch(next_step, follows=flying is not None) if next_step else None
             if flying is not None:
-                ended = self._finish(flying, ended)
+                ended = self._finish(flying, ended, pauses)
             elif launched is None:
                 raise RuntimeError("requests are live, but no step can advance any of them")
             flying = launched
             if flying is None:
                 self._publish()
 
-    def _launch(self, scheduled: ScheduledStep) -> _Launched:
+    def _launch(self, scheduled: ScheduledStep, *, follows: bool) -> _Launched:
+        planned = self._clock()
         handle = self.runner.launch(scheduled.step)
-        return _Launched(scheduled, handle, self._clock())
+        return _Launched(scheduled, handle, planned, planned, self._clock(), follows)
 
-    def _finish(self, launched: _Launched, previous_end: float) -> float:
+    def _finish(self, launched: _Launched, previous_end: float, pauses: Pauses) -> float:
         """Wait for a step, learn from it and publish its events; returns when it ended.
 
         Steps run one after the other: a step's time counts from the end of the one before it.
         """
         scheduled = launched.scheduled
-        self._waits = 0 if launched.handle.is_ready() else self._waits + 1
+        looked, ready = self._clock(), launched.handle.is_ready()
+        self._waits = 0 if ready else self._waits + 1
         samples = launched.handle.samples()
-        now = self._clock()
-        result = StepResult(scheduled.step, samples, now - max(launched.at, previous_end))
+        now, paused = self._clock(), pauses.take()
+        seconds = now - (previous_end if launched.follows else launched.at)
         with self._wake:
-            events = self.scheduler.update(result, now)
+            events = self.scheduler.update(StepResult(scheduled.step, samples, seconds), now)
             self._steps += 1
             for event in events:
                 self._events.setdefault(event.request_id, []).append(event)
@@ -229,16 +242,27 @@ class InProcessEngine:
                 self._recent.popleft()
         if self._waits >= self.IN_TIME or now - self._published >= self.hold:
             self._publish()
-        self._report(FinishedStep(scheduled.step, scheduled.forecast, result.seconds), now)
+        moments = Moments(
+            planned=launched.planned,
+            launching=launched.launching,
+            launched=launched.at,
+            looked=looked,
+            ended=now,
+            published=self._clock(),
+            idle=max(0.0, launched.at - previous_end) if launched.follows else 0.0,
+            ready=ready,
+            paused=min(paused, seconds),
+        )
+        self._report(FinishedStep(scheduled.step, scheduled.forecast, seconds), moments)
         if self._collector is not None:
             self._collector.busy(now)
         return now
 
-    def _report(self, finished: FinishedStep, ended: float) -> None:
+    def _report(self, finished: FinishedStep, moments: Moments) -> None:
         if self._on_step is not None:
             self._on_step(finished)
         if self._watchers:
-            figures = record(finished, ended)
+            figures = record(finished, moments)
             for watch in self._watchers:
                 watch(figures)
 

@@ -1,4 +1,5 @@
-"""A file with a line for every step: what it held, what it was predicted to take, and what it took.
+"""A file with a line for every step: what it held, what it was predicted to take, what it took, and when the
+host did its part of it.
 
 One JSON object a line, with the fields of `StepRecord` but `widths`.
 """
@@ -10,19 +11,32 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from scheduler.predictor import StepLoad
 from scheduler.step import FinishedStep
 from serve.door import StepRecord
 
 
-def record(finished: FinishedStep, ended: float) -> StepRecord:
-    """The figures of a step that ended at `ended`."""
+class Moments(NamedTuple):
+    """When the host did what for a step: fields of `StepRecord`."""
+
+    planned: float
+    launching: float
+    launched: float
+    looked: float
+    ended: float
+    published: float
+    idle: float
+    ready: bool
+    paused: float
+
+
+def record(finished: FinishedStep, moments: Moments) -> StepRecord:
+    """The figures of a step."""
     step, forecast = finished.step, finished.forecast
     widths = tuple(Counter(entry.request_id for entry in step.entries if entry.samples).values())
     return StepRecord(
-        ended=ended,
         bucket=step.bucket,
         load=forecast.load,
         requests=len(widths),
@@ -33,6 +47,7 @@ def record(finished: FinishedStep, ended: float) -> StepRecord:
         budget=forecast.budget_seconds if math.isfinite(forecast.budget_seconds) else None,
         seconds=finished.seconds,
         widths=widths,
+        **moments._asdict(),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,15 @@ def test_a_steps_time_counts_from_the_end_of_the_one_before_it(tmp_path: Path) -
     ends = [Queue.LAUNCH + Queue.STEP * (1 + number) for number in range(len(records))]
     assert [record.ended for record in records] == pytest.approx(ends)
     assert [record.seconds for record in records] == [step.seconds for step in finished]
+    assert (records[0].planned, records[0].launched, records[0].looked) == (
+        0.0,
+        Queue.LAUNCH,
+        2 * Queue.LAUNCH,
+    )
+    for before, record in pairwise(records):
+        assert record.planned == record.launching < record.launched == before.looked <= before.ended
+        assert record.published == record.ended, "by a clock that only the device moves"
+        assert (record.idle, record.ready) == (0.0, False)
     lines = (tmp_path / "steps").read_text().splitlines(keepends=True)
     assert len([*read_steps(lines)]) == len(records), "the log is whole when the engine has stopped"
 
