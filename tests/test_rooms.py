@@ -34,8 +34,9 @@ PARTS = {
     "text": {"text"},
     "config": {"config"},
     "door": {"door"},
+    "lateness": {"lateness", "door"},
     "served": {"served", "door", "config", "text"},
-    "server": {"server", "api", "text", "door", "served", "config"},
+    "server": {"server", "api", "text", "door", "served", "config", "lateness"},
     "engine": {"engine", "text", "door", "served", "config"},
 }
 
@@ -45,6 +46,7 @@ ABSENT = {
     "serve/text": DEVICE,
     "serve/config.py": DEVICE,
     "serve/door.py": DEVICE,
+    "serve/lateness.py": DEVICE,
     "serve/served.py": DEVICE,
     "serve/server": DEVICE,
 }

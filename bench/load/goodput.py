@@ -36,6 +36,7 @@ from bench.timing import clock
 from scheduler.request import Slo
 from serve.api.errors import ServiceError
 from serve.client import AsyncClient
+from serve.lateness import CAUSES
 
 POLICIES = "off,cap:2,cap:4,cap:6,cap:8,eager,taper"
 
@@ -126,6 +127,7 @@ def points(options: argparse.Namespace) -> Iterator[tuple[float | None, int, Wor
 FIGURES = (
     "goodput_stage", "attainment_stage", "serial_attainment", "parallel_attainment", "ttft_attainment",
     "goodput_mean", "goodput_critical", "raw_tokens_s", "mean_width", "e2e_p50_s", "e2e_p99_s", "gap_p99_ms",
+    *(f"late_{cause}" for cause in CAUSES),
 )  # fmt: skip
 TITLES = f"{'load':>6}{'seed':>5}  {'policy':<8}{titles(FIGURES)}"
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from bench.load.workload import Item
 from scheduler.request import Slo
+from serve.lateness import CAUSES
 
 SHORT_STAGE = 16
 MEASURES = ("mean", "stage", "critical")
@@ -233,6 +234,7 @@ COLUMNS = {
     "e2e_p99_s": Column("E2E p99 s", "{:.2f}"),
     "serial_tpot_p99_ms": Column("serial p99 ms", "{:.1f}"),
     "gap_p99_ms": Column("gap p99 ms", "{:.1f}"),
+    **{f"late_{cause}": Column(f"late: {cause}", "{:.2%}") for cause in CAUSES},
 }
 
 

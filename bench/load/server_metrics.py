@@ -6,6 +6,8 @@ import math
 import urllib.request
 from collections.abc import Mapping
 
+from serve.lateness import CAUSES
+
 
 def scrape(url: str | None) -> dict[str, float]:
     """The values of a Prometheus page by name and labels; none without a page."""
@@ -33,3 +35,13 @@ def server_row(before: Mapping[str, float], after: Mapping[str, float]) -> dict[
         elif not family.endswith(("_bucket", "_created")):
             found[name] = value if math.isfinite(value) else None
     return found
+
+
+def late_shares(row: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Of a server's row: which share of its steps was late, by cause; None where it does not say."""
+    steps = row.get("step_seconds_count")
+    late = {cause: row.get(f'late_steps_total{{cause="{cause}"}}') for cause in CAUSES}
+    return {
+        f"late_{cause}": count / steps if steps and count is not None else None
+        for cause, count in late.items()
+    }

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.load.driver import Answer, Driver, Reply, message, sleep_until
 from bench.load.measures import MEASURES, Run, Window, milliseconds, quantile
-from bench.load.server_metrics import scrape, server_row
+from bench.load.server_metrics import late_shares, scrape, server_row
 from bench.load.workload import ALONE, Workload
 from bench.timing import clock, no_collections
 from scheduler.request import Slo
@@ -137,6 +137,7 @@ class Trial:
             "arrived": len(measured),
             "finished": sum(record.finished for record in run.records),
             "errors": Counter(reply.error for reply in measured if reply.error),
+            **late_shares(self.server),
             "server": self.server,
             "client_cpu_share": self.cpu_share,
             "send_lag_p99_ms": milliseconds(quantile(lags, 0.99)),

@@ -25,9 +25,11 @@ from bench.result import conclude, head
 from bench.simulate.simulation import Profile, Setting, in_processes, simulate, targets
 from scheduler.controller import ControllerConfig
 from scheduler.request import Slo
+from serve.lateness import CAUSES
 
 WARMUP, WINDOW, COOLDOWN = 45.0, 45.0, 15.0  # seconds
-FIGURES = [figure for figure in COLUMNS if figure not in ("e2e_p99_s", "gap_p99_ms")]
+OF_A_SERVER = {"gap_p99_ms", *(f"late_{cause}" for cause in CAUSES)}
+FIGURES = [figure for figure in COLUMNS if figure not in {"e2e_p99_s", *OF_A_SERVER}]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -15,6 +15,7 @@ from prometheus_client.utils import floatToGoString
 
 from scheduler.events import Finished
 from serve.door import Load, StepRecord
+from serve.lateness import CAUSES, LATE, cause_of_lateness
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 2, 4)
@@ -67,6 +68,10 @@ class Metrics:
         self._tpot = histogram("tpot_seconds", "Mean time between tokens of a request", _SECONDS)
         self._step = histogram("step_seconds", "Measured time of a step", _SECONDS)
         self._ratio = histogram("step_prediction_ratio", "Measured over predicted time of a step", _RATIOS)
+        self._late = counter("late_steps", f"Steps over {LATE} times their predicted time", "cause")
+        for cause in CAUSES:
+            self._late.labels(cause)  # from the start
+        self._previous: StepRecord | None = None
         self._externality = histogram(
             "step_externality_seconds", "Predicted time that extra work adds to a step's baseline", _SECONDS
         )
@@ -76,12 +81,20 @@ class Metrics:
         self._width = histogram("width_branches", "Branches of a request that advance in a step", _WIDTHS)
 
     def observe_step(self, step: StepRecord) -> None:
+        self._observe_lateness(step)
         self._step.observe(step.seconds)
         if step.predicted > 0:
             self._ratio.observe(step.seconds / step.predicted)
         self._externality.observe(max(0.0, step.predicted - step.baseline))
         for width in step.widths:
             self._width.observe(width)
+
+    def _observe_lateness(self, step: StepRecord) -> None:
+        """Judge the step before it: only now all is known of that one."""
+        before, self._previous = self._previous, step
+        cause = before and cause_of_lateness(before, step)
+        if cause:
+            self._late.labels(cause).inc()
 
     def observe_finished(self, event: Finished) -> None:
         usage, timing = event.usage, event.timing

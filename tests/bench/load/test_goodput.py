@@ -16,6 +16,7 @@ from bench.load.goodput import command, main, points
 from bench.load.measures import COLUMNS
 from bench.load.workload import Item, closed_loop, open_loop
 from serve.client.client import AsyncClient
+from serve.lateness import CAUSES
 from tests.bench.served import Served, serving
 
 SHORT = ["--scale", "0.03", "--warmup", "0.1", "--window", "0.3", "--cooldown", "0.1"]
@@ -77,6 +78,7 @@ def test_every_policy_serves_the_same_requests(server: Served, tmp_path: Path, d
         assert row["finished"] == row["arrived"]
         assert row["errors"] == {}
     assert COLUMNS.keys() < rows[0].keys()
+    assert all(0.0 <= rows[0][f"late_{cause}"] <= 1.0 for cause in CAUSES)
     widths = {policy: [r["mean_width"] for r in rows if r["policy"] == policy] for policy in ("off", "eager")}
     assert max(widths["off"]) < 1.2 < 2 < min(widths["eager"])
     off = rows[0]["server"]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from bench.load.server_metrics import scrape, server_row
+from bench.load.server_metrics import late_shares, scrape, server_row
 
 
 def test_metrics_are_those_of_the_time_between_two_scrapes() -> None:
@@ -34,3 +34,18 @@ def test_metrics_are_those_of_the_time_between_two_scrapes() -> None:
     appeared = {'y_sum{a="new"}': 6.0, 'y_count{a="new"}': 4.0}
     assert server_row(before, appeared) == {'y{a="new"}': 1.5, 'y_count{a="new"}': 4.0}
     assert server_row({}, {}) == scrape(None) == {}
+
+
+def test_late_steps_are_shares_of_all_steps_by_cause() -> None:
+    late = {
+        f'late_steps_total{{cause="{cause}"}}': count for cause, count in (("launch", 2.0), ("seen", 0.0))
+    }
+    row = late | {"step_seconds_count": 40.0}
+    assert late_shares(row) == {
+        "late_launch": 0.05,
+        "late_seen": 0.0,
+        "late_paused": None,
+        "late_device": None,
+    }
+    assert {*late_shares(late).values()} == {*late_shares({}).values()} == {None}
+    assert late_shares(late | {"step_seconds_count": 0.0})["late_launch"] is None

@@ -14,6 +14,7 @@ from scheduler.request import Request
 from scheduler.scheduler import SchedulerLoad
 from scheduler.stopping import Stopping
 from serve.door import Load, StepRecord
+from serve.lateness import CAUSES
 from serve.server.metrics import Metrics
 from tests.serve.fakes import FakeEngine, finished
 
@@ -46,6 +47,23 @@ def test_width_counts_the_branches_of_each_request_that_advance():
     metrics.observe_step(STEP)
     assert metrics.registry.get_sample_value("taper_width_branches_count") == 2
     assert metrics.registry.get_sample_value("taper_width_branches_sum") == 3
+
+
+def late(metrics: Metrics) -> dict[str, float | None]:
+    value = metrics.registry.get_sample_value
+    return {cause: value("taper_late_steps_total", {"cause": cause}) for cause in CAUSES}
+
+
+def test_late_steps_are_counted_by_cause_once_the_step_after_them_is_known():
+    metrics, none = Metrics(), dict.fromkeys(CAUSES, 0.0)
+    assert late(metrics) == none, "all causes are there from the start"
+    metrics.observe_step(STEP._replace(idle=0.009))
+    assert late(metrics) == none
+    metrics.observe_step(STEP._replace(seconds=0.02))
+    metrics.observe_step(STEP)
+    assert late(metrics) == none | {"launch": 1}
+    metrics.observe_step(STEP._replace(seconds=0.01))  # makes up for the one before it
+    assert late(metrics) == none | {"launch": 1, "seen": 1}
 
 
 def test_what_equals_a_bound_counts_as_within_it():
