@@ -134,6 +134,13 @@ class Backend(ABC):
           ValueError: a read is malformed, or the step needs more of something than `capacity` has.
         """
 
+    def used(self, work: Work) -> Work:
+        """The same work, on the host, as leading parts of its arrays: without (most of) the padding behind.
+
+        For whoever copies it: room for page references is a hundred times what most steps need.
+        """
+        return work
+
     @abstractmethod
     def write(
         self,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from attention.backend import Backend, Sizes
 from attention.gpu_tiles import NARROW, WIDE, attend
@@ -21,7 +22,6 @@ from attention.tiles import Costs, TileCapacity, TileList, Tiling, refilled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from jax import Array
     from jaxtyping import Int, Int32
 
@@ -80,6 +80,15 @@ class Gpu(Backend):
 
     def lay_out(self, reads: Reads, capacity: Any) -> tuple[Int[np.ndarray, " reads"], TileList]:
         return lay_out_tiles(reads, capacity)
+
+    def used(self, work: TileList) -> TileList:
+        refs = int(max(work.tile_whole.sum(1).max(), work.tile_masked.sum(1).max()))
+        slots = int(np.maximum(work.row_parts[:, 1], 0).sum())
+        return work._replace(
+            page_ids=work.page_ids[:refs],
+            page_sees=work.page_sees[:refs],
+            part_slots=work.part_slots[:slots],
+        )
 
     def write(self, qkv: Array, norms: Any, angles: Any, pages: Any, places: Any) -> tuple[Array, Any]:
         return write(qkv, norms, angles, pages, places, interpret=self.interpret)

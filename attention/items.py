@@ -33,6 +33,10 @@ class ItemBackend(Backend):
     def lay_out(self, reads: Reads, capacity: Any) -> tuple[Int[np.ndarray, " reads"], WorkList]:
         return lay_out_items(reads, capacity)
 
+    def used(self, work: WorkList) -> WorkList:
+        refs = int(work.item_pages.sum(1).max())
+        return work._replace(page_ids=work.page_ids[:refs], page_valid=work.page_valid[:refs])
+
     def write(self, qkv: Array, norms: Any, angles: Any, pages: Any, places: Any) -> tuple[Array, Any]:
         return write(qkv, norms, angles, pages, places)
 

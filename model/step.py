@@ -1,8 +1,8 @@
 """One step of the device: rows in, one token per sampled row out. Knows nothing of requests.
 
 A step's inputs are integers only and travel as one int32 vector (`StepLayout`), so that a launch is one
-transfer. The vector is made in fresh memory every time: JAX on CPU reads the caller's buffer in place, and
-a buffer that is written again would corrupt the step in flight.
+transfer. JAX on CPU reads the caller's buffer in place, and a buffer that is written again would corrupt the
+step in flight: a `StepBuffer` is, but only by who knows that the step has ended.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -98,18 +99,7 @@ class StepLayout:
 
         Raises ValueError, naming the array, if one is longer than the bucket has room for.
         """
-        packed = _blank(self).copy()
-        start = 0
-        for (path, padding), value in zip(
-            jax.tree.leaves_with_path(_padding(self)), jax.tree.leaves(inputs), strict=True
-        ):
-            value = np.asarray(value)
-            if value.size > padding.size or value.shape[1:] != padding.shape[1:]:
-                name = jax.tree_util.keystr(path)
-                raise ValueError(f"{name} has shape {value.shape}, its bucket has room for {padding.shape}")
-            packed[start : start + value.size] = value.reshape(-1)
-            start += padding.size
-        return packed
+        return StepBuffer(self).pack(inputs)
 
     def unpack(self, packed: Int32[Array, " size"]) -> StepInputs:
         """The arrays of a packed vector, at the bucket's full sizes; for use inside jit."""
@@ -119,6 +109,56 @@ class StepLayout:
             packed[end - leaf.size : end].reshape(leaf.shape) for leaf, end in zip(leaves, ends, strict=True)
         ]
         return jax.tree.unflatten(treedef, parts)
+
+
+class StepBuffer:
+    """A packed vector in memory that is used again.
+
+    Most of a vector is room for page references, of which a step needs few: what is written is the step's own
+    arrays, and padding where those of the step before it were longer.
+    """
+
+    def __init__(self, layout: StepLayout) -> None:
+        self._places = _places(layout)
+        self._blank = _blank(layout)
+        self._vector = self._blank.copy()
+        self._filled = [0] * len(self._places)  # of each array: words that are not padding
+
+    def pack(self, inputs: StepInputs) -> Int32[np.ndarray, " size"]:
+        """As `StepLayout.pack`, but the vector is the same one every time."""
+        packed, filled = self._vector, self._filled
+        for index, (place, value) in enumerate(zip(self._places, jax.tree.leaves(inputs), strict=True)):
+            value = np.asarray(value)
+            size, start = value.size, place.start
+            if size > place.size or value.shape[1:] != place.shape[1:]:
+                raise ValueError(
+                    f"{place.name} has shape {value.shape}, its bucket has room for {place.shape}"
+                )
+            packed[start : start + size] = value.reshape(-1)
+            if size < filled[index]:
+                behind = slice(start + size, start + filled[index])
+                packed[behind] = self._blank[behind]
+            filled[index] = size
+        return packed
+
+
+class _Place(NamedTuple):
+    """Where an array of StepInputs lies in the packed vector."""
+
+    name: str
+    start: int
+    size: int
+    shape: tuple[int, ...]
+
+
+@lru_cache
+def _places(layout: StepLayout) -> tuple[_Place, ...]:
+    leaves = jax.tree.leaves_with_path(_padding(layout))
+    starts = accumulate((leaf.size for _, leaf in leaves), initial=0)
+    return tuple(
+        _Place(jax.tree_util.keystr(path), start, leaf.size, leaf.shape)
+        for (path, leaf), start in zip(leaves, starts, strict=False)
+    )
 
 
 @lru_cache

@@ -2,14 +2,15 @@
 
 One program per row bucket, and two small ones for slots that change hands, all compiled before the first
 request. A launch hands over one int32 vector and returns at once: steps run in order on one donated cache,
-and what a step sampled stays on the device for the next one.
+and what a step sampled stays on the device for the next one. The vector's memory is used again once the step
+has ended.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -27,7 +28,7 @@ from model.decoder import Decoder
 from model.kv_cache import KVCache, bytes_per_page
 from model.sampling import SampleOutputs, SlotState, assign, count_history, pack_assignments, uses_of
 from model.sharding import ON_ONE_DEVICE, Placement, bytes_each
-from model.step import StepLayout, StepProgram, compile_step
+from model.step import StepBuffer, StepLayout, StepProgram, compile_step
 from scheduler.buckets import Buckets
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.sampling import SamplingParams
@@ -100,6 +101,8 @@ class Runner:
         )
         self.dtype = model.dtype
         self._programs: dict[int, StepProgram] = {}
+        # The buffers that steps of a bucket have read or still read, each with a result of its last reader.
+        self._read: defaultdict[int, deque[tuple[StepBuffer, Any]]] = defaultdict(deque)
         self._params = [SamplingParams()] * config.num_slots  # what each slot was last set to
         self._uses = [0] * config.num_slots  # and the sampler's bits of it
 
@@ -251,14 +254,23 @@ class Runner:
             uses = 0
             for slot in sampled:
                 uses |= self._uses[slot]
-            program, packed = self.packed(step)
+            program, buffer = self._programs[step.bucket], self._buffer(step.bucket)
+            packed = buffer.pack(step_inputs(step, program.layout))
             self.cache, self.slots, outputs = program(self.weights, self.cache, self.slots, packed, uses)
+        self._read[step.bucket].append((buffer, outputs.token))
         return StepHandle(outputs, [self._params[slot] for slot in sampled])
 
     def packed(self, step: Step) -> tuple[StepProgram, np.ndarray]:
         """The program of a step's bucket, and what it is told."""
         program = self._programs[step.bucket]
         return program, program.layout.pack(step_inputs(step, program.layout))
+
+    def _buffer(self, bucket: int) -> StepBuffer:
+        """One that no step in flight reads. Steps end in their order: the first one in use is free first."""
+        read = self._read[bucket]
+        if read and read[0][1].is_ready():
+            return read.popleft()[0]
+        return StepBuffer(self._programs[bucket].layout)
 
     def _set_slots(self, setups: Sequence[SlotSetup]) -> None:
         for start in range(0, len(setups), self.ASSIGNMENTS):

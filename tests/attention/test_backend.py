@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 from attention import BACKENDS, Backend, PageArray, PageRun, Read, Reads, Sizes
 from attention.gpu import Gpu
@@ -18,6 +19,7 @@ from attention.reference import Reference
 from attention.tpu import Tpu
 from attention.wrapped import Wrapped
 from attention.xla import Xla
+from tests.attention.forest import Forest, forests, pages_of
 
 PAGE_SIZE, NUM_PAGES, HEADS, KV_HEADS, HEAD_DIM = 16, 8, 2, 1, 128
 RUNNING = [Reference(), Xla(), Gpu(interpret=True), Tpu(interpret=True, block_tokens=128), Wrapped(Xla())]
@@ -66,6 +68,30 @@ def test_pages_are_refilled_where_it_says_and_nowhere_else(backend: Backend) -> 
         own = [[PAGE_SIZE * first + i for i in range(steps)] for first in (2, 4)]
         refilled = backend.refill(work, jnp.asarray(filled))
         assert seen(backend, refilled, 2) == [[*range(prefix.length), *mine] for mine in own], steps
+
+
+@EVERY_BACKEND
+@given(forest=forests(page_sizes=(PAGE_SIZE,)))
+@settings(max_examples=25, deadline=None)
+def test_what_is_not_used_of_a_steps_work_is_padding(backend: Backend, forest: Forest) -> None:
+    """So whoever copies the used parts over padding has copied all of it, whatever else there is room for."""
+    rows = sum(read.rows for read in forest.reads)
+    pages = 1 + max(page for read in forest.reads for page in pages_of(read))
+    sizes = Sizes(num_pages=pages, page_size=PAGE_SIZE, heads=HEADS, kv_heads=KV_HEADS, paths=8)
+    room = backend.capacity(rows, sizes)
+    _, work = backend.lay_out(Reads.of(forest.reads), room)
+    for whole, used, padded in zip(work, backend.used(work), room.empty(), strict=True):
+        assert used.shape[1:] == whole.shape[1:]
+        padded[tuple(map(slice, used.shape))] = used
+        np.testing.assert_array_equal(padded, whole)
+
+
+@pytest.mark.parametrize("backend", [Xla(), Gpu(), Wrapped(Gpu())], ids=repr)
+def test_little_is_used_of_the_room_for_page_references(backend: Backend) -> None:
+    room = backend.capacity(64, Sizes(num_pages=4000, page_size=PAGE_SIZE, heads=HEADS, kv_heads=KV_HEADS))
+    _, work = backend.lay_out(Reads.of([Read((), PageRun((3, 5, 4), 40), 1, 39)]), room)
+    words, used = (sum(array.size for array in each) for each in (work, backend.used(work)))
+    assert used < words / 4
 
 
 @EVERY_BACKEND

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from attention.gpu import Gpu
 from attention.layout import ItemCapacity
@@ -27,11 +29,12 @@ from model.sampling import (
     USES_LOGPROBS,
     USES_RANDOM,
     USES_TOP,
+    SampleInputs,
     SampleOutputs,
     SlotState,
 )
 from model.sharding import ON_ONE_DEVICE
-from model.step import NOWHERE, StepInputs, StepLayout, StepProgram, compile_step, forward
+from model.step import NOWHERE, StepBuffer, StepInputs, StepLayout, StepProgram, compile_step, forward
 from model.weights import hf_tensors, place_model, random_weights
 from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
 from tests.model.dense import dense_logits
@@ -323,6 +326,41 @@ def test_what_a_vector_is_padded_with_is_laid_out_once_and_not_in_every_step(
     first = LAYOUT.pack(inputs)
     monkeypatch.setattr(np, "concatenate", MagicMock(side_effect=AssertionError("laid out again")))
     np.testing.assert_array_equal(LAYOUT.pack(inputs), first)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 20), st.booleans()), min_size=2, max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_a_buffer_holds_nothing_of_the_steps_before(steps: list[tuple[int, int, bool]]) -> None:
+    """What it packs is what fresh memory would hold, however much longer or shorter the steps before were."""
+    buffer, vectors = StepBuffer(LAYOUT), list[np.ndarray]()
+    for samples, more, trimmed in steps:
+        inputs = inputs_of(rows=samples + more, samples=samples)
+        if trimmed:
+            inputs = inputs._replace(work=LAYOUT.backend.used(inputs.work))
+        vectors.append(buffer.pack(inputs))
+        assert vectors[-1] is vectors[0], "it is the same memory"
+        np.testing.assert_array_equal(vectors[-1], plainly_packed(inputs))
+
+
+def plainly_packed(inputs: StepInputs) -> np.ndarray:
+    """The arrays end to end, each in a copy of its padding."""
+    padded = jax.tree.map(np.array, LAYOUT.unpack(jnp.asarray(LAYOUT.pack(nothing()))))
+    for padding, value in zip(jax.tree.leaves(padded), jax.tree.leaves(inputs), strict=True):
+        padding[tuple(map(slice, value.shape))] = value
+    return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(padded)])
+
+
+def nothing() -> StepInputs:
+    empty = np.zeros(0, np.int32)
+    return StepInputs(*[empty] * 4, work=LAYOUT.capacity.empty(), sample=SampleInputs(*[empty] * 5))
+
+
+def test_a_buffer_that_refused_a_step_packs_the_next_one() -> None:
+    buffer, inputs = StepBuffer(LAYOUT), inputs_of(rows=10, samples=3)
+    buffer.pack(inputs_of(rows=20, samples=4))
+    with pytest.raises(ValueError, match="positions"):
+        buffer.pack(inputs._replace(positions=np.zeros(25, np.int32)))
+    np.testing.assert_array_equal(buffer.pack(inputs), LAYOUT.pack(inputs))
 
 
 def test_inputs_larger_than_the_bucket_are_refused_by_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -91,6 +92,37 @@ def test_the_gpu_kernels_serve_the_same_tokens(runner: Runner) -> None:
     record = run(kernels, requests, policy="eager", num_pages=60)
     assert record.preemptions() > 0
     assert record.answers() == run(runner, requests, policy="eager").answers()
+
+
+def test_a_steps_memory_is_used_again_once_it_has_ended_and_not_before(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device on the host reads that memory in place."""
+    packed: list[np.ndarray] = []
+    ended: list[bool] = []
+
+    class Token(Output):
+        def is_ready(self) -> bool:
+            return ended.pop(0)
+
+    def step(_: StepProgram, weights: Any, cache: Any, slots: Any, vector: np.ndarray, *more: Any) -> Any:
+        packed.append(vector)
+        return cache, slots, SampleOutputs(*[Token()] * 4)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StepProgram, "__call__", step)
+    monkeypatch.setattr(runner, "_read", defaultdict(deque))
+    small, large = (runner.probe(bucket, 1) for bucket in (min(runner.buckets), max(runner.buckets)))
+    for each in (small, small, large):
+        ended[:] = [False]
+        runner.launch(each)
+    assert len({id(vector) for vector in packed}) == 3, "each is still read"
+    for is_ready in (True, False, True):
+        ended[:] = [is_ready]
+        runner.launch(small)
+    first, second, _, third, fourth, fifth = packed
+    assert third is first
+    assert not any(fourth is other for other in (first, second))
+    assert fifth is second, "they end in their order"
 
 
 def test_the_cache_is_donated_and_never_copied(runner: Runner) -> None:
