@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +19,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.config import PRESETS, ModelConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
-from model.hf_config import read_folder
+from model.find import model_config, model_folder
 from model.settings import CheckpointError, Settings, listed, one_line, present, read_object
 from model.sharding import ON_ONE_DEVICE, Placement
 from model.tensor_files import Stored, TensorFiles, WeightsError
-from model.tokenizer import Tokenizer
 from model.weights import (
     check_safetensors,
     check_tensors,
@@ -40,46 +39,11 @@ LoadFormat = Literal["auto", "safetensors", "orbax", "random"]
 # What goes along with the weights when a folder is converted.
 COMPANION_FILES = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "LICENSE*")
 _ORBAX, _ORBAX_METADATA = "orbax", "_METADATA"
-_EMBEDDED = Path(__file__).parent / "tiny"
 
 OWN_HEAD = (
     "config.json ties the head to the embedding, but lm_head.weight differs from model.embed_tokens.weight: "
     "the head of the file is used, as transformers does"
 )
-
-
-def model_folder(name: str) -> Path | None:
-    """The folder of a model: None for a preset, the embedded model's for "default", else the path itself.
-
-    Raises FileNotFoundError, saying what would be accepted, if there is no such folder.
-    """
-    if name in PRESETS:
-        return None
-    folder = _EMBEDDED if name == "default" else Path(name)
-    if not name or not folder.is_dir():
-        presets = ", ".join(PRESETS)
-        raise FileNotFoundError(
-            f'no model {name!r}: give a folder with a config.json, "default", or one of {presets}'
-        )
-    return folder
-
-
-def model_config(name: str) -> ModelConfig:
-    """The config of a folder, a preset or "default"."""
-    folder = model_folder(name)
-    return PRESETS[name] if folder is None else read_folder(folder)
-
-
-def model_tokenizer(name: str) -> tuple[Tokenizer, Collection[int] | None]:
-    """The tokenizer for a model, and the ids that may be sampled: those that stand for something; None: any.
-
-    A preset has no tokenizer of its own. The embedded one will do for its random weights, which may sample
-    any id.
-    """
-    folder = model_folder(name)
-    tokenizer = Tokenizer.from_folder(folder or _EMBEDDED)
-    own = folder is not None and tokenizer.supports_text
-    return tokenizer, tokenizer.spelling.pieces.keys() if own else None
 
 
 @dataclass(frozen=True, slots=True)

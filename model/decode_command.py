@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import tyro
 
 from attention import BACKENDS, backend_named
-from model.checkpoint import LoadFormat, ModelSource, model_tokenizer
+from model.checkpoint import LoadFormat, ModelSource
 from model.decode import generate
+from model.find import model_tokenizer
 from model.settings import one_line, out_of_memory
 from model.sharding import Placement, ask_for_devices
 from model.tokenizer import Tokenizer

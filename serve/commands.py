@@ -15,12 +15,17 @@ def serve(args: list[str] | None = None) -> None:
     """Serve a model over gRPC until SIGTERM."""
     config = tyro.cli(ServerConfig, prog="taper-serve", description=serve.__doc__, args=args)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU: the server owns it
-    from serve.engine.startup import load  # JAX takes seconds to import: not for --help
-    from serve.server.server import run
+    if config.engine_in_process:
+        from serve.engine.startup import load  # imports JAX, which takes seconds: not for --help
+    else:
+        from serve.remote.spawn import spawned
+
+        load = spawned()  # before this process goes on to import its own
+    from serve.server.server import EngineFailedError, run
 
     try:
         run(config, load)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EngineFailedError) as error:
         sys.exit(f"taper-serve: {error}")
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

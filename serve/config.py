@@ -39,9 +39,9 @@ class ServerConfig:
     """Serve Prometheus metrics on this port of the loopback interface; 0 picks a free one."""
     step_log: str | None = None
     """Write a line of JSON about every step to this file: what it held, its predicted and measured time."""
-    hold_ms: float = 40.0
-    """Most milliseconds for which tokens wait to be sent together, where the host does not keep up with the
-    device: it is the writing of messages that holds it up. 0 sends those of every step."""
+    engine_in_process: bool = False
+    """Run the engine in the server's own process, where they take the interpreter from each other, instead of
+    in one of its own."""
     drain_timeout: float = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
 
@@ -123,7 +123,7 @@ class ServerConfig:
                 raise ValueError(f"{name} must be more than 0, not {value}")
         if self.buckets is not None and (not self.buckets or any(bucket < 1 for bucket in self.buckets)):
             raise ValueError(f"buckets must be row counts of at least 1, not {self.buckets}")
-        for name in ("max_logit_bias", "max_top_logprobs", "repay", "hold_ms", "drain_timeout"):
+        for name in ("max_logit_bias", "max_top_logprobs", "repay", "drain_timeout"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a number that is not negative, not {value}")

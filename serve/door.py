@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-from scheduler.events import Event
+from scheduler.events import Event, Finished
 from scheduler.predictor import PredictionAccuracy, StepLoad
 from scheduler.request import Request
 from scheduler.scheduler import SchedulerLoad
@@ -20,23 +20,29 @@ State = Literal["STARTING", "SERVING", "DRAINING", "STOPPED", "FAILED"]
 Reason = Literal["QUEUE_FULL", "KV_FULL", "SLO_UNATTAINABLE", "DRAINING", "STARTING", "DUPLICATE"]
 
 
-class Refused(Exception):  # noqa: N818 - a refusal is an answer, not an error of the engine
-    """A request that the engine does not take; `detail` is for the client."""
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The engine does not take the request, and nothing else is heard of it. `detail` is for the client."""
 
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason: Reason = reason
-        self.detail = detail
+    reason: Reason
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The engine died; no more events follow."""
+    """The engine gave the request up, and says why to the log; no more events follow."""
 
     error: str
 
 
-Sink = Callable[[Sequence[Event | Failed]], None]
+News = Event | Refused | Failed
+Sink = Callable[[Sequence[News]], None]
+"""Gets what is new of one request: at least one piece, in order, and nothing after one that `is_last`."""
+
+
+def is_last(news: News) -> bool:
+    """Whether nothing follows it."""
+    return isinstance(news, Finished | Refused | Failed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,7 @@ Watcher = Callable[[StepRecord], None]
 class Engine(Protocol):
     """Serves requests; its methods may be called from any thread.
 
-    state   SERVING from `start` on, until `stop` or a failure
+    state   SERVING until `stop` or a failure
     policy  the admission policy of extra branches
     """
 
@@ -105,19 +111,16 @@ class Engine(Protocol):
     @property
     def policy(self) -> str: ...
 
-    def start(self) -> None:
-        """Take requests from now on."""
-        ...
-
     def submit(self, request: Request, sink: Sink) -> None:
-        """Queue a request; `sink` gets its events, at most once a step, from the engine's thread.
+        """Queue a request; `sink` gets its events, at most once a step, from a thread of the engine's.
 
-        Raises Refused, or ValueError for a program that cannot run.
+        So it learns, at once, of a refusal, and of a program that cannot run: as `Failed`.
         """
         ...
 
-    def cancel(self, request_id: str) -> bool:
-        """Forget a request: its pages are free before the next step is planned. False if it is unknown."""
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, if it is known: its pages are free before the next step is planned, and its id at
+        once. Its sink hears no more."""
         ...
 
     def set_policy(self, policy: str) -> None:

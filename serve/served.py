@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from scheduler.grammars import MULTIVERSE, TagGrammar
+from model.config import ModelConfig
+from model.tokenizer import Tokenizer as ModelTokenizer
+from scheduler.grammars import GRAMMARS, MULTIVERSE, TagGrammar
 from scheduler.request import Slo
 from serve.config import ServerConfig
 from serve.door import Engine, Watcher
@@ -51,22 +53,51 @@ class ServedModel:
     default_max_tokens: int = 256
     default_slo: Slo = field(default_factory=Slo)
 
+    @classmethod
+    def of(cls, config: ServerConfig, model: ModelConfig, tokenizer: ModelTokenizer) -> ServedModel:
+        """A model as a server with this config serves it."""
+        return cls(
+            name=model.name,
+            architecture=model.architecture,
+            tokenizer=tokenizer,
+            supports_text=tokenizer.supports_text,
+            vocab_size=model.vocab_size,
+            max_context=min(model.max_context, config.max_context or model.max_context),
+            eos_ids=tokenizer.eos_ids or model.eos_ids,
+            join=model.join,
+            grammars=GRAMMARS,
+            own_grammar=model.tag_grammar,
+            max_branches=config.max_branches,
+            max_depth=config.max_depth,
+            max_logit_bias=config.max_logit_bias,
+            max_top_logprobs=config.max_top_logprobs,
+            default_max_tokens=config.default_max_tokens,
+            default_slo=Slo(tpot=config.tpot_slo_ms / 1e3, ttft=config.ttft_slo_ms / 1e3),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """What a server serves: a started engine, and its model.
+class Platform:
+    """What an engine runs on.
 
     device          kind of the devices that share the model, of which there are `devices`
     largest_bucket  rows that one step can have
     summary         what getting ready came to, for the operator
     """
 
-    engine: Engine
-    model: ServedModel
     device: str = "cpu"
     devices: int = 1
     largest_bucket: int = 64
     summary: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What a server serves: a started engine, its model, and what it runs on."""
+
+    engine: Engine
+    model: ServedModel
+    platform: Platform = field(default_factory=Platform)
 
 
 Loader = Callable[[ServerConfig, Watcher], Served]

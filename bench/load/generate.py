@@ -37,8 +37,8 @@ from bench.load.workload import Item
 from bench.result import conclude, head, keep
 from bench.server import started
 from bench.timing import clock
-from model.checkpoint import model_config
 from model.config import ModelConfig
+from model.find import model_config
 from scheduler.request import Slo
 
 # transformers' ways: (mode, attention, options). Those that an installation cannot run are reported.

@@ -4,17 +4,13 @@
 
 Requests come and go under a lock that is held while planning and updating, never while the device works:
 what is cancelled is gone before the next plan is made.
-
-Readers share the interpreter with the engine, and hold it up. That does not matter as long as the host has
-to wait for the device anyway; where it does not, several steps' events are published together.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +25,7 @@ from serve.door import Failed, Load, Refused, Sink, State, Watcher
 from serve.engine.collector import Collector
 from serve.engine.pauses import Pauses
 from serve.engine.step_log import Moments, StepLog, record
+from serve.rate import TokenRate
 
 log = structlog.get_logger("taper")
 
@@ -65,12 +62,8 @@ class InProcessEngine:
 
     `on_step` is told of every finished step and `watch` of its figures, both from the engine's thread;
     `step_log` gets a line of them, and is closed with the engine. `collector` takes over the garbage
-    collection of the process. Events wait for up to `hold` seconds where the host does not keep up with the
-    device.
+    collection of the process. `before_plan` is called before each step is planned.
     """
-
-    RATE_WINDOW = 5.0  # seconds over which output tokens are counted
-    IN_TIME = 4  # steps in a row that the host had to wait for: it keeps up with the device
 
     def __init__(
         self,
@@ -81,7 +74,7 @@ class InProcessEngine:
         watch: Watcher | None = None,
         step_log: StepLog | None = None,
         collector: Collector | None = None,
-        hold: float = 0.0,
+        before_plan: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
@@ -92,19 +85,17 @@ class InProcessEngine:
         self._step_log = step_log
         self._clock = clock
         self._collector = collector
-        self.hold = hold
-        self._events: dict[str, list[Event]] = {}  # of each request: not published yet
-        self._published = clock()
-        self._waits = self.IN_TIME  # for so many steps in a row
+        self._before_plan = before_plan
         self._sinks: dict[str, Sink] = {}
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="taper-engine", daemon=True)
-        self._recent: deque[tuple[float, int]] = deque()
+        self._rate = TokenRate()
         self._steps = 0
 
     # --- from any thread -------------------------------------------------------------------------------
 
     def start(self) -> None:
+        """Take requests from now on."""
         if self._collector is not None:
             self._collector.start(self._clock())
         self.state = "SERVING"
@@ -113,31 +104,38 @@ class InProcessEngine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request; `sink` gets its events, at most once per step, from the engine's thread.
 
-        Raises Refused, or ValueError for a program that cannot run.
+        A refusal it gets here and now, and so a program that cannot run, as `Failed`.
         """
         with self._wake:
-            if self.state == "STARTING":
-                raise Refused("STARTING", "the server is starting")
-            if self.state != "SERVING":
-                raise Refused("DRAINING", "the server takes no new requests")
-            if request.id in self._sinks:
-                raise Refused("DUPLICATE", f"request {request.id!r} is running")
-            try:
-                self.scheduler.add(request, self._clock())
-            except RejectedError as rejected:
-                raise Refused(rejected.reason, str(rejected)) from rejected
-            self._sinks[request.id] = sink
-            self._wake.notify()
+            not_taken = self._add(request)
+            if not_taken is None:
+                self._sinks[request.id] = sink
+                self._wake.notify()
+        if not_taken is not None:
+            sink([not_taken])
 
-    def cancel(self, request_id: str) -> bool:
-        """Forget a request; its pages and slots are free at once. False if it is unknown."""
+    def _add(self, request: Request) -> Refused | Failed | None:
+        """Queue a request; or why it is not taken."""
+        if self.state == "STARTING":
+            return Refused("STARTING", "the server is starting")
+        if self.state != "SERVING":
+            return Refused("DRAINING", "the server takes no new requests")
+        if request.id in self._sinks:
+            return Refused("DUPLICATE", f"request {request.id!r} is running")
+        try:
+            self.scheduler.add(request, self._clock())
+        except RejectedError as rejected:
+            return Refused(rejected.reason, str(rejected))
+        except ValueError as fault:
+            return Failed(str(fault))
+        return None
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; its pages and slots are free at once."""
         with self._wake:
             self._sinks.pop(request_id, None)
-            # Its id is free from here on: whoever takes it next is told of their own events alone.
-            self._events.pop(request_id, None)
-            found = self.scheduler.cancel(request_id)
+            self.scheduler.cancel(request_id)
             self._wake.notify()
-            return found
 
     def set_policy(self, policy: str) -> None:
         """Switch the admission policy from the next step on. Raises ValueError."""
@@ -150,12 +148,10 @@ class InProcessEngine:
 
     def load(self) -> Load:
         with self._wake:
-            now = self._clock()
-            tokens = sum(count for at, count in self._recent if now - at <= self.RATE_WINDOW)
             return Load(
                 scheduler=self.scheduler.load(),
                 accuracy=self.scheduler.controller.latency.accuracy.snapshot(),
-                output_tokens_per_second=tokens / self.RATE_WINDOW,
+                output_tokens_per_second=self._rate.per_second(self._clock()),
                 steps=self._steps,
             )
 
@@ -171,6 +167,10 @@ class InProcessEngine:
             if self.state != "FAILED":
                 self.state = "STOPPED"
             self._wake.notify()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until it has stopped, or failed, and everybody has been told."""
         if self._thread.is_alive():
             self._thread.join()
 
@@ -186,7 +186,6 @@ class InProcessEngine:
             error = repr(crash)
             self.state = "FAILED"
         finally:
-            self._publish()
             with self._wake:
                 sinks = [*self._sinks.values()]
                 self._sinks.clear()
@@ -198,23 +197,26 @@ class InProcessEngine:
     def _loop(self, pauses: Pauses) -> None:
         flying: _Launched | None = None
         ended = self._clock()
-        while True:
+        while flying is not None or self._has_work():
+            self._before_plan()
             with self._wake:
-                while flying is None and self.scheduler.idle and self.state == "SERVING":
-                    if self._collector is not None:
-                        self._collector.idle(self._clock())
-                    self._wake.wait()
-                if flying is None and (self.state == "STOPPED" or self.scheduler.idle):
-                    return
-                next_step = self.scheduler.schedule(self._clock()) if self.state != "STOPPED" else None
+                over = self.state == "STOPPED" or self.scheduler.idle
+                next_step = None if over else self.scheduler.schedule(self._clock())
             launched = self._launch(next_step, follows=flying is not None) if next_step else None
             if flying is not None:
                 ended = self._finish(flying, ended, pauses)
-            elif launched is None:
+            elif launched is None and not over:
                 raise RuntimeError("requests are live, but no step can advance any of them")
             flying = launched
-            if flying is None:
-                self._publish()
+
+    def _has_work(self) -> bool:
+        """Wait for requests; False once the engine has stopped."""
+        with self._wake:
+            while self.scheduler.idle and self.state == "SERVING":
+                if self._collector is not None:
+                    self._collector.idle(self._clock())
+                self._wake.wait()
+            return self.state != "STOPPED" and not self.scheduler.idle
 
     def _launch(self, scheduled: ScheduledStep, *, follows: bool) -> _Launched:
         planned = self._clock()
@@ -228,20 +230,16 @@ class InProcessEngine:
         """
         scheduled = launched.scheduled
         looked, ready = self._clock(), launched.handle.is_ready()
-        self._waits = 0 if ready else self._waits + 1
         samples = launched.handle.samples()
         now, paused = self._clock(), pauses.take()
         seconds = now - (previous_end if launched.follows else launched.at)
         with self._wake:
             events = self.scheduler.update(StepResult(scheduled.step, samples, seconds), now)
             self._steps += 1
-            for event in events:
-                self._events.setdefault(event.request_id, []).append(event)
-            self._recent.append((now, sum(isinstance(event, TokenEmitted) for event in events)))
-            while now - self._recent[0][0] > self.RATE_WINDOW:
-                self._recent.popleft()
-        if self._waits >= self.IN_TIME or now - self._published >= self.hold:
-            self._publish()
+            self._rate.add(now, sum(isinstance(event, TokenEmitted) for event in events))
+            sinks = self._route(events)
+        for sink, batch in sinks:
+            sink(batch)
         moments = Moments(
             planned=launched.planned,
             launching=launched.launching,
@@ -266,16 +264,11 @@ class InProcessEngine:
             for watch in self._watchers:
                 watch(figures)
 
-    def _publish(self) -> None:
-        """Hand each request the events that wait."""
-        with self._wake:
-            batches, self._events = self._events, {}
-            sinks = self._route(batches)
-        self._published = self._clock()
-        for sink, batch in sinks:
-            sink(batch)
-
-    def _route(self, batches: Mapping[str, list[Event]]) -> list[tuple[Sink, list[Event]]]:
+    def _route(self, events: Iterable[Event]) -> list[tuple[Sink, list[Event]]]:
+        """Each request's sink with its events; who has finished is known no more."""
+        batches: dict[str, list[Event]] = {}
+        for event in events:
+            batches.setdefault(event.request_id, []).append(event)
         routed = [(self._sinks[key], batch) for key, batch in batches.items() if key in self._sinks]
         for key, batch in batches.items():
             if isinstance(batch[-1], Finished):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +14,13 @@ import jax.numpy as jnp
 import structlog
 
 from attention import Backend, backend_named, default_backend
-from model.checkpoint import ModelSource, model_tokenizer
-from model.config import ModelConfig
+from model.checkpoint import ModelSource
 from model.decoder import Decoder
+from model.find import model_tokenizer
 from model.sharding import Placement, ask_for_devices
 from model.tokenizer import Tokenizer
 from scheduler.controller import Controller, ControllerConfig
-from scheduler.grammars import GRAMMARS
 from scheduler.predictor import StepLatencyModel
-from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import FinishedStep
 from serve.config import ServerConfig
@@ -33,11 +32,12 @@ from serve.engine.memory import MemoryPlan, device_limit, remembered
 from serve.engine.ready import Ready
 from serve.engine.runner import Runner, RunnerConfig
 from serve.engine.step_log import StepLog
-from serve.served import Served, ServedModel
+from serve.served import Platform, Served, ServedModel
 from serve.text.codec import TextCodec
 
 log = structlog.get_logger("taper")
 
+SWITCH_SECONDS = 0.0005  # a step takes the interpreter back a dozen times: it should not wait 5 ms each time
 NOMINAL_PAGES = 2048  # on a device that does not say how much memory it has; and to size a step with
 
 
@@ -50,18 +50,21 @@ class Started:
     model: ServedModel
     ready: Ready
 
+    @property
+    def platform(self) -> Platform:
+        return Platform(
+            device=self.ready.device,
+            devices=self.ready.runner.placement.count,
+            largest_bucket=self.runner.buckets.largest,
+            summary=str(self.ready),
+        )
+
 
 def load(config: ServerConfig, watch: Watcher) -> Served:
-    """Get ready and start what `config` asks for; `watch` is told of every step. Raises as `start` does."""
+    """Get ready and start what `config` asks for, in the server's process. Raises as `start` does."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     started = start(config, watch=watch)
-    return Served(
-        engine=started.engine,
-        model=started.model,
-        device=started.ready.device,
-        devices=config.tensor_parallel,
-        largest_bucket=started.runner.buckets.largest,
-        summary=str(started.ready),
-    )
+    return Served(engine=started.engine, model=started.model, platform=started.platform)
 
 
 def start(
@@ -69,10 +72,12 @@ def start(
     *,
     watch: Watcher | None = None,
     on_step: Callable[[FinishedStep], None] | None = None,
+    before_plan: Callable[[], None] = lambda: None,
 ) -> Started:
     """Load the model while every program compiles, measure their times and start the engine.
 
-    Raises what is wrong with the config or the model folder, before anything is served.
+    `watch`, `on_step` and `before_plan` are the engine's. Raises what is wrong with the config or the model
+    folder, before anything is served.
     """
     ask_for_devices(config.tensor_parallel)
     config = config.for_platform(jax.default_backend())
@@ -89,7 +94,7 @@ def start(
         runner.hold(model, known)
     device = placement.devices[0].device_kind
     latency, source = predictor_for(config, runner, device)
-    served = served_model(config, model.config, tokenizer)
+    served = ServedModel.of(config, model.config, tokenizer)
     ready = Ready(
         model=model.config,
         dtype=dtype.name,
@@ -111,7 +116,7 @@ def start(
         watch=watch,
         step_log=StepLog(Path(config.step_log)) if config.step_log else None,
         collector=Collector(),
-        hold=config.hold_ms / 1e3,
+        before_plan=before_plan,
     )
     engine.start()
     return Started(engine, runner, served, ready)
@@ -138,27 +143,6 @@ def controller_config(config: ServerConfig, largest_bucket: int) -> ControllerCo
         fill=config.fill,
         repay=config.repay,
         max_chunk=config.max_chunk or largest_bucket,
-    )
-
-
-def served_model(config: ServerConfig, model: ModelConfig, tokenizer: Tokenizer) -> ServedModel:
-    return ServedModel(
-        name=model.name,
-        architecture=model.architecture,
-        tokenizer=tokenizer,
-        supports_text=tokenizer.supports_text,
-        vocab_size=model.vocab_size,
-        max_context=min(model.max_context, config.max_context or model.max_context),
-        eos_ids=tokenizer.eos_ids or model.eos_ids,
-        join=model.join,
-        grammars=GRAMMARS,
-        own_grammar=model.tag_grammar,
-        max_branches=config.max_branches,
-        max_depth=config.max_depth,
-        max_logit_bias=config.max_logit_bias,
-        max_top_logprobs=config.max_top_logprobs,
-        default_max_tokens=config.default_max_tokens,
-        default_slo=Slo(tpot=config.tpot_slo_ms / 1e3, ttft=config.ttft_slo_ms / 1e3),
     )
 
 

@@ -37,8 +37,12 @@ SERVICES = (
     control_pb.DESCRIPTOR.services_by_name["ControlService"].full_name,
 )
 _LOADER = "taper-load"
-_SWITCH_SECONDS = 0.0005  # a step takes the interpreter back a dozen times: it should not wait 5 ms each time
+_LOOK_SECONDS = 0.1  # between two looks at whether the engine has died
 _FLUSH_SECONDS = 5.0  # for last messages, once the engine has stopped
+
+
+class EngineFailedError(Exception):
+    """The engine died while it served."""
 
 
 def listen(service: Service) -> tuple[grpc.aio.Server, str]:
@@ -69,7 +73,10 @@ async def shut_down(server: grpc.aio.Server, service: Service, timeout: float) -
 
 
 async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], None] = print) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the drain short."""
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the drain short.
+
+    Raises what kept the engine from starting, and EngineFailedError when it dies, once everybody is told.
+    """
     service = Service(config)
     server, address = listen(service)
     stop_metrics = _serve_metrics(service)
@@ -84,11 +91,11 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
             served = loading.result()
             service.serve(served)
             if config.explain:
-                announce(served.summary)
+                announce(served.platform.summary)
                 return
-            print(served.summary, file=sys.stderr, flush=True)
+            print(served.platform.summary, file=sys.stderr, flush=True)
             announce(f"taper-serve ready on {address}")
-        await signalled
+        await _until_failed(service, signalled)
         log.info("draining", seconds=config.drain_timeout)
     finally:
         await shut_down(server, service, config.drain_timeout)
@@ -97,11 +104,18 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
 
 def run(config: ServerConfig, load: Loader) -> None:
     """`serve` in a process of its own: returns after a drain, raises what kept it from starting."""
-    sys.setswitchinterval(_SWITCH_SECONDS)
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     asyncio.run(serve(config, load, functools.partial(print, flush=True)))
     if any(thread.name == _LOADER and thread.is_alive() for thread in threading.enumerate()):
         os._exit(0)  # a compilation cannot be interrupted, and crashes under an interpreter that finalizes
+
+
+async def _until_failed(service: Service, signalled: asyncio.Task[Any]) -> None:
+    """Until a signal comes. Raises EngineFailedError if the engine dies before."""
+    while not signalled.done():
+        if service.state == "FAILED":
+            raise EngineFailedError("the engine failed: see the log above")
+        await asyncio.wait({signalled}, timeout=_LOOK_SECONDS)
 
 
 def _serve_metrics(service: Service) -> Callable[[], None]:

@@ -69,7 +69,7 @@ class Service:
             skip: Speller(served.model.tokenizer.spelling, skip_special_tokens=skip) for skip in (False, True)
         }
         self.metrics.watch_load(served.engine.load)
-        self.metrics.describe_devices(served.device, served.devices)
+        self.metrics.describe_devices(served.platform.device, served.platform.devices)
 
     def served(self) -> Served:
         """Raises UnavailableError until the model is loaded."""
@@ -88,7 +88,8 @@ class Service:
         return self._spellers[skip_special_tokens]
 
     def open(self, request: Request, *, interval: float = 0.0) -> Stream:
-        """Submit a request; `interval` is its stream's. Raises ServiceError when it is not taken."""
+        """Submit a request; `interval` is its stream's. Raises ServiceError while no requests are taken; what
+        the engine refuses is said by the stream."""
         engine = self.accepting().engine
         if request.id in self._streams:
             raise DuplicateRequestError.because("DUPLICATE", f"request {request.id!r} is running")
@@ -101,17 +102,14 @@ class Service:
             explain=functools.partial(self._explain, request.id),
             interval=interval,
         )
-        try:
-            engine.submit(request, stream.put)
-        except Refused as refusal:
-            raise refused(refusal.reason, refusal.detail) from refusal
+        engine.submit(request, stream.put)
         self._streams[request.id] = stream
         return stream
 
     def close(self, request_id: str, *, finished: bool) -> None:
         """The call has ended. What it had asked for is forgotten, if it runs still."""
-        del self._streams[request_id]
-        if not finished:
+        stream = self._streams.pop(request_id)
+        if not (finished or stream.given_up):
             self.served().engine.cancel(request_id)
 
     def abort(self, request_id: str) -> bool:
@@ -137,12 +135,17 @@ class Service:
             stop = functools.partial(self._served.engine.stop, drain=False, timeout=0.0)
             threading.Thread(target=stop, name="taper-halt", daemon=True).start()
 
-    def _explain(self, request_id: str, failed: Failed) -> ServiceError:
-        """What the caller is told when the engine gives up its request."""
-        if self.state != "FAILED":
+    def _explain(self, request_id: str, why: Refused | Failed) -> ServiceError:
+        """What the caller is told when the engine does not take its request, or gives it up."""
+        if isinstance(why, Refused):
+            return refused(why.reason, why.detail)
+        state = self.state
+        if state in ("DRAINING", "STOPPED"):
             return _stopping()
-        log.error("the engine failed", request_id=request_id, error=failed.error)
-        return InternalError.because("ENGINE_FAILED", "the engine failed", request_id=request_id)
+        log.error("the engine gave a request up", request_id=request_id, error=why.error)
+        if state == "FAILED":
+            return InternalError.because("ENGINE_FAILED", "the engine failed", request_id=request_id)
+        return InternalError("internal error", request_id=request_id)
 
 
 def _stopping() -> ServiceError:

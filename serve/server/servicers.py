@@ -151,9 +151,9 @@ class ControlServicer(control_grpc.ControlServiceServicer):
         )
         if service.state != "STARTING":
             served = service.served()
-            info.device, info.device_count = served.device, served.devices
+            info.device, info.device_count = served.platform.device, served.platform.devices
             info.policy = served.engine.policy
-            info.max_step_branches = served.largest_bucket
+            info.max_step_branches = served.platform.largest_bucket
             info.kv_capacity_tokens = served.engine.load().scheduler.kv_capacity_tokens
         return info
 

@@ -15,7 +15,7 @@ from functools import partial
 
 from scheduler.events import Event, Finished
 from serve.api.errors import OverloadedError, ServiceError
-from serve.door import Failed
+from serve.door import Failed, News, Refused
 
 
 class Doorbell:
@@ -46,7 +46,7 @@ class Stream:
     doorbell       brings what was put to the event loop
     bound          most events that wait
     on_overflow    called once when there are more; what waits is dropped and `take` raises SLOW_CONSUMER
-    explain        the error that `take` raises when the engine gives the request up
+    explain        the error that `take` raises when the engine does not take the request, or gives it up
     interval       least seconds between two returns of `take`, unless the request has ended or half of
                    `bound` waits
     """
@@ -57,7 +57,7 @@ class Stream:
         *,
         bound: int,
         on_overflow: Callable[[], object],
-        explain: Callable[[Failed], ServiceError],
+        explain: Callable[[Refused | Failed], ServiceError],
         interval: float = 0.0,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -69,12 +69,13 @@ class Stream:
         self._due = 0.0  # when `take` may return, by the loop's clock
         self._waiting: list[Event] = []
         self._error: ServiceError | None = None
+        self.given_up = False  # by the engine, which knows the request no more
         self._news = asyncio.Event()
         self._urgent = asyncio.Event()  # what waits should not wait until it is due
 
-    def put(self, events: Sequence[Event | Failed]) -> None:
-        """Add a step's events, at least one."""
-        self._doorbell.ring(partial(self._add, events))
+    def put(self, news: Sequence[News]) -> None:
+        """Add what is new, at least one piece."""
+        self._doorbell.ring(partial(self._add, news))
 
     def end(self, error: ServiceError) -> None:
         """Let `take` raise `error` after what waits already; the first error counts."""
@@ -103,14 +104,17 @@ class Stream:
             async with asyncio.timeout_at(self._due):
                 await self._urgent.wait()
 
-    def _add(self, events: Sequence[Event | Failed]) -> None:
+    def _add(self, news: Sequence[News]) -> None:
+        last = news[-1]
+        if isinstance(last, Refused | Failed):
+            self.given_up = True
         if self._error is not None:
             return
-        for event in events:
-            if isinstance(event, Failed):
-                self.end(self._explain(event))
+        for piece in news:
+            if isinstance(piece, Refused | Failed):
+                self.end(self._explain(piece))
             else:
-                self._waiting.append(event)
+                self._waiting.append(piece)
         if len(self._waiting) > self._bound:
             self._waiting.clear()
             self.end(
@@ -122,5 +126,5 @@ class Stream:
             )
             self._on_overflow()
         self._news.set()
-        if 2 * len(self._waiting) >= self._bound or isinstance(events[-1], Finished):
+        if 2 * len(self._waiting) >= self._bound or isinstance(last, Finished):
             self._urgent.set()

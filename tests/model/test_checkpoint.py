@@ -21,10 +21,9 @@ from model.checkpoint import (
     ModelSource,
     convert_hf,
     load_model,
-    model_config,
-    model_folder,
 )
 from model.config import PRESETS
+from model.find import model_config, model_folder
 from model.weights import WeightsError, hf_tensors
 from tests.model.checkpoints import CHECKPOINTS
 

@@ -27,7 +27,7 @@ from scheduler.search import Match
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason
 from serve.config import ServerConfig
-from serve.door import Engine, Failed, Load, Refused, Sink, State
+from serve.door import Engine, Failed, Load, Refused, Sink, State, is_last
 from serve.served import Served, ServedModel
 from serve.server.server import listen, shut_down
 from serve.server.service import Service
@@ -88,26 +88,36 @@ class FakeEngine:
     # --- the engine's public face ----------------------------------------------------------------------
 
     def submit(self, request: Request, sink: Sink) -> None:
-        if self.refusal is not None:
-            raise self.refusal
-        if self.state != "SERVING":
-            reason = "STARTING" if self.state == "STARTING" else "DRAINING"
-            raise Refused(reason, "no requests are taken")
-        check_program(request.program)
         with self._change:
-            if request.id in self._sinks:
-                raise Refused("DUPLICATE", f"request {request.id!r} is running")
-            self.requests[request.id] = request
-            self._sinks[request.id] = sink
-            self._change.notify_all()
+            not_taken = self._not_taken(request)
+            if not_taken is None:
+                self.requests[request.id] = request
+                self._sinks[request.id] = sink
+                self._change.notify_all()
+        if not_taken is not None:
+            sink([not_taken])
+            return
         if self._on_submit is not None:
             threading.Thread(target=self._on_submit, args=(self, request)).start()
 
-    def cancel(self, request_id: str) -> bool:
+    def _not_taken(self, request: Request) -> Refused | Failed | None:
+        if self.refusal is not None:
+            return self.refusal
+        if self.state != "SERVING":
+            return Refused("DRAINING", "no requests are taken")
+        if request.id in self._sinks:
+            return Refused("DUPLICATE", f"request {request.id!r} is running")
+        try:
+            check_program(request.program)
+        except ValueError as fault:
+            return Failed(str(fault))
+        return None
+
+    def cancel(self, request_id: str) -> None:
         with self._change:
             self.cancelled.append(request_id)
+            self._sinks.pop(request_id, None)
             self._change.notify_all()
-            return self._sinks.pop(request_id, None) is not None
 
     def set_policy(self, policy: str) -> None:
         if policy not in ("off", "eager", "taper"):
@@ -117,9 +127,6 @@ class FakeEngine:
     def load(self) -> Load:
         now = SchedulerLoad(len(self._sinks), len(self._sinks), 0, kv_used_tokens=10, kv_capacity_tokens=1000)
         return Load(now, PredictionAccuracy(), output_tokens_per_second=1.5, steps=0)
-
-    def start(self) -> None:
-        self.state = "SERVING"
 
     def stop(self, *, drain: bool, timeout: float) -> None:
         """Until all requests have ended, or a second `stop` comes."""
@@ -140,7 +147,7 @@ class FakeEngine:
         """A step's events, as if from the engine's thread."""
         with self._change:
             sink = self._sinks.get(request_id)
-            if happened and isinstance(happened[-1], Finished | Failed):
+            if happened and is_last(happened[-1]):
                 self._sinks.pop(request_id, None)
                 self._change.notify_all()
         if sink is not None:

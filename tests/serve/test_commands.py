@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import os
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
 from serve import commands
 from serve.config import ServerConfig
+from serve.server.server import EngineFailedError
 
 
-def test_the_server_is_run_with_its_options_and_a_loader(monkeypatch):
-    ran, loader = [], ModuleType("serve.engine.startup")
-    loader.load = object()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, loader.__name__, loader)  # its own imports JAX
+@pytest.fixture(autouse=True)
+def loaders(monkeypatch) -> tuple[object, object]:
+    """What loads an engine in a process of its own, and in this one: neither is started."""
+    remote, inside = object(), ModuleType("serve.engine.startup")
+    inside.load = object()  # type: ignore[attr-defined]
+    monkeypatch.setattr("serve.remote.spawn.spawned", lambda: remote)
+    monkeypatch.setitem(sys.modules, inside.__name__, inside)  # its own imports JAX
+    return remote, inside.load
+
+
+def test_the_server_is_run_with_its_options_and_a_loader(monkeypatch, loaders):
+    ran, (remote, inside) = [], loaders
     monkeypatch.setattr("serve.server.server.run", lambda *told: ran.append(told))
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     commands.serve(["--policy", "eager"])
-    assert ran == [(ServerConfig(policy="eager"), loader.load)]
+    commands.serve(["--engine-in-process"])
+    assert ran == [
+        (ServerConfig(policy="eager"), remote),
+        (ServerConfig(engine_in_process=True), inside),
+    ]
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5", "an operator's own choice stands"
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
     commands.serve([])
@@ -30,6 +43,7 @@ def test_the_server_is_run_with_its_options_and_a_loader(monkeypatch):
     ("error", "line"),
     [
         (OSError("cannot listen"), "taper-serve: cannot listen"),
+        (EngineFailedError("the engine failed"), "taper-serve: the engine failed"),
         (MemoryError("3 TiB"), "taper-serve: not enough memory: 3 TiB"),
         (
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"),
@@ -41,7 +55,6 @@ def test_what_keeps_the_server_from_starting_is_said_in_a_line(error, line, monk
     def fail(config: ServerConfig, load: object) -> None:
         raise error
 
-    monkeypatch.setitem(sys.modules, "serve.engine.startup", SimpleNamespace(load=None))
     monkeypatch.setattr("serve.server.server.run", fail)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     with pytest.raises(SystemExit) as caught:
@@ -53,7 +66,6 @@ def test_a_fault_of_the_servers_own_keeps_its_traceback(monkeypatch):
     def fail(config: ServerConfig, load: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setitem(sys.modules, "serve.engine.startup", SimpleNamespace(load=None))
     monkeypatch.setattr("serve.server.server.run", fail)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     with pytest.raises(RuntimeError, match="a bug"):

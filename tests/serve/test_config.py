@@ -14,7 +14,7 @@ def test_the_defaults_are_loopback_and_valid():
 def test_the_defaults_are_those_that_were_measured_to_be_best():
     config = ServerConfig()
     assert (config.policy, config.rho, config.repay, config.reserve, config.fill) == ("taper", 1, 8, 1, True)
-    assert (config.tpot_slo_ms, config.ttft_slo_ms, config.hold_ms) == (50, 5000, 40)
+    assert (config.tpot_slo_ms, config.ttft_slo_ms) == (50, 5000)
     assert (config.profile, config.predictor, config.prefix_cache) == ("auto", "staircase", True)
 
 
@@ -45,8 +45,6 @@ def test_what_is_left_open_follows_the_platform():
         ("buckets", (8, 0)),
         ("repay", -0.1),
         ("repay", float("nan")),
-        ("hold_ms", -1.0),
-        ("hold_ms", float("nan")),
         ("drain_timeout", -1.0),
         ("drain_timeout", float("nan")),
         ("max_logit_bias", -1),
@@ -75,7 +73,7 @@ def test_what_cannot_work_is_refused_by_name(option, value):
         *((name, 1) for name in ("page_size", "num_pages", "max_chunk", "max_context", "max_queue")),
         *((name, 1) for name in ("max_branches", "max_depth", "default_max_tokens")),
         ("buckets", (1,)),
-        *((name, 0) for name in ("max_logit_bias", "max_top_logprobs", "hold_ms", "drain_timeout")),
+        *((name, 0) for name in ("max_logit_bias", "max_top_logprobs", "repay", "drain_timeout")),
         *((name, value) for name in ("port", "metrics_port") for value in (0, 65535)),
         ("seed", 2**32 - 1),
         ("repay", 0.0),

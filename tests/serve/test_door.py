@@ -1,23 +1,32 @@
-"""What every engine promises at the door, whichever side of it does the work."""
+"""What every engine promises at the door: in this process, behind a channel, or made up for tests."""
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
 
+from model.config import PRESETS
 from scheduler.controller import Controller
-from scheduler.events import Event, Finished, StageFinished, StageStarted, Started, TokenEmitted
+from scheduler.events import Finished, StageFinished, StageStarted, Started, TokenEmitted
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request, Slo
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler, SchedulerConfig, SchedulerLoad
 from scheduler.step import Sample, Step
 from scheduler.stopping import FinishReason, Stopping
-from serve.door import Engine, Failed, Refused, Sink
+from serve.config import ServerConfig
+from serve.door import Engine, Failed, News, Refused, StepRecord, Watcher, is_last
 from serve.engine.engine import InProcessEngine
+from serve.remote.channel import Channel
+from serve.remote.child import EngineHost
+from serve.remote.child import Started as Begun
+from serve.remote.engine import RemoteEngine
+from serve.served import Platform
 from serve.text.codec import TextCodec
 from tests.serve.fakes import ByteTokenizer, FakeEngine, begin, finished, say
 
@@ -33,15 +42,15 @@ class Listener:
     """The sink of a request."""
 
     def __init__(self) -> None:
-        self.batches: list[Sequence[Event | Failed]] = []
+        self.batches: list[Sequence[News]] = []
         self.ended = threading.Event()
 
-    def __call__(self, events: Sequence[Event | Failed]) -> None:
-        self.batches.append(events)
-        if isinstance(events[-1], Finished | Failed):
+    def __call__(self, news: Sequence[News]) -> None:
+        self.batches.append(news)
+        if is_last(news[-1]):
             self.ended.set()
 
-    def wait(self) -> list[Event | Failed]:
+    def wait(self) -> list[News]:
         assert self.ended.wait(30), "the request did not end"
         return [event for batch in self.batches for event in batch]
 
@@ -68,13 +77,34 @@ class Gate:
             return (Sample(65),) * self.count
 
 
-def in_process(may_go_on: threading.Event) -> Engine:
+def inside(
+    may_go_on: threading.Event, watch: Watcher, before_plan: Callable[[], None] = lambda: None
+) -> InProcessEngine:
     config = SchedulerConfig(num_pages=64, page_size=4, num_slots=16, max_context=200)
     controller = Controller(StepLatencyModel({4: 1e-3, 8: 1e-3}))
-    return InProcessEngine(Scheduler(config, controller, TextCodec(ByteTokenizer())), Gate(may_go_on))
+    scheduler = Scheduler(config, controller, TextCodec(ByteTokenizer()))
+    engine = InProcessEngine(scheduler, Gate(may_go_on), watch=watch, before_plan=before_plan)
+    engine.start()
+    return engine
 
 
-def fake(may_go_on: threading.Event) -> Engine:
+def behind_a_channel(may_go_on: threading.Event, watch: Watcher) -> Engine:
+    """Both ends in this process: its threads, messages and order are those of two."""
+
+    def start(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None]) -> Begun:
+        return Begun(inside(may_go_on, watch, before_plan), PRESETS["qwen3-0.6b"], Platform())
+
+    ours, theirs = map(Channel, socket.socketpair())
+    threading.Thread(target=EngineHost(theirs, start, lambda: None).run).start()
+    engine = RemoteEngine(ours, watch, kill=lambda: pytest.fail("it should end by itself"))
+    engine.begin(ServerConfig())
+    engine.up()
+    return engine
+
+
+def fake(may_go_on: threading.Event, watch: Watcher) -> Engine:
+    del watch  # its steps are nobody's
+
     def serve(engine: FakeEngine, request: Request) -> None:
         assert isinstance(request.program, Plan)
         most = request.program.stages[0].parts[0].stopping.max_tokens
@@ -85,10 +115,7 @@ def fake(may_go_on: threading.Event) -> Engine:
         end = StageFinished(request.id, 0, 0, FinishReason.MAX_TOKENS, None, most, final=True)
         engine.tell(request.id, end, finished(request.id, most))
 
-    return FakeEngine(serve, state="STARTING")
-
-
-Make = Callable[[threading.Event], Engine]
+    return FakeEngine(serve)
 
 
 @pytest.fixture
@@ -99,23 +126,39 @@ def may_go_on() -> Iterator[threading.Event]:
     gate.set()
 
 
-@pytest.fixture(params=[in_process, fake], ids=["in process", "fake"])
-def engine(request: pytest.FixtureRequest, may_go_on: threading.Event) -> Iterator[Engine]:
-    made = request.param(may_go_on)
+@pytest.fixture
+def steps() -> list[StepRecord]:
+    return []
+
+
+@pytest.fixture(params=[inside, behind_a_channel, fake], ids=["in process", "behind a channel", "fake"])
+def engine(
+    request: pytest.FixtureRequest, may_go_on: threading.Event, steps: list[StepRecord]
+) -> Iterator[Engine]:
+    made = request.param(may_go_on, steps.append)
     yield made
     may_go_on.set()
     made.stop(drain=False, timeout=10.0)
 
 
-def refusal(engine: Engine, asked: Request, sink: Sink) -> str:
-    with pytest.raises(Refused) as caught:
-        engine.submit(asked, sink)
-    assert caught.value.detail
-    return caught.value.reason
+def refusal(engine: Engine, asked: Request) -> str:
+    listener = Listener()
+    engine.submit(asked, listener)
+    (refused,) = listener.wait()
+    assert isinstance(refused, Refused)
+    assert refused.detail
+    return refused.reason
+
+
+def until(engine: Engine, condition: Callable[[SchedulerLoad], bool]) -> None:
+    """Its load says so, at once or as soon as it is told."""
+    deadline = time.monotonic() + 10
+    while not condition(engine.load().scheduler):
+        assert time.monotonic() < deadline, "its load does not say so"
+        time.sleep(0.001)
 
 
 def test_a_requests_events_come_in_order_and_its_id_is_free_afterwards(engine: Engine) -> None:
-    engine.start()
     for _ in range(2):
         listener = Listener()
         engine.submit(request("r"), listener)
@@ -129,41 +172,39 @@ def test_a_requests_events_come_in_order_and_its_id_is_free_afterwards(engine: E
         assert all(batch for batch in listener.batches), "a call of a sink brings something"
 
 
-def test_requests_are_taken_from_the_start_to_the_stop(engine: Engine) -> None:
-    assert engine.state == "STARTING"
-    assert refusal(engine, request("early"), Listener()) == "STARTING"
-    engine.start()
+def test_requests_are_taken_until_the_stop(engine: Engine) -> None:
     assert engine.state == "SERVING"
     engine.stop(drain=True, timeout=10.0)
     assert engine.state == "STOPPED"
-    assert refusal(engine, request("late"), Listener()) == "DRAINING"
+    assert refusal(engine, request("late")) == "DRAINING"
 
 
 def test_an_id_belongs_to_one_request_at_a_time(engine: Engine, may_go_on: threading.Event) -> None:
-    engine.start()
     may_go_on.clear()
     listener = Listener()
     engine.submit(request("r"), listener)
-    assert refusal(engine, request("r"), Listener()) == "DUPLICATE"
+    assert refusal(engine, request("r")) == "DUPLICATE"
     may_go_on.set()
     assert isinstance(listener.wait()[-1], Finished)
 
 
 def test_a_program_that_cannot_run_is_no_refusal(engine: Engine) -> None:
-    engine.start()
-    with pytest.raises(ValueError, match="at least one stage"):
-        engine.submit(request("r", tokens=0), Listener())
+    listener = Listener()
+    engine.submit(request("r", tokens=0), listener)
+    (failed,) = listener.wait()
+    assert isinstance(failed, Failed)
+    assert "at least one stage" in failed.error
     assert engine.load().scheduler.queued_requests == 0
+    assert engine.state == "SERVING", "it is the request's fault alone"
 
 
 def test_a_cancelled_request_is_gone_at_once(engine: Engine, may_go_on: threading.Event) -> None:
-    engine.start()
     may_go_on.clear()
     listener, other = Listener(), Listener()
     engine.submit(request("r"), listener)
-    assert engine.cancel("r")
-    assert not engine.cancel("r"), "it is known no more"
-    assert engine.load().scheduler.running_requests == 0
+    engine.cancel("r")
+    engine.cancel("r")  # it is known no more
+    until(engine, lambda load: not load.running_requests)
     engine.submit(request("r", tokens=2), other)
     may_go_on.set()
     assert isinstance(other.wait()[-1], Finished)
@@ -171,7 +212,6 @@ def test_a_cancelled_request_is_gone_at_once(engine: Engine, may_go_on: threadin
 
 
 def test_the_policy_is_switched_by_name(engine: Engine) -> None:
-    engine.start()
     assert engine.policy == "taper"
     engine.set_policy("eager")
     assert engine.policy == "eager"
@@ -183,7 +223,6 @@ def test_the_policy_is_switched_by_name(engine: Engine) -> None:
 def test_a_drain_finishes_what_runs_and_refuses_what_comes(
     engine: Engine, may_go_on: threading.Event
 ) -> None:
-    engine.start()
     may_go_on.clear()
     listener = Listener()
     engine.submit(request("r"), listener)
@@ -192,7 +231,7 @@ def test_a_drain_finishes_what_runs_and_refuses_what_comes(
     while engine.state == "SERVING":
         pass
     assert engine.state == "DRAINING"
-    assert refusal(engine, request("late"), Listener()) == "DRAINING"
+    assert refusal(engine, request("late")) == "DRAINING"
     may_go_on.set()
     assert isinstance(listener.wait()[-1], Finished)
     stopping.join(30)
@@ -200,7 +239,6 @@ def test_a_drain_finishes_what_runs_and_refuses_what_comes(
 
 
 def test_a_stop_without_a_drain_tells_those_that_run(engine: Engine, may_go_on: threading.Event) -> None:
-    engine.start()
     may_go_on.clear()
     listener = Listener()
     engine.submit(request("r", tokens=100), listener)
@@ -214,13 +252,11 @@ def test_a_stop_without_a_drain_tells_those_that_run(engine: Engine, may_go_on: 
 
 
 def test_load_counts_what_runs(engine: Engine, may_go_on: threading.Event) -> None:
-    engine.start()
     assert engine.load().scheduler.running_requests == 0
     may_go_on.clear()
     listener = Listener()
     engine.submit(request("r"), listener)
-    load = engine.load().scheduler
-    assert load.running_requests + load.queued_requests == 1
-    assert load.kv_capacity_tokens > 0
+    until(engine, lambda load: load.running_requests + load.queued_requests == 1)
+    assert engine.load().scheduler.kv_capacity_tokens > 0
     may_go_on.set()
     listener.wait()

@@ -10,8 +10,8 @@ import pytest
 
 from bench.load import generate
 from bench.load.generate import Arrivals, Load, best_peer, decode_floor, main
-from model.checkpoint import model_config, model_folder
 from model.config import PRESETS
+from model.find import model_config, model_folder
 
 DEVICE = {"hardware": {"device": "a card"}, "versions": {"jax": "0"}, "copy_tb_s": 4.0}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from serve.engine.collector import NEVER
 from serve.engine.memory import MemoryPlan
 from serve.engine.runner import RunnerConfig
 from serve.engine.startup import Started
-from serve.served import Served
+from serve.served import Platform, Served, ServedModel
 from tests.serve.engine.test_memory import PLAN
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -49,7 +50,6 @@ ENGINE: dict[str, tuple[Any, Callable[[Started], Any]]] = {
     "repay": (3.0, lambda s: s.engine.scheduler.controller.config.repay),
     "fill": (False, lambda s: s.engine.scheduler.controller.config.fill),
     "max_chunk": (3, lambda s: s.engine.scheduler.controller.config.max_chunk),
-    "hold_ms": (7.0, lambda s: 1e3 * s.engine.hold),
     "max_branches": (5, lambda s: s.model.max_branches),
     "max_depth": (2, lambda s: s.model.max_depth),
     "max_logit_bias": (3, lambda s: s.model.max_logit_bias),
@@ -69,6 +69,7 @@ SHOWN_ELSEWHERE = {
     "metrics_port": "test_server",
     "drain_timeout": "test_server",
     "explain": "test_end_to_end",
+    "engine_in_process": "test_commands",
 }
 
 
@@ -126,14 +127,16 @@ def test_what_is_served_is_what_was_started(started: Started, monkeypatch: pytes
 
     monkeypatch.setattr(startup, "start", start)
     config, records = ServerConfig(port=0), list[StepRecord]()
-    served = startup.load(config, records.append)
+    switch = sys.getswitchinterval()
+    try:
+        served = startup.load(config, records.append)
+        assert sys.getswitchinterval() < 0.001, "the engine's thread does not wait long for the interpreter"
+    finally:
+        sys.setswitchinterval(switch)
     assert asked == [(config, records.append)]
-    assert served == Served(
-        engine=started.engine,
-        model=started.model,
-        device=jax.devices()[0].device_kind,
-        largest_bucket=4,
-        summary=str(started.ready),
+    assert served == Served(engine=started.engine, model=started.model, platform=started.platform)
+    assert started.platform == Platform(
+        device=jax.devices()[0].device_kind, devices=2, largest_bucket=4, summary=str(started.ready)
     )
 
 
@@ -144,13 +147,13 @@ def test_garbage_is_collected_when_nothing_runs(started: Started) -> None:
 def test_what_clients_may_ask_for_is_what_the_model_can() -> None:
     model, tokenizer = PRESETS["qwen3-8b"], Tokenizer.without_tokens((7,), "none")
     longest = {
-        asked: startup.served_model(ServerConfig(max_context=asked), model, tokenizer).max_context
+        asked: ServedModel.of(ServerConfig(max_context=asked), model, tokenizer).max_context
         for asked in (None, 90, 2 * model.max_context)
     }
     assert longest == {None: model.max_context, 90: 90, 2 * model.max_context: model.max_context}
-    assert startup.served_model(ServerConfig(), model, tokenizer).eos_ids == (7,)
+    assert ServedModel.of(ServerConfig(), model, tokenizer).eos_ids == (7,)
     silent = replace(tokenizer, eos_ids=())
-    assert startup.served_model(ServerConfig(), model, silent).eos_ids == model.eos_ids != ()
+    assert ServedModel.of(ServerConfig(), model, silent).eos_ids == model.eos_ids != ()
 
 
 class Sized:

@@ -43,7 +43,7 @@ from serve.client import AsyncClient, generate_request, parallel
 from serve.client.answer import Completion, Finished, events_of
 from serve.config import ServerConfig
 from serve.door import Failed, Load, Refused, Sink
-from serve.served import Served
+from serve.served import Platform, Served
 from serve.server.server import SERVICES, listen, shut_down
 from serve.server.service import Service
 from tests.serve.fakes import ByteTokenizer, FakeEngine, finished, served_model
@@ -64,7 +64,9 @@ async def serving(engine: FakeEngine | None = None, **options: int) -> AsyncIter
     """A server, with an engine or still without one, and its address."""
     service = Service(CONFIG, **options)
     if engine is not None:
-        service.serve(Served(engine=engine, model=served_model(), device="fake", devices=3))
+        service.serve(
+            Served(engine=engine, model=served_model(), platform=Platform(device="fake", devices=3))
+        )
     async with listening_to(service) as address:
         yield service, address
 
@@ -258,7 +260,8 @@ class Strict(FakeEngine):
         try:
             self.scheduler.add(request, 0.0)
         except RejectedError as rejected:
-            raise Refused(rejected.reason, str(rejected)) from rejected
+            sink([Refused(rejected.reason, str(rejected))])
+            return
         raise AssertionError("the queue is full")
 
 
@@ -636,7 +639,8 @@ async def test_every_limit_of_the_model_has_a_field_of_its_own():
 @in_loop
 async def test_a_server_says_what_it_can_hold_and_which_one_it_is():
     service = Service(ServerConfig(port=0, max_queue=17))
-    service.serve(Served(engine=FakeEngine(), model=served_model(), largest_bucket=23))
+    platform = Platform(largest_bucket=23)
+    service.serve(Served(engine=FakeEngine(), model=served_model(), platform=platform))
     async with listening_to(service) as address, AsyncClient(address) as client:
         info = await client.server_info()
         assert (info.max_queued_requests, info.max_step_branches) == (17, 23)
@@ -735,11 +739,16 @@ async def test_requests_are_counted_by_how_they_ended():
 PROCESS = """
 import sys, threading
 from serve.config import ServerConfig
-from serve.served import Served
+from serve.door import Failed
+from serve.served import Platform, Served
 from serve.server.server import run
 from tests.serve.fakes import FakeEngine, served_model
 from tests.serve.server.test_metrics import STEP
 from tests.serve.server.test_server import answer
+
+def die(engine, request):
+    engine.state = "FAILED"
+    engine.tell(request.id, Failed("the device is gone"))
 
 def answer_late(engine, request):
     engine.drained.wait(10)
@@ -749,10 +758,10 @@ def load(config, on_step):
     if "fails" in sys.argv:
         raise ValueError("no such model")
     if "hangs" in sys.argv:
-        print("loading", sys.getswitchinterval(), flush=True)
+        print("loading", flush=True)
         threading.Event().wait()
     on_step(STEP)
-    work = None if "waits" in sys.argv else answer_late if "late" in sys.argv else answer
+    work = {"waits": None, "late": answer_late, "dies": die}.get(sys.argv[-1], answer)
     return Served(engine=FakeEngine(work), model=served_model())
 
 run(ServerConfig(port=0, metrics_port=0, drain_timeout=20.0), load)
@@ -828,11 +837,24 @@ def test_a_second_signal_does_not_wait_for_what_runs():
 
 def test_a_signal_ends_a_start_that_has_not_come_to_its_end():
     with process("hangs") as child:
-        said, seconds = child.stdout.readline().split()
-        assert said == "loading"
-        assert float(seconds) < 0.001, "the engine's thread does not wait long for the interpreter"
+        assert child.stdout.readline() == "loading\n"
         child.send_signal(signal.SIGTERM)
         assert child.wait(15) == 0, child.stderr.read()
+
+
+def test_when_the_engine_dies_callers_are_told_and_the_process_ends_with_an_error():
+    with process("dies") as child:
+        address = ready(child)
+
+        async def use() -> str:
+            async with AsyncClient(address) as client:
+                with pytest.raises(InternalError) as caught:
+                    await client.complete("go")
+                return caught.value.reason
+
+        assert asyncio.run(use()) == "ENGINE_FAILED"
+        assert child.wait(15) == 1
+        assert "EngineFailedError" in child.stderr.read()
 
 
 def test_a_failed_start_ends_the_process_with_its_reason():

@@ -10,7 +10,7 @@ import pytest
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request
 from scheduler.stopping import Stopping
-from serve.api.errors import CancelledError, DuplicateRequestError, UnavailableError
+from serve.api.errors import CancelledError, DuplicateRequestError, OverloadedError, UnavailableError
 from serve.config import ServerConfig
 from serve.door import Refused
 from serve.served import Served
@@ -116,9 +116,12 @@ def test_an_id_that_was_refused_is_free_and_one_that_runs_is_not() -> None:
         engine = FakeEngine()
         shared = service(engine)
         engine.refusal = Refused("QUEUE_FULL", "not now")
-        with pytest.raises(Exception, match="not now"):
-            shared.open(request("r"))
+        stream = shared.open(request("r"))
+        with pytest.raises(OverloadedError, match="not now"):
+            await stream.take()
+        shared.close("r", finished=False)
         assert shared.is_idle
+        assert not engine.cancelled, "who was never taken is not cancelled"
         engine.refusal = None
         stream = shared.open(request("r"))
         with pytest.raises(DuplicateRequestError):

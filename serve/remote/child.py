@@ -1,0 +1,174 @@
+"""The engine's process: starts an engine, does what the server's process says, and tells it what happens.
+
+It ends with the server: when the socket between them closes, and, where the system can do that, when the
+server's process dies. Signals are the server's to act on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import structlog
+
+from model.config import ModelConfig
+from model.settings import one_line, out_of_memory
+from serve.config import ServerConfig
+from serve.door import Engine, News, StepRecord, Watcher, is_last
+from serve.remote.channel import Channel
+from serve.remote.messages import (
+    ERRORS,
+    Begin,
+    Broken,
+    Cancel,
+    Message,
+    SetPolicy,
+    Stop,
+    Submit,
+    Up,
+)
+from serve.remote.outgoing import Outgoing
+from serve.served import Platform
+
+log = structlog.get_logger("taper")
+
+FLUSH_SECONDS = 5.0  # for the server to take the last messages
+_PR_SET_PDEATHSIG = 1
+
+
+class WaitableEngine(Engine, Protocol):
+    def wait(self) -> None:
+        """Until it has stopped, or failed."""
+        ...
+
+
+class Started(NamedTuple):
+    """An engine that serves, the config of its model and what it runs on."""
+
+    engine: WaitableEngine
+    model: ModelConfig
+    platform: Platform
+
+
+Starter = Callable[[ServerConfig, Watcher, Callable[[], None]], Started]
+"""Starts an engine that tells the watcher of its steps, and calls the function before it plans one."""
+
+
+class EngineHost:
+    """Runs the engine behind a channel."""
+
+    def __init__(self, channel: Channel, start: Starter, gone: Callable[[], None]) -> None:
+        """`gone` is called when the server is there no more, and has not said that it would leave."""
+        self._channel, self._start, self._gone = channel, start, gone
+        self._outgoing = Outgoing(channel)
+        self._config: queue.SimpleQueue[ServerConfig] = queue.SimpleQueue()
+        self._engine: WaitableEngine | None = None
+        self._requests: dict[int, str] = {}  # ids of those that have not ended
+
+    def run(self) -> int:
+        """From the server's first word to the engine's end; returns the exit status of the process."""
+        threading.Thread(target=self._listen, name="taper-commands", daemon=True).start()
+        try:
+            engine, model, platform = self._start(self._config.get(), self._step, self._receive)
+        except Exception as error:
+            self._channel.send(broken(error))
+            self._channel.close(FLUSH_SECONDS)
+            return 1
+        self._engine = engine
+        self._channel.send(Up(model, platform, engine.policy, engine.load()))
+        engine.wait()
+        failed = engine.state == "FAILED"
+        self._outgoing.send(engine.load, failed=failed)
+        self._channel.close(FLUSH_SECONDS)
+        return int(failed)
+
+    def _listen(self) -> None:
+        self._channel.serve(self._handle, caught_up=self._tell)
+        if self._engine is None or self._engine.state in ("SERVING", "DRAINING"):
+            self._gone()
+
+    def _receive(self) -> None:
+        """Act on what has arrived, before a step is planned."""
+        with contextlib.suppress(EOFError):  # `_listen` sees it too
+            self._channel.receive(self._handle)
+
+    def _handle(self, message: Message) -> None:
+        if isinstance(message, Begin):
+            self._config.put(message.config)
+            return
+        engine = self._engine
+        assert engine is not None, "the server asks for nothing until the engine is up"
+        if isinstance(message, Submit):
+            self._requests[message.handle] = message.request.id
+            engine.submit(message.request, partial(self._news, message.handle))
+        elif isinstance(message, Cancel):
+            if (name := self._requests.pop(message.handle, None)) is not None:
+                engine.cancel(name)
+        elif isinstance(message, SetPolicy):
+            engine.set_policy(message.policy)
+        elif isinstance(message, Stop):
+            stop = {"drain": message.drain, "timeout": message.timeout}
+            threading.Thread(target=engine.stop, kwargs=stop, name="taper-stop", daemon=True).start()
+        self._tell()
+
+    def _news(self, handle: int, news: Sequence[News]) -> None:
+        if is_last(news[-1]):
+            self._requests.pop(handle, None)
+        self._outgoing.news(handle, news)
+
+    def _step(self, record: StepRecord) -> None:
+        self._outgoing.step(record)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._engine is not None:
+            self._outgoing.send(self._engine.load)
+
+
+def broken(error: Exception) -> Broken:
+    """An error of the start: the operator's to mend in a line, a bug with its traceback here."""
+    if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
+        return Broken("MemoryError", one_line(error))
+    for name, kind in ERRORS.items():
+        if isinstance(error, kind):
+            return Broken(name, str(error))
+    log.exception("the engine did not start", exc_info=error)
+    return Broken("", repr(error))
+
+
+def start_engine(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None]) -> Started:
+    """The engine of `serve.engine`, on this machine's devices."""
+    from serve.engine import startup  # JAX
+
+    sys.setswitchinterval(startup.SWITCH_SECONDS)
+    started = startup.start(config, watch=watch, before_plan=before_plan)
+    return Started(started.engine, started.runner.model_config, started.platform)
+
+
+def die_with(server: int) -> None:
+    """Let the system end this process when its parent, the server's process, ends; where it can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server:  # it has ended already
+        os._exit(1)
+
+
+def main(descriptor: int, server: int) -> None:
+    """The process: its end of the socket, and the server's process id."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    die_with(server)
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    channel = Channel(socket.socket(fileno=descriptor))
+    status = EngineHost(channel, start_engine, partial(os._exit, 1)).run()
+    sys.stderr.flush()
+    os._exit(status)  # a compilation cannot be interrupted, and crashes under an interpreter that finalizes

@@ -1,0 +1,44 @@
+"""Starts the engine's process, with one socket between it and this one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+from model.find import model_tokenizer
+from serve.config import ServerConfig
+from serve.door import Watcher
+from serve.remote.channel import Channel
+from serve.remote.engine import RemoteEngine
+from serve.served import Loader, Served, ServedModel
+
+
+def spawned() -> Loader:
+    """Start the process at once; the loader lets it start the engine that its config asks for.
+
+    Call it from the main thread: the process ends with the thread that started it.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        # The same modules as here, from wherever they came; -P adds no folder to them.
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        program = f"from serve.remote.child import main; main({theirs.fileno()}, {os.getpid()})"
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", program],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    channel = Channel(ours)
+
+    def load(config: ServerConfig, watch: Watcher) -> Served:
+        """Raises what kept the engine from starting."""
+        engine = RemoteEngine(channel, watch, process.kill)
+        engine.begin(config)
+        tokenizer, _ = model_tokenizer(config.model)
+        up = engine.up()
+        return Served(engine=engine, model=ServedModel.of(config, up.model, tokenizer), platform=up.platform)
+
+    return load
