@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -85,15 +86,11 @@ class Channel:
 
     def close(self, timeout: float = 0.0) -> None:
         """Let the other side know that this one is gone; it gets `timeout` seconds to take what waits."""
-        self._socket.settimeout(timeout)
-        with self._sending:
-            try:
-                for data in self._waiting:
-                    self._socket.sendall(data)
-                self._socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it is gone itself
-            self._waiting.clear()
+        with self._sending, contextlib.suppress(OSError):  # or it is gone itself
+            self._socket.settimeout(timeout)
+            while self._waiting:
+                self._socket.sendall(self._waiting.popleft())
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _flush(self) -> None:
         while self._waiting:

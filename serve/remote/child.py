@@ -162,13 +162,13 @@ def die_with(server: int) -> None:
         os._exit(1)
 
 
-def main(descriptor: int, server: int) -> None:
+def main(descriptor: int, server: int, start: Starter = start_engine) -> None:
     """The process: its end of the socket, and the server's process id."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     die_with(server)
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     channel = Channel(socket.socket(fileno=descriptor))
-    status = EngineHost(channel, start_engine, partial(os._exit, 1)).run()
+    status = EngineHost(channel, start, partial(os._exit, 1)).run()
     sys.stderr.flush()
     os._exit(status)  # a compilation cannot be interrupted, and crashes under an interpreter that finalizes

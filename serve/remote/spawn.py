@@ -15,16 +15,18 @@ from serve.remote.engine import RemoteEngine
 from serve.served import Loader, Served, ServedModel
 
 
-def spawned() -> Loader:
+def spawned(main: str = "serve.remote.child.main") -> Loader:
     """Start the process at once; the loader lets it start the engine that its config asks for.
 
-    Call it from the main thread: the process ends with the thread that started it.
+    `main` is the function that the process runs. Call this from the main thread: the process ends with the
+    thread that started it.
     """
+    module, _, function = main.rpartition(".")
     ours, theirs = socket.socketpair()
     with theirs:
         # The same modules as here, from wherever they came; -P adds no folder to them.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        program = f"from serve.remote.child import main; main({theirs.fileno()}, {os.getpid()})"
+        program = f"from {module} import {function}; {function}({theirs.fileno()}, {os.getpid()})"
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", program],
             stdin=subprocess.DEVNULL,

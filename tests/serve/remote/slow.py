@@ -1,0 +1,61 @@
+"""An engine's process without a model: a step takes 20 ms, and every token is an "A"."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from model.config import PRESETS
+from scheduler.controller import Controller
+from scheduler.predictor import StepLatencyModel
+from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.step import Sample, Step
+from serve.config import ServerConfig
+from serve.door import Watcher
+from serve.engine.engine import InProcessEngine
+from serve.remote import child
+from serve.remote.child import Started
+from serve.served import Platform
+from serve.text.codec import TextCodec
+from tests.serve.fakes import ByteTokenizer
+
+STEP_SECONDS = 0.02
+UNLUCKY = 13  # a seed
+
+
+class Slow:
+    def launch(self, step: Step) -> Slow.Launched:
+        return Slow.Launched(sum(entry.samples for entry in step.entries))
+
+    class Launched:
+        def __init__(self, count: int) -> None:
+            self._count = count
+
+        def is_ready(self) -> bool:
+            return False
+
+        def samples(self) -> tuple[Sample, ...]:
+            time.sleep(STEP_SECONDS)
+            return (Sample(65),) * self._count
+
+
+def start(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None]) -> Started:
+    if config.seed == UNLUCKY:
+        raise ValueError("an unlucky number")
+    sizes = SchedulerConfig(num_pages=64, page_size=16, num_slots=16, max_context=1000)
+    controller = Controller(StepLatencyModel({8: STEP_SECONDS}), config.policy)
+    engine = InProcessEngine(
+        Scheduler(sizes, controller, TextCodec(ByteTokenizer())),
+        Slow(),  # type: ignore[arg-type]
+        watch=watch,
+        before_plan=before_plan,
+    )
+    engine.start()
+    return Started(engine, PRESETS["qwen3-0.6b"], Platform())
+
+
+def main(descriptor: int, server: int) -> None:
+    print("engine", os.getpid(), file=sys.stderr, flush=True)
+    child.main(descriptor, server, start)

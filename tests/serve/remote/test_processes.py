@@ -1,0 +1,170 @@
+"""A server and its engine as the two processes that they are: neither outlives the other."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from serve.api.errors import InternalError, UnavailableError
+from serve.client import Client
+from serve.client.answer import Finished
+from tests.serve.remote.slow import UNLUCKY
+
+SERVER = """
+import sys
+from serve.config import ServerConfig
+from serve.remote.spawn import spawned
+from serve.server.server import run
+
+load = spawned("tests.serve.remote.slow.main")
+try:
+    run(ServerConfig(port=0, drain_timeout=10.0, seed=int(sys.argv[1])), load)
+finally:
+    print("imported", [name for name in ("jax", "jaxlib", "flax") if name in sys.modules], flush=True)
+"""
+LONG = 500  # tokens: ten seconds
+
+
+@dataclass
+class Both:
+    server: subprocess.Popen[str]
+    engine: int  # process id
+    address: str = ""
+
+    @property
+    def engine_is_alive(self) -> bool:
+        try:
+            with open(f"/proc/{self.engine}/stat") as stat:
+                return stat.read().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+
+def begun(seed: int = 0) -> Both:
+    def both_signals() -> None:  # whoever runs the tests may ignore them, and children would inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(seed)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=both_signals,
+    )
+    assert server.stderr is not None
+    line = server.stderr.readline()
+    found = re.match(r"engine (\d+)", line)
+    assert found, line + server.stderr.read()
+    return Both(server, int(found[1]))
+
+
+@pytest.fixture
+def both() -> Iterator[Both]:
+    made = begun()
+    try:
+        assert made.server.stdout is not None
+        line = made.server.stdout.readline()
+        assert line.startswith("taper-serve ready on "), line
+        made.address = line.split()[-1]
+        yield made
+    finally:
+        end(made)
+
+
+def end(both: Both) -> None:
+    both.server.kill()
+    both.server.communicate(timeout=20)
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> float:
+    """How long it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "it did not happen in time"
+        time.sleep(0.005)
+    return time.monotonic() - began
+
+
+def test_requests_are_served_and_a_signal_drains_both(both: Both) -> None:
+    with Client(both.address) as client:
+        assert client.complete([1], max_tokens=5).usage.completion_tokens == 5
+        with client.generate([1], max_tokens=30) as running:
+            events = iter(running)
+            next(events)
+            os.killpg(both.server.pid, signal.SIGINT)  # as a terminal does: to both of them
+            *_, last = events
+    assert isinstance(last, Finished)
+    assert last.usage.completion_tokens == 30, "what ran is finished"
+    assert both.server.wait(15) == 0
+    assert both.server.stdout is not None
+    assert both.server.stdout.read() == "imported []\n", "JAX is the engine's alone"
+    within(5, lambda: not both.engine_is_alive)
+
+
+def test_when_the_engines_process_dies_callers_are_told_and_the_server_ends(both: Both) -> None:
+    with Client(both.address) as client, client.generate([1], max_tokens=LONG) as running:
+        events = iter(running)
+        next(events)
+        os.kill(both.engine, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(InternalError) as caught:
+            for _ in events:
+                pass
+        told = time.monotonic() - began
+    assert caught.value.reason == "ENGINE_FAILED"
+    assert told < 1.0
+    assert both.server.wait(10) != 0
+
+
+def test_when_the_server_dies_its_engine_ends(both: Both) -> None:
+    with Client(both.address) as client, client.generate([1], max_tokens=LONG) as running:
+        events = iter(running)
+        next(events)
+        both.server.kill()
+        assert within(5, lambda: not both.engine_is_alive) < 1.0
+        with pytest.raises(UnavailableError):
+            for _ in events:
+                pass
+
+
+def test_a_second_signal_ends_both_at_once(both: Both) -> None:
+    with Client(both.address) as client, client.generate([1], max_tokens=LONG) as running:
+        events = iter(running)
+        next(events)
+        both.server.terminate()
+        time.sleep(0.2)
+        both.server.terminate()
+        with pytest.raises(UnavailableError):
+            for _ in events:
+                pass
+    assert both.server.wait(5) == 0
+    within(5, lambda: not both.engine_is_alive)
+
+
+def test_a_cancelled_call_leaves_no_page_behind(both: Both) -> None:
+    with Client(both.address) as client:
+        with client.generate([1], max_tokens=LONG) as running:
+            events = iter(running)
+            next(events)
+            assert client.load().running_requests == 1
+        within(5, lambda: client.load().running_requests == 0 and client.load().kv_used_tokens == 0)
+
+
+def test_an_engine_that_does_not_start_says_why_and_ends_both() -> None:
+    both = begun(UNLUCKY)
+    try:
+        _, said = both.server.communicate(timeout=30)
+        assert both.server.returncode == 1
+        assert "ValueError: an unlucky number" in said
+        within(5, lambda: not both.engine_is_alive)
+    finally:
+        end(both)
