@@ -111,6 +111,17 @@ class Branch:
             return segment.missing
         return sum(ancestor.missing for ancestor in self._incomplete())
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all that it lacks is the one row which samples its next token; then `backlog` is 1."""
+        segment = self.segment
+        if self.in_flight:
+            position = segment.start + len(segment.tokens) + len(self.in_flight)
+            return self.slot is not None and position < self.limit
+        if self.open_children or self.complete < len(segment.ancestors):
+            return False
+        return len(segment.tokens) - segment.computed == 1
+
     def pieces(self) -> list[tuple[Segment, int]]:
         """What must be computed, in order, until this branch samples its next token: (segment, rows).
 

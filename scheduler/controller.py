@@ -143,11 +143,12 @@ class Controller:
         """
         decoding: list[Turn] = []
         reading: list[Turn] = []
+        floor = self.floor
         for live in running:
             ready = live.runnable()
             if not ready:
                 continue
-            decodes = live.prompt_read and any(branch.backlog <= self.floor for branch in ready)
+            decodes = live.prompt_read and any(branch.backlog <= floor for branch in ready)
             (decoding if decodes else reading).append(Turn(live, ready))
         reading.sort(key=lambda turn: turn.live.pace.reading_deadline)
         return decoding, reading
@@ -157,11 +158,11 @@ class Controller:
 
         There is a row for each of them, and, if `reserved`, one for a request that reads.
         """
-        waiting = len(decoding) + reserved
+        floor, waiting = self.floor, len(decoding) + reserved
         for turn in decoding:
             waiting -= 1
             if turn.live.resident:  # no older request has preempted it meanwhile
-                draft.add(turn.live, turn.branch, min(self.floor, draft.room - waiting), must=True)
+                draft.add(turn.live, turn.branch, min(floor, draft.room - waiting), must=True)
 
     def add_floor(self, draft: StepDraft, reading: Sequence[Turn]) -> None:
         """Prompts never starve: the one due first reads a little in every step.
@@ -245,12 +246,13 @@ class Controller:
         """
         extras: list[Extra] = []
         candidates: list[Candidate] = []
+        floor = self.floor
         for group, (live, ready) in enumerate(decoding):
             if len(ready) == 1 or live not in draft.advanced:
                 continue
             others, priority = ready[1:], live.request.priority
             for branch, (rows, seconds) in zip(others, draft.prices(others), strict=True):
-                if rows <= self.floor:
+                if rows <= floor:
                     extras.append(Extra(len(extras), group, rows, seconds, priority))
                     candidates.append((live, branch))
         return extras, candidates

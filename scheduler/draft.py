@@ -59,7 +59,7 @@ class StepDraft:
         self._entries: dict[Segment, Entry] = {}
         self._contexts: dict[tuple[Segment, ...], _Context] = {}
         self._segments_read: set[Segment] = set()
-        self._shared_pages_read: set[int] = set()
+        self._prefixes_read = PrefixesRead()
         self._sampled: set[Branch] = set()
 
     @property
@@ -160,22 +160,41 @@ class StepDraft:
         """Positions of `segment` that are not on pages which the step reads already for another request."""
         if not segment.shared:
             return segment.computed
-        known = self._shared_pages_read.intersection(segment.pages[: segment.shared])
-        return segment.computed - len(known) * self._page_size
+        known = self._prefixes_read.known(segment.pages, segment.shared)
+        return segment.computed - known * self._page_size
 
     def _read(self, segment: Segment) -> int:
         """Mark `segment` as read; returns its positions that nobody read before."""
-        unread = self._unread(segment)
         self._segments_read.add(segment)
-        if segment.shared:
-            self._shared_pages_read.update(segment.pages[: segment.shared])
-        return unread
+        if not segment.shared:
+            return segment.computed
+        known = self._prefixes_read.add(segment.pages, segment.shared)
+        return segment.computed - known * self._page_size
 
     # --- what it holds ---------------------------------------------------------------------------------
 
     def add(self, live: LiveRequest, branch: Branch, max_rows: int, *, must: bool = False) -> int:
         """Advance `branch` by up to `max_rows` rows; returns how many. `must`: others may be preempted."""
         assert branch not in self._sampled
+        segment = branch.segment
+        if max_rows > 0 and branch.is_decoding and segment not in self._entries and self.rows < self._largest:
+            has_page = segment.computed < len(segment.pages) * self._page_size
+            added = 1 if has_page else self._with_pages(live, segment, 1, must)
+            if added:
+                self._append_row(live, branch, segment)
+        else:
+            added = self._add_pieces(live, branch, max_rows, must)
+        if added:
+            branch.last_advanced = self.step_id
+            rows_of = self.advanced.get(live)
+            if rows_of is None:
+                self.advanced[live] = {branch: added}
+            else:
+                rows_of[branch] = rows_of.get(branch, 0) + added
+        return added
+
+    def _add_pieces(self, live: LiveRequest, branch: Branch, max_rows: int, must: bool) -> int:
+        """As `add`, of anything: missing ancestors, chunks, and what another entry of the step began."""
         added = 0
         for segment, wanted in branch.pieces():
             rows = self._with_pages(live, segment, min(wanted, max_rows - added, self.room), must)
@@ -185,10 +204,6 @@ class StepDraft:
                 added += rows
             if rows < wanted:
                 break
-        if added:
-            branch.last_advanced = self.step_id
-            rows_of = self.advanced.setdefault(live, {})
-            rows_of[branch] = rows_of.get(branch, 0) + added
         return added
 
     def _with_pages(self, live: LiveRequest, segment: Segment, rows: int, must: bool) -> int:
@@ -205,6 +220,43 @@ class StepDraft:
         if missing:
             segment.pages.extend(pool.allocate(missing))
         return rows
+
+    def _append_row(self, live: LiveRequest, branch: Branch, segment: Segment) -> None:
+        """As `_append`, of most rows there are: the first one of its segment, and it samples."""
+        slot = branch.slot
+        if slot is None:
+            slot = self._take_slot()
+            self.slots.append(live.slot_setup(branch, slot))
+        ordinal = segment.computed
+        segment.computed = filled = ordinal + 1
+        self.rows += 1
+        context = self._contexts.get(segment.ancestors) or self._context(segment.ancestors)
+        if segment in self._segments_read:
+            self._private_kv += 1
+        elif segment.shared:
+            self._private_kv += self._read(segment)
+        else:
+            self._segments_read.add(segment)
+            self._private_kv += filled
+        self._raw_kv += context.length + filled
+        tokens = segment.tokens
+        entry = self._entries[segment] = Entry(
+            live.request.id,
+            branch.id,
+            segment.id,
+            slot,
+            segment.start + ordinal,
+            ordinal,
+            1,
+            (tokens[ordinal],) if ordinal < len(tokens) else None,
+            context.reads,
+            SegmentRead(segment.pages[: -(-filled // self._page_size)], filled),
+            True,
+            branch.path,
+        )
+        branch.in_flight.append(entry)
+        self._sampled.add(branch)
+        self.sampling.add(live)
 
     def _append(self, live: LiveRequest, branch: Branch, segment: Segment, rows: int, samples: bool) -> None:
         if samples and branch.slot is None:
@@ -256,6 +308,39 @@ class StepDraft:
 def _seen(before: int, rows: int) -> int:
     """Positions that consecutive rows see in all, the first of them after `before` positions."""
     return rows * before + rows * (rows + 1) // 2
+
+
+class PrefixesRead:
+    """The pages of the prefix cache that a step reads, as runs of them that begin where a prompt does.
+
+    In front of a page of the cache there is always the same prefix. So of a run's pages the first ones are
+    known, if any are; and a run whose first page is new is known by that page alone, until another one begins
+    like it.
+    """
+
+    def __init__(self) -> None:
+        self._alone: dict[int, tuple[Sequence[int], int] | None] = {}  # runs by their first page
+        self._pages: set[int] = set()  # of the runs that are not alone
+
+    def known(self, pages: Sequence[int], count: int) -> int:
+        """How many of the first `count` pages (at least one) are in a run that was added."""
+        first, listed = pages[0], self._pages
+        if first not in self._alone:
+            return 0
+        alone = self._alone[first]
+        if alone is not None:
+            listed.update(alone[0][: alone[1]])
+            self._alone[first] = None
+        return bisect_left(range(count), True, key=lambda index: pages[index] not in listed)
+
+    def add(self, pages: Sequence[int], count: int) -> int:
+        """Add the run of the first `count` pages; returns how many of them were known."""
+        known = self.known(pages, count)
+        if known:
+            self._pages.update(pages[known:count])
+        else:
+            self._alone[pages[0]] = (pages, count)
+        return known
 
 
 class _Context(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.search import Match
 from scheduler.step import Sample
@@ -37,9 +38,11 @@ class StageStarted:
     branches: tuple[BranchInfo, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEmitted:
-    """One token of one branch. `completion_tokens` counts the branch's tokens, this one included."""
+class TokenEmitted(NamedTuple):
+    """One token of one branch. `completion_tokens` counts the branch's tokens, this one included.
+
+    A named tuple, as `Sample`: there is one for each row of each step, and it is made thrice as fast.
+    """
 
     request_id: str
     branch: int

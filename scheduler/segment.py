@@ -88,7 +88,7 @@ class Segment:
 
     def read(self, pool: PagePool) -> SegmentRead:
         """How a step reads what is computed so far."""
-        return SegmentRead(self.pages[: pool.pages_for(self.computed)], self.computed)
+        return SegmentRead(self.pages[: -(-self.computed // pool.page_size)], self.computed)
 
 
 def newest_first(segments: Sequence[Segment]) -> Iterator[int]:

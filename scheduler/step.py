@@ -108,8 +108,7 @@ class ScheduledStep:
     forecast: Forecast
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """A sampled token; log-probabilities (natural) are of the model's raw distribution, where asked for."""
 
     token: int

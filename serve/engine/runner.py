@@ -75,7 +75,7 @@ class StepHandle:
         """Wait for the step; its sampled tokens, in the step's order."""
         tokens = np.asarray(self._outputs.token)[: len(self._wanted)].tolist()
         if not any(sampling.logprobs for sampling in self._wanted):
-            return tuple(Sample(token) for token in tokens)
+            return tuple(map(Sample, tokens))
         logprob, top_id, top_logprob = (np.asarray(output).tolist() for output in self._outputs[1:])
         samples: list[Sample] = []
         for i, (token, sampling) in enumerate(zip(tokens, self._wanted, strict=True)):
