@@ -46,7 +46,7 @@ class Compilations:
 
 
 def host_times(here: Inside) -> Stopwatch:
-    """Times, from now on, what the engine's thread does in each of a step's parts."""
+    """Times, from now on, what the engine does in each of a step's parts. Launches have their own thread."""
     watch = Stopwatch()
     watch.on(here.engine.scheduler, "schedule", "update")
     launch = watch.timed("launch", here.runner.launch)

@@ -1,6 +1,8 @@
 """The engine: one thread that plans a step ahead of the device, and hands each request its events.
 
-    plan k+1; launch k+1; wait for k; update k; publish k.    With nothing to plan, drain.
+    plan k+1; wait for k; update k; publish k.    With nothing to plan, drain.
+
+A second thread launches k+1 meanwhile, and has done so by the time that k ends, or the device waits for it.
 
 Requests come and go under a lock that is held while planning and updating, never while the device works:
 what is cancelled is gone before the next plan is made.
@@ -11,18 +13,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
 
 from scheduler.events import Event, Finished, TokenEmitted
 from scheduler.request import Request
 from scheduler.scheduler import RejectedError, Scheduler
-from scheduler.step import FinishedStep, Sample, ScheduledStep, Step, StepResult
+from scheduler.step import FinishedStep, ScheduledStep, StepResult
 from serve.door import Failed, Load, Refused, Sink, State, Watcher
 from serve.engine.collector import Collector
+from serve.engine.launcher import Launch, Launcher, StepRunner
 from serve.engine.pauses import Pauses
 from serve.engine.step_log import Moments, StepLog, record
 from serve.rate import TokenRate
@@ -30,30 +33,17 @@ from serve.rate import TokenRate
 log = structlog.get_logger("taper")
 
 
-class Handle(Protocol):
-    def is_ready(self) -> bool: ...
-    def samples(self) -> tuple[Sample, ...]: ...
-
-
-class StepRunner(Protocol):
-    """What the engine needs of a runner."""
-
-    def launch(self, step: Step) -> Handle: ...
-
-
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step in flight.
+    """A step in flight, or about to be.
 
-    planned, launching, at  when its plan was made, and its launch called and returned
-    follows                 it was planned while the step before it was in flight
+    planned  when its plan was made
+    follows  that was while the step before it was in flight
     """
 
     scheduled: ScheduledStep
-    handle: Handle
+    launch: Future[Launch]
     planned: float
-    launching: float
-    at: float
     follows: bool
 
 
@@ -178,9 +168,10 @@ class InProcessEngine:
 
     def _run(self) -> None:
         error = "the server stopped before the request finished"
+        launcher = Launcher(self.runner, self._clock)
         try:
             with closing(Pauses()) as pauses:
-                self._loop(pauses)
+                self._loop(launcher, pauses)
         except Exception as crash:
             log.exception("the engine failed")
             error = repr(crash)
@@ -191,10 +182,11 @@ class InProcessEngine:
                 self._sinks.clear()
             for sink in sinks:
                 sink([Failed(error)])
+            launcher.close()
             if self._step_log is not None:
                 self._step_log.close()
 
-    def _loop(self, pauses: Pauses) -> None:
+    def _loop(self, launcher: Launcher, pauses: Pauses) -> None:
         flying: _Launched | None = None
         ended = self._clock()
         while flying is not None or self._has_work():
@@ -202,7 +194,7 @@ class InProcessEngine:
             with self._wake:
                 over = self.state == "STOPPED" or self.scheduler.idle
                 next_step = None if over else self.scheduler.schedule(self._clock())
-            launched = self._launch(next_step, follows=flying is not None) if next_step else None
+            launched = self._launch(launcher, next_step, flying is not None) if next_step else None
             if flying is not None:
                 ended = self._finish(flying, ended, pauses)
             elif launched is None and not over:
@@ -218,21 +210,21 @@ class InProcessEngine:
                 self._wake.wait()
             return self.state != "STOPPED" and not self.scheduler.idle
 
-    def _launch(self, scheduled: ScheduledStep, *, follows: bool) -> _Launched:
+    def _launch(self, launcher: Launcher, scheduled: ScheduledStep, follows: bool) -> _Launched:
         planned = self._clock()
-        handle = self.runner.launch(scheduled.step)
-        return _Launched(scheduled, handle, planned, planned, self._clock(), follows)
+        return _Launched(scheduled, launcher.launch(scheduled.step), planned, follows)
 
     def _finish(self, launched: _Launched, previous_end: float, pauses: Pauses) -> float:
         """Wait for a step, learn from it and publish its events; returns when it ended.
 
         Steps run one after the other: a step's time counts from the end of the one before it.
         """
-        scheduled = launched.scheduled
-        looked, ready = self._clock(), launched.handle.is_ready()
-        samples = launched.handle.samples()
+        scheduled, follows = launched.scheduled, launched.follows
+        looked, launch = self._clock(), launched.launch.result()
+        ready = launch.launched <= looked and launch.handle.is_ready()
+        samples = launch.handle.samples()
         now, paused = self._clock(), pauses.take()
-        seconds = now - (previous_end if launched.follows else launched.at)
+        seconds = now - (previous_end if follows else launch.launched)
         with self._wake:
             events = self.scheduler.update(StepResult(scheduled.step, samples, seconds), now)
             self._steps += 1
@@ -242,14 +234,14 @@ class InProcessEngine:
             sink(batch)
         moments = Moments(
             planned=launched.planned,
-            launching=launched.launching,
-            launched=launched.at,
+            launching=launch.launching,
+            launched=launch.launched,
             looked=looked,
             ended=now,
             published=self._clock(),
-            idle=max(0.0, launched.at - previous_end) if launched.follows else 0.0,
+            idle=max(0.0, launch.launched - previous_end) if follows else 0.0,
             ready=ready,
-            paused=min(paused, seconds),
+            paused=min(max(paused, launch.paused), seconds),
         )
         self._report(FinishedStep(scheduled.step, scheduled.forecast, seconds), moments)
         if self._collector is not None:
