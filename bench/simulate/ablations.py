@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from bench.load.measures import Window
 from bench.load.workload import named
 from bench.result import conclude, head
 from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW, table
-from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, targets
+from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, late_as, targets
 from bench.timing import no_collections
 from scheduler.controller import Controller, ControllerConfig, Turn
 from scheduler.draft import StepDraft
@@ -214,12 +215,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--variations", nargs="+", choices=VARIATIONS, default=[*VARIATIONS])
     parser.add_argument("--rate", type=float, help="requests per second, instead of the workload's own")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--step-log", type=Path, help="replay its lateness in place of the profile's noise")
     parser.add_argument("--warmup", type=float, default=WARMUP)
     parser.add_argument("--window", type=float, default=WINDOW)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     window = Window(options.warmup, options.warmup + options.window)
-    profile = Profile.load(options.profile)
+    profile = late_as(Profile.load(options.profile), options.step_log)
     setting = Setting(
         profile=profile,
         workload=named(options.workload, options.seed, window.end + COOLDOWN, rate=options.rate),

@@ -21,7 +21,7 @@ from bench.command import Command
 from bench.load.measures import COLUMNS, Window, titles
 from bench.load.workload import named
 from bench.result import head, keep, ran_on, say, write
-from bench.simulate.simulation import Profile, Setting, in_processes, simulate
+from bench.simulate.simulation import Profile, Setting, in_processes, late_as, simulate
 from scheduler.request import Slo
 
 FIGURES = ("goodput_stage", "attainment_stage", "goodput_mean", "raw_tokens_s", "mean_width", "e2e_p50_s")
@@ -85,10 +85,12 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser = Command("bench.simulate.agreement", "Simulator against server.")
     parser.add_argument("results", type=Path, nargs="+", help="files that bench.load.goodput wrote")
     parser.add_argument("--profile", default="h200-qwen3-32b", help="a shipped profile's name, or a file")
+    parser.add_argument("--step-log", type=Path, help="replay its lateness in place of the profile's noise")
     parser.add_argument("--runs", type=int, default=5, help="simulations of each row, with other noise")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
-    profile, names = Profile.load(options.profile), [path.name for path in options.results]
+    profile = late_as(Profile.load(options.profile), options.step_log)
+    names = [path.name for path in options.results]
     found = {**head(parser.typed(arguments)), "profile": profile.name, "results": names, "rows": []}
     say(f"{ran_on(found)}\n{TITLES}", options.json)
     with in_processes(options.processes) as pool:

@@ -5,7 +5,8 @@
 
 Requests that arrive within the window are measured, all of them, and served to their end; those before it
 warm the server up, those after it keep up the load. Targets follow by rule: TTFT 5 s; TPOT twice what one
-request alone gets under the same profile. Measures are those of bench.load.measures.
+request alone gets under the same profile. With --step-log, steps are late as those of a server were that
+wrote the log: what a policy attains on that server's host. Measures are those of bench.load.measures.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from bench.command import Command, names
 from bench.load.measures import COLUMNS, Window, cells, titles
 from bench.load.workload import TTFT_SLO, named
 from bench.result import conclude, head
-from bench.simulate.simulation import Profile, Setting, in_processes, simulate, targets
+from bench.simulate.simulation import Profile, Setting, in_processes, late_as, simulate, targets
 from scheduler.controller import ControllerConfig
 from scheduler.request import Slo
 from serve.lateness import CAUSES
@@ -55,6 +57,7 @@ def command() -> Command:
     add("--max-chunk", type=int, default=512)
     add("--prompt-floor", type=int, default=32)
     add("--exact", action="store_true", help="without the profile's noise")
+    add("--step-log", type=Path, help="replay the lateness of a server's steps in place of the noise")
     add("--page", type=int, help="tokens of a KV page, instead of the profile's")
     add("--processes", type=int, default=2)
     return parser
@@ -63,7 +66,7 @@ def command() -> Command:
 def setting_of(options: Namespace) -> Setting:
     """What all policies have in common. Raises ValueError, OSError for a profile or workload that is none."""
     profile = Profile.load(options.profile)
-    profile = profile.exact() if options.exact else profile
+    profile = late_as(profile.exact() if options.exact else profile, options.step_log)
     if options.page is not None:
         tokens = profile.num_pages * profile.page_size
         profile = replace(profile, page_size=options.page, num_pages=tokens // options.page)
@@ -93,6 +96,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     result = {
         **head(command().typed(arguments)),
         "profile": setting.profile.name,
+        "step_log": options.step_log and options.step_log.name,
         "workload": options.workload,
         "seed": options.seed,
         "tpot_slo_ms": 1e3 * setting.slo.tpot,

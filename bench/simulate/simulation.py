@@ -12,6 +12,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,9 @@ from scheduler.predictor import Costs, StepLatencyModel
 from scheduler.request import Slo
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Sample, ScheduledStep, StepResult
+from serve.door import StepRecord
 from serve.engine.calibration import load_profile
+from serve.engine.step_log import read_steps
 
 MAX_CONTEXT = 16_384
 
@@ -34,11 +38,13 @@ MAX_CONTEXT = 16_384
 class Profile:
     """What steps take on a device with a model, in seconds.
 
-    T = form(load) * factor[bucket] * (1 + noise)
+    T = form(load) * factor[bucket] * (1 + noise), or (1 + excess) in place of the noise
 
     forms    predictors as they were fitted to single steps (bench.device.calibrate); time is the staircase's
     factors  by bucket: how much longer such a step takes while the server is loaded (bench.device.predictor)
     noise    evenly spaced quantiles of what is left, relative to the step; none: steps are exact
+    excess   what the steps of a log took beyond their predictions, relative to these and in their order: the
+             steps are late as those were, and made up for it as those did
     """
 
     name: str
@@ -47,6 +53,7 @@ class Profile:
     page_size: int
     factors: Mapping[int, float] = field(default_factory=dict)
     noise: tuple[float, ...] = ()
+    excess: tuple[float, ...] = ()
 
     @classmethod
     def load(cls, name: str) -> Profile:
@@ -75,13 +82,20 @@ class Profile:
         return StepLatencyModel.from_profile({"forms": self.forms}, form=form)
 
     def exact(self) -> Profile:
-        """The same without noise."""
-        return replace(self, noise=())
+        """The same without noise, or a log's excess."""
+        return replace(self, noise=(), excess=())
+
+    def replaying(self, steps: Iterable[StepRecord]) -> Profile:
+        """The same with the excess of these steps. Raises ValueError if none was predicted."""
+        excess = tuple(step.seconds / step.predicted - 1.0 for step in steps if step.predicted > 0)
+        if not excess:
+            raise ValueError("no step of the log was predicted")
+        return replace(self, excess=excess)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is the same for every policy. `seed`: of the noise."""
+    """What is the same for every policy. `seed`: of the noise, and of where a log's steps begin."""
 
     profile: Profile
     workload: Workload
@@ -90,6 +104,14 @@ class Setting:
     seed: int = 0
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     reserve: float = 1.0
+
+
+def late_as(profile: Profile, step_log: Path | None) -> Profile:
+    """A profile that replays a step log, if there is one. Raises ValueError, OSError for one that is none."""
+    if step_log is None:
+        return profile
+    with step_log.open() as lines:
+        return profile.replaying(read_steps(lines))
 
 
 # --- serving -----------------------------------------------------------------------------------------------
@@ -157,6 +179,8 @@ class Simulation:
         self.planning = 0.0
         self.preemptions: list[int] = []
         self._noise = np.random.default_rng([setting.seed, 2])
+        first = int(self._noise.integers(len(profile.excess))) if profile.excess else 0
+        self._excess = cycle(profile.excess[first:] + profile.excess[:first])
         self._waiting = deque(enumerate(setting.workload.items))
         self._sent = 0
         self._to_measure: set[str] = set()
@@ -198,7 +222,9 @@ class Simulation:
     def _duration(self, scheduled: ScheduledStep) -> float:
         seconds = self._device.predict(scheduled.forecast.load)
         seconds *= self.profile.factors.get(scheduled.step.bucket, 1.0)
-        if self.profile.noise:
+        if self.profile.excess:
+            seconds *= 1.0 + next(self._excess)
+        elif self.profile.noise:
             seconds *= 1.0 + float(np.interp(self._noise.random(), self._quantiles, self.profile.noise))
         return seconds
 

@@ -24,6 +24,19 @@ KEYS = {
 }  # fmt: skip
 
 
+STEP = {
+    "ended": 1.0,
+    "bucket": 8,
+    "load": {"rows": 3},
+    "requests": 2,
+    "branches": 3,
+    "deferred": 0,
+    "predicted": 0.5,
+    "baseline": 0.4,
+    "budget": None,
+}
+
+
 class InOneProcess:
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def __enter__(self) -> InOneProcess:
@@ -59,7 +72,7 @@ def test_it_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "usage: python -m bench.simulate [-h] [--json JSON]" in capsys.readouterr().out
 
 
-def test_every_option_reaches_the_setting() -> None:
+def test_every_option_reaches_the_setting(tmp_path: Path) -> None:
     """Each differs from its default, so that one that is not passed on is noticed."""
     typed = (
         "--workload light --rate 3 --seed 7 --warmup 2 --window 4 --cooldown 1 --drain 5 --tpot-slo 0.125 "
@@ -76,6 +89,10 @@ def test_every_option_reaches_the_setting() -> None:
         seed=7,
         controller=ControllerConfig(rho=0.5, repay=2.0, max_chunk=100, prompt_floor=3),
     )
+    log = tmp_path / "steps"
+    log.write_text("".join(json.dumps(STEP | {"seconds": seconds}) + "\n" for seconds in (0.5, 0.625, 0.25)))
+    options = policies.command().parse_args(["--workload", "light", "--step-log", str(log)])
+    assert policies.setting_of(options).profile == replace(PROFILE, excess=(0.0, 0.25, -0.5))
     options = policies.command().parse_args(["--workload", "light", "--clients", "2"])
     setting = policies.setting_of(options)
     assert (setting.profile, setting.slo) == (PROFILE, targets(PROFILE))

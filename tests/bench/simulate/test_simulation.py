@@ -11,6 +11,7 @@ from bench.simulate.simulation import Profile, Setting, Simulation, simulate, ta
 from scheduler.controller import ControllerConfig
 from scheduler.predictor import StepLoad
 from scheduler.request import Slo
+from serve.door import StepRecord
 from tests.bench.load.test_measures import seen
 
 PROFILE = Profile.load("h200-qwen3-32b").exact()
@@ -153,6 +154,61 @@ def test_the_bias_is_what_steps_take_longer_than_was_believed(believed: float, b
     simulation._finish(scheduled, 3.0, 3.0 + simulation._duration(scheduled))
     assert simulation.error_sums == pytest.approx([bias, abs(bias)], rel=1e-3)
     assert simulation.steps == 1
+
+
+# --- the lateness of a server ------------------------------------------------------------------------------
+
+
+def logged(ratio: float, predicted: float = 0.020) -> StepRecord:
+    return StepRecord(1.0, 8, StepLoad(3), 2, 3, 0, predicted, 0.015, None, ratio * predicted)
+
+
+LATE = PROFILE.replaying(logged(ratio) for ratio in (1.0, 1.5, 0.75, 1.0, 2.0, 0.5, 1.25))
+
+
+def durations(simulation: Simulation, count: int) -> list[float]:
+    """Of the same step, again and again."""
+    simulation._send_next(0.0)
+    scheduled = simulation.scheduler.schedule(0.0)
+    assert scheduled is not None
+    return [simulation._duration(scheduled) for _ in range(count)]
+
+
+def test_steps_are_late_as_those_of_the_log_were_and_in_their_order() -> None:
+    (exact,) = durations(Simulation(setting(), "off"), 1)
+    ratios = [took / exact for took in durations(Simulation(setting(profile=LATE), "off"), 21)]
+    assert ratios[:7] == ratios[7:14] == ratios[14:]
+    first = ratios.index(pytest.approx(1.5))
+    assert ratios[first : first + 7] == pytest.approx([1.5, 0.75, 1.0, 2.0, 0.5, 1.25, 1.0])
+    starts = {durations(Simulation(setting(profile=LATE, seed=seed), "off"), 1)[0] for seed in range(20)}
+    assert len(starts) > 3, "another seed begins at another step"
+
+
+def test_a_logs_lateness_takes_the_place_of_the_noise_and_is_no_part_of_the_targets() -> None:
+    noisy = replace(PROFILE, noise=(0.3, 0.3))
+    punctual = noisy.replaying([logged(1.0)])
+    assert durations(Simulation(setting(profile=punctual), "off"), 2) == durations(
+        Simulation(setting(), "off"), 2
+    )
+    assert targets(LATE) == targets(PROFILE)
+    assert LATE.exact() == PROFILE
+
+
+def test_a_log_without_a_prediction_is_no_log_of_lateness() -> None:
+    assert PROFILE.replaying([logged(1.0, predicted=0.0), logged(1.5)]).excess == pytest.approx((0.5,))
+    with pytest.raises(ValueError, match="no step of the log was predicted"):
+        PROFILE.replaying([logged(1.0, predicted=0.0)])
+
+
+def test_what_a_late_host_costs_a_policy_shows() -> None:
+    """Every third step takes twice as long, and nothing makes up for it."""
+    late = PROFILE.replaying(logged(ratio) for ratio in (1.0, 1.0, 2.0))
+    workload = open_loop("fanout", "bursty", 1.0, 2.0, seed=2)
+    rows = [
+        simulate(setting(profile=profile, workload=workload, slo=targets(PROFILE)), "eager")[0]
+        for profile in (PROFILE, late)
+    ]
+    assert rows[0]["e2e_p50_s"] * 1.2 < rows[1]["e2e_p50_s"]
 
 
 # --- a short headline --------------------------------------------------------------------------------------
