@@ -7,6 +7,7 @@ reader that fell behind gets fewer and larger messages, never more.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -27,6 +28,7 @@ from scheduler.search import Match
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason, Stopping
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from serve.server.wire import Delta
 from serve.text.detokenizer import Detokenizer
 from serve.text.reader import Speller, TextReader
 
@@ -39,6 +41,10 @@ _REASONS = {
     FinishReason.FORKED: pb.FINISH_REASON_FORKED,
     FinishReason.OUTRUN: pb.FINISH_REASON_OUTRUN,
 }
+
+
+def _are_tokens(events: Sequence[Event]) -> TypeGuard[Sequence[TokenEmitted]]:
+    return {*map(type, events)} == {TokenEmitted}
 
 
 def duration(seconds: float) -> Duration:
@@ -70,6 +76,7 @@ class ResponseWriter:
     def __init__(self, request: Request, options: pb.OutputOptions, speller: Speller) -> None:
         self._request = request
         self._options = options
+        self._has_ids, self._has_logprobs = options.token_ids, options.logprobs
         self._speller = speller
         self._stops = stop_strings(request)
         self._texts: dict[int, Detokenizer] = {}  # by branch, while it lasts
@@ -79,11 +86,31 @@ class ResponseWriter:
 
     def write(self, events: Sequence[Event]) -> pb.GenerateResponse:
         """The message that tells `events`, in their order."""
+        if not self._has_logprobs and _are_tokens(events):
+            return self._tokens(events)
+        return self.build(events)
+
+    def build(self, events: Sequence[Event]) -> pb.GenerateResponse:
+        """As `write`, object by object, whatever the events are."""
         self._response = pb.GenerateResponse()
         self._deltas.clear()
         for event in events:
             self._add(event)
         return self._response
+
+    def _tokens(self, events: Sequence[TokenEmitted]) -> pb.GenerateResponse:
+        """What nearly all messages are: each delta's bytes are put together by hand."""
+        texts, has_ids = self._texts, self._has_ids
+        deltas: dict[int, Delta] = {}
+        for _, branch, sample, count in events:
+            delta = deltas.get(branch)
+            if delta is None:
+                delta = deltas[branch] = Delta(branch)
+            delta.text += texts[branch].push(sample.token)
+            delta.count = count
+            if has_ids:
+                delta.ids.append(sample.token)
+        return pb.GenerateResponse.FromString(b"".join([delta.event() for delta in deltas.values()]))
 
     def _add(self, event: Event) -> None:
         match event:

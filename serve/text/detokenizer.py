@@ -25,7 +25,8 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that this sampled token settles; may be empty."""
-        return self._hold(self._reader.push(token))
+        piece = self._reader.push(token)
+        return self._hold(piece) if self._stops else piece
 
     def pause(self) -> str:
         """The rest of a stage after which the branch goes on. An unfinished character goes on with it."""
