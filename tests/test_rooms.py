@@ -35,9 +35,11 @@ PARTS = {
     "config": {"config"},
     "door": {"door"},
     "lateness": {"lateness", "door"},
+    "rate": {"rate"},
     "served": {"served", "door", "config", "text"},
     "server": {"server", "api", "text", "door", "served", "config", "lateness"},
-    "engine": {"engine", "text", "door", "served", "config"},
+    "engine": {"engine", "text", "door", "served", "config", "rate"},
+    "remote": {"remote", "engine", "text", "door", "served", "config", "rate"},
 }
 
 ABSENT = {
@@ -47,6 +49,8 @@ ABSENT = {
     "serve/config.py": DEVICE,
     "serve/door.py": DEVICE,
     "serve/lateness.py": DEVICE,
+    "serve/rate.py": DEVICE,
+    "serve/remote": DEVICE,
     "serve/served.py": DEVICE,
     "serve/server": DEVICE,
 }
