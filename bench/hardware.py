@@ -52,9 +52,11 @@ def placement(config: ModelConfig, devices: int) -> Placement:
 
 
 def _driver() -> str:
+    """Of all devices: they have one."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        found = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+        return ", ".join(dict.fromkeys(found))
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
