@@ -128,7 +128,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "rows embed"], Pages]:
         q, pages = backend.write(self.project(x), self.norms, rows.angles, pages, rows.places)
         out, _ = backend.attend(q, pages, rows.work, scale=self.scale)
-        return peers.sum(product("rhd,hde->re", out, self.o)), pages
+        return peers.quick_sum(product("rhd,hde->re", out, self.o)), pages
 
     def project(self, x: Float[Array, "rows embed"]) -> Float[Array, "rows all_heads head_dim"]:
         """The heads of each row: queries, keys, values."""
@@ -156,7 +156,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "rows embed"], peers: Peers) -> Float[Array, "rows embed"]:
         gate = jax.nn.silu(product("re,em->rm", x, self.gate))
-        return peers.sum(product("rm,me->re", gate * product("re,em->rm", x, self.up), self.down))
+        return peers.quick_sum(product("rm,me->re", gate * product("re,em->rm", x, self.up), self.down))
 
 
 class DecoderLayer(nnx.Module):

@@ -34,6 +34,7 @@ from jax.sharding import (
 )
 
 from model.config import ModelConfig
+from model.peer_memory import PeerMemory, peer_sum, reaching
 
 if TYPE_CHECKING:
     from jax import Array
@@ -96,6 +97,16 @@ class Peers:
         """The sum of all devices' x: an all-reduce."""
         return lax.psum(x, self.axes) if self.axes else x
 
+    def quick_sum(self, x: Array) -> Array:
+        """`sum`, where it is one of many: two GPUs that can use each other's memory (model.peer_memory).
+
+        A program that has one begins with a collective, as a step does where the vocabulary is divided. With
+        that the runtime sees to it that all devices have loaded a program before one of them runs it: a GPU
+        that waits for its peer in a kernel could keep it from loading.
+        """
+        total = peer_sum(x) if self.axes else x
+        return lax.psum(x, self.axes) if total is None else total
+
     def max(self, x: Array) -> Array:
         """The greatest of all devices' x: an all-reduce."""
         return lax.pmax(x, self.axes) if self.axes else x
@@ -107,6 +118,25 @@ class Peers:
 
 ALONE = Peers()
 EVERYWHERE = PartitionSpec()  # how a result is divided of which every device has all
+
+
+class Reaching(jax.stages.Compiled):
+    """A compiled program that takes, before its arguments, the addresses of its devices' workspaces."""
+
+    __slots__ = ("addresses", "program")
+
+    def __init__(self, program: jax.stages.Compiled, addresses: Array) -> None:
+        self.program = program
+        self.addresses = addresses
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.program(self.addresses, *arguments)
+
+    def as_text(self) -> str | None:
+        return self.program.as_text()
+
+    def memory_analysis(self) -> Any:
+        return self.program.memory_analysis()
 
 
 def own_ids(ids: Array, size: int, peers: Peers) -> Array:
@@ -127,6 +157,7 @@ class Placement:
     mesh: Mesh | None = None
     rules: ShardingRules = ShardingRules()
     device: Any = None
+    memory: PeerMemory | None = None  # that its devices, two GPUs, reach of each other
 
     @classmethod
     def over(cls, config: ModelConfig, count: int, devices: Sequence[Any] | None = None) -> Placement:
@@ -135,6 +166,7 @@ class Placement:
         A vocabulary that `count` does not divide is whole on every device. Raises PlacementError, saying what
         would do, if there are not as many devices or `count` does not divide the model.
         """
+        here = devices is None
         devices = jax.devices() if devices is None else devices
         if not 1 <= count <= len(devices):
             there = f"{len(devices)} of kind {devices[0].device_kind}"
@@ -153,14 +185,16 @@ class Placement:
         shards = min(config.num_kv_heads, count)
         mesh = Mesh(np.array(devices[:count]).reshape(shards, count // shards), (KV, COPY))
         everywhere = (KV, COPY)
+        vocab = everywhere if config.vocab_size % count == 0 else None
         return cls(
             mesh,
             ShardingRules(
-                vocab=everywhere if config.vocab_size % count == 0 else None,
+                vocab=vocab,
                 heads=everywhere,
                 kv_heads=KV,
                 mlp=everywhere,
             ),
+            memory=PeerMemory.between(mesh) if here and vocab else None,
         )
 
     @property
@@ -225,10 +259,34 @@ class Placement:
         self, function: Callable[..., Any], arguments: tuple[Any, ...], results: Any, *, donate: Sequence[int]
     ) -> jax.stages.Compiled:
         """`program` compiled ahead of time; the arguments at the places `donate` are updated in place."""
+        if self.memory is not None:
+            return self._compile_reaching(self.memory, function, arguments, results, donate)
         program = jax.jit(self.program(function, arguments, results), donate_argnums=donate)
         with self._as_its_kind():
             lowered = program.lower(*arguments)
         return lowered.compile()
+
+    def _compile_reaching(
+        self,
+        memory: PeerMemory,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        results: Any,
+        donate: Sequence[int],
+    ) -> jax.stages.Compiled:
+        """`compile` of a program that is told where the devices reach each other's memory.
+
+        It is told by an argument: in the program itself, addresses would make it another one in every
+        process, and none would be found in the compilation cache.
+        """
+
+        def told(addresses: Array, *arguments: Any) -> Any:
+            with reaching(addresses):
+                return function(*arguments)
+
+        every = memory.addresses, *arguments
+        program = jax.jit(self.program(told, every, results), donate_argnums=[1 + place for place in donate])
+        return Reaching(program.lower(*every).compile(), memory.addresses)
 
     def _as_its_kind(self) -> AbstractContextManager[Any]:
         """Kernels ask what they are lowered for: of a device that is not here they are told.

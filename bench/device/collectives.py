@@ -4,9 +4,10 @@
     python -m bench.device.collectives --tensor-parallel 2 --scale tiny  # anywhere
 
 A collective is one of a chain in one program, each of which takes the result of the one before it.
-All-reduces are those of a layer, bfloat16 [rows, hidden] of each device; all-gathers those of a greedy
-choice, float32 [rows, 2]. Samplers, in chains too, are named by their bits in model.sampling. On one device
-there is nothing to tell: compare the others' samplers with its own.
+All-reduces are bfloat16 [rows, hidden] of each device, and so are the quick sums of a layer, which two GPUs
+need no collective for (model.peer_memory); all-gathers are those of a greedy choice, float32 [rows, 2].
+Samplers, in chains too, are named by their bits in model.sampling. On one device there is nothing to tell:
+compare the others' samplers with its own.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def collective(
     """Microseconds of `x + link(x)`, where every device has its own x of this shape."""
 
     def chained(x: jax.Array) -> jax.Array:
+        # A quick sum comes after a collective, here the smallest there is.
+        x = x + 0 * placement.peers.max(x[:1, :1])
         for _ in range(CHAIN):
             x = x + link(x)
         return x
@@ -92,12 +95,11 @@ def measure(config: ModelConfig, placement: Placement, samples: int, **timing: i
     def gathered(x: jax.Array) -> jax.Array:
         return jnp.max(peers.gather(x), axis=0)
 
-    times: dict[str, Any] = {"all_reduce_us": {}, "all_gather_us": {}, "sampler_us": {}}
+    times: dict[str, Any] = {"all_reduce_us": {}, "quick_sum_us": {}, "all_gather_us": {}, "sampler_us": {}}
     for rows in ROWS if placement.count > 1 else ():
         width = config.hidden_size
-        times["all_reduce_us"][str(rows)] = collective(
-            placement, peers.sum, (rows, width), jnp.bfloat16, **timing
-        )
+        for name, link in (("all_reduce_us", peers.sum), ("quick_sum_us", peers.quick_sum)):
+            times[name][str(rows)] = collective(placement, link, (rows, width), jnp.bfloat16, **timing)
         times["all_gather_us"][str(rows)] = collective(placement, gathered, (rows, 2), jnp.float32, **timing)
     for uses in SAMPLERS:
         times["sampler_us"][str(uses)] = sampler(placement, config.vocab_size, samples, uses, **timing)
@@ -105,13 +107,17 @@ def measure(config: ModelConfig, placement: Placement, samples: int, **timing: i
 
 
 def text(result: dict[str, Any]) -> str:
-    reduces, gathers = result["all_reduce_us"], result["all_gather_us"]
+    reduces, sums, gathers = (result[f"{name}_us"] for name in ("all_reduce", "quick_sum", "all_gather"))
     lines = ["microseconds"]
     if reduces:
         lines.append(
-            f"{'rows':>6}{'all-reduce [rows, ' + str(result['hidden']) + ']':>28}{'all-gather [rows, 2]':>24}"
+            f"{'rows':>6}{'all-reduce [rows, ' + str(result['hidden']) + ']':>28}{'quick sum':>12}"
+            f"{'all-gather [rows, 2]':>24}"
         )
-        lines += [f"{rows:>6}{took:>28.1f}{gathers[rows]:>24.1f}" for rows, took in reduces.items()]
+        lines += [
+            f"{rows:>6}{took:>28.1f}{sums[rows]:>12.1f}{gathers[rows]:>24.1f}"
+            for rows, took in reduces.items()
+        ]
     lines.append(f"sampler, {result['samples']} samples of a vocabulary of {result['vocab']}, by its options")
     lines += [f"{uses:>6}{took:>28.1f}" for uses, took in result["sampler_us"].items()]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ def test_what_two_devices_tell_each_other_is_timed(tmp_path: Path) -> None:
     result = collectives.main(["--scale", "tiny", "--tensor-parallel", "2", "--json", str(out)])
     assert json.loads(out.read_text()) == result
     assert result["all_reduce_us"]["8"] > 0
+    assert result["quick_sum_us"]["8"] > 0
     assert result["all_gather_us"]["8"] > 0
     assert result["sampler_us"].keys() == {"0", "3"}
     assert all(took > 0 for took in result["sampler_us"].values())

@@ -1,0 +1,230 @@
+"""Sums through each other's memory: the PTX, run by two simulated GPUs, and the programs that have it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, PartitionSpec
+
+from model import peer_memory
+from model.peer_memory import (
+    ASM,
+    BLOCK,
+    BYTES,
+    MOST_POLLS,
+    MOST_VALUES,
+    PLACES,
+    PeerMemory,
+    peer_sum,
+    reaching,
+)
+from model.sharding import Peers, Placement
+from tests.model.ptx import Thread, TrapError
+
+WORKSPACES = (7 << 40, 9 << 40)
+
+
+class TwoGpus:
+    """Their memory, and items of words that they add up in threads, which take turns as `random` says."""
+
+    def __init__(self, seed: int, text: str = ASM) -> None:
+        self.random = Random(seed)
+        self.text = text
+        self.memory: defaultdict[int, int] = defaultdict(int)
+
+    def thread(self, gpu: int, item: int, words: tuple[int, int]) -> Thread:
+        halves = [
+            half for at in (WORKSPACES[1 - gpu], WORKSPACES[gpu]) for half in (at & 0xFFFFFFFF, at >> 32)
+        ]
+        registers = {"$2": words[0], "$3": words[1], "$4": 4 * item}
+        return Thread(
+            self.text, registers | {f"${8 + 4 * i}": half for i, half in enumerate(halves)}, self.memory
+        )
+
+    def gpu(
+        self, gpu: int, sums: list[dict[int, tuple[int, int]]]
+    ) -> Iterator[list[dict[int, tuple[int, int]]]]:
+        """One kernel after the other, the threads of each in any order."""
+        done: list[dict[int, tuple[int, int]]] = []
+        for items in sums:
+            threads = {item: self.thread(gpu, item, words) for item, words in items.items()}
+            running = [thread.run() for thread in threads.values()]
+            while running:
+                thread = self.random.choice(running)
+                if next(thread, running) is running:
+                    running.remove(thread)
+                yield done
+            done.append(
+                {item: (each.registers["$0"], each.registers["$1"]) for item, each in threads.items()}
+            )
+        yield done
+
+    def run(self, sums: list[list[dict[int, tuple[int, int]]]], favour: float = 0.5) -> Any:
+        """What both have in the end; the first gets on with this likelihood, else the second."""
+        gpus = [self.gpu(i, sums[i]) for i in (0, 1)]
+        results: list[Any] = [None, None]
+        while None in results:
+            at = int(self.random.random() > favour)
+            if (done := next(gpus[at], None)) is not None and len(done) == len(sums[at]):
+                results[at] = done
+        return results
+
+
+def drawn(random: Random, shapes: list[int]) -> list[dict[int, tuple[int, int]]]:
+    """Bfloat16 of either sign between 1 and 4, two in a word."""
+
+    def word() -> int:
+        return sum((random.randrange(0x3F80, 0x4080) | random.choice((0, 0x8000))) << s for s in (0, 16))
+
+    return [{item: (word(), word()) for item in range(items)} for items in shapes]
+
+
+def values(words: tuple[int, int]) -> Any:
+    return np.array(words, np.uint32).view(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_both_gpus_have_the_sum_however_their_threads_take_turns(seed: int) -> None:
+    """Sums of several sizes, one after another, on one GPU more slowly than on the other."""
+    random = Random(seed)
+    shapes = [random.choice((1, 2, 5)) for _ in range(7)]
+    mine, theirs = drawn(random, shapes), drawn(random, shapes)
+    first, second = TwoGpus(seed).run([mine, theirs], favour=random.choice((0.02, 0.5, 0.95)))
+    assert first == second
+    for sums, a, b in zip(first, mine, theirs, strict=True):
+        for item, words in sums.items():
+            assert (values(words) == values(a[item]) + values(b[item])).all()
+
+
+def test_with_one_place_for_a_word_a_gpu_would_write_over_what_its_peer_has_yet_to_read() -> None:
+    text = ASM.replace("and.b32 turn, number, 1;", "and.b32 turn, number, 0;").replace(str(MOST_POLLS), "500")
+    assert text.count("500") == 1
+
+    def right(seed: int) -> bool:
+        mine, theirs = drawn(Random(seed), [2, 2, 2]), drawn(Random(-seed - 1), [2, 2, 2])
+        try:
+            first, second = TwoGpus(seed, text).run([mine, theirs])
+        except TrapError:
+            return False
+        return first == second
+
+    assert not all(right(seed) for seed in range(8))
+
+
+def test_a_gpu_whose_peer_does_not_come_stops_with_an_error() -> None:
+    gpu = TwoGpus(0, ASM.replace(str(MOST_POLLS), "5")).gpu(0, drawn(Random(0), [1]))
+    with pytest.raises(TrapError):
+        list(gpu)
+
+
+def test_a_workspace_has_two_places_for_every_word_and_a_number_for_every_item() -> None:
+    items = MOST_VALUES // 4
+    gpus = TwoGpus(0)
+    last = [{items - 1: (1 << 16, 2)}] * 2
+    gpus.run([last, last])
+    for workspace in WORKSPACES:
+        touched = [at - workspace for at in gpus.memory if 0 <= at - workspace < 1 << 32]
+        assert max(touched) == BYTES - 4
+        assert sorted(at for at in touched if at < 2 * PLACES) == [
+            place - 16 + 4 * word for place in (PLACES, 2 * PLACES) for word in range(4)
+        ]
+
+
+# --- in programs --------------------------------------------------------------------------------------------
+
+ADDRESSES = np.arange(8, dtype=np.int32).reshape(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "taken"),
+    [
+        ((8, 5120), jnp.bfloat16, True),
+        ((512, 5120), jnp.bfloat16, True),
+        ((513, 5120), jnp.bfloat16, False),
+        ((8, 5120), jnp.float32, False),
+        ((0, 5120), jnp.bfloat16, False),
+        ((3, BLOCK // 2), jnp.bfloat16, False),
+    ],
+)
+def test_whole_blocks_of_bfloat16_are_added_up_unless_they_are_many(
+    shape: tuple[int, int], dtype: Any, taken: bool
+) -> None:
+    with patch.object(peer_memory, "exchanged", lambda x, _: x):
+        assert peer_sum(jnp.zeros(shape, dtype)) is None
+        with reaching(jnp.asarray(ADDRESSES[:1])):
+            assert (peer_sum(jnp.zeros(shape, dtype)) is not None) == taken
+        assert peer_sum(jnp.zeros(shape, dtype)) is None
+
+
+def test_it_lowers_for_cuda() -> None:
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    arguments = jax.ShapeDtypeStruct((8, 5120), jnp.bfloat16), jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    with (
+        jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)),
+        warnings.catch_warnings(),
+    ):
+        # Triton is announced to leave Pallas some day: docs/gpu-attention.md.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        program = jax.jit(peer_memory.exchanged)
+        text = jax.export.export(program, platforms=["cuda"], disabled_checks=unchecked)(
+            *arguments
+        ).mlir_module()
+    assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+def test_a_compiled_program_is_told_the_addresses_of_each_device() -> None:
+    """On CPUs, with a sum that adds the first half of the address instead of what the peer has."""
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("kv", "copy"))
+    each = jax.sharding.NamedSharding(mesh, PartitionSpec(("kv", "copy")))
+    memory = PeerMemory(jnp.zeros(2), jax.device_put(ADDRESSES, each))
+    placement = Placement(mesh, memory=memory)
+    peers = Peers(("kv", "copy"), 2)
+
+    def doubled(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return x + y, peers.quick_sum(y)
+
+    x = jax.device_put(jnp.ones((2, BLOCK), jnp.bfloat16), each)
+    arguments = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=each),) * 2
+    with patch.object(peer_memory, "exchanged", lambda x, addresses: x + addresses[0, 0].astype(x.dtype)):
+        program = placement.compile(doubled, arguments, arguments, donate=[1])
+    given = jax.device_put(jnp.full((2, BLOCK), 3, jnp.bfloat16), each)
+    total, shared = program(x, given)
+    assert (np.asarray(total) == 4).all()
+    assert np.asarray(shared).astype(np.float32)[:, 0].tolist() == [3, 7]
+    assert given.is_deleted()
+    assert not x.is_deleted()
+    assert program.memory_analysis() is not None
+    assert "all-reduce" not in (program.as_text() or "")
+
+
+def test_without_memory_in_common_a_quick_sum_is_a_collective() -> None:
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("kv", "copy"))
+    assert PeerMemory.between(mesh) is None
+    each = jax.sharding.NamedSharding(mesh, PartitionSpec(("kv", "copy")))
+    shapes = (jax.ShapeDtypeStruct((2, BLOCK), jnp.bfloat16, sharding=each),)
+    program = Placement(mesh).compile(Peers(("kv", "copy"), 2).quick_sum, shapes, shapes[0], donate=[])
+    assert "all-reduce" in (program.as_text() or "")
+    assert (np.asarray(program(jax.device_put(jnp.ones((2, BLOCK), jnp.bfloat16), each))) == 2).all()
+
+
+def test_only_two_gpus_of_nvidia_are_asked_whether_they_reach_each_other() -> None:
+    cpu = SimpleNamespace(platform="cpu", device_kind="cpu", local_hardware_id=0)
+    other = SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X", local_hardware_id=0)
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", local_hardware_id=0)
+    with patch("ctypes.CDLL", side_effect=OSError) as asked:
+        for devices in ([cpu, cpu], [other, other], [gpu], [gpu] * 4):
+            assert not peer_memory.reach_each_other(devices)
+        assert not asked.called
+        assert not peer_memory.reach_each_other([gpu, gpu])
+        assert asked.called
