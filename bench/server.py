@@ -29,14 +29,25 @@ class Server:
 
 
 @contextmanager
-def started(arguments: Sequence[str], log: TextIO | None = None) -> Iterator[Server]:
-    """Start taper-serve with these arguments on a free port, and drain it at the end.
+def started(
+    arguments: Sequence[str], log: TextIO | None = None, program: str | None = None
+) -> Iterator[Server]:
+    """Start taper-serve, or another `program`, with these arguments on a free port, and drain it at the end.
 
     What it prints goes to `log` (standard error unless given). Raises ChildProcessError if it does not start.
     """
     said: TextIO = log or sys.stderr
     began, metrics = clock(), _free_port()
-    command = [sys.executable, "-c", PROGRAM, "--port", "0", "--metrics-port", str(metrics), *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        program or PROGRAM,
+        "--port",
+        "0",
+        "--metrics-port",
+        str(metrics),
+        *arguments,
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         echo = threading.Thread(target=said.writelines, args=(process.stdout,))

@@ -1,0 +1,7 @@
+"""`python -m bench.host`."""
+
+import sys
+
+from bench.host.serving import main
+
+main(sys.argv[1:])
