@@ -134,12 +134,12 @@ class Backend(ABC):
           ValueError: a read is malformed, or the step needs more of something than `capacity` has.
         """
 
-    def used(self, work: Work) -> Work:
-        """The same work, on the host, as leading parts of its arrays: without (most of) the padding behind.
+    def lay_out_unpadded(self, reads: Reads, capacity: Capacity) -> tuple[Int[np.ndarray, " reads"], Work]:
+        """As `lay_out`, but arrays may end where the step has no more for them.
 
-        For whoever copies it: room for page references is a hundred times what most steps need.
+        For whoever copies them: room for page references is a hundred times what most steps need.
         """
-        return work
+        return self.lay_out(reads, capacity)
 
     @abstractmethod
     def write(

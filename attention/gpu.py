@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from attention.backend import Backend, Sizes
 from attention.gpu_tiles import NARROW, WIDE, attend
 from attention.gpu_write import write
 from attention.heads import group_size
+from attention.layout import padded
 from attention.tile_planner import lay_out_tiles
 from attention.tiles import Costs, TileCapacity, TileList, Tiling, refilled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from jax import Array
     from jaxtyping import Int, Int32
 
@@ -79,16 +80,11 @@ class Gpu(Backend):
         return TileCapacity.for_bucket(rows, sizes.num_pages, tiling, pages_per_read, paths=sizes.paths)
 
     def lay_out(self, reads: Reads, capacity: Any) -> tuple[Int[np.ndarray, " reads"], TileList]:
-        return lay_out_tiles(reads, capacity)
+        order, tiles = lay_out_tiles(reads, capacity)
+        return order, padded(tiles, capacity.empty())
 
-    def used(self, work: TileList) -> TileList:
-        refs = int(max(work.tile_whole.sum(1).max(), work.tile_masked.sum(1).max()))
-        slots = int(np.maximum(work.row_parts[:, 1], 0).sum())
-        return work._replace(
-            page_ids=work.page_ids[:refs],
-            page_sees=work.page_sees[:refs],
-            part_slots=work.part_slots[:slots],
-        )
+    def lay_out_unpadded(self, reads: Reads, capacity: Any) -> tuple[Int[np.ndarray, " reads"], TileList]:
+        return lay_out_tiles(reads, capacity)
 
     def write(self, qkv: Array, norms: Any, angles: Any, pages: Any, places: Any) -> tuple[Array, Any]:
         return write(qkv, norms, angles, pages, places, interpret=self.interpret)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from attention.backend import Backend, Sizes
 from attention.heads import group_size, write
-from attention.layout import ItemCapacity, lay_out_items
+from attention.layout import ItemCapacity, lay_out_items, padded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,11 +31,11 @@ class ItemBackend(Backend):
         )
 
     def lay_out(self, reads: Reads, capacity: Any) -> tuple[Int[np.ndarray, " reads"], WorkList]:
-        return lay_out_items(reads, capacity)
+        order, work = lay_out_items(reads, capacity)
+        return order, padded(work, capacity.empty())
 
-    def used(self, work: WorkList) -> WorkList:
-        refs = int(work.item_pages.sum(1).max())
-        return work._replace(page_ids=work.page_ids[:refs], page_valid=work.page_valid[:refs])
+    def lay_out_unpadded(self, reads: Reads, capacity: Any) -> tuple[Int[np.ndarray, " reads"], WorkList]:
+        return lay_out_items(reads, capacity)
 
     def write(self, qkv: Array, norms: Any, angles: Any, pages: Any, places: Any) -> tuple[Array, Any]:
         return write(qkv, norms, angles, pages, places)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from attention.reads import Reads, ReadTree, ragged_ranges
+from attention.reads import Reads, ReadTree, pairs, ragged_ranges
 
 if TYPE_CHECKING:
     from jaxtyping import Int, Int32
@@ -82,14 +82,13 @@ class WorkList(NamedTuple):
 
 
 def lay_out_items(reads: Reads, capacity: ItemCapacity) -> tuple[Int[np.ndarray, " reads"], WorkList]:
-    """`attention.backend.Backend.lay_out`: rows in tree order, and an item for each run of pages shared.
+    """`attention.backend.Backend.lay_out_unpadded`: rows in tree order, an item for each run of pages shared.
 
     Reads share a page if their pages (ids and valid counts) agree
     from the root up to it, and all of their rows see all of it.
     """
-    work = capacity.empty()
     if not reads.own:
-        return np.zeros(0, np.int64), work
+        return np.zeros(0, np.int64), capacity.empty()
     order, tree = ReadTree.of(reads, capacity.page_size)
     read, last, start, stop = _tree_nodes(tree.shared, tree.count)
 
@@ -103,18 +102,17 @@ def lay_out_items(reads: Reads, capacity: ItemCapacity) -> tuple[Int[np.ndarray,
 
     by_kind = np.lexsort((-page_count, row_count > 1))
     read, start, stop, page_count = read[by_kind], start[by_kind], stop[by_kind], page_count[by_kind]
-    items = slice(len(read))
-    work.item_pages[items, 0] = page_count.cumsum() - page_count
-    work.item_pages[items, 1] = page_count
-    work.item_rows[items, 0] = first_row[by_kind]
-    work.item_rows[items, 1] = row_count[by_kind]
-    work.item_causal[items] = _causal(tree, read, start, stop)
     refs = ragged_ranges(*tree.runs(read, start, stop))
-    work.page_ids[: len(refs)] = tree.pages[refs]
-    work.page_valid[: len(refs)] = tree.valid[refs]
-    work.num_items[...] = len(read)
-    work.num_single[...] = np.count_nonzero(row_count == 1)
-    return order, work
+    work = WorkList(
+        item_pages=pairs(page_count.cumsum() - page_count, page_count),
+        item_rows=pairs(first_row[by_kind], row_count[by_kind]),
+        item_causal=_causal(tree, read, start, stop),
+        page_ids=tree.pages[refs],
+        page_valid=tree.valid[refs],
+        num_items=np.array(len(read)),
+        num_single=np.array(np.count_nonzero(row_count == 1)),
+    )
+    return order, WorkList(*(array.astype(np.int32, copy=False) for array in work))
 
 
 def _tree_nodes(shared: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -161,3 +159,10 @@ def check_fits(what: str, needed: int, room: int) -> None:
         raise ValueError(
             f"the step needs {needed} {what}, its bucket has room for {room}: take a larger bucket"
         )
+
+
+def padded(work: Any, empty: Any) -> Any:
+    """`empty`, with the arrays of `work` at the beginning of its arrays."""
+    for array, room in zip(work, empty, strict=True):
+        room[tuple(map(slice, array.shape))] = array
+    return empty

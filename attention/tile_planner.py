@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def lay_out_tiles(reads: Reads, capacity: TileCapacity) -> tuple[Int[np.ndarray, " reads"], TileList]:
-    """`attention.backend.Backend.lay_out`: rows in tree order, cut into tiles.
+    """`attention.backend.Backend.lay_out_unpadded`: rows in tree order, cut into tiles.
 
     Raises ValueError if they exceed `capacity` however coarsely the tiles are split.
     """
-    tiling, out = capacity.tiling, capacity.empty()
+    tiling = capacity.tiling
     if not reads.own:
-        return np.zeros(0, np.int64), out
+        return np.zeros(0, np.int64), capacity.empty()
     order, tree = ReadTree.of(reads, tiling.page_size)
     tree = tree.split(tiling.wide_rows)
     check_fits("rows", int(tree.rows.sum()), capacity.rows)
@@ -36,15 +36,13 @@ def lay_out_tiles(reads: Reads, capacity: TileCapacity) -> tuple[Int[np.ndarray,
     if tiling.alone:
         tiles = Tiles.of(tree, np.arange(len(tree.rows)), tiling)
         _check_fits(tiles, capacity)
-        Parts.unsplit(tiles, tiling).write(tiles, out)
-        return order, out
+        return order, Parts.unsplit(tiles, tiling).listed(tiles)
     tiles = Tiles.of(tree, cut(tree, tiling), tiling)
     if len(tiles.page_ids) > capacity.page_refs:
         tiles = Tiles.of(tree, cut_least(tree, tiling), tiling)
     _check_fits(tiles, capacity)
     parts = split_tiles(tiles, capacity) if tiling.splits else Parts.unsplit(tiles, tiling)
-    parts.write(tiles, out)
-    return order, out
+    return order, parts.listed(tiles)
 
 
 def _check_fits(tiles: Tiles, capacity: TileCapacity) -> None:

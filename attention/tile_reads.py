@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attention.reads import ReadTree, ragged_ranges
+from attention.reads import ReadTree, pairs, ragged_ranges
 from attention.tile_cuts import run_sizes
 from attention.tiles import NO_LIMIT, Tiling, pack_sees
 
@@ -75,8 +75,8 @@ class Tiles:
         return cls(
             tile_row,
             tile_end,
-            np.column_stack([head.whole, head.whole + full]),
-            np.column_stack([end - masked, end]),
+            pairs(head.whole, head.whole + full),
+            pairs(end - masked, end),
             reads.pages[np.concatenate([head.listed, refs])],
             sees,
         )
@@ -97,7 +97,8 @@ class Tiles:
         Nested prefixes are seen by the rows of later reads too, a prompt chunk's last pages by later rows.
         depth: where each read's pages begin; row, row_end: counted from its tile's first.
         """
-        later = np.append(reads.shared[1:], 0)
+        later = np.zeros(len(depth), np.int64)
+        later[:-1] = reads.shared[1:]
         later[first[1:] - 1] = 0
         some = ((depth < later) | (reads.whole < reads.count)).nonzero()[0]
         if not len(some):
@@ -141,14 +142,14 @@ class _Common:
     def of(cls, reads: ReadTree, first: np.ndarray, common: np.ndarray, page_size: int) -> _Common:
         """The first common[t] pages of read first[t]."""
         run, run_size = reads.runs(first, 0, common)
-        partial = np.searchsorted(reads.partial, run)
-        partials = np.searchsorted(reads.partial, run + run_size) - partial
+        partial = reads.partial.searchsorted(run)
+        partials = reads.partial.searchsorted(run + run_size) - partial
         not_full = partials[:, 0] + partials[:, 1]
         full = common - not_full
         leader = _leaders(common, reads.shared[first])
         own = (leader == np.arange(len(leader))).nonzero()[0]
         end = full[own].cumsum()
-        whole = (end - full[own])[np.searchsorted(own, leader)]
+        whole = (end - full[own])[own.searchsorted(leader)]
         listed = ragged_ranges(run[own], run_size[own])
         if not_full.any():
             listed = listed[reads.valid[listed] == page_size]
@@ -168,9 +169,14 @@ class _Common:
         refs = ragged_ranges(refs, sizes)
         if of_all.any():
             lists = np.concatenate([reads.partial, self.listed])
-            begin = np.column_stack([len(reads.partial) + self.whole + full, self.partial])
+            begin = np.empty((len(of_all), 3), np.int64)
+            begin[:, 0] = len(reads.partial) + self.whole + full
+            begin[:, 1:] = self.partial
             at = ragged_ranges(sizes.ravel().cumsum()[3 * first] - of_all, of_all)
-            refs[at] = lists[ragged_ranges(begin, np.column_stack([spare, self.partials]))]
+            count = np.empty_like(begin)
+            count[:, 0] = spare
+            count[:, 1:] = self.partials
+            refs[at] = lists[ragged_ranges(begin, count)]
         return refs, sizes
 
 
@@ -195,6 +201,6 @@ def _leaders(common: np.ndarray, shared: np.ndarray) -> np.ndarray:
 def _spare(full: np.ndarray, masked: np.ndarray, block: int) -> np.ndarray:
     """How many of each tile's full pages fill no block, but fit into the last block of its masked ones."""
     if block == 1:
-        return np.zeros_like(full)
+        return np.zeros(len(full), np.int64)
     spare = full % block
     return spare * ((masked + spare - 1) // block == (masked - 1) // block)

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attention.backend import Backend, PageArray, Sizes
 from attention.heads import group_size
+from attention.layout import padded
 from attention.tile_planner import lay_out_tiles
 from attention.tiles import MAX_ROWS, Costs, TileCapacity, TileList, Tiling, pack_sees, refilled
 from attention.tpu_chips import CHIPS, MIB, Chip
@@ -138,6 +139,7 @@ class Tpu(Backend):
 
     def lay_out(self, reads: Reads, capacity: Any) -> tuple[Int[np.ndarray, " reads"], CoreTiles]:
         order, tiles = lay_out_tiles(reads, capacity.tiles)
+        tiles = padded(tiles, capacity.tiles.empty())
         if not 0 <= tiles.page_ids.min() <= tiles.page_ids.max() < capacity.num_pages:
             raise ValueError(f"a page is read that is not among the pool's {capacity.num_pages}")
         return order, _by_core(tiles, capacity)

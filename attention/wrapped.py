@@ -38,8 +38,8 @@ class Wrapped(Backend):
     def lay_out(self, reads: Any, capacity: Any) -> tuple[Any, Any]:
         return self.inner.lay_out(reads, capacity)
 
-    def used(self, work: Any) -> Any:
-        return self.inner.used(work)
+    def lay_out_unpadded(self, reads: Any, capacity: Any) -> tuple[Any, Any]:
+        return self.inner.lay_out_unpadded(reads, capacity)
 
     def write(self, qkv: Any, norms: Any, angles: Any, pages: Any, places: Any) -> tuple[Any, Any]:
         return self.inner.write(qkv, norms, angles, pages, places)

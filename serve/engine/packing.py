@@ -19,7 +19,7 @@ _branch_key = lru_cache(maxsize=65536)(branch_key)
 def step_inputs(step: Step, layout: StepLayout) -> StepInputs:
     """The arrays of a step, not yet padded. Samples are in the step's order; rows are in tree order."""
     columns, backend = _Columns(step.entries), layout.backend
-    order, work = backend.lay_out(columns.reads, layout.capacity)
+    order, work = backend.lay_out_unpadded(columns.reads, layout.capacity)
     page_size = layout.page_size
     count = columns.rows[order]
     end = count.cumsum()
@@ -43,7 +43,7 @@ def step_inputs(step: Step, layout: StepLayout) -> StepInputs:
         positions=_int32(columns.start[entry] + index),
         write_page=_int32(write_page),
         write_offset=_int32(ordinal % page_size),
-        work=backend.used(work),
+        work=work,
         sample=SampleInputs(
             row=_int32(last_row[sampled]),
             slot=_int32(slot),

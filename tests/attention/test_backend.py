@@ -73,25 +73,26 @@ def test_pages_are_refilled_where_it_says_and_nowhere_else(backend: Backend) -> 
 @EVERY_BACKEND
 @given(forest=forests(page_sizes=(PAGE_SIZE,)))
 @settings(max_examples=25, deadline=None)
-def test_what_is_not_used_of_a_steps_work_is_padding(backend: Backend, forest: Forest) -> None:
-    """So whoever copies the used parts over padding has copied all of it, whatever else there is room for."""
+def test_unpadded_work_is_the_beginning_of_the_padded(backend: Backend, forest: Forest) -> None:
+    """So whoever copies it over padding has the bucket's arrays."""
     rows = sum(read.rows for read in forest.reads)
     pages = 1 + max(page for read in forest.reads for page in pages_of(read))
     sizes = Sizes(num_pages=pages, page_size=PAGE_SIZE, heads=HEADS, kv_heads=KV_HEADS, paths=8)
-    room = backend.capacity(rows, sizes)
-    _, work = backend.lay_out(Reads.of(forest.reads), room)
-    for whole, used, padded in zip(work, backend.used(work), room.empty(), strict=True):
-        assert used.shape[1:] == whole.shape[1:]
-        padded[tuple(map(slice, used.shape))] = used
-        np.testing.assert_array_equal(padded, whole)
+    room, reads = backend.capacity(rows, sizes), Reads.of(forest.reads)
+    order, work = backend.lay_out(reads, room)
+    again, unpadded = backend.lay_out_unpadded(reads, room)
+    np.testing.assert_array_equal(order, again)
+    for whole, part, empty in zip(work, unpadded, room.empty(), strict=True):
+        assert (whole.shape, whole.dtype, part.dtype) == (empty.shape, np.int32, np.int32)
+        empty[tuple(map(slice, part.shape))] = part
+        np.testing.assert_array_equal(empty, whole)
 
 
 @pytest.mark.parametrize("backend", [Xla(), Gpu(), Wrapped(Gpu())], ids=repr)
-def test_little_is_used_of_the_room_for_page_references(backend: Backend) -> None:
+def test_unpadded_work_is_as_small_as_the_step(backend: Backend) -> None:
     room = backend.capacity(64, Sizes(num_pages=4000, page_size=PAGE_SIZE, heads=HEADS, kv_heads=KV_HEADS))
-    _, work = backend.lay_out(Reads.of([Read((), PageRun((3, 5, 4), 40), 1, 39)]), room)
-    words, used = (sum(array.size for array in each) for each in (work, backend.used(work)))
-    assert used < words / 4
+    _, work = backend.lay_out_unpadded(Reads.of([Read((), PageRun((3, 5, 4), 40), 1, 39)]), room)
+    assert sum(array.size for array in work) < 100
 
 
 @EVERY_BACKEND

@@ -176,7 +176,7 @@ def test_the_bucket_capacity_always_suffices(forest: Forest, wide_rows: int, wor
     ):
         order, tiles = lay_out_tiles(Reads.of(forest.reads), capacity)
         assert sorted(order) == list(range(len(forest.reads)))
-        assert [array.shape for array in tiles] == [array.shape for array in capacity.empty()]
+        assert all(array.size <= room.size for array, room in zip(tiles, capacity.empty(), strict=True))
         assert {array.dtype for array in tiles} == {np.dtype(np.int32)}
 
 
