@@ -45,5 +45,5 @@ def _excess(step: StepRecord) -> float:
 
 def _made_up(step: StepRecord, following: StepRecord, enough: float) -> bool:
     """Whether the step after it, which the device went on with, was shorter by as much as explains it."""
-    went_on = following.planned <= step.ended and following.predicted > 0
+    went_on = following.planned <= step.ended
     return went_on and -_excess(following) >= enough

@@ -29,7 +29,7 @@ class StepRunner(Protocol):
 
 
 class Launch(NamedTuple):
-    """A launched step: when its launch was called and returned, and for how many seconds it was paused."""
+    """A launched step: when its launch was called and returned; seconds of pauses since the launch before it."""
 
     handle: Handle
     launching: float
@@ -72,7 +72,6 @@ class Launcher:
                     launch.set_exception(error)
 
     def _launch(self, step: Step, pauses: Pauses) -> Launch:
-        pauses.take()
         launching = self._clock()
         handle = self._runner.launch(step)
         return Launch(handle, launching, self._clock(), pauses.take())

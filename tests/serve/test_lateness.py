@@ -44,15 +44,15 @@ steps = st.builds(
 
 def test_each_cause_is_found_where_it_explains_the_step() -> None:
     assert cause_of_lateness(STEP) == cause_of_lateness(STEP, NEXT) == "device"
-    assert cause_of_lateness(STEP._replace(idle=0.008), NEXT) == "launch"
+    assert cause_of_lateness(STEP._replace(idle=0.0051), NEXT) == "launch"
     assert cause_of_lateness(STEP._replace(ready=True), NEXT) == "seen"
-    assert cause_of_lateness(STEP._replace(paused=0.008), NEXT) == "paused"
+    assert cause_of_lateness(STEP._replace(paused=0.0051), NEXT) == "paused"
     assert cause_of_lateness(STEP._replace(seconds=0.0229)) is None
 
 
 def test_a_cause_that_explains_less_than_half_is_none() -> None:
-    assert cause_of_lateness(STEP._replace(idle=0.004, paused=0.004), NEXT) == "device"
-    assert cause_of_lateness(STEP._replace(idle=0.004, ready=True)) == "seen"
+    assert cause_of_lateness(STEP._replace(idle=0.0049, paused=0.0049), NEXT) == "device"
+    assert cause_of_lateness(STEP._replace(idle=0.0049, ready=True)) == "seen"
 
 
 def test_what_the_next_step_makes_up_was_seen_late() -> None:

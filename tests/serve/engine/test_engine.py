@@ -219,6 +219,17 @@ def serve_one(engine: InProcessEngine, tokens: int) -> None:
     engine.stop(drain=True, timeout=5)
 
 
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_stopped_engine_leaves_no_thread(crash: bool) -> None:
+    def hook(step: Step) -> None:
+        if crash and step.step_id == 2:
+            raise RuntimeError("the device is gone")
+
+    before = {*threading.enumerate()}
+    serve_one(InProcessEngine(scheduler(), Device(hook)), 5)
+    assert {*threading.enumerate()} <= before
+
+
 def test_the_engine_finishes_a_step_and_plans_the_next_but_one_while_a_step_is_launched() -> None:
     """A launch here returns only when the plan after it is made, for which the step before it must end."""
     told, sched = threading.Condition(), scheduler()

@@ -85,6 +85,14 @@ def test_a_step_that_had_ended_before_the_engine_looked_says_so() -> None:
     assert [record.ready for record in records[1:-1]] == [True] * (len(records) - 2)
 
 
+def test_a_result_that_came_while_the_engine_waited_for_the_launch_was_not_there_when_it_looked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Timed.Launched, "is_ready", lambda _: True)
+    records = steps_of(Timed(step=0.010, launch=0.012))
+    assert not any(record.ready for record in records)
+
+
 @pytest.mark.parametrize(
     ("engine", "launcher", "step", "paused"),
     [
