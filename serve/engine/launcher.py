@@ -29,7 +29,8 @@ class StepRunner(Protocol):
 
 
 class Launch(NamedTuple):
-    """A launched step: when its launch was called and returned; seconds of pauses since the launch before it."""
+    """A launched step: when its launch was called and returned, and the seconds of the thread's pauses since the
+    launch before it."""
 
     handle: Handle
     launching: float
