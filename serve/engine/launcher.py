@@ -29,8 +29,10 @@ class StepRunner(Protocol):
 
 
 class Launch(NamedTuple):
-    """A launched step: when its launch was called and returned, and the seconds of the thread's pauses since the
-    launch before it."""
+    """A launched step: when its launch was called and returned.
+
+    paused  seconds in which the thread could have run and did not, since the launch before it
+    """
 
     handle: Handle
     launching: float
