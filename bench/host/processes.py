@@ -257,7 +257,7 @@ def engine(descriptor: int, server: int) -> None:
         made.wait = counted
         return child.Started(made, model, Platform(largest_bucket=512))
 
-    child.main(descriptor, server, begin)
+    child.main(descriptor, server, lambda: begin)
 
 
 def serve(arguments: Sequence[str]) -> None:

@@ -145,13 +145,16 @@ def broken(error: Exception) -> Broken:
     return Broken("", repr(error))
 
 
-def start_engine(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None]) -> Started:
-    """The engine of `serve.engine`, on this machine's devices."""
-    from serve.engine import startup  # JAX
+def own_engine() -> Starter:
+    """What starts the engine of `serve.engine` on this machine's devices."""
+    from serve.engine import startup  # imports JAX: seconds, in which the server gets to listen
 
-    sys.setswitchinterval(startup.SWITCH_SECONDS)
-    started = startup.start(config, watch=watch, before_plan=before_plan)
-    return Started(started.engine, started.runner.model_config, started.platform)
+    def start(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None]) -> Started:
+        sys.setswitchinterval(startup.SWITCH_SECONDS)
+        started = startup.start(config, watch=watch, before_plan=before_plan)
+        return Started(started.engine, started.runner.model_config, started.platform)
+
+    return start
 
 
 def die_with(server: int) -> None:
@@ -162,13 +165,13 @@ def die_with(server: int) -> None:
         os._exit(1)
 
 
-def main(descriptor: int, server: int, start: Starter = start_engine) -> None:
+def main(descriptor: int, server: int, starter: Callable[[], Starter] = own_engine) -> None:
     """The process: its end of the socket, and the server's process id."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     die_with(server)
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     channel = Channel(socket.socket(fileno=descriptor))
-    status = EngineHost(channel, start, partial(os._exit, 1)).run()
+    status = EngineHost(channel, starter(), partial(os._exit, 1)).run()
     sys.stderr.flush()
     os._exit(status)  # a compilation cannot be interrupted, and crashes under an interpreter that finalizes

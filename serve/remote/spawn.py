@@ -6,13 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
-from model.find import model_tokenizer
-from serve.config import ServerConfig
-from serve.door import Watcher
-from serve.remote.channel import Channel
-from serve.remote.engine import RemoteEngine
-from serve.served import Loader, Served, ServedModel
+if TYPE_CHECKING:
+    from serve.config import ServerConfig
+    from serve.door import Watcher
+    from serve.served import Loader, Served
 
 
 def spawned(main: str = "serve.remote.child.main") -> Loader:
@@ -33,11 +32,16 @@ def spawned(main: str = "serve.remote.child.main") -> Loader:
             pass_fds=(theirs.fileno(),),
             env={**os.environ, "PYTHONPATH": path},
         )
-    channel = Channel(ours)
 
     def load(config: ServerConfig, watch: Watcher) -> Served:
         """Raises what kept the engine from starting."""
-        engine = RemoteEngine(channel, watch, process.kill)
+        # Imported while the other process imports its own, which takes longer.
+        from model.find import model_tokenizer
+        from serve.remote.channel import Channel
+        from serve.remote.engine import RemoteEngine
+        from serve.served import Served, ServedModel
+
+        engine = RemoteEngine(Channel(ours), watch, process.kill)
         engine.begin(config)
         tokenizer, _ = model_tokenizer(config.model)
         up = engine.up()

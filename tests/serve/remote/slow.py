@@ -58,4 +58,4 @@ def start(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None])
 
 def main(descriptor: int, server: int) -> None:
     print("engine", os.getpid(), file=sys.stderr, flush=True)
-    child.main(descriptor, server, start)
+    child.main(descriptor, server, lambda: start)
