@@ -148,7 +148,9 @@ class Controller:
             ready = live.runnable()
             if not ready:
                 continue
-            decodes = live.prompt_read and any(branch.backlog <= floor for branch in ready)
+            decodes = live.prompt_read and (
+                ready[0].backlog <= floor or any(branch.backlog <= floor for branch in ready)
+            )
             (decoding if decodes else reading).append(Turn(live, ready))
         reading.sort(key=lambda turn: turn.live.pace.reading_deadline)
         return decoding, reading

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from scheduler.branch import Branch
@@ -17,6 +18,9 @@ from scheduler.pages import PagePool
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.segment import Segment
 from scheduler.step import Entry, Forecast, ScheduledStep, SegmentRead, SlotSetup, Step
+
+# Named tuples from all of their fields, in half the time that their own constructors take.
+_entry, _segment_read = partial(tuple.__new__, Entry), partial(tuple.__new__, SegmentRead)
 
 
 class StepDraft:
@@ -240,7 +244,7 @@ class StepDraft:
             self._private_kv += filled
         self._raw_kv += context.length + filled
         tokens = segment.tokens
-        entry = self._entries[segment] = Entry(
+        row = (
             live.request.id,
             branch.id,
             segment.id,
@@ -250,10 +254,11 @@ class StepDraft:
             1,
             (tokens[ordinal],) if ordinal < len(tokens) else None,
             context.reads,
-            SegmentRead(segment.pages[: -(-filled // self._page_size)], filled),
+            _segment_read((segment.pages[: -(-filled // self._page_size)], filled)),
             True,
             branch.path,
         )
+        entry = self._entries[segment] = _entry(row)
         branch.in_flight.append(entry)
         self._sampled.add(branch)
         self.sampling.add(live)

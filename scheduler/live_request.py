@@ -181,7 +181,7 @@ class LiveRequest:
         branch = self.branches.get(entry.branch)
         if branch is None or not branch.in_flight or branch.in_flight[0] is not entry:
             return []
-        branch.in_flight.pop(0)
+        del branch.in_flight[0]
         events = self._first_events() if self.pace.sample(now) else []
         stopping, token = branch.stopping, sample.token
         if token in stopping.eos_ids or token in stopping.stop_ids:
@@ -194,12 +194,15 @@ class LiveRequest:
         events.append(TokenEmitted(self.request.id, branch.id, sample, branch.completion_tokens))
         loser = outrun(branch)
         if loser is not None and loser.parent is not None:
-            return events + self._go_on_without(loser.parent, [loser])
-        return events + self._look_for_end(branch)
+            events += self._go_on_without(loser.parent, [loser])
+        else:
+            events += self._look_for_end(branch)
+        return events
 
     def _look_for_end(self, branch: Branch) -> list[Event]:
         """What the newest token brings about: a tag of the model, a stop string, or the limit."""
-        segment, position = branch.segment, branch.segment.end
+        segment = branch.segment
+        position = segment.start + len(segment.tokens)
         action = branch.cursor.on_token(segment.tokens, branch.stage_from, position)
         if action is not None and self._fits(branch, action):
             reason = action.reason if isinstance(action, End) else FinishReason.FORKED

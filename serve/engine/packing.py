@@ -37,7 +37,9 @@ def step_inputs(step: Step, layout: StepLayout) -> StepInputs:
     last_row[order] = end - 1
     sampled = columns.samples.nonzero()[0]
     slot = columns.slot[sampled]
-    new_slots = [setup.slot for setup in step.slots]
+    count_fed = np.ones(len(slot), np.int32)
+    if step.slots:
+        count_fed[np.isin(slot, [setup.slot for setup in step.slots])] = 0
     return StepInputs(
         tokens=_int32(tokens),
         positions=_int32(columns.start[entry] + index),
@@ -49,7 +51,7 @@ def step_inputs(step: Step, layout: StepLayout) -> StepInputs:
             slot=_int32(slot),
             branch_key=_int32(columns.branch_key[sampled]),
             position=_int32((columns.start + columns.rows)[sampled]),
-            count_fed=_int32(~np.isin(slot, new_slots)),
+            count_fed=count_fed,
         ),
     )
 
