@@ -20,7 +20,8 @@ from scheduler.segment import Segment
 from scheduler.step import Entry, Forecast, ScheduledStep, SegmentRead, SlotSetup, Step
 
 # Named tuples from all of their fields, in half the time that their own constructors take.
-_entry, _segment_read = partial(tuple.__new__, Entry), partial(tuple.__new__, SegmentRead)
+_entry = partial[Entry](tuple.__new__, Entry)  # type: ignore[reportUnknownMemberType]
+_segment_read = partial[SegmentRead](tuple.__new__, SegmentRead)  # type: ignore[reportUnknownMemberType]
 
 
 class StepDraft:
