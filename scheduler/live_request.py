@@ -8,6 +8,7 @@ runs in which step is decided in `scheduler.scheduler`.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from operator import attrgetter
 
 from scheduler.allowance import fits, share
@@ -35,6 +36,9 @@ from scheduler.search import Match, Search
 from scheduler.segment import Segment, newest_first, text
 from scheduler.step import Entry, Sample, SlotSetup
 from scheduler.stopping import FinishReason
+
+# From all of its fields, in half the time that a named tuple's own constructor takes.
+_token_emitted = partial[TokenEmitted](tuple.__new__, TokenEmitted)  # type: ignore[reportUnknownMemberType]
 
 
 class LiveRequest:
@@ -83,7 +87,7 @@ class LiveRequest:
     @property
     def width(self) -> int:
         """Branches that decode or could: all but those that wait for branches of their own."""
-        return sum(not branch.open_children for branch in self.branches.values())
+        return [branch.open_children for branch in self.branches.values()].count(0)
 
     def runnable(self) -> list[Branch]:
         """Branches that could advance: the least recently advanced first, then in the order of their ids."""
@@ -191,7 +195,7 @@ class LiveRequest:
         self.pace.token(now)
         branch.completion_tokens += 1
         branch.critical += 1
-        events.append(TokenEmitted(self.request.id, branch.id, sample, branch.completion_tokens))
+        events.append(_token_emitted((self.request.id, branch.id, sample, branch.completion_tokens)))
         loser = outrun(branch)
         if loser is not None and loser.parent is not None:
             events += self._go_on_without(loser.parent, [loser])

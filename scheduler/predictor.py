@@ -86,13 +86,17 @@ class Accuracy:
     def __init__(self, margin: float) -> None:
         self._initial = margin
         self._recent: deque[tuple[float, bool]] = deque()
+        self._within = 0  # of the recent ones
         self._sorted: list[float] = []
 
     def observe(self, error: float) -> None:
-        self._recent.append((error, error <= self.margin))
+        within = error <= self.margin
+        self._recent.append((error, within))
+        self._within += within
         insort(self._sorted, error)
         if len(self._recent) > self.WINDOW:
-            oldest, _ = self._recent.popleft()
+            oldest, was_within = self._recent.popleft()
+            self._within -= was_within
             del self._sorted[bisect_left(self._sorted, oldest)]
 
     @property
@@ -108,8 +112,7 @@ class Accuracy:
         if not steps:
             return PredictionAccuracy()
         size = sum(map(abs, self._sorted)) / steps
-        within = sum(within for _, within in self._recent)
-        return PredictionAccuracy(sum(self._sorted) / steps, size, within / steps)
+        return PredictionAccuracy(sum(self._sorted) / steps, size, self._within / steps)
 
 
 class StepLatencyModel:

@@ -35,7 +35,7 @@ class Moments(NamedTuple):
 def record(finished: FinishedStep, moments: Moments) -> StepRecord:
     """The figures of a step."""
     step, forecast = finished.step, finished.forecast
-    widths = tuple(Counter(entry.request_id for entry in step.entries if entry.samples).values())
+    widths = tuple(Counter([entry.request_id for entry in step.entries if entry.samples]).values())
     return StepRecord(
         bucket=step.bucket,
         load=forecast.load,

@@ -24,15 +24,17 @@ class Rows(NamedTuple):
 
 def pack(batches: Iterable[tuple[int, Sequence[News]]]) -> Rows:
     """Handles with their news, in order."""
-    rows, rare = array("q"), list[News]()
+    rows, rare = list[int](), list[News]()
     for handle, batch in batches:
         for news in batch:
-            if isinstance(news, TokenEmitted) and news.sample.logprob is None and not news.sample.top:
-                rows.extend((handle, news.branch, news.sample.token, news.completion_tokens))
-            else:
-                rows.extend((handle, _RARE, len(rare), 0))
-                rare.append(news)
-    return Rows(rows.tobytes(), tuple(rare))
+            if isinstance(news, TokenEmitted):
+                _, branch, (token, logprob, top), count = news
+                if logprob is None and not top:
+                    rows += (handle, branch, token, count)
+                    continue
+            rows += (handle, _RARE, len(rare), 0)
+            rare.append(news)
+    return Rows(array("q", rows).tobytes(), tuple(rare))
 
 
 def unpack(packed: Rows, names: Mapping[int, str]) -> dict[int, list[News]]:
