@@ -210,8 +210,9 @@ class Scheduler:
         for turn in turns:
             if turn.live.resident:
                 advanced = draft.advanced.get(turn.live, {})
-                waiting = [branch.id for branch in turn.ready if branch not in advanced]
-                deferred += [(turn.live.request.id, branch) for branch in waiting]
+                if len(advanced) < len(turn.ready):
+                    waiting = [branch.id for branch in turn.ready if branch not in advanced]
+                    deferred += [(turn.live.request.id, branch) for branch in waiting]
                 if advanced:
                     widths[turn.live] = (len(advanced), len(turn.ready))
         scheduled = draft.schedule(tuple(deferred))

@@ -39,9 +39,8 @@ def pack(batches: Iterable[tuple[int, Sequence[News]]]) -> Rows:
 
 def unpack(packed: Rows, names: Mapping[int, str]) -> dict[int, list[News]]:
     """The news of each handle that has a name, its request's id; others have been forgotten."""
-    rows, found = array("q", packed.data).tolist(), dict[int, list[News]]()
-    for at in range(0, len(rows), _WIDTH):
-        handle, branch, token, count = rows[at : at + _WIDTH]
+    numbers, found = iter(array("q", packed.data).tolist()), dict[int, list[News]]()
+    for handle, branch, token, count in zip(*[numbers] * _WIDTH, strict=True):
         if handle in names:
             rare = branch == _RARE
             news = packed.rare[token] if rare else TokenEmitted(names[handle], branch, Sample(token), count)
