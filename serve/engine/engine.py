@@ -1,8 +1,9 @@
 """The engine: one thread that plans a step ahead of the device, and hands each request its events.
 
-    plan k+1; wait for k; update k; publish k.    With nothing to plan, drain.
+    plan k+1; publish k-1; wait for k; update k.    With nothing to plan, drain.
 
 A second thread launches k+1 meanwhile, and has done so by the time that k ends, or the device waits for it.
+That is why k-1 is published after k+1 is planned: readers can wait for a plan, and the device for nobody.
 
 Requests come and go under a lock that is held while planning and updating, never while the device works:
 what is cancelled is gone before the next plan is made.
@@ -47,6 +48,18 @@ class _Launched:
     follows: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A step that nobody has been told of yet.
+
+    news  each request's id, its sink as of the step's end, and its events
+    """
+
+    finished: FinishedStep
+    moments: Moments
+    news: list[tuple[str, Sink, list[Event]]]
+
+
 class InProcessEngine:
     """Runs a scheduler's steps.
 
@@ -81,6 +94,7 @@ class InProcessEngine:
         self._thread = threading.Thread(target=self._run, name="taper-engine", daemon=True)
         self._rate = TokenRate()
         self._steps = 0
+        self._untold: _Ended | None = None
 
     # --- from any thread -------------------------------------------------------------------------------
 
@@ -177,6 +191,7 @@ class InProcessEngine:
             error = repr(crash)
             self.state = "FAILED"
         finally:
+            self._tell()
             with self._wake:
                 sinks = [*self._sinks.values()]
                 self._sinks.clear()
@@ -195,11 +210,14 @@ class InProcessEngine:
                 over = self.state == "STOPPED" or self.scheduler.idle
                 next_step = None if over else self.scheduler.schedule(self._clock())
             launched = self._launch(launcher, next_step, flying is not None) if next_step else None
+            self._tell()
             if flying is not None:
                 ended = self._finish(flying, ended, pauses)
             elif launched is None and not over:
                 raise RuntimeError("requests are live, but no step can advance any of them")
             flying = launched
+            if flying is None:
+                self._tell()
 
     def _has_work(self) -> bool:
         """Wait for requests; False once the engine has stopped."""
@@ -215,7 +233,7 @@ class InProcessEngine:
         return _Launched(scheduled, launcher.launch(scheduled.step), planned, follows)
 
     def _finish(self, launched: _Launched, previous_end: float, pauses: Pauses) -> float:
-        """Wait for a step, learn from it and publish its events; returns when it ended.
+        """Wait for a step and learn from it; returns when it ended.
 
         Steps run one after the other: a step's time counts from the end of the one before it.
         """
@@ -229,24 +247,48 @@ class InProcessEngine:
             events = self.scheduler.update(StepResult(scheduled.step, samples, seconds), now)
             self._steps += 1
             self._rate.add(now, sum(isinstance(event, TokenEmitted) for event in events))
-            sinks = self._route(events)
-        for sink, batch in sinks:
-            sink(batch)
+            news = self._addressed(events)
         moments = Moments(
             planned=launched.planned,
             launching=launch.launching,
             launched=launch.launched,
             looked=looked,
             ended=now,
-            published=self._clock(),
+            published=now,
             idle=max(0.0, launch.launched - previous_end) if follows else 0.0,
             ready=ready,
             paused=min(max(paused, launch.paused), seconds),
         )
-        self._report(FinishedStep(scheduled.step, scheduled.forecast, seconds), moments)
-        if self._collector is not None:
-            self._collector.busy(now)
+        self._untold = _Ended(FinishedStep(scheduled.step, scheduled.forecast, seconds), moments, news)
         return now
+
+    def _addressed(self, events: Iterable[Event]) -> list[tuple[str, Sink, list[Event]]]:
+        batches: dict[str, list[Event]] = {}
+        for event in events:
+            batches.setdefault(event.request_id, []).append(event)
+        return [(key, self._sinks[key], batch) for key, batch in batches.items() if key in self._sinks]
+
+    def _tell(self) -> None:
+        """Publish what the last step brought, if nobody has been told yet, and report the step."""
+        ended, self._untold = self._untold, None
+        if ended is None:
+            return
+        for sink, batch in self._delivered(ended.news):
+            sink(batch)
+        self._report(ended.finished, ended.moments._replace(published=self._clock()))
+        if self._collector is not None:
+            self._collector.busy(ended.moments.ended)
+
+    def _delivered(self, news: Iterable[tuple[str, Sink, list[Event]]]) -> list[tuple[Sink, list[Event]]]:
+        """What is for requests that were not cancelled meanwhile. Those that have finished are forgotten."""
+        delivered: list[tuple[Sink, list[Event]]] = []
+        with self._wake:
+            for key, sink, batch in news:
+                if self._sinks.get(key) is sink:
+                    delivered.append((sink, batch))
+                    if isinstance(batch[-1], Finished):
+                        del self._sinks[key]
+        return delivered
 
     def _report(self, finished: FinishedStep, moments: Moments) -> None:
         if self._on_step is not None:
@@ -255,14 +297,3 @@ class InProcessEngine:
             figures = record(finished, moments)
             for watch in self._watchers:
                 watch(figures)
-
-    def _route(self, events: Iterable[Event]) -> list[tuple[Sink, list[Event]]]:
-        """Each request's sink with its events; who has finished is known no more."""
-        batches: dict[str, list[Event]] = {}
-        for event in events:
-            batches.setdefault(event.request_id, []).append(event)
-        routed = [(self._sinks[key], batch) for key, batch in batches.items() if key in self._sinks]
-        for key, batch in batches.items():
-            if isinstance(batch[-1], Finished):
-                self._sinks.pop(key, None)
-        return routed

@@ -255,6 +255,57 @@ def test_the_engine_finishes_a_step_and_plans_the_next_but_one_while_a_step_is_l
     assert engine.state == "STOPPED"
 
 
+def test_a_reader_is_told_of_a_step_while_the_one_after_the_next_is_launched() -> None:
+    """A slow reader holds no launch up: here it returns only when that launch has begun."""
+    begun, launched, done = threading.Condition(), set[int](), threading.Event()
+
+    def hook(step: Step) -> None:
+        with begun:
+            launched.add(step.step_id)
+            begun.notify_all()
+
+    def wait_for_launch(step: int) -> None:
+        with begun:
+            assert begun.wait_for(lambda: step in launched, timeout=10), "the launch waits"
+
+    def sink(news: Sequence[News]) -> None:
+        for event in news:
+            if isinstance(event, TokenEmitted) and event.completion_tokens < 10:
+                wait_for_launch(event.completion_tokens + 1)
+        if is_last(news[-1]):
+            done.set()
+
+    engine = InProcessEngine(scheduler(), Device(hook))
+    engine.start()
+    engine.submit(request("r", serial(12)), sink)
+    assert done.wait(30)
+    engine.stop(drain=True, timeout=5)
+    assert engine.state == "STOPPED"
+
+
+def test_who_is_cancelled_before_a_step_is_told_hears_nothing_of_it() -> None:
+    """Not even if another has taken the id."""
+    looks, gone, listener = 0, Listener(), Listener()
+
+    def look() -> None:
+        nonlocal looks, heard
+        looks += 1
+        if looks == 5:  # step 2 has ended
+            engine.cancel("r")
+            heard = len(gone.events)
+            engine.submit(request("r", serial(2)), listener)
+
+    heard = -1
+    engine = InProcessEngine(scheduler(), Device(), before_plan=look)
+    engine.start()
+    engine.submit(request("r", serial(20)), gone)
+    events = listener.wait()
+    engine.stop(drain=True, timeout=5)
+    assert len(gone.events) == heard > 0
+    assert [event.completion_tokens for event in gone.events if isinstance(event, TokenEmitted)] == [1, 2]
+    assert [event.completion_tokens for event in events if isinstance(event, TokenEmitted)] == [1, 2]
+
+
 def test_load_says_how_many_tokens_came_in_the_last_seconds() -> None:
     timed, finished = Timed(), list[FinishedStep]()
     engine = InProcessEngine(timed.watch(scheduler()), timed, on_step=finished.append, clock=timed.clock)

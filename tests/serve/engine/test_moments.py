@@ -69,6 +69,7 @@ def test_a_record_says_when_the_host_did_what() -> None:
     assert (third.planned, third.launched, third.ended) == pytest.approx((0.015, 0.018, 0.033))
     assert [record.looked for record in records[:3]] == pytest.approx([0.0, 0.015, 0.025])
     assert [record.published - record.ended for record in records] == pytest.approx([0.002] * len(records))
+    assert all(before.published >= after.planned for before, after in pairwise(records[:-1]))
     assert not any(record.idle or record.ready for record in records)
 
 
