@@ -68,6 +68,10 @@ class Metrics:
         self._tpot = histogram("tpot_seconds", "Mean time between tokens of a request", _SECONDS)
         self._step = histogram("step_seconds", "Measured time of a step", _SECONDS)
         self._ratio = histogram("step_prediction_ratio", "Measured over predicted time of a step", _RATIOS)
+        self._launch = histogram("step_launch_seconds", "Host time of launching a step", _SECONDS)
+        self._idle = histogram(
+            "step_idle_seconds", "Time that the device waited for a step's launch", (0.0, *_SECONDS)
+        )
         self._late = counter("late_steps", f"Steps over {LATE} times their predicted time", "cause")
         for cause in CAUSES:
             self._late.labels(cause)  # from the start
@@ -83,6 +87,8 @@ class Metrics:
     def observe_step(self, step: StepRecord) -> None:
         self._observe_lateness(step)
         self._step.observe(step.seconds)
+        self._launch.observe(step.launched - step.launching)
+        self._idle.observe(step.idle)
         if step.predicted > 0:
             self._ratio.observe(step.seconds / step.predicted)
         self._externality.observe(max(0.0, step.predicted - step.baseline))

@@ -42,6 +42,16 @@ def test_a_step_is_measured_against_its_prediction():
     assert round(value("taper_step_externality_seconds_sum") or 0, 6) == 0.005
 
 
+def test_what_a_launch_takes_the_host_and_how_long_the_device_waits_for_it_are_measured():
+    metrics = Metrics()
+    metrics.observe_step(STEP._replace(launching=1.5, launched=1.75, idle=0.125))
+    metrics.observe_step(STEP._replace(launching=1.5, launched=1.625))
+    value = metrics.registry.get_sample_value
+    assert value("taper_step_launch_seconds_sum") == 0.375
+    assert value("taper_step_idle_seconds_sum") == 0.125
+    assert value("taper_step_idle_seconds_bucket", {"le": "0.0"}) == 1, "for one it did not wait"
+
+
 def test_width_counts_the_branches_of_each_request_that_advance():
     metrics = Metrics()
     metrics.observe_step(STEP)
