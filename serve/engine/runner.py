@@ -161,6 +161,7 @@ class Runner:
 
     def _compile_bucket(self, bucket: int) -> float:
         config, started = self.config, time.perf_counter()
+        # The context bounds no read: what a kv join leaves behind are branches with the same positions.
         layout = StepLayout.for_bucket(
             self.model_config,
             config.backend,

@@ -162,6 +162,19 @@ def test_the_last_tokens_of_branches_and_their_join_fit_one_step_of_a_full_pool(
 
 
 @BACKENDS
+def test_after_a_join_of_kv_a_row_reads_more_than_a_context_holds(backend: Backend) -> None:
+    """Branches have the same positions: so the context does not bound what a bucket's reads refer to."""
+    setting = Setting(buckets=(1, 16), num_pages=600, page_size=4, max_context=100)
+    load = [request("r", fork(16, tokens=60, join="kv"), serial(4, prefix=(1,)))]
+    longest = 0
+    for step in serve(load, setting, SymbolicModel(PLAIN)).steps:
+        for entry in step.entries:
+            longest = max(longest, sum(len(each.pages) for each in (*entry.context, entry.own)))
+        step_inputs(step, room_for(backend, setting, step.bucket, 1))
+    assert longest > 2 * setting.max_context / setting.page_size, "else it tests nothing"
+
+
+@BACKENDS
 @examples(50)
 @given(loads(plans, least=3, most=6, slos=st.just(RELAXED)), serving, st.integers(0, 24))
 def test_every_step_of_any_load_fits_its_bucket(
