@@ -98,7 +98,7 @@ def measure(options: Namespace) -> list[Row]:
     config = replace(config, num_layers=layers)
     small = options.scale == "tiny"
     config = tiny(config) if small else config
-    placement = hardware.placement(config, options.tensor_parallel)
+    placement = hardware.placement(config, options.tensor_parallel, peer_memory=options.peer_memory)
     names = options.backend
     if names is None:
         names = dict.fromkeys((default_backend(config.head_dim, DTYPE).name, "xla"))

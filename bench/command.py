@@ -17,6 +17,7 @@ class Command(argparse.ArgumentParser):
     def add_tensor_parallel(self) -> None:
         """For those that place a model by themselves; a server takes the option after "--"."""
         self.add_argument("--tensor-parallel", type=int, default=1, help="devices that share the model")
+        self.add_argument("--peer-memory", action="store_true", help="two GPUs add up through their memory")
 
     def typed(self, arguments: Sequence[str]) -> str:
         """The line that runs it with these arguments, as a shell takes it."""

@@ -40,7 +40,7 @@ def describe(devices: int = 1) -> dict[str, Any]:
     }
 
 
-def placement(config: ModelConfig, devices: int) -> Placement:
+def placement(config: ModelConfig, devices: int, *, peer_memory: bool = False) -> Placement:
     """A model over so many devices, which a CPU makes of itself. Call it before anything asks for a device.
 
     Raises PlacementError if they are not there or cannot share the model.
@@ -48,7 +48,7 @@ def placement(config: ModelConfig, devices: int) -> Placement:
     from model.sharding import Placement, ask_for_devices
 
     ask_for_devices(devices)
-    return Placement.over(config, devices)
+    return Placement.over(config, devices, peer_memory=peer_memory)
 
 
 def _driver() -> str:

@@ -56,6 +56,8 @@ class Decode:
     """Seed of random weights."""
     tensor_parallel: int = 1
     """Devices of this machine that share the model."""
+    peer_memory: bool = False
+    """Let two GPUs that share the model add up through each other's memory."""
     attention: str = "auto"
     """Attention backend; `auto` picks by device, `reference` is the oracle."""
     page_size: int = 16
@@ -90,7 +92,7 @@ def _report(command: Decode) -> str:
         raise ValueError("; ".join(faults))
     for note in source.notes:
         print(f"taper-decode: {note}", file=sys.stderr)
-    placement = Placement.over(source.config, command.tensor_parallel)
+    placement = Placement.over(source.config, command.tensor_parallel, peer_memory=command.peer_memory)
     model = source.load(jnp.dtype(command.dtype), placement, seed=command.weights_seed)
     generation = generate(
         model,

@@ -160,13 +160,20 @@ class Placement:
     memory: PeerMemory | None = None  # that its devices, two GPUs, reach of each other
 
     @classmethod
-    def over(cls, config: ModelConfig, count: int, devices: Sequence[Any] | None = None) -> Placement:
+    def over(
+        cls,
+        config: ModelConfig,
+        count: int,
+        devices: Sequence[Any] | None = None,
+        *,
+        peer_memory: bool = False,
+    ) -> Placement:
         """A model over the first `count` of `devices` (all that JAX has, unless given).
 
-        A vocabulary that `count` does not divide is whole on every device. Raises PlacementError, saying what
-        would do, if there are not as many devices or `count` does not divide the model.
+        A vocabulary that `count` does not divide is whole on every device. With `peer_memory`, two GPUs add
+        up a layer's parts through each other's memory, if they can reach it. Raises PlacementError, saying
+        what would do, if there are not as many devices or `count` does not divide the model.
         """
-        here = devices is None
         devices = jax.devices() if devices is None else devices
         if not 1 <= count <= len(devices):
             there = f"{len(devices)} of kind {devices[0].device_kind}"
@@ -194,7 +201,7 @@ class Placement:
                 kv_heads=KV,
                 mlp=everywhere,
             ),
-            memory=PeerMemory.between(mesh) if here and vocab else None,
+            memory=PeerMemory.between(mesh) if peer_memory and vocab else None,
         )
 
     @property

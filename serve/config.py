@@ -27,6 +27,9 @@ class ServerConfig:
     """Attention backend; `auto` picks by device."""
     tensor_parallel: int = 1
     """Devices of this machine that share the model: its heads, MLP and vocabulary are divided over them."""
+    peer_memory: bool = False
+    """Let two GPUs that share the model add up each layer's parts through each other's memory, where they can
+    reach it, in place of by NCCL: a third of the time. New: no server has run with it for long."""
     deterministic: bool = False
     """On a GPU: what a row computes does not depend on the rows beside it. Slower where branches share a
     prefix; with a single bucket, tokens are the same under every schedule."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 if __name__ == "__main__":
@@ -82,7 +83,8 @@ def main(arguments: Sequence[str], backend: Backend | None = None) -> dict[str, 
     parser.add_tensor_parallel()
     options = parser.parse_args(arguments)
     scale, devices = SCALES[options.scale], options.tensor_parallel
-    placement = hardware.placement(scale.logits, devices)
+    over = partial(hardware.placement, devices=devices, peer_memory=options.peer_memory)
+    placement = over(scale.logits)
     backend = backend or (backend_named(options.backend) if options.backend else None)
     backends = {
         jnp.dtype(dtype).name: (backend or default_backend(config.head_dim, dtype)).name
@@ -94,7 +96,7 @@ def main(arguments: Sequence[str], backend: Backend | None = None) -> dict[str, 
         "rows": scale.rows,
         "seed": options.seed,
         "greedy": [
-            check_greedy(scale, config, options.seed, backend, hardware.placement(config, devices))
+            check_greedy(scale, config, options.seed, backend, over(config))
             for config in (() if options.without_greedy else scale.greedy)
         ],
     }

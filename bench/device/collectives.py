@@ -131,7 +131,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     small = options.scale == "tiny"
     config = tiny(PRESETS[options.model]) if small else PRESETS[options.model]
-    placement = hardware.placement(config, options.tensor_parallel)
+    placement = hardware.placement(config, options.tensor_parallel, peer_memory=options.peer_memory)
     samples, timing = (4, {"calls": 2, "repeats": 1}) if small else (SAMPLES, {"calls": 10, "repeats": 5})
     result = {
         **head(parser.typed(arguments), hardware.describe(placement.count)),

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     source = ModelSource.find(options.model, "random")
     config = source.config
-    placement = hardware.placement(config, options.tensor_parallel)
+    placement = hardware.placement(config, options.tensor_parallel, peer_memory=options.peer_memory)
     copy = hardware.copy_tb_s(2**28 if options.model == "default" else 2**31)
     model = source.load(jnp.dtype(options.dtype), placement)
 

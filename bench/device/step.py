@@ -295,7 +295,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     small = options.scale == "tiny"
     if small:
         config, shapes = tiny(config), [shrunk(shape) for shape in shapes]
-    placement = hardware.placement(config, options.tensor_parallel)
+    placement = hardware.placement(config, options.tensor_parallel, peer_memory=options.peer_memory)
     named = options.backend and backend_named(options.backend)
     backend = named or default_backend(config.head_dim, DTYPE)
     result: dict[str, Any] = {

@@ -83,7 +83,7 @@ def start(
     config = config.for_platform(jax.default_backend())
     _keep_compiled_programs(config.compilation_cache)
     tokenizer, known, found = _find(config)
-    placement = Placement.over(found.config, config.tensor_parallel)
+    placement = Placement.over(found.config, config.tensor_parallel, peer_memory=config.peer_memory)
     began, dtype = time.perf_counter(), jnp.dtype(config.dtype)
     with jax.enable_x64(config.dtype == "float64"), ThreadPoolExecutor(max_workers=1) as compiler:
         compiling = compiler.submit(_compiled_runner, config, found.abstract(dtype, placement), placement)

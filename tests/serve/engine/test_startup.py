@@ -70,6 +70,7 @@ SHOWN_ELSEWHERE = {
     "drain_timeout": "test_server",
     "explain": "test_end_to_end",
     "engine_in_process": "test_commands",
+    "peer_memory": "test_two_gpus_reach_each_others_memory_if_they_are_told_to",
 }
 
 
@@ -138,6 +139,33 @@ def test_what_is_served_is_what_was_started(started: Started, monkeypatch: pytes
     assert started.platform == Platform(
         device=jax.devices()[0].device_kind, devices=2, largest_bucket=4, summary=str(started.ready)
     )
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_two_gpus_reach_each_others_memory_if_they_are_told_to(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ReachedError(Exception):
+        """Where they are asked whether they can."""
+
+    def between(mesh: object) -> None:
+        raise ReachedError
+
+    def loading(**_: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("model.sharding.PeerMemory.between", between)
+    monkeypatch.setattr(startup, "ThreadPoolExecutor", loading)  # what comes after the placement
+    with pytest.raises(ReachedError if asked else TimeoutError):
+        startup.start(
+            ServerConfig(
+                model="qwen3-0.6b",
+                load_format="random",
+                tensor_parallel=2,
+                peer_memory=asked,
+                compilation_cache=None,
+            )
+        )
 
 
 def test_garbage_is_collected_when_nothing_runs(started: Started) -> None:
