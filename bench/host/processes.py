@@ -208,7 +208,8 @@ def start(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None],
     from serve.text.codec import TextCodec
 
     config, setting = config.for_platform("gpu"), Setting.here()
-    sys.setswitchinterval(startup.SWITCH_SECONDS)
+    if config.engine_in_process:
+        sys.setswitchinterval(startup.SWITCH_SECONDS)
     made = runner_on(Device(setting), config)
     assert config.buckets is not None
     latency = StepLatencyModel(dict.fromkeys(config.buckets, setting.device_ms / 1e3))

@@ -37,7 +37,9 @@ from serve.text.codec import TextCodec
 
 log = structlog.get_logger("taper")
 
-SWITCH_SECONDS = 0.0005  # a step takes the interpreter back a dozen times: it should not wait 5 ms each time
+# Beside a server in the same process, a step takes the interpreter back a dozen times: it should not wait 5
+# ms each time. In a process of its own it made no difference (bench.host).
+SWITCH_SECONDS = 0.0005
 NOMINAL_PAGES = 2048  # on a device that does not say how much memory it has; and to size a step with
 
 

@@ -150,7 +150,6 @@ def own_engine() -> Starter:
     from serve.engine import startup  # imports JAX: seconds, in which the server gets to listen
 
     def start(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None]) -> Started:
-        sys.setswitchinterval(startup.SWITCH_SECONDS)
         started = startup.start(config, watch=watch, before_plan=before_plan)
         return Started(started.engine, started.runner.model_config, started.platform)
 
