@@ -1,4 +1,4 @@
-"""Times the host's share of a step: planning what its rows read, and making all of its arrays.
+"""Times the host's share of a step: planning what its rows read, making all of its arrays, and packing them.
 
     python -m bench.host.packing [--json OUT]
 
@@ -20,12 +20,13 @@ from bench.command import Command
 from bench.device.shapes import WIDE_HEADS, Shape
 from bench.result import conclude, head, say
 from bench.timing import median_seconds
-from model.step import StepLayout
+from model.step import StepBuffer, StepLayout
 from scheduler.step import Entry, SegmentRead, Step
 from serve.engine.packing import step_inputs
 
 # groups, width, prefix and tail tokens: the last two are 295k tokens by row, and as many different ones.
 CASES = ((64, 1, 0, 4096), (8, 8, 2048, 192), (32, 16, 512, 64), (32, 16, 4096, 320))
+PARTS = ("plan", "step_inputs", "pack")
 
 
 def step_of(shape: Shape, seed: int = 0) -> Step:
@@ -65,11 +66,13 @@ def measure(shape: Shape, backend: Backend, repeats: int) -> dict[str, Any]:
     layout = StepLayout(backend, capacity, shape.page, samples=shape.rows)
     entries = step.entries
     reads = Reads(*zip(*((e.context, e.own, e.rows, e.ordinal) for e in entries), strict=True))
+    buffer, inputs = StepBuffer(layout), step_inputs(step, layout)
     return {
         **{name: getattr(shape, name) for name in ("groups", "width", "prefix", "tail", "page", "rows")},
         "backend": backend.name,
-        "plan_us": 1e6 * median_seconds(lambda: backend.lay_out(reads, capacity), repeats),
+        "plan_us": 1e6 * median_seconds(lambda: backend.lay_out_unpadded(reads, capacity), repeats),
         "step_inputs_us": 1e6 * median_seconds(lambda: step_inputs(step, layout), repeats),
+        "pack_us": 1e6 * median_seconds(lambda: buffer.pack(inputs), repeats),
     }
 
 
@@ -84,7 +87,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
                 shape = Shape("decode", *lengths, page, *WIDE_HEADS)
                 case = measure(shape, backend_named(backend), options.repeats)
                 result["cases"].append(case)
-                times = f"plan {case['plan_us']:6.0f} us, step_inputs {case['step_inputs_us']:6.0f} us"
+                times = ", ".join(f"{part} {case[f'{part}_us']:6.0f} us" for part in PARTS)
                 say(f"{shape.label:<30}{backend:<5} {times}", options.json)
     return conclude(result, f"Medians of {options.repeats} calls.", options.json)
 
