@@ -135,17 +135,17 @@ class Device:
 
 
 def runner_on(device: Device, config: ServerConfig) -> Any:
-    """A `Runner` whose programs are run by `device`."""
+    """A `Runner` whose programs are run by `device`: it never compiles, and holds nothing."""
     import jax.numpy as jnp
 
     from attention import backend_named
     from model.config import PRESETS
     from model.decoder import Decoder
     from model.sampling import SampleOutputs
-    from model.sharding import ON_ONE_DEVICE
+    from model.sharding import ON_ONE_DEVICE, Placement
     from model.step import StepLayout
     from model.weights import place_model
-    from serve.engine.runner import Runner, RunnerConfig
+    from serve.engine import runner
 
     @dataclass(frozen=True, slots=True)
     class Program:
@@ -156,39 +156,30 @@ def runner_on(device: Device, config: ServerConfig) -> Any:
             tokens: Any = device.run(self.layout.samples)
             return cache, slots, SampleOutputs(tokens, *[tokens] * (len(SampleOutputs._fields) - 1))
 
-    class Passing(Runner):
-        """Never compiles, and holds nothing."""
+    class Nowhere(Placement):
+        """Compiles programs that change nothing."""
 
-        def compile(self) -> dict[int, float]:
-            sizes = self.config
-            for bucket in self.buckets:
-                layout = StepLayout.for_bucket(
-                    self.model_config,
-                    sizes.backend,
-                    bucket,
-                    num_pages=sizes.num_pages,
-                    page_size=sizes.page_size,
-                    samples=min(bucket, sizes.num_slots),
-                    paths=1 + sizes.max_depth,
-                )
-                self._programs[bucket] = Program(layout)  # type: ignore[assignment]
-            self._assign = self._count = lambda slots, *_: slots
-            self.weights = self.cache = self.slots = None  # type: ignore[assignment]
-            return {}
+        __slots__ = ()
+
+        def compile(self, *_: Any, **__: Any) -> Any:
+            return lambda slots, *_: slots
 
     assert config.page_size is not None
     assert config.buckets is not None
     assert config.num_pages is not None
-    sizes = RunnerConfig(
+    sizes = runner.RunnerConfig(
         num_pages=config.num_pages,
         page_size=config.page_size,
         buckets=config.buckets,
         num_slots=2 * max(config.buckets),
         backend=backend_named("gpu"),
+        placement=Nowhere(),
     )
-    runner = Passing(place_model(Decoder(PRESETS[config.model], jnp.bfloat16), ON_ONE_DEVICE), sizes)
-    runner.compile()
-    return runner
+    runner.compile_step = lambda *_, layout, **__: Program(layout)  # type: ignore[assignment]
+    made = runner.Runner(place_model(Decoder(PRESETS[config.model], jnp.bfloat16), ON_ONE_DEVICE), sizes)
+    made.compile()
+    made.weights = made.cache = made.slots = None  # type: ignore[assignment]
+    return made
 
 
 # --- the processes -----------------------------------------------------------------------------------------

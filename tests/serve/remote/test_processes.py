@@ -19,11 +19,12 @@ from serve.client.answer import Finished
 from tests.serve.remote.slow import UNLUCKY
 
 SERVER = """
-import sys
+import signal, sys
 from serve.config import ServerConfig
 from serve.remote.spawn import spawned
 from serve.server.server import run
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 load = spawned("tests.serve.remote.slow.main")
 try:
     run(ServerConfig(port=0, drain_timeout=10.0, seed=int(sys.argv[1])), load)
@@ -49,16 +50,12 @@ class Both:
 
 
 def begun(seed: int = 0) -> Both:
-    def both_signals() -> None:  # whoever runs the tests may ignore them, and children would inherit that
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER, str(seed)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=both_signals,
     )
     assert server.stderr is not None
     line = server.stderr.readline()
