@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import tyro
 
 from model.settings import one_line, out_of_memory
 from serve.config import ServerConfig
 
+if TYPE_CHECKING:
+    from serve.served import Loader
+
 
 def serve(args: list[str] | None = None) -> None:
     """Serve a model over gRPC until SIGTERM."""
     config = tyro.cli(ServerConfig, prog="taper-serve", description=serve.__doc__, args=args)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU: the server owns it
+    with _engine(config) as load:
+        from serve.server.server import EngineFailedError, run
+
+        try:
+            run(config, load)
+        except (OSError, ValueError, EngineFailedError) as error:
+            sys.exit(f"taper-serve: {error}")
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            sys.exit(f"taper-serve: not enough memory: {one_line(error)}")
+
+
+def _engine(config: ServerConfig) -> AbstractContextManager[Loader]:
+    """What loads the engine. Importing takes seconds: not for --help, and a process of the engine's begins
+    before this one goes on to import its own."""
     if config.engine_in_process:
-        from serve.engine.startup import load  # imports JAX, which takes seconds: not for --help
-    else:
-        from serve.remote.spawn import spawned
+        from serve.engine.startup import load
 
-        load = spawned()  # before this process goes on to import its own
-    from serve.server.server import EngineFailedError, run
+        return nullcontext(load)
+    from serve.remote.spawn import spawned
 
-    try:
-        run(config, load)
-    except (OSError, ValueError, EngineFailedError) as error:
-        sys.exit(f"taper-serve: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        sys.exit(f"taper-serve: not enough memory: {one_line(error)}")
+    return spawned()

@@ -23,7 +23,7 @@ import tyro
 from serve.config import ServerConfig
 from serve.door import StepRecord, Watcher
 from serve.engine.pauses import Pauses
-from serve.served import Served, ServedModel
+from serve.served import Loader, Served, ServedModel
 
 VARIABLE = "TAPER_BENCH_HOST"
 
@@ -260,19 +260,25 @@ def serve(arguments: Sequence[str]) -> None:
 
     config, setting = tyro.cli(ServerConfig, args=[*arguments]), Setting.here()
     counts, folder = Counts(setting), Path(setting.folder)
-    remote = None if config.engine_in_process else spawned("bench.host.processes.engine")
 
-    def load(config: ServerConfig, watch: Watcher) -> Served:
-        def watched(record: StepRecord) -> None:
-            watch(record)
-            counts.step(record)
-
-        if remote is not None:
-            return remote(config, watched)
+    def inside(config: ServerConfig, watch: Watcher) -> Served:
         made, model = start(config, watch, lambda: None, counts)
         return Served(engine=made, model=ServedModel.of(config, model, model_tokenizer(config.model)[0]))
 
-    try:
-        run(config, load)
-    finally:
-        counts.write(folder / ("engine" if config.engine_in_process else "server"))
+    def counting(load: Loader) -> Loader:
+        def counted(config: ServerConfig, watch: Watcher) -> Served:
+            def watched(record: StepRecord) -> None:
+                watch(record)
+                counts.step(record)
+
+            return load(config, watched)
+
+        return counted
+
+    if config.engine_in_process:
+        run(config, inside)
+        counts.write(folder / "engine")
+    else:
+        with spawned("bench.host.processes.engine") as remote:
+            run(config, counting(remote))
+        counts.write(folder / "server")

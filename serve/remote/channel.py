@@ -32,22 +32,23 @@ class Channel:
         self._received = bytearray()
         self._bell, self._rope = os.pipe()  # wakes `serve` when something waits
         os.set_blocking(self._rope, False)
-        self._over = False
+        self._behind = self._over = False
 
     @property
     def is_behind(self) -> bool:
-        """Whether the other side has not taken all that was sent."""
-        return bool(self._waiting)
+        """Whether the other side has not taken all that was sent; `serve` says when it has."""
+        with self._sending:
+            return self._behind
 
     def send(self, message: Message) -> None:
         """Where the other side is gone, nobody is told: `serve` ends."""
         data = encode(message)
         with self._sending:
-            idle = not self._waiting
             self._waiting.append(memoryview(_LENGTH.pack(len(data)) + data))
-            if idle:
+            if not self._behind:
                 self._flush()
                 if self._waiting and not self._over:
+                    self._behind = True
                     os.write(self._rope, b"!")
 
     def receive(self, handle: Callable[[Message], None]) -> None:
@@ -61,21 +62,18 @@ class Channel:
                     handle(message)
 
     def serve(self, handle: Callable[[Message], None], caught_up: Callable[[], None] = lambda: None) -> None:
-        """Hand over every message as it comes, until the other side is gone. `caught_up` is called when it
-        has taken all that waited for it."""
+        """Hand over every message as it comes, until the other side is gone. `caught_up` is called each time
+        that this side was behind, and is no more."""
         poll = select.poll()
         poll.register(self._bell, select.POLLIN)
         try:
             while True:
-                behind = self.is_behind
-                poll.register(self._socket, select.POLLIN | (select.POLLOUT if behind else 0))
+                poll.register(self._socket, select.POLLIN | (select.POLLOUT if self.is_behind else 0))
                 ready = dict(poll.poll())
                 if self._bell in ready:
                     os.read(self._bell, 64)
                 self.receive(handle)
-                with self._sending:
-                    self._flush()
-                if behind and not self.is_behind:
+                if self._has_caught_up():
                     caught_up()
         except EOFError:
             with self._sending:
@@ -91,6 +89,13 @@ class Channel:
             while self._waiting:
                 self._socket.sendall(self._waiting.popleft())
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _has_caught_up(self) -> bool:
+        with self._sending:
+            was_behind = self._behind
+            self._flush()
+            self._behind = was_behind and bool(self._waiting)
+            return was_behind and not self._behind
 
     def _flush(self) -> None:
         while self._waiting:

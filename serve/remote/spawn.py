@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,9 +16,13 @@ if TYPE_CHECKING:
     from serve.door import Watcher
     from serve.served import Loader, Served
 
+GRACE = 10.0  # seconds that the process gets to end
 
-def spawned(main: str = "serve.remote.child.main") -> Loader:
-    """Start the process at once; the loader lets it start the engine that its config asks for.
+
+@contextmanager
+def spawned(main: str = "serve.remote.child.main") -> Iterator[Loader]:
+    """Start the process at once; the loader lets it start the engine that its config asks for. It has ended
+    when the context is left.
 
     `main` is the function that the process runs. Call this from the main thread: the process ends with the
     thread that started it.
@@ -41,10 +48,19 @@ def spawned(main: str = "serve.remote.child.main") -> Loader:
         from serve.remote.engine import RemoteEngine
         from serve.served import Served, ServedModel
 
-        engine = RemoteEngine(Channel(ours), watch, process.kill)
+        engine = RemoteEngine(Channel(ours.dup()), watch, process.kill)
         engine.begin(config)
         tokenizer, _ = model_tokenizer(config.model)
         up = engine.up()
         return Served(engine=engine, model=ServedModel.of(config, up.model, tokenizer), platform=up.platform)
 
-    return load
+    try:
+        yield load
+    finally:
+        with ours, contextlib.suppress(OSError):
+            ours.shutdown(socket.SHUT_RDWR)  # for every copy: the process sees that nobody is here
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -321,7 +321,10 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(
     fault.break_(folder)
     path = str(folder.path)
     for command, arguments in (
-        (commands.serve, ["--model", path, "--port", "0", "--compilation-cache", compiled]),
+        (
+            commands.serve,
+            ["--model", path, "--port", "0", "--compilation-cache", compiled, "--engine-in-process"],
+        ),
         (decode_command.main, ["--model", path, "--prompt-ids", "1,2"]),
     ):
         with pytest.raises(SystemExit) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
@@ -18,7 +19,7 @@ def loaders(monkeypatch) -> tuple[object, object]:
     """What loads an engine in a process of its own, and in this one: neither is started."""
     remote, inside = object(), ModuleType("serve.engine.startup")
     inside.load = object()  # type: ignore[attr-defined]
-    monkeypatch.setattr("serve.remote.spawn.spawned", lambda: remote)
+    monkeypatch.setattr("serve.remote.spawn.spawned", lambda: nullcontext(remote))
     monkeypatch.setitem(sys.modules, inside.__name__, inside)  # its own imports JAX
     return remote, inside.load
 

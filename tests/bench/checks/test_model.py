@@ -79,7 +79,8 @@ def test_a_model_over_two_devices_passes(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.usefixtures("without_transformers", "compared_with_one_device")
 def test_devices_that_tell_each_other_nothing_fail_every_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    def apart(config: ModelConfig, devices: int) -> Placement:
+    def apart(config: ModelConfig, devices: int, *, peer_memory: bool) -> Placement:
+        assert not peer_memory
         placement = Placement.over(config, devices)
         return WithoutAllReduces(placement.mesh, placement.rules)
 

@@ -91,6 +91,22 @@ def test_whoever_sends_does_not_wait_and_hears_when_the_other_has_caught_up(ends
     assert not near.channel.is_behind
 
 
+def test_whoever_was_behind_is_always_told_when_it_has_caught_up(ends: tuple[End, End]) -> None:
+    """However soon that is: what was kept back meanwhile is sent by nobody else."""
+    near, far = ends
+    near.start()
+    far.start()
+    for _ in range(300):
+        near.caught_up.clear()
+        near.say("x" * 400_000)
+        if near.channel.is_behind:
+            assert near.caught_up.wait(10)
+    near.caught_up.clear()
+    for _ in range(300):  # small ones never are, not even to another thread that looks
+        near.say("x")
+    assert not near.channel.is_behind
+
+
 def test_every_threads_messages_keep_their_order(ends: tuple[End, End]) -> None:
     near, far = ends
     near.start()

@@ -16,6 +16,7 @@ import pytest
 from serve.api.errors import InternalError, UnavailableError
 from serve.client import Client
 from serve.client.answer import Finished
+from serve.remote.spawn import spawned
 from tests.serve.remote.slow import UNLUCKY
 
 SERVER = """
@@ -25,9 +26,9 @@ from serve.remote.spawn import spawned
 from serve.server.server import run
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
-load = spawned("tests.serve.remote.slow.main")
 try:
-    run(ServerConfig(port=0, drain_timeout=10.0, seed=int(sys.argv[1])), load)
+    with spawned("tests.serve.remote.slow.main") as load:
+        run(ServerConfig(port=0, drain_timeout=10.0, seed=int(sys.argv[1])), load)
 finally:
     print("imported", [name for name in ("jax", "jaxlib", "flax") if name in sys.modules], flush=True)
 """
@@ -165,3 +166,10 @@ def test_an_engine_that_does_not_start_says_why_and_ends_both() -> None:
         within(5, lambda: not both.engine_is_alive)
     finally:
         end(both)
+
+
+def test_a_process_that_nobody_uses_ends_with_its_context() -> None:
+    with spawned("tests.serve.remote.slow.main"):
+        pass
+    with pytest.raises(KeyError), spawned("tests.serve.remote.slow.main"):
+        raise KeyError("what else went wrong is told")
