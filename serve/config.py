@@ -45,6 +45,9 @@ class ServerConfig:
     engine_in_process: bool = False
     """Run the engine in the server's own process, where they take the interpreter from each other, instead of
     in one of its own."""
+    step_timeout: float = 60.0
+    """Seconds without the end of a step, while requests run, after which the engine's process is given up: it
+    is killed, callers are told, and the server ends with an error. 0: never."""
     drain_timeout: float = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
 
@@ -126,7 +129,7 @@ class ServerConfig:
                 raise ValueError(f"{name} must be more than 0, not {value}")
         if self.buckets is not None and (not self.buckets or any(bucket < 1 for bucket in self.buckets)):
             raise ValueError(f"buckets must be row counts of at least 1, not {self.buckets}")
-        for name in ("max_logit_bias", "max_top_logprobs", "repay", "drain_timeout"):
+        for name in ("max_logit_bias", "max_top_logprobs", "repay", "step_timeout", "drain_timeout"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a number that is not negative, not {value}")

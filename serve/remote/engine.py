@@ -5,6 +5,7 @@ What it knows of the other side (its load, what has ended) is as new as the last
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -37,13 +38,14 @@ from serve.remote.rows import Rows, unpack
 log = structlog.get_logger("taper")
 
 GRACE = 10.0  # seconds that the other process gets to end, beyond those that its requests get
+LOOKS = 20  # in a row that see no step end: counted, as this process may have been stopped itself meanwhile
 
 
 class RemoteEngine:
     """Serves requests by an engine at the other end of a channel.
 
     `watch` is told of every step, from this object's own thread, as sinks are. `kill` ends the other process
-    where it does not end by itself.
+    where it does not end by itself, or where requests run and no step has ended for `patience` seconds.
     """
 
     def __init__(
@@ -52,11 +54,13 @@ class RemoteEngine:
         watch: Watcher,
         kill: Callable[[], None],
         *,
+        patience: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state: State = "STARTING"
         self.policy = ""
         self._channel, self._watch, self._kill, self._clock = channel, watch, kill, clock
+        self._patience = patience
         self._lock = threading.Lock()
         self._numbers = count()
         self._handles: dict[str, int] = {}  # of the requests that have not ended, by their ids
@@ -64,15 +68,17 @@ class RemoteEngine:
         self._sinks: dict[int, Sink] = {}
         self._load: Load | None = None
         self._rate = TokenRate()
+        self._steps = 0  # that have ended
         self._started: Up | Broken | None = None
         self._settled = threading.Event()  # it is up, or will never be
         self._ended = threading.Event()  # the other side is gone, and everybody has been told
-        self._thread = threading.Thread(target=self._listen, name="taper-engine-door", daemon=True)
 
     def begin(self, config: ServerConfig) -> None:
         """Let the other side start an engine."""
-        self._thread.start()
+        threading.Thread(target=self._listen, name="taper-engine-door", daemon=True).start()
         self._channel.send(Begin(config))
+        if math.isfinite(self._patience):
+            threading.Thread(target=self._guard, name="taper-watchdog", daemon=True).start()
 
     def up(self) -> Up:
         """Wait until it is up. Raises what kept it from starting: of `ERRORS`, or a RuntimeError."""
@@ -126,6 +132,18 @@ class RemoteEngine:
             self._kill()
         self._ended.wait()
 
+    def _guard(self) -> None:
+        """Give the other side up once it is stuck."""
+        seen = looks = 0
+        while not self._ended.wait(self._patience / LOOKS):
+            with self._lock:
+                waits = bool(self._sinks) and self._steps == seen
+                looks, seen = looks + 1 if waits else 0, self._steps
+            if looks >= LOOKS:
+                log.error("no step has ended, and the engine's process is killed", seconds=self._patience)
+                self._kill()
+                return
+
     # --- from the other side ---------------------------------------------------------------------------
 
     def _listen(self) -> None:
@@ -156,6 +174,7 @@ class RemoteEngine:
             self.state = "FAILED"  # before sinks hear of it
         with self._lock:
             self._load = message.load
+            self._steps += len(message.steps)
             news = unpack(Rows(message.tokens, message.rare), self._ids)
             told = [(self._sinks[handle], batch) for handle, batch in news.items()]
             for handle, batch in news.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import subprocess
@@ -48,7 +49,8 @@ def spawned(main: str = "serve.remote.child.main") -> Iterator[Loader]:
         from serve.remote.engine import RemoteEngine
         from serve.served import Served, ServedModel
 
-        engine = RemoteEngine(Channel(ours.dup()), watch, process.kill)
+        patience = config.step_timeout or math.inf
+        engine = RemoteEngine(Channel(ours.dup()), watch, process.kill, patience=patience)
         engine.begin(config)
         tokenizer, _ = model_tokenizer(config.model)
         up = engine.up()

@@ -45,6 +45,7 @@ def test_what_is_left_open_follows_the_platform():
         ("buckets", (8, 0)),
         ("repay", -0.1),
         ("repay", float("nan")),
+        ("step_timeout", -1.0),
         ("drain_timeout", -1.0),
         ("drain_timeout", float("nan")),
         ("max_logit_bias", -1),
@@ -73,7 +74,10 @@ def test_what_cannot_work_is_refused_by_name(option, value):
         *((name, 1) for name in ("page_size", "num_pages", "max_chunk", "max_context", "max_queue")),
         *((name, 1) for name in ("max_branches", "max_depth", "default_max_tokens")),
         ("buckets", (1,)),
-        *((name, 0) for name in ("max_logit_bias", "max_top_logprobs", "repay", "drain_timeout")),
+        *(
+            (name, 0)
+            for name in ("max_logit_bias", "max_top_logprobs", "repay", "step_timeout", "drain_timeout")
+        ),
         *((name, value) for name in ("port", "metrics_port") for value in (0, 65535)),
         ("seed", 2**32 - 1),
         ("repay", 0.0),

@@ -68,6 +68,7 @@ SHOWN_ELSEWHERE = {
     "port": "test_server",
     "metrics_port": "test_server",
     "drain_timeout": "test_server",
+    "step_timeout": "test_processes",
     "explain": "test_end_to_end",
     "engine_in_process": "test_commands",
     "peer_memory": "test_two_gpus_reach_each_others_memory_if_they_are_told_to",

@@ -23,10 +23,13 @@ from tests.serve.fakes import ByteTokenizer
 
 STEP_SECONDS = 0.02
 UNLUCKY = 13  # a seed
+STUCK = 99  # a token of a prompt, whose step never ends
 
 
 class Slow:
     def launch(self, step: Step) -> Slow.Launched:
+        if any(entry.tokens and STUCK in entry.tokens for entry in step.entries):
+            time.sleep(3600)
         return Slow.Launched(sum(entry.samples for entry in step.entries))
 
     class Launched:

@@ -17,7 +17,7 @@ from serve.api.errors import InternalError, UnavailableError
 from serve.client import Client
 from serve.client.answer import Finished
 from serve.remote.spawn import spawned
-from tests.serve.remote.slow import UNLUCKY
+from tests.serve.remote.slow import STUCK, UNLUCKY
 
 SERVER = """
 import signal, sys
@@ -28,7 +28,7 @@ from serve.server.server import run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 try:
     with spawned("tests.serve.remote.slow.main") as load:
-        run(ServerConfig(port=0, drain_timeout=10.0, seed=int(sys.argv[1])), load)
+        run(ServerConfig(port=0, drain_timeout=10.0, step_timeout=3.0, seed=int(sys.argv[1])), load)
 finally:
     print("imported", [name for name in ("jax", "jaxlib", "flax") if name in sys.modules], flush=True)
 """
@@ -121,6 +121,45 @@ def test_when_the_engines_process_dies_callers_are_told_and_the_server_ends(both
     assert caught.value.reason == "ENGINE_FAILED"
     assert told < 1.0
     assert both.server.wait(10) != 0
+
+
+def test_a_step_that_never_ends_ends_both(both: Both) -> None:
+    with Client(both.address) as client, client.generate([1], max_tokens=LONG) as running:
+        events = iter(running)
+        next(events)
+        stuck = client.generate([STUCK], max_tokens=1)
+        with pytest.raises(InternalError) as caught:
+            for _ in events:
+                pass
+        assert caught.value.reason == "ENGINE_FAILED"
+        with pytest.raises(InternalError):
+            for _ in stuck:
+                pass
+    assert both.server.wait(10) != 0
+    assert not both.engine_is_alive
+
+
+def test_an_engine_that_is_stopped_for_a_while_goes_on(both: Both) -> None:
+    with Client(both.address) as client, client.generate([1], max_tokens=30) as running:
+        events = iter(running)
+        next(events)
+        os.kill(both.engine, signal.SIGSTOP)
+        time.sleep(0.5)
+        os.kill(both.engine, signal.SIGCONT)
+        *_, last = events
+    assert isinstance(last, Finished)
+
+
+def test_a_server_that_is_stopped_for_long_does_not_take_that_for_its_engines_fault(both: Both) -> None:
+    with Client(both.address) as client, client.generate([1], max_tokens=150) as running:
+        events = iter(running)
+        next(events)
+        os.kill(both.server.pid, signal.SIGSTOP)
+        time.sleep(3.5)
+        os.kill(both.server.pid, signal.SIGCONT)
+        *_, last = events
+    assert isinstance(last, Finished)
+    assert last.usage.completion_tokens == 150
 
 
 def test_when_the_server_dies_its_engine_ends(both: Both) -> None:

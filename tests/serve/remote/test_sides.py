@@ -197,6 +197,30 @@ def test_a_stop_is_an_end_and_no_failure(front: Front) -> None:
     assert (front.engine.state, front.killed) == ("STOPPED", [])
 
 
+@pytest.mark.parametrize(
+    ("asked", "steps", "killed"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_an_engine_is_given_up_when_requests_run_and_no_step_ends(
+    ends: tuple[Channel, OtherSide], asked: bool, steps: bool, killed: bool
+) -> None:
+    ours, other = ends
+    dead = threading.Event()
+    engine = RemoteEngine(ours, lambda step: None, dead.set, patience=0.4)
+    other.listen()
+    engine.begin(ServerConfig())
+    other.channel.send(Up(MODEL, Platform(), "taper", LOAD))
+    engine.up()
+    if asked:
+        engine.submit(request("r"), Listener())
+    until_then = time.monotonic() + 1.5
+    while time.monotonic() < until_then and not dead.wait(0.05):
+        if steps:
+            other.channel.send(Happened(*pack([]), steps=(STEP,), load=LOAD))
+    assert dead.is_set() == killed
+    other.channel.close()
+    assert other.gone.wait(10)
+
+
 def test_a_process_that_does_not_end_is_killed(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.remote.engine.GRACE", 0.01)
     front.engine.stop(drain=True, timeout=0.01)
