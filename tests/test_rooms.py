@@ -35,11 +35,12 @@ PARTS = {
     "config": {"config"},
     "door": {"door"},
     "lateness": {"lateness", "door"},
+    "logs": {"logs"},
     "rate": {"rate"},
     "served": {"served", "door", "config", "text"},
-    "server": {"server", "api", "text", "door", "served", "config", "lateness"},
+    "server": {"server", "api", "text", "door", "served", "config", "lateness", "logs"},
     "engine": {"engine", "text", "door", "served", "config", "rate"},
-    "remote": {"remote", "engine", "text", "door", "served", "config", "rate"},
+    "remote": {"remote", "engine", "text", "door", "served", "config", "rate", "logs"},
 }
 
 ABSENT = {
@@ -49,6 +50,7 @@ ABSENT = {
     "serve/config.py": DEVICE,
     "serve/door.py": DEVICE,
     "serve/lateness.py": DEVICE,
+    "serve/logs.py": (*DEVICE, "model", "scheduler"),
     "serve/rate.py": DEVICE,
     "serve/remote": DEVICE,
     "serve/served.py": DEVICE,

@@ -187,9 +187,9 @@ class InProcessEngine:
             with closing(Pauses()) as pauses:
                 self._loop(launcher, pauses)
         except Exception as crash:
-            log.exception("the engine failed")
             error = repr(crash)
             self.state = "FAILED"
+            log.exception("the engine failed")
         finally:
             self._tell()
             with self._wake:

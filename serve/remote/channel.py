@@ -76,19 +76,24 @@ class Channel:
                 if self._has_caught_up():
                     caught_up()
         except EOFError:
+            pass
+        finally:
             with self._sending:
-                self._over = True
+                self._behind, self._over = False, True
+                self._waiting.clear()
                 self._socket.close()
                 os.close(self._rope)
                 os.close(self._bell)
 
     def close(self, timeout: float = 0.0) -> None:
         """Let the other side know that this one is gone; it gets `timeout` seconds to take what waits."""
-        with self._sending, contextlib.suppress(OSError):  # or it is gone itself
-            self._socket.settimeout(timeout)
-            while self._waiting:
-                self._socket.sendall(self._waiting.popleft())
-            self._socket.shutdown(socket.SHUT_RDWR)
+        with self._sending:
+            with contextlib.suppress(OSError):  # or it is gone itself, or does not take it in time
+                self._socket.settimeout(timeout)
+                while self._waiting:
+                    self._socket.sendall(self._waiting.popleft())
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def _has_caught_up(self) -> bool:
         with self._sending:

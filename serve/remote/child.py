@@ -12,7 +12,6 @@ import os
 import queue
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +22,8 @@ import structlog
 from model.config import ModelConfig
 from model.settings import one_line, out_of_memory
 from serve.config import ServerConfig
-from serve.door import Engine, News, StepRecord, Watcher, is_last
+from serve.door import Engine, Failed, News, StepRecord, Watcher, is_last
+from serve.logs import STDERR, log_to_stderr
 from serve.remote.channel import Channel
 from serve.remote.messages import (
     ERRORS,
@@ -87,12 +87,16 @@ class EngineHost:
         self._channel.send(Up(model, platform, engine.policy, engine.load()))
         engine.wait()
         failed = engine.state == "FAILED"
-        self._outgoing.send(engine.load, failed=failed)
+        self._outgoing.send(engine.load, last=True, failed=failed)
         self._channel.close(FLUSH_SECONDS)
         return int(failed)
 
     def _listen(self) -> None:
-        self._channel.serve(self._handle, caught_up=self._tell)
+        try:
+            self._channel.serve(self._handle, caught_up=self._tell)
+        except Exception:
+            log.exception("bug: the engine hears the server no more")
+            self._gone()
         if self._engine is None or self._engine.state in ("SERVING", "DRAINING"):
             self._gone()
 
@@ -108,8 +112,7 @@ class EngineHost:
         engine = self._engine
         assert engine is not None, "the server asks for nothing until the engine is up"
         if isinstance(message, Submit):
-            self._requests[message.handle] = message.request.id
-            engine.submit(message.request, partial(self._news, message.handle))
+            self._submit(engine, message)
         elif isinstance(message, Cancel):
             if (name := self._requests.pop(message.handle, None)) is not None:
                 engine.cancel(name)
@@ -119,6 +122,16 @@ class EngineHost:
             stop = {"drain": message.drain, "timeout": message.timeout}
             threading.Thread(target=engine.stop, kwargs=stop, name="taper-stop", daemon=True).start()
         self._tell()
+
+    def _submit(self, engine: WaitableEngine, message: Submit) -> None:
+        """A bug that only this request meets is told to its caller, as it would be in one process."""
+        handle, request = message
+        self._requests[handle] = request.id
+        try:
+            engine.submit(request, partial(self._news, handle))
+        except Exception as bug:
+            log.exception("bug", request_id=request.id)
+            self._news(handle, [Failed(repr(bug))])
 
     def _news(self, handle: int, news: Sequence[News]) -> None:
         if is_last(news[-1]):
@@ -169,8 +182,8 @@ def main(descriptor: int, server: int, starter: Callable[[], Starter] = own_engi
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     die_with(server)
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    log_to_stderr()
     channel = Channel(socket.socket(fileno=descriptor))
     status = EngineHost(channel, starter(), partial(os._exit, 1)).run()
-    sys.stderr.flush()
+    STDERR.flush()
     os._exit(status)  # a compilation cannot be interrupted, and crashes under an interpreter that finalizes

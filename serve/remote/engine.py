@@ -128,8 +128,8 @@ class RemoteEngine:
                 self.state = "STOPPED"
             self._channel.send(Stop(drain, timeout))
         if not self._ended.wait((timeout if drain else 0.0) + GRACE):
-            log.error("the engine's process does not end, and is killed")
             self._kill()
+            log.error("the engine's process did not end, and was killed")
         self._ended.wait()
 
     def _guard(self) -> None:
@@ -147,7 +147,11 @@ class RemoteEngine:
     # --- from the other side ---------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        self._channel.serve(self._handle)
+        try:
+            self._channel.serve(self._handle)
+        except Exception:
+            log.exception("bug: the engine is heard no more, and its process is killed")
+            self._kill()
         with self._lock:
             expected = self.state in ("DRAINING", "STOPPED") and not self._sinks
             self.state = "STOPPED" if expected else "FAILED"

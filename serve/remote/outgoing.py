@@ -30,9 +30,10 @@ class Outgoing:
         with self._lock:
             self._steps.append(record)
 
-    def send(self, load: Callable[[], Load], *, failed: bool = False) -> None:
-        """Tell all of it, and how busy the engine is; later, if the server has not taken what it was told."""
-        if self._channel.is_behind and not failed:
+    def send(self, load: Callable[[], Load], *, last: bool = False, failed: bool = False) -> None:
+        """Tell all of it, and how busy the engine is; later, if the server has not taken what it was told and
+        this is not the last time."""
+        if self._channel.is_behind and not last:
             return
         with self._lock:
             news, self._news = self._news, []

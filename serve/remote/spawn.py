@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,17 @@ GRACE = 10.0  # seconds that the process gets to end
 
 
 @contextmanager
+def _signals_held() -> Iterator[None]:
+    """A process started here gets no SIGINT or SIGTERM, which are the server's to act on, before it says what
+    becomes of them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def spawned(main: str = "serve.remote.child.main") -> Iterator[Loader]:
     """Start the process at once; the loader lets it start the engine that its config asks for. It has ended
     when the context is left.
@@ -34,12 +46,13 @@ def spawned(main: str = "serve.remote.child.main") -> Iterator[Loader]:
         # The same modules as here, from wherever they came; -P adds no folder to them.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         program = f"from {module} import {function}; {function}({theirs.fileno()}, {os.getpid()})"
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", program],
-            stdin=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(),),
-            env={**os.environ, "PYTHONPATH": path},
-        )
+        with _signals_held():
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", program],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, "PYTHONPATH": path},
+            )
 
     def load(config: ServerConfig, watch: Watcher) -> Served:
         """Raises what kept the engine from starting."""

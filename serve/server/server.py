@@ -9,7 +9,6 @@ import asyncio
 import functools
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from serve.api.protos.taper.v1 import control_service_pb2_grpc as control_grpc
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
 from serve.config import ServerConfig
+from serve.logs import STDERR, log_to_stderr
 from serve.served import Loader, Served
 from serve.server.health import Health
 from serve.server.service import Service
@@ -93,18 +93,20 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
             if config.explain:
                 announce(served.platform.summary)
                 return
-            print(served.platform.summary, file=sys.stderr, flush=True)
+            print(served.platform.summary, file=STDERR, flush=True)
             announce(f"taper-serve ready on {address}")
         await _until_failed(service, signalled)
         log.info("draining", seconds=config.drain_timeout)
     finally:
         await shut_down(server, service, config.drain_timeout)
         stop_metrics()
+    if service.state == "FAILED":
+        raise EngineFailedError("the engine failed while it drained: see the log above")
 
 
 def run(config: ServerConfig, load: Loader) -> None:
     """`serve` in a process of its own: returns after a drain, raises what kept it from starting."""
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    log_to_stderr()
     asyncio.run(serve(config, load, functools.partial(print, flush=True)))
     if any(thread.name == _LOADER and thread.is_alive() for thread in threading.enumerate()):
         os._exit(0)  # a compilation cannot be interrupted, and crashes under an interpreter that finalizes

@@ -153,6 +153,24 @@ def test_a_crash_is_told_to_every_request() -> None:
     assert engine.state == "FAILED", "who asks later learns of it too"
 
 
+def test_a_failure_counts_even_where_it_cannot_be_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Log:
+        def exception(self, text: str) -> None:
+            states.append(engine.state)
+
+    def crash(step: Step) -> None:
+        raise RuntimeError("the device is gone")
+
+    states: list[str] = []
+    monkeypatch.setattr("serve.engine.engine.log", Log())
+    listener = Listener()
+    engine = InProcessEngine(scheduler(), Device(crash))
+    engine.start()
+    engine.submit(request("r", serial(20)), listener)
+    assert isinstance(listener.wait()[-1], Failed)
+    assert states == ["FAILED"], "it is known before it is said: to say it may fail"
+
+
 def test_what_came_before_a_crash_is_told_before_it() -> None:
     def crash(step: Step) -> None:
         if step.step_id == 6:

@@ -106,6 +106,26 @@ def test_whoever_was_behind_is_always_told_when_it_has_caught_up(ends: tuple[End
     assert not near.channel.is_behind, "whoever takes everything at once leaves nobody behind"
 
 
+def test_who_catches_up_in_the_turn_in_which_it_fell_behind_is_noticed_too(ends: tuple[End, End]) -> None:
+    near, far = ends
+
+    def answer(message: Message) -> None:
+        near.say("x" * 300_000)  # more than the socket takes, and less than twice that
+        assert near.channel.is_behind
+        far.channel.receive(far.hear)
+        near.hear(message)
+
+    def serve() -> None:
+        near.channel.serve(answer, near.caught_up.set)
+        near.gone.set()
+
+    near.started = True
+    threading.Thread(target=serve).start()
+    far.say("say something")
+    near.wait_for(1)
+    assert near.caught_up.wait(10), "what was held back until then would wait for ever"
+
+
 def test_every_threads_messages_keep_their_order(ends: tuple[End, End]) -> None:
     near, far = ends
     near.start()
@@ -161,8 +181,11 @@ def test_a_close_lets_the_other_side_take_what_waits(ends: tuple[End, End]) -> N
 
 
 def test_a_close_does_not_wait_longer_than_it_may(ends: tuple[End, End]) -> None:
-    near, _ = ends
+    near, far = ends
     near.say("x" * 5_000_000)
     began = time.monotonic()
     near.channel.close(timeout=0.05)
     assert time.monotonic() - began < 5
+    far.start()
+    assert far.gone.wait(10), "it hears of the end nevertheless"
+    assert not far.heard

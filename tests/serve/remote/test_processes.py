@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -194,6 +195,57 @@ def test_a_cancelled_call_leaves_no_page_behind(both: Both) -> None:
             next(events)
             assert client.load().running_requests == 1
         within(5, lambda: client.load().running_requests == 0 and client.load().kv_used_tokens == 0)
+
+
+def test_an_engine_that_is_killed_while_it_drains_is_a_failure(both: Both) -> None:
+    with Client(both.address) as client, client.generate([1], max_tokens=LONG) as running:
+        events = iter(running)
+        next(events)
+        both.server.terminate()
+        time.sleep(0.2)
+        os.kill(both.engine, signal.SIGKILL)
+        with pytest.raises(InternalError):
+            for _ in events:
+                pass
+    assert both.server.wait(10) == 1
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_it_does_not_matter_whether_anybody_reads_the_log(both: Both, dies: bool) -> None:
+    assert both.server.stderr is not None
+    both.server.stderr.close()
+    with Client(both.address) as client, client.generate([1], max_tokens=30) as running:
+        events = iter(running)
+        next(events)
+        if dies:
+            os.kill(both.engine, signal.SIGKILL)
+            with pytest.raises(InternalError):
+                for _ in events:
+                    pass
+        else:
+            both.server.terminate()
+            assert isinstance([*events][-1], Finished)
+    assert both.server.wait(10) == int(dies)
+    both.server.stderr = None
+
+
+def test_signals_are_the_servers_even_before_the_engines_process_has_begun() -> None:
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, "0"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+        within(20, lambda: bool(children.read_text()))
+        engine = int(children.read_text())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(engine, number)
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("taper-serve ready")
+        server.terminate()
+        assert server.wait(15) == 0
+    finally:
+        server.kill()
+        server.communicate(timeout=20)
 
 
 def test_an_engine_that_does_not_start_says_why_and_ends_both() -> None:

@@ -188,6 +188,30 @@ def test_a_process_that_is_killed_while_it_drains_has_failed_those_that_ran(fron
     assert front.engine.state == "FAILED"
 
 
+def test_a_bug_in_what_hears_of_the_engine_is_a_failure_and_hangs_nobody(
+    ends: tuple[Channel, OtherSide],
+) -> None:
+    ours, other = ends
+    killed = threading.Event()
+
+    def watch(step: StepRecord) -> None:
+        raise KeyError("a bug")
+
+    engine = RemoteEngine(ours, watch, killed.set)
+    other.listen()
+    engine.begin(ServerConfig())
+    other.channel.send(Up(MODEL, Platform(), "eager", LOAD))
+    engine.up()
+    listener = Listener()
+    engine.submit(request("r"), listener)
+    other.channel.send(Happened(*pack([]), steps=(STEP,), load=LOAD))
+    assert isinstance(listener.wait()[-1], Failed)
+    assert engine.state == "FAILED"
+    assert killed.is_set()
+    assert other.gone.wait(10), "nobody hears it any more"
+    engine.stop(drain=True, timeout=5.0)
+
+
 def test_a_stop_is_an_end_and_no_failure(front: Front) -> None:
     stopping = threading.Thread(target=front.engine.stop, kwargs={"drain": False, "timeout": 5.0})
     stopping.start()
@@ -222,7 +246,12 @@ def test_an_engine_is_given_up_when_requests_run_and_no_step_ends(
 
 
 def test_a_process_that_does_not_end_is_killed(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Log:
+        def error(self, text: str) -> None:
+            assert front.killed, "it is said when it has been done: to say it may fail"
+
     monkeypatch.setattr("serve.remote.engine.GRACE", 0.01)
+    monkeypatch.setattr("serve.remote.engine.log", Log())
     front.engine.stop(drain=True, timeout=0.01)
     assert front.killed == ["killed"]
 
@@ -396,6 +425,44 @@ def test_a_stop_drains_and_the_process_ends_well(back: Back) -> None:
     assert isinstance(back.news({0: "r"})[0][-1], Finished)
     until(lambda: back.status == [0])
     assert not back.gone.is_set(), "it left, it was not left alone"
+
+
+def test_the_last_news_are_told_however_far_the_server_is_behind(
+    back: Back, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back.other.channel.send(Submit(0, request("r")))
+    back.engine.wait_for(lambda engine: "r" in engine.requests)
+    monkeypatch.setattr(Channel, "is_behind", property(lambda channel: True))
+    back.engine.tell("r", finished("r"))
+    back.watch[0](STEP)
+    back.other.channel.send(Stop(True, 10.0))
+    assert isinstance(back.news({0: "r"})[0][-1], Finished)
+    until(lambda: back.status == [0])
+
+
+def test_a_bug_that_one_request_meets_is_told_to_its_caller_alone(
+    back: Back, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(*_: object) -> None:
+        raise KeyError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(back.engine, "submit", submit)
+        back.other.channel.send(Submit(0, request("r")))
+        assert back.news({0: "r"})[0] == [Failed("KeyError('a bug')")]
+    back.other.channel.send(Submit(1, request("s")))
+    back.engine.wait_for(lambda engine: "s" in engine.requests)
+    assert not back.gone.is_set()
+
+
+def test_an_engine_that_can_hear_the_server_no_more_ends(back: Back, monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_policy(policy: str) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(back.engine, "set_policy", set_policy)
+    back.other.channel.send(SetPolicy("off"))
+    assert back.gone.wait(10)
+    back.other.channel.close()
 
 
 def test_a_second_stop_cuts_the_first_short(back: Back) -> None:
