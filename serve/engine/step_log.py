@@ -6,6 +6,7 @@ One JSON object a line, with the fields of `StepRecord` but `widths`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import Counter
@@ -13,9 +14,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+import structlog
+
 from scheduler.predictor import StepLoad
 from scheduler.step import FinishedStep
 from serve.door import StepRecord
+
+log = structlog.get_logger("taper")
 
 
 class Moments(NamedTuple):
@@ -52,24 +57,44 @@ def record(finished: FinishedStep, moments: Moments) -> StepRecord:
 
 
 class StepLog:
-    """Writes a file of steps; lines are whole when it is closed, or a few seconds after they are written."""
+    """Writes a file of steps; lines are whole when it is closed, or a few seconds after they are written.
+
+    Making one raises OSError; a file that takes no more later, as on a full disk, is given up with a warning.
+    """
 
     FLUSH_SECONDS = 2.0
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("w")
+        self._file: TextIO | None = path.open("w")
         self._flushed = -math.inf  # by the clock of the records
 
     def write(self, record: StepRecord) -> None:
+        if self._file is None:
+            return
         line = record._asdict() | {"load": record.load._asdict()}
         del line["widths"]
-        self._file.write(json.dumps(line) + "\n")
-        if record.ended - self._flushed > self.FLUSH_SECONDS:
-            self._file.flush()
-            self._flushed = record.ended
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            if record.ended - self._flushed > self.FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed = record.ended
+        except OSError as error:
+            self._give_up(error)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """The server serves on without it."""
+        assert self._file is not None
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._file = None
+        log.warning("the step log is given up", error=str(error))
 
 
 def read_steps(lines: Iterable[str]) -> Iterator[StepRecord]:

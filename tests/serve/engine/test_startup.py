@@ -278,3 +278,10 @@ def test_chunks_are_as_large_as_the_largest_bucket_unless_they_are_chosen() -> N
 def test_a_form_that_the_backend_lacks_is_refused(attention: str) -> None:
     with pytest.raises(ValueError, match="no deterministic form"):
         startup.start(ServerConfig(attention=attention, deterministic=True, compilation_cache=None))
+
+
+def test_a_step_log_that_cannot_be_written_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="steps"):
+        startup.start(
+            ServerConfig(step_log=str(tmp_path / "missing" / "steps"), model=str(tmp_path / "model"))
+        )

@@ -7,11 +7,14 @@ import math
 from pathlib import Path
 
 import pytest
+import structlog
 
 from scheduler.predictor import StepLoad
 from scheduler.step import Entry, FinishedStep, Forecast, SegmentRead, Step
 from serve.door import StepRecord
 from serve.engine.step_log import Moments, StepLog, read_steps, record
+
+full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
 
 
 def entry(request: str, branch: int, *, samples: bool = True) -> Entry:
@@ -101,3 +104,26 @@ def test_a_log_from_before_a_figure_was_written_can_be_read(tmp_path: Path) -> N
         del line[later]
     (read,) = read_steps([json.dumps(line) + "\n"])
     assert (read.ended, read.seconds, read.idle, read.ready) == (7.5, written.seconds, 0.0, False)
+
+
+@full
+@pytest.mark.parametrize("seconds", [0.0, 10.0])
+def test_a_full_disk_ends_the_log_and_nothing_else(seconds: float) -> None:
+    log = StepLog(Path("/dev/full"))
+    with structlog.testing.capture_logs() as said:
+        for number in range(3):
+            log.write(record(finished(entry("a", 0)), moments(number * seconds)))
+        log.close()
+        log.close()
+    assert [each["event"] for each in said] == ["the step log is given up"]
+    assert "No space left" in said[0]["error"]
+
+
+@full
+def test_a_disk_that_is_full_at_the_end_is_told_of_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = StepLog(Path("/dev/full"))
+    monkeypatch.setattr(log, "FLUSH_SECONDS", math.inf)
+    log.write(record(finished(entry("a", 0)), moments(7.5)))
+    with structlog.testing.capture_logs() as said:
+        log.close()
+    assert [each["event"] for each in said] == ["the step log is given up"]
