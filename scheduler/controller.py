@@ -14,7 +14,7 @@ slots: it adds to a `StepDraft`, which does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -119,18 +119,23 @@ class Controller:
         self.latency.observe(forecast.load, seconds)
 
     def may_start(self, live: LiveRequest, running: Sequence[LiveRequest]) -> bool:
-        """Whether a step with `live` as well stays within everybody's TPOT target.
+        """Whether a step with `live` as well stays within everybody's TPOT target, of those that can be kept.
 
         The step is the last one's baseline, a row for each request that still reads its prompt, and the
-        floor.
+        floor. A target that even a step of a single row exceeds is not kept by letting nobody in.
         """
         load = self._forced.plus(StepLoad(self.floor, private_kv=self.floor))
         for other in (*running, live):
             if not other.prompt_read:
                 load = load.plus(StepLoad(1, private_kv=len(other.request.prompt), items=1))
-        tightest = min(other.request.slo.tpot for other in (*running, live))
+        tightest = min(self.targets((*running, live)), default=math.inf)
         rows = min(load.rows, self.latency.buckets.largest)
         return self.latency.predict(load._replace(rows=rows)) <= self.START_MARGIN * tightest
+
+    def targets(self, requests: Iterable[LiveRequest]) -> list[float]:
+        """The TPOT targets that can be kept: by a step of a single row, at least."""
+        least = self.latency.predict(StepLoad(1))
+        return [live.request.slo.tpot for live in requests if live.request.slo.tpot >= least]
 
     # --- what is forced --------------------------------------------------------------------------------
 
@@ -198,7 +203,7 @@ class Controller:
         margin = self.latency.accuracy.margin if rho is None else 0.0
         spare = slack(deadlines, draft.start, draft.baseline, margin)
         budget = draft.baseline + (1.0 if rho is None else rho) * spare
-        most = draft.baseline + self.FILL_SHARE * min(live.request.slo.tpot for live in protected)
+        most = draft.baseline + self.FILL_SHARE * min(self.targets(protected), default=0.0)
         if self.config.fill and budget < most:
             budget = max(budget, min(self.filled(draft, extras), most))
         return budget

@@ -65,6 +65,38 @@ def test_a_request_starts_only_if_the_step_with_it_keeps_every_tpot_target() -> 
     assert world.emitted("b") == 9
 
 
+def test_a_target_that_nobody_could_keep_lets_the_others_in() -> None:
+    """Not even a step of one row takes as little: to wait would not help whoever asks for that."""
+    world = World(Setting(buckets=(4, 8), prompt_floor=2), TALKS_ON)  # a row takes 1.4 ms
+    world.add(request("greedy", serial(40), slo=Slo(tpot=1e-6, ttft=9.0)))
+    for name in "ab":
+        world.add(request(name, serial(9), slo=Slo(tpot=0.0025, ttft=9.0)))
+    world.run_until(lambda: world.emitted("a") > 1 and world.emitted("b") > 1)
+    assert world.emitted("greedy") < 40, "they do not wait for its end"
+    assert world.running == ["greedy", "a", "b"]
+    world.run([])
+
+
+def test_a_server_that_can_keep_nobodys_target_does_not_serve_one_after_the_other() -> None:
+    world = World(Setting(buckets=(4, 8), prompt_floor=2), TALKS_ON)
+    for name in "abc":
+        world.add(request(name, serial(20), slo=Slo(tpot=0.0013, ttft=9.0)))
+    world.run_until(lambda: all(world.emitted(name) > 1 for name in "abc"))
+    assert world.running == ["a", "b", "c"]
+    world.run([])
+
+
+def test_a_target_that_nobody_could_keep_does_not_keep_padding_empty() -> None:
+    """It is no measure of how much longer filling the bucket may make a step; nothing is, if all are so."""
+    greedy, patient = Slo(tpot=1e-6, ttft=9.0), Slo(tpot=1.0, ttft=9.0)
+    setting = Setting(buckets=(4, 32), prompt_floor=2, in_flight=0, controller=ControllerConfig(rho=0.0))
+    for slo, rows in ((patient, 4), (greedy, 2)):
+        load = [request("greedy", fork(3, tokens=20), slo=greedy), request("other", serial(30), slo=slo)]
+        world = serve(load, setting, TALKS_ON)
+        both = [sum(by.values()) for by in map(rows_by_request, world.steps) if len(by) == 2]
+        assert max(both[4:]) == rows
+
+
 @pytest.mark.parametrize("decoding", [False, True])
 def test_a_start_weighs_what_decoding_forces_the_floor_and_every_prompt_that_is_not_read(
     decoding: bool,
