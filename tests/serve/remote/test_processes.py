@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,7 @@ try:
 finally:
     print("imported", [name for name in ("jax", "jaxlib", "flax") if name in sys.modules], flush=True)
 """
+ROOT = Path(__file__).parents[3]
 LONG = 500  # tokens: ten seconds
 
 
@@ -51,13 +53,14 @@ class Both:
             return False
 
 
-def begun(seed: int = 0) -> Both:
+def begun(seed: int = 0, program: str = SERVER, **options: Any) -> Both:
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(seed)],
+        [sys.executable, "-P", "-c", program, str(seed)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        **{"env": {**os.environ, "PYTHONPATH": str(ROOT)}, **options},
     )
     assert server.stderr is not None
     line = server.stderr.readline()
@@ -257,6 +260,19 @@ def test_an_engine_that_does_not_start_says_why_and_ends_both() -> None:
         within(5, lambda: not both.engine_is_alive)
     finally:
         end(both)
+
+
+def test_an_engine_that_does_not_listen_yet_ends_with_its_server() -> None:
+    both = begun(program=SERVER.replace("slow.main", "slow.deaf"))
+    both.server.kill()
+    within(5, lambda: not both.engine_is_alive)
+    end(both)
+
+
+def test_modules_in_the_folder_that_the_server_is_run_from_are_not_the_engines(tmp_path: Path) -> None:
+    (tmp_path / "structlog.py").write_text("raise SystemExit('this is somebody else')")
+    both = begun(UNLUCKY, cwd=tmp_path)
+    assert "an unlucky number" in both.server.communicate(timeout=30)[1]
 
 
 def test_a_process_that_nobody_uses_ends_with_its_context() -> None:

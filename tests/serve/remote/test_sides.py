@@ -6,7 +6,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,7 +20,7 @@ from scheduler.scheduler import SchedulerLoad
 from scheduler.step import Sample
 from scheduler.stopping import Stopping
 from serve.config import ServerConfig
-from serve.door import Failed, Load, News, StepRecord, Watcher
+from serve.door import Failed, Load, News, State, StepRecord, Watcher
 from serve.rate import TokenRate
 from serve.remote.channel import Channel
 from serve.remote.child import EngineHost, Started
@@ -28,7 +28,7 @@ from serve.remote.engine import RemoteEngine
 from serve.remote.messages import Begin, Broken, Cancel, Happened, Message, SetPolicy, Stop, Submit, Up
 from serve.remote.rows import Rows, pack, unpack
 from serve.served import Platform
-from tests.serve.fakes import FakeEngine, finished, say
+from tests.serve.fakes import FakeEngine, begin, finished, say
 from tests.serve.server.test_metrics import STEP
 from tests.serve.test_door import Listener
 
@@ -136,7 +136,7 @@ def test_who_has_an_id_again_hears_of_its_own_tokens_alone(front: Front) -> None
 def test_steps_are_told_of_after_their_news_and_tokens_are_counted(front: Front) -> None:
     listener = Listener()
     front.engine.submit(request("r"), listener)
-    front.happened((0, [TokenEmitted("r", 0, Sample(n), n) for n in range(10)]))
+    front.happened((0, [begin("r", 0), *(TokenEmitted("r", 0, Sample(n), n) for n in range(10))]))
     until(lambda: bool(front.steps))
     assert front.steps == [STEP]
     assert len(listener.batches) == 1
@@ -145,20 +145,26 @@ def test_steps_are_told_of_after_their_news_and_tokens_are_counted(front: Front)
     assert (load.scheduler, load.steps) == (LOAD.scheduler, LOAD.steps)
 
 
+class Noting(Listener):
+    """Remembers the engine's state whenever it hears of something."""
+
+    def __init__(self, engine: RemoteEngine) -> None:
+        super().__init__()
+        self.states: list[str] = []
+        self._engine = engine
+
+    def __call__(self, news: Sequence[News]) -> None:
+        self.states.append(self._engine.state)
+        super().__call__(news)
+
+
 def test_a_process_that_ends_by_itself_has_failed(front: Front) -> None:
-    states: list[str] = []
-
-    class Noting(Listener):
-        def __call__(self, news) -> None:
-            states.append(front.engine.state)
-            super().__call__(news)
-
-    listener = Noting()
+    listener = Noting(front.engine)
     front.engine.submit(request("r"), listener)
     front.other.channel.close()
     (failed,) = listener.wait()
     assert isinstance(failed, Failed)
-    assert states == ["FAILED"], "it is known before anybody is told"
+    assert listener.states == ["FAILED"], "it is known before anybody is told"
     late = Listener()
     front.engine.submit(request("late"), late)
     assert late.wait()
@@ -167,11 +173,11 @@ def test_a_process_that_ends_by_itself_has_failed(front: Front) -> None:
 
 
 def test_an_engine_that_dies_is_told_of_by_its_process(front: Front) -> None:
-    listener = Listener()
+    listener = Noting(front.engine)
     front.engine.submit(request("r"), listener)
     front.happened((0, [Failed("the device is gone")]), failed=True)
     assert listener.wait() == [Failed("the device is gone")]
-    assert front.engine.state == "FAILED"
+    assert listener.states == ["FAILED"], "it is known before anybody is told"
 
 
 def test_a_process_that_is_killed_while_it_drains_has_failed_those_that_ran(front: Front) -> None:
@@ -243,6 +249,32 @@ def test_an_engine_is_given_up_when_requests_run_and_no_step_ends(
     assert dead.is_set() == killed
     other.channel.close()
     assert other.gone.wait(10)
+
+
+def test_a_drain_that_is_cut_short_is_a_stop_from_then_on(front: Front) -> None:
+    def stop(drain: bool) -> None:
+        threading.Thread(target=front.engine.stop, kwargs={"drain": drain, "timeout": 20.0}).start()
+
+    stop(True)
+    assert front.other.next(Stop) == Stop(True, 20.0)
+    assert front.engine.state == "DRAINING"
+    stop(False)
+    assert front.other.next(Stop) == Stop(False, 20.0)
+    assert front.engine.state == "STOPPED"
+
+
+def test_a_process_that_drains_has_all_the_time_of_its_drain(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.remote.engine.GRACE", 0.01)
+    stopping = threading.Thread(target=front.engine.stop, kwargs={"drain": True, "timeout": 20.0})
+    stopping.start()
+    front.other.next(Stop)
+    stopping.join(0.3)
+    assert not front.killed
+    front.other.channel.close()
+    stopping.join(10)
+    assert (front.engine.state, front.killed) == ("STOPPED", [])
 
 
 def test_a_process_that_does_not_end_is_killed(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,7 +515,9 @@ def test_a_dead_engine_ends_its_process_with_an_error(back: Back) -> None:
     assert messages[-1].failed
 
 
-def test_a_process_whose_server_is_gone_ends(back: Back) -> None:
+@pytest.mark.parametrize("state", ["SERVING", "DRAINING"])
+def test_a_process_whose_server_is_gone_ends(back: Back, state: State) -> None:
+    back.engine.state = state
     back.other.channel.close()
     assert back.gone.wait(10)
 
