@@ -84,9 +84,7 @@ def start(
     ask_for_devices(config.tensor_parallel)
     config = config.for_platform(jax.default_backend())
     _keep_compiled_programs(config.compilation_cache)
-    step_log = (
-        StepLog(Path(config.step_log)) if config.step_log else None
-    )  # or why there can be none: at once
+    step_log = StepLog(Path(config.step_log)) if config.step_log else None  # before anything takes long
     tokenizer, known, found = _find(config)
     placement = Placement.over(found.config, config.tensor_parallel, peer_memory=config.peer_memory)
     began, dtype = time.perf_counter(), jnp.dtype(config.dtype)
