@@ -139,6 +139,20 @@ class Reaching(jax.stages.Compiled):
         return self.program.memory_analysis()
 
 
+def _told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, told by an argument before its own where the devices reach each other's memory.
+
+    In the program itself, addresses would make it another one in every process, and none would be found in
+    the compilation cache.
+    """
+
+    def told(addresses: Array, *arguments: Any) -> Any:
+        with reaching(addresses):
+            return function(*arguments)
+
+    return told
+
+
 def own_ids(ids: Array, size: int, peers: Peers) -> Array:
     """Indices into a device's own part, of `size`, of a divided axis; `size`, out of range, for its peers'.
 
@@ -266,34 +280,15 @@ class Placement:
         self, function: Callable[..., Any], arguments: tuple[Any, ...], results: Any, *, donate: Sequence[int]
     ) -> jax.stages.Compiled:
         """`program` compiled ahead of time; the arguments at the places `donate` are updated in place."""
-        if self.memory is not None:
-            return self._compile_reaching(self.memory, function, arguments, results, donate)
+        memory = self.memory
+        if memory is not None:
+            function, arguments = _told(function), (memory.addresses, *arguments)
+            donate = [1 + place for place in donate]
         program = jax.jit(self.program(function, arguments, results), donate_argnums=donate)
         with self._as_its_kind():
             lowered = program.lower(*arguments)
-        return lowered.compile()
-
-    def _compile_reaching(
-        self,
-        memory: PeerMemory,
-        function: Callable[..., Any],
-        arguments: tuple[Any, ...],
-        results: Any,
-        donate: Sequence[int],
-    ) -> jax.stages.Compiled:
-        """`compile` of a program that is told where the devices reach each other's memory.
-
-        It is told by an argument: in the program itself, addresses would make it another one in every
-        process, and none would be found in the compilation cache.
-        """
-
-        def told(addresses: Array, *arguments: Any) -> Any:
-            with reaching(addresses):
-                return function(*arguments)
-
-        every = memory.addresses, *arguments
-        program = jax.jit(self.program(told, every, results), donate_argnums=[1 + place for place in donate])
-        return Reaching(program.lower(*every).compile(), memory.addresses)
+        compiled = lowered.compile()
+        return compiled if memory is None else Reaching(compiled, memory.addresses)
 
     def _as_its_kind(self) -> AbstractContextManager[Any]:
         """Kernels ask what they are lowered for: of a device that is not here they are told.

@@ -27,15 +27,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
-
 from bench import result
 from bench.command import Command, ints
 from bench.host.processes import Setting
 from bench.load.driver import Reply, connected, message, play
 from bench.load.workload import Item
 from bench.server import started
-from bench.timing import no_collections, python_ms
+from bench.timing import no_collections, python_ms, spread
 from serve.door import StepRecord
 from serve.engine.step_log import read_steps
 from serve.lateness import CAUSES, cause_of_lateness
@@ -81,10 +79,10 @@ def sleeping(seconds: float) -> Iterator[list[float]]:
             taken += [float(line) for line in process.stdout if line.endswith("\n")]
 
 
-def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """In milliseconds, and the 99th percentile over the median."""
-    median, p99 = statistics.median(seconds), float(np.quantile(seconds, 0.99))
-    return {"median_ms": 1e3 * median, "p99_ms": 1e3 * p99, "p99_over_median": p99 / median}
+def unevenness(seconds: Sequence[float]) -> dict[str, float]:
+    """Their spread, and the 99th percentile over the median."""
+    found = spread(seconds)
+    return {**found, "p99_over_median": found["p99_ms"] / found["median_ms"]}
 
 
 def steps_of(records: Sequence[StepRecord], requests: int) -> dict[str, Any]:
@@ -95,7 +93,7 @@ def steps_of(records: Sequence[StepRecord], requests: int) -> dict[str, Any]:
     return {
         "steps": len(whole),
         "rows": int(statistics.median(step.load.rows for _, step in whole)),
-        "step": spread([step.ended - before.ended for before, step in whole]),
+        "step": unevenness([step.ended - before.ended for before, step in whole]),
         "idle_ms": 1e3 * statistics.mean(step.idle for _, step in whole),
         "late": {cause: late[cause] / len(whole) for cause in CAUSES},
     }
@@ -129,7 +127,7 @@ def measure(options: Any) -> dict[str, Any]:
         raise RuntimeError(f"{len(failed)} requests failed, first: {failed[0]}")
     return {
         **steps_of(records, options.streams),
-        "machine": spread(slept),
+        "machine": unevenness(slept),
         "python_ms": python_ms(),
         "client_cpu_share": client,
         "processes": processes,

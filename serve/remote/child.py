@@ -96,7 +96,6 @@ class EngineHost:
             self._channel.serve(self._handle, caught_up=self._tell)
         except Exception:
             log.exception("bug: the engine hears the server no more")
-            self._gone()
         if self._engine is None or self._engine.state in ("SERVING", "DRAINING"):
             self._gone()
 

@@ -19,7 +19,7 @@ from scheduler.events import (
     TokenEmitted,
     Usage,
 )
-from scheduler.predictor import PredictionAccuracy
+from scheduler.predictor import PredictionAccuracy, StepLoad
 from scheduler.program import check_program
 from scheduler.request import Request
 from scheduler.scheduler import SchedulerLoad
@@ -27,13 +27,29 @@ from scheduler.search import Match
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason
 from serve.config import ServerConfig
-from serve.door import Engine, Failed, Load, Refused, Sink, State, is_last
+from serve.door import Engine, Failed, Load, Refused, Sink, State, StepRecord, is_last
 from serve.served import Served, ServedModel
 from serve.server.server import listen, shut_down
 from serve.server.service import Service
 
 EOS = 256
 VOCAB = 300
+
+
+# A step that ended late, in figures.
+STEP = StepRecord(
+    ended=1.0,
+    bucket=8,
+    load=StepLoad(3),
+    requests=2,
+    branches=3,
+    deferred=0,
+    predicted=0.02,
+    baseline=0.015,
+    budget=0.02,
+    seconds=0.03,
+    widths=(2, 1),
+)
 
 
 class ByteTokenizer:

@@ -8,24 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.predictor import StepLoad
 from serve.door import StepRecord
 from serve.lateness import CAUSES, LATE, Cause, cause_of_lateness
 from tests.scheduler.strategies import examples
+from tests.serve import fakes
 
-STEP = StepRecord(
-    ended=10.0,
-    bucket=8,
-    load=StepLoad(3),
-    requests=2,
-    branches=3,
-    deferred=0,
-    predicted=0.020,
-    baseline=0.015,
-    budget=None,
-    seconds=0.030,
-    planned=9.975,
-)
+STEP = fakes.STEP._replace(ended=10.0, planned=9.975)
 NEXT = STEP._replace(ended=10.020, seconds=0.020, planned=9.999)
 
 seconds = st.floats(0.0, 1.0)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from bench.host.processes import Counts, Setting
-from bench.host.serving import WIDTHS, items, main, spread, steps_of
+from bench.host.serving import WIDTHS, items, main, steps_of, unevenness
 from serve.door import StepRecord
-from tests.serve.server.test_metrics import STEP
+from tests.serve.fakes import STEP
 
 
 def test_a_small_load_is_measured_over_both_processes(tmp_path: Path) -> None:
@@ -72,6 +72,6 @@ def test_a_part_counts_cpu_and_what_it_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_spread_is_in_milliseconds() -> None:
-    assert spread([0.001] * 99 + [0.002]) == pytest.approx(
+    assert unevenness([0.001] * 99 + [0.002]) == pytest.approx(
         {"median_ms": 1.0, "p99_ms": 1.01, "p99_over_median": 1.01}, abs=1e-3
     )

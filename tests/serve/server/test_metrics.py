@@ -8,29 +8,15 @@ import urllib.request
 
 import pytest
 
-from scheduler.predictor import PredictionAccuracy, StepLoad
+from scheduler.predictor import PredictionAccuracy
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request
 from scheduler.scheduler import SchedulerLoad
 from scheduler.stopping import Stopping
-from serve.door import Load, StepRecord
+from serve.door import Load
 from serve.lateness import CAUSES
 from serve.server.metrics import Metrics
-from tests.serve.fakes import FakeEngine, finished
-
-STEP = StepRecord(
-    ended=1.0,
-    bucket=8,
-    load=StepLoad(3),
-    requests=2,
-    branches=3,
-    deferred=0,
-    predicted=0.02,
-    baseline=0.015,
-    budget=0.02,
-    seconds=0.03,
-    widths=(2, 1),
-)
+from tests.serve.fakes import STEP, FakeEngine, finished
 
 
 def test_a_step_is_measured_against_its_prediction():

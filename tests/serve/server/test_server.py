@@ -742,8 +742,7 @@ from serve.config import ServerConfig
 from serve.door import Failed
 from serve.served import Platform, Served
 from serve.server.server import run
-from tests.serve.fakes import FakeEngine, served_model
-from tests.serve.server.test_metrics import STEP
+from tests.serve.fakes import STEP, FakeEngine, served_model
 from tests.serve.server.test_server import answer
 
 def die(engine, request):
