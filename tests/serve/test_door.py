@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -16,11 +15,11 @@ from scheduler.events import Finished, StageFinished, StageStarted, Started, Tok
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request, Slo
-from scheduler.scheduler import Scheduler, SchedulerConfig, SchedulerLoad
+from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Sample, Step
 from scheduler.stopping import FinishReason, Stopping
 from serve.config import ServerConfig
-from serve.door import Engine, Failed, News, Refused, StepRecord, Watcher, is_last
+from serve.door import Engine, Failed, Refused, StepRecord, Watcher
 from serve.engine.engine import InProcessEngine
 from serve.remote.channel import Channel
 from serve.remote.child import EngineHost
@@ -29,6 +28,7 @@ from serve.remote.engine import RemoteEngine
 from serve.served import Platform
 from serve.text.codec import TextCodec
 from tests.serve.fakes import ByteTokenizer, FakeEngine, begin, finished, say
+from tests.serve.waiting import Listener, until
 
 PATIENT = Slo(tpot=10.0, ttft=60.0)
 
@@ -36,23 +36,6 @@ PATIENT = Slo(tpot=10.0, ttft=60.0)
 def request(id: str, tokens: int = 5) -> Request:
     stages = (SerialStage(stopping=Stopping(max_tokens=tokens)),) if tokens else ()
     return Request(id=id, prompt=(1, 2, 3), program=Plan(stages=stages), slo=PATIENT)
-
-
-class Listener:
-    """The sink of a request."""
-
-    def __init__(self) -> None:
-        self.batches: list[Sequence[News]] = []
-        self.ended = threading.Event()
-
-    def __call__(self, news: Sequence[News]) -> None:
-        self.batches.append(news)
-        if is_last(news[-1]):
-            self.ended.set()
-
-    def wait(self) -> list[News]:
-        assert self.ended.wait(30), "the request did not end"
-        return [event for batch in self.batches for event in batch]
 
 
 @dataclass
@@ -150,14 +133,6 @@ def refusal(engine: Engine, asked: Request) -> str:
     return refused.reason
 
 
-def until(engine: Engine, condition: Callable[[SchedulerLoad], bool]) -> None:
-    """Its load says so, at once or as soon as it is told."""
-    deadline = time.monotonic() + 10
-    while not condition(engine.load().scheduler):
-        assert time.monotonic() < deadline, "its load does not say so"
-        time.sleep(0.001)
-
-
 def test_a_requests_events_come_in_order_and_its_id_is_free_afterwards(engine: Engine) -> None:
     for _ in range(2):
         listener = Listener()
@@ -204,7 +179,7 @@ def test_a_cancelled_request_is_gone_at_once(engine: Engine, may_go_on: threadin
     engine.submit(request("r"), listener)
     engine.cancel("r")
     engine.cancel("r")  # it is known no more
-    until(engine, lambda load: not load.running_requests)
+    until(lambda: not engine.load().scheduler.running_requests)
     engine.submit(request("r", tokens=2), other)
     may_go_on.set()
     assert isinstance(other.wait()[-1], Finished)
@@ -256,7 +231,7 @@ def test_load_counts_what_runs(engine: Engine, may_go_on: threading.Event) -> No
     may_go_on.clear()
     listener = Listener()
     engine.submit(request("r"), listener)
-    until(engine, lambda load: load.running_requests + load.queued_requests == 1)
+    until(lambda: engine.load().scheduler.running_requests + engine.load().scheduler.queued_requests == 1)
     assert engine.load().scheduler.kv_capacity_tokens > 0
     may_go_on.set()
     listener.wait()

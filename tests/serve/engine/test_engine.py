@@ -24,6 +24,7 @@ from tests.serve.conftest import BUCKETS
 from tests.serve.engine.timed import Timed
 from tests.serve.lab import NUM_PAGES, NUM_SLOTS, PAGE_SIZE, Letters, answer, run
 from tests.serve.loads import load, parallel, serial
+from tests.serve.waiting import Listener
 
 SLO = Slo(tpot=10.0, ttft=60.0)
 
@@ -55,23 +56,6 @@ class Device:
 
         def samples(self) -> tuple[Sample, ...]:
             return tuple(Sample(65) for entry in self.step.entries if entry.samples)
-
-
-class Listener:
-    """Collects a request's events and waits for its end."""
-
-    def __init__(self) -> None:
-        self.events: list[News] = []
-        self.done = threading.Event()
-
-    def __call__(self, news: Sequence[News]) -> None:
-        self.events += news
-        if is_last(news[-1]):
-            self.done.set()
-
-    def wait(self) -> list[News]:
-        assert self.done.wait(60), "the request did not end"
-        return self.events
 
 
 def request(id: str, *stages: object, prompt: int = 5) -> Request:
@@ -124,7 +108,7 @@ def test_a_cancel_frees_everything_before_the_next_plan(exact_runner: Runner, ph
         engine.submit(mate, listeners[mate.id])
     engine.submit(VICTIM, heard.extend)
     submitted.set()
-    answers = {name: answer(listener.wait()) for name, listener in listeners.items()}  # type: ignore[arg-type]
+    answers = {name: answer(listener.wait(60)) for name, listener in listeners.items()}  # type: ignore[arg-type]
     engine.stop(drain=True, timeout=10)
     assert cancelled_at, "the phase never came"
     assert answers == alone
@@ -191,7 +175,7 @@ def answer_at_once(engine: InProcessEngine, asked: Request) -> News:
     """What a request that is not taken hears of it, before `submit` returns."""
     listener = Listener()
     engine.submit(asked, listener)
-    (news,) = listener.events
+    (news,) = listener.news
     return news
 
 
@@ -310,7 +294,7 @@ def test_who_is_cancelled_before_a_step_is_told_hears_nothing_of_it() -> None:
         looks += 1
         if looks == 5:  # step 2 has ended
             engine.cancel("r")
-            heard = len(gone.events)
+            heard = len(gone.news)
             engine.submit(request("r", serial(2)), listener)
 
     heard = -1
@@ -319,8 +303,8 @@ def test_who_is_cancelled_before_a_step_is_told_hears_nothing_of_it() -> None:
     engine.submit(request("r", serial(20)), gone)
     events = listener.wait()
     engine.stop(drain=True, timeout=5)
-    assert len(gone.events) == heard > 0
-    assert [event.completion_tokens for event in gone.events if isinstance(event, TokenEmitted)] == [1, 2]
+    assert len(gone.news) == heard > 0
+    assert [event.completion_tokens for event in gone.news if isinstance(event, TokenEmitted)] == [1, 2]
     assert [event.completion_tokens for event in events if isinstance(event, TokenEmitted)] == [1, 2]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from serve.remote.channel import Channel
 from serve.remote.messages import Broken, Message
+from tests.serve.waiting import until
 
 
 @dataclass
@@ -41,10 +42,7 @@ class End:
             self.channel.send(Broken("", text))
 
     def wait_for(self, count: int) -> None:
-        deadline = time.monotonic() + 20
-        while len(self.heard) < count:
-            assert time.monotonic() < deadline, f"{len(self.heard)} of {count} came"
-            time.sleep(0.001)
+        until(lambda: len(self.heard) >= count, 20)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from serve.client import Client
 from serve.client.answer import Finished
 from serve.remote.spawn import spawned
 from tests.serve.remote.slow import STUCK, UNLUCKY
+from tests.serve.waiting import until
 
 SERVER = """
 import signal, sys
@@ -87,15 +88,6 @@ def end(both: Both) -> None:
     both.server.communicate(timeout=20)
 
 
-def within(seconds: float, condition: Callable[[], bool]) -> float:
-    """How long it took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, "it did not happen in time"
-        time.sleep(0.005)
-    return time.monotonic() - began
-
-
 def test_requests_are_served_and_a_signal_drains_both(both: Both) -> None:
     with Client(both.address) as client:
         assert client.complete([1], max_tokens=5).usage.completion_tokens == 5
@@ -109,7 +101,7 @@ def test_requests_are_served_and_a_signal_drains_both(both: Both) -> None:
     assert both.server.wait(15) == 0
     assert both.server.stdout is not None
     assert both.server.stdout.read() == "imported []\n", "JAX is the engine's alone"
-    within(5, lambda: not both.engine_is_alive)
+    until(lambda: not both.engine_is_alive, 5)
 
 
 def test_when_the_engines_process_dies_callers_are_told_and_the_server_ends(both: Both) -> None:
@@ -171,7 +163,7 @@ def test_when_the_server_dies_its_engine_ends(both: Both) -> None:
         events = iter(running)
         next(events)
         both.server.kill()
-        assert within(5, lambda: not both.engine_is_alive) < 1.0
+        assert until(lambda: not both.engine_is_alive, 5) < 1.0
         with pytest.raises(UnavailableError):
             for _ in events:
                 pass
@@ -188,7 +180,7 @@ def test_a_second_signal_ends_both_at_once(both: Both) -> None:
             for _ in events:
                 pass
     assert both.server.wait(5) == 0
-    within(5, lambda: not both.engine_is_alive)
+    until(lambda: not both.engine_is_alive, 5)
 
 
 def test_a_cancelled_call_leaves_no_page_behind(both: Both) -> None:
@@ -197,7 +189,7 @@ def test_a_cancelled_call_leaves_no_page_behind(both: Both) -> None:
             events = iter(running)
             next(events)
             assert client.load().running_requests == 1
-        within(5, lambda: client.load().running_requests == 0 and client.load().kv_used_tokens == 0)
+        until(lambda: client.load().running_requests == 0 and client.load().kv_used_tokens == 0, 5)
 
 
 def test_an_engine_that_is_killed_while_it_drains_is_a_failure(both: Both) -> None:
@@ -238,7 +230,7 @@ def test_signals_are_the_servers_even_before_the_engines_process_has_begun() -> 
     )
     try:
         children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
-        within(20, lambda: bool(children.read_text()))
+        until(lambda: bool(children.read_text()), 20)
         engine = int(children.read_text())
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(engine, number)
@@ -257,7 +249,7 @@ def test_an_engine_that_does_not_start_says_why_and_ends_both() -> None:
         _, said = both.server.communicate(timeout=30)
         assert both.server.returncode == 1
         assert "ValueError: an unlucky number" in said
-        within(5, lambda: not both.engine_is_alive)
+        until(lambda: not both.engine_is_alive, 5)
     finally:
         end(both)
 
@@ -265,7 +257,7 @@ def test_an_engine_that_does_not_start_says_why_and_ends_both() -> None:
 def test_an_engine_that_does_not_listen_yet_ends_with_its_server() -> None:
     both = begun(program=SERVER.replace("slow.main", "slow.deaf"))
     both.server.kill()
-    within(5, lambda: not both.engine_is_alive)
+    until(lambda: not both.engine_is_alive, 5)
     end(both)
 
 
