@@ -7,11 +7,11 @@ positions alone, never on what siblings or the schedule did.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from scheduler.announcement import Announcement
 from scheduler.program import Plan, SerialStage, Stage, TagProgram
 from scheduler.sampling import SamplingParams
 from scheduler.search import Reader, Search
@@ -19,13 +19,11 @@ from scheduler.stopping import FinishReason, Stopping
 
 
 class Codec(Protocol):
-    """The tokenizer, as far as programs need it. `decode` keeps special tokens."""
+    """The tokenizer, as far as programs need it."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of text that goes on from other text."""
         ...
-
-    def decode(self, ids: list[int]) -> str: ...
 
     def reader(self, before: Iterable[int], *, special_tokens: bool) -> Reader:
         """Reads the tokens that follow `before` (the newest first), with special tokens or without."""
@@ -143,8 +141,9 @@ class TagCursor:
         self._depth = depth
         self._limit = limit
         self._forks = 0
-        self._search: Search | None = None  # for the tags, in the text of the stage
+        self._text: _StageText | None = None  # of the stage that goes on
         self._read = 0  # tokens of the segment that it has read
+        self._seeds: dict[str, tuple[int, ...]] = {}  # what the branches that were tried last begin with
 
     def begin(self, position: int) -> Action:
         self._limit = position + self._program.stopping.max_tokens
@@ -152,11 +151,17 @@ class TagCursor:
 
     def on_token(self, tokens: Sequence[int], stage_from: int, position: int) -> Action | None:
         grammar = self._program.grammar
-        closed = self._closed(tokens, stage_from)
+        text = self._text
+        if text is None:
+            reader = self._codec.reader(reversed(tokens[:stage_from]), special_tokens=True)
+            text = self._text = _StageText(self._program, reader)
+            self._read = stage_from
+        closed = {tag for token in tokens[self._read :] for tag in text.push(token)}
+        self._read = len(tokens)
         if self._depth > 0 and grammar.branch_close in closed:
             return End(FinishReason.BRANCH_CLOSED)
         if self._depth < self._program.max_depth and grammar.plan_close in closed:
-            return self._fork(self._codec.decode(list(tokens[stage_from:])), position)
+            return self._fork(text.announced.labels(), position)
         return None
 
     def on_stop(self, reason: FinishReason) -> Action:
@@ -167,40 +172,48 @@ class TagCursor:
 
     def _decode(self, prefix: tuple[int, ...], position: int) -> Decode | End:
         assert self._limit is not None
-        self._search = None
+        self._text = None
         left = self._limit - position - len(prefix)
         if left <= 0:
             return End(FinishReason.MAX_TOKENS)
         return Decode(prefix, replace(self._program.stopping, max_tokens=left))
 
-    def _closed(self, tokens: Sequence[int], stage_from: int) -> set[str]:
-        """The tags that the newest token completes."""
-        if self._search is None:
-            grammar, before = self._program.grammar, reversed(tokens[:stage_from])
-            reader = self._codec.reader(before, special_tokens=True)
-            self._search, self._read = Search((grammar.branch_close, grammar.plan_close), reader), stage_from
-        found = [self._search.push(token) for token in tokens[self._read :]]
-        self._read = len(tokens)
-        return {match.string for matches in found for match in matches}
-
-    def _fork(self, text: str, position: int) -> Fork | None:
-        program, grammar = self._program, self._program.grammar
-        _, opened, goal = text.rpartition(grammar.plan_open)
-        labels = [match.group(1) for match in re.finditer(grammar.outline, goal)] if opened else []
-        if not 0 < len(labels) <= program.max_branches:
+    def _fork(self, labels: Sequence[str], position: int) -> Fork | None:
+        if not labels:
             return None
+        program = self._program
         assert self._limit is not None
         limit = min(self._limit, position + program.branch_max_tokens)
+        seeds, self._seeds = self._seeds, {}  # a fork without room is tried each time that its plan closes
         children: list[Child] = []
         for label in labels:
-            seed = tuple(self._codec.encode(grammar.branch_open.replace("{label}", label)))
+            self._seeds[label] = seed = seeds.get(label) or self._seed(label)
             cursor = TagCursor(program, self._codec, self._depth + 1, limit)
             first = cursor._decode(seed, position)
             if isinstance(first, End):  # no room for even one token of it
                 return None
             children.append(Child(label, first, cursor))
         self._forks += 1
-        return Fork(self._forks - 1, tuple(children), grammar.join, len(children))
+        return Fork(self._forks - 1, tuple(children), program.grammar.join, len(children))
+
+    def _seed(self, label: str) -> tuple[int, ...]:
+        return tuple(self._codec.encode(self._program.grammar.branch_open.replace("{label}", label)))
+
+
+class _StageText:
+    """The text of one stage: the tags that a token completes, and what has been announced so far."""
+
+    def __init__(self, program: TagProgram, reader: Reader) -> None:
+        grammar = program.grammar
+        self._reader = reader
+        self._search = Search((grammar.branch_close, grammar.plan_close), reader)
+        self.announced = Announcement(grammar, program.max_branches)
+
+    def push(self, token: int) -> list[str]:
+        """The tags that this token completes."""
+        settled, fresh = self._reader.push(token), self._reader.fresh
+        self.announced.read(settled, fresh)
+        return [match.string for match in self._search.look(settled, fresh)]
 
 
 def cursor(program: Plan | TagProgram, codec: Codec) -> Cursor:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scheduler.outline import Numbered, Outline
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TagGrammar:
     """The tags with which a model opens and closes branches of its own (Multiverse, NPR and their like).
 
-    When `plan_close` is generated, each match of `outline` (a regular expression whose first group is the
-    branch's label) after the last `plan_open` becomes a branch that begins with `branch_open`, where
-    `{label}` is replaced, and ends with `branch_close`. When all have ended, the parent goes on after
-    `join_open`.
+    When `plan_close` is generated, each `outline` after the last `plan_open` becomes a branch that begins
+    with `branch_open`, where `{label}` is replaced, and ends with `branch_close`. When all have ended, the
+    parent goes on after `join_open`.
     """
 
     name: str
     plan_open: str
-    outline: str
+    outline: Outline
     plan_close: str
     branch_open: str
     branch_close: str
@@ -28,7 +29,7 @@ class TagGrammar:
 MULTIVERSE = TagGrammar(
     name="multiverse",
     plan_open="<Goal>",
-    outline=r"<Outline>\s*(\d+(?:\.\d+)*)\s*:",
+    outline=Numbered("<Outline>", ":", r"\d+(?:\.\d+)*"),
     plan_close="</Goal>",
     branch_open="\n<Path>\n{label}:",
     branch_close="</Path>",
@@ -39,7 +40,7 @@ MULTIVERSE = TagGrammar(
 NPR = TagGrammar(
     name="npr",
     plan_open="<guideline>",
-    outline=r"<plan>\s*(\d+)\s*:",
+    outline=Numbered("<plan>", ":"),
     plan_close="</guideline>",
     branch_open="\n<step>\n{label}:",
     branch_close="</step>",
@@ -50,7 +51,7 @@ NPR = TagGrammar(
 THREADWEAVER = TagGrammar(
     name="threadweaver",
     plan_open="<Outlines>",
-    outline=r"<Outline>\s*(\d+)\s*:",
+    outline=Numbered("<Outline>", ":"),
     plan_close="</Outlines>",
     branch_open="\n<Thread>\n{label}:",
     branch_close="</Thread>",

@@ -44,7 +44,10 @@ class Search:
 
     def push(self, token: int) -> list[Match]:
         """The strings that this token completes, in the order in which they begin."""
-        settled, fresh = self._reader.push(token), self._reader.fresh
+        return self.look(self._reader.push(token), self._reader.fresh)
+
+    def look(self, settled: str, fresh: str) -> list[Match]:
+        """The same for a token that its reader has read already."""
         if settled:
             text = self._settled + settled
             self._settled_end += len(settled)

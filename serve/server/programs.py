@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from scheduler.grammars import MULTIVERSE, TagGrammar
+from scheduler.outline import Line
 from scheduler.program import (
     BranchSpec,
     ParallelStage,
@@ -185,12 +185,10 @@ class ProgramReader:
         join = self._join(tags.join, f"{path}.join")
         if join == "none":
             self._faults.add(f"{path}.join", "the branches of a model-driven fork are always joined")
-        # Bounded repetitions over literals: a client cannot make the match slow.
-        label = r"[ \t]{0,8}([^\n]{1,128}?)[ \t]{0,8}"
         return TagGrammar(
             name="request",
             plan_open=tags.plan_open,
-            outline=re.escape(tags.label_open) + label + re.escape(tags.label_close),
+            outline=Line(tags.label_open, tags.label_close),
             plan_close=tags.plan_close,
             branch_open=tags.branch_open,
             branch_close=tags.branch_close,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 from serve.text.reader import Speller, Spelling, TextReader
@@ -15,7 +15,7 @@ class Tokenizer(Protocol):
 
 
 class TextCodec:
-    """Forced text and tags to ids, and ids to text."""
+    """Forced text and tags to ids, and ids to text, token by token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -25,9 +25,6 @@ class TextCodec:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode_continuation(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._spellers[True].text(ids)
 
     def reader(self, before: Iterable[int], *, special_tokens: bool) -> TextReader:
         return TextReader(self._spellers[special_tokens], before)

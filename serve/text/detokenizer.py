@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from serve.text.beginnings import Beginnings
 from serve.text.reader import TextReader
 
 
@@ -15,8 +16,8 @@ class Detokenizer:
 
     def __init__(self, reader: TextReader, stops: Iterable[str] = ()) -> None:
         self._reader = reader
-        self._stops = tuple(stops)
-        self._firsts = tuple({stop[0] for stop in self._stops})
+        self._stops = Beginnings(stops)
+        self._state = self._stops.nothing
         self._held = ""  # read, but it may turn out to belong to a stop string
 
     def force(self, tokens: Iterable[int]) -> str:
@@ -44,25 +45,18 @@ class Detokenizer:
 
     def fork(self) -> Detokenizer:
         """For a branch of this one, which goes on from here."""
-        return Detokenizer(self._reader.fork(), self._stops)
+        branch = Detokenizer(self._reader.fork())
+        branch._stops, branch._state = self._stops, self._stops.nothing
+        return branch
 
     def _take_held(self) -> str:
-        held, self._held = self._held, ""
+        held, self._held, self._state = self._held, "", self._stops.nothing
         return held
 
     def _hold(self, piece: str) -> str:
         """A whole stop string is held until the next text: whether the stage ends is not decided here."""
-        if not self._held and not any(first in piece for first in self._firsts):
-            return piece
-        old, text = len(self._held), self._held + piece
-        keep = len(text)
-        for stop in self._stops:
-            found = text.find(stop, max(0, old - len(stop) + 1))  # new with this token
-            if found >= 0:
-                keep = min(keep, found)
-            for size in range(min(len(stop) - 1, len(text)), 0, -1):
-                if text.endswith(stop[:size]):
-                    keep = min(keep, len(text) - size)
-                    break
+        self._state, hold = self._stops.read(self._state, piece)
+        text = self._held + piece
+        keep = len(text) - hold
         self._held = text[keep:]
         return text[:keep]

@@ -9,10 +9,12 @@ from __future__ import annotations
 import codecs
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Protocol
 
 _UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER = 4  # bytes
+_LOOK_BACK = 256  # tokens: where more in a row have no text, what stands before them does not matter
 
 
 class Spelling(Protocol):
@@ -59,7 +61,7 @@ class Speller:
 class TextReader:
     """Reads one sequence. O(1) amortised for each token.
 
-    before  the ids before the first one, the newest first: as many are looked at as can matter
+    before  the ids before the first one, the newest first: as many are looked at as can matter, up to 256
     fresh   a character that the newest token made whole, while it is part of a run of bytes that goes on:
             it is not given out yet, for the next byte may make the whole run unreadable
     """
@@ -153,7 +155,7 @@ class TextReader:
     def _begin_after(self, before: Iterable[int]) -> None:
         """Take over the character that `before` leaves unfinished."""
         tail = b""
-        for token in before:
+        for token in islice(before, _LOOK_BACK):
             piece = self._speller.pieces.get(token)
             if not piece:
                 continue

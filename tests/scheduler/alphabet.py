@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from scheduler.grammars import MULTIVERSE, TagGrammar
+from scheduler.outline import Numbered
 
 PIECES = (
     "$", "#",  # end of sequence, a stop token
@@ -73,7 +74,7 @@ FOLLOWS = {
 NPR_LIKE = TagGrammar(
     name="npr-like",
     plan_open="<Goal>",
-    outline=r"<Outline>(\d)",
+    outline=Numbered("<Outline>", "", r"\d"),
     plan_close="</Goal>",
     branch_open="",
     branch_close="</Path>",

@@ -9,7 +9,6 @@ In a race (first k), every branch runs to its end here; then the branches are so
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
@@ -18,6 +17,7 @@ from scheduler.sampling import SamplingParams
 from scheduler.search import Match
 from scheduler.stopping import FinishReason, Stopping
 from tests.scheduler.alphabet import Alphabet
+from tests.scheduler.outlines import pattern
 from tests.scheduler.symbolic import Path, SymbolicModel
 
 Key = tuple[
@@ -300,7 +300,7 @@ class _Tags:
             return None
         if grammar.plan_open not in text:
             return None
-        labels = re.findall(grammar.outline, text[text.rindex(grammar.plan_open) :])
+        labels = pattern(grammar.outline).findall(text[text.rindex(grammar.plan_open) :])
         if not 0 < len(labels) <= self._program.max_branches:
             return None
         limit = min(self._limit, position + self._program.branch_max_tokens)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import codecs
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 
 from scheduler.cursor import Cursor, Decode, End, Fork, cursor
 from scheduler.grammars import MULTIVERSE
+from scheduler.outline import Line
 from scheduler.program import (
     BranchSpec,
     ParallelStage,
@@ -204,6 +206,46 @@ def test_a_token_costs_no_more_to_look_at_the_more_have_come_before() -> None:
         given.append(token)
         where.on_token(given, 500, 10 + len(given))
     assert codec.read == 3
+
+
+def test_a_fork_without_room_that_is_tried_again_costs_no_more_tokenizing() -> None:
+    class Counting(Alphabet):
+        encoded = 0
+
+        def encode(self, text: str) -> list[int]:
+            self.encoded += 1
+            return super().encode(text)
+
+    codec = Counting()
+    where = cursor(PROGRAM, codec)
+    where.begin(10)
+    forks = feed(where, "<Goal><Outline>1:<Outline>2:" + 20 * "</Goal>")[-20:]
+    assert all(isinstance(fork, Fork) for fork in forks), "the pages may forbid each of them"
+    assert codec.encoded == 2
+
+
+def test_a_client_that_closes_a_plan_with_every_token_costs_time_linear_in_its_tokens() -> None:
+    """Its labels open with a space and never close, so that a regular expression tries every length of each."""
+    grammar = replace(MULTIVERSE, plan_open="a", outline=Line(" ", "\x01"), plan_close=" ", branch_close="c")
+
+    class Spaces(Alphabet):
+        def reader(self, before: Iterable[int], *, special_tokens: bool) -> Pieces:
+            return Pieces(lambda token: "a" if token else " ")
+
+    def seconds(count: int) -> float:
+        where = cursor(replace(PROGRAM, grammar=grammar, stopping=Stopping(max_tokens=10**6)), Spaces())
+        where.begin(0)
+        given = [1]
+        where.on_token(given, 0, 1)
+        began = time.process_time()
+        for position in range(2, count):
+            given.append(0)
+            assert where.on_token(given, 0, position) is None
+        return time.process_time() - began
+
+    short, long = (min(seconds(count) for _ in range(2)) for count in (2000, 8000))
+    assert long < 2 * 4 * short
+    assert long < 2.0
 
 
 def test_only_what_the_stage_generated_counts() -> None:

@@ -155,3 +155,16 @@ def test_where_nothing_waits_a_whole_character_is_looked_up_and_not_read():
     assert reader.push(token) == "a"
     spelled.pieces = {}
     assert reader.push(token) == "a"
+
+
+def test_of_a_context_without_text_it_looks_at_no_more_than_a_few_hundred_tokens():
+    special = next(iter(family("qwen").spelling.special.values()))
+    looked_at = 0
+
+    def context():
+        nonlocal looked_at
+        for looked_at in range(1, 100_000):
+            yield special
+
+    assert TextReader(speller("qwen"), before=context()).push(special) == ""
+    assert looked_at <= 300
