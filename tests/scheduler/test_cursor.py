@@ -225,7 +225,7 @@ def test_a_fork_without_room_that_is_tried_again_costs_no_more_tokenizing() -> N
 
 
 def test_a_client_that_closes_a_plan_with_every_token_costs_time_linear_in_its_tokens() -> None:
-    """Its labels open with a space and never close, so that a regular expression tries every length of each."""
+    """Labels open with a space and never close: a regular expression tries every length of each."""
     grammar = replace(MULTIVERSE, plan_open="a", outline=Line(" ", "\x01"), plan_close=" ", branch_close="c")
 
     class Spaces(Alphabet):
