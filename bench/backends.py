@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,8 @@ class Measuring:
         )
 
 
-def measure(options: Namespace) -> list[Row]:
-    """What was asked for, or else the device's own backend and the one that runs anywhere."""
+def measure(options: Namespace) -> Iterator[list[Row]]:
+    """Rows of each backend that was asked for, or else of the device's own and the one that runs anywhere."""
     on_cpu = jax.default_backend() == "cpu"
     config = PRESETS[options.model or (CPU_MODEL if on_cpu else MODEL)]
     layers = options.layers or (CPU_LAYERS if on_cpu and not options.model else config.num_layers)
@@ -102,10 +102,8 @@ def measure(options: Namespace) -> list[Row]:
     names = options.backend
     if names is None:
         names = dict.fromkeys((default_backend(config.head_dim, DTYPE).name, "xla"))
-    rows: list[Row] = []
     for name in names:
-        rows += Measuring(name, config, placement, small=small).rows()
-    return rows
+        yield Measuring(name, config, placement, small=small).rows()
 
 
 def estimate(options: Namespace) -> list[Row]:
@@ -156,10 +154,10 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     ask_for_devices(options.tensor_parallel)
     rows = [row for path in options.others for row in earlier(json.loads(path.read_text()), of)]
     with contextlib.redirect_stdout(sys.stderr):
-        if options.backend != []:
-            rows += measure(options)
         result = head(command().typed(arguments), hardware.describe(options.tensor_parallel))
-        keep({**result, "rows": [row.as_json() for row in rows]}, options.json)
+        for measured_rows in measure(options) if options.backend != [] else ():
+            rows += measured_rows
+            keep({**result, "rows": [row.as_json() for row in rows]}, options.json)
         rows += estimate(options)
     result["rows"] = [row.as_json() for row in rows]
     if options.plot is not None:

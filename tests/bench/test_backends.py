@@ -81,6 +81,21 @@ def test_nothing_is_measured_or_estimated_if_nothing_is_named(capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out)["rows"] == []
 
 
+def test_the_rows_of_a_backend_are_kept_if_the_next_one_ends_it_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def rows(self: Measuring) -> list[Row]:
+        if self.backend == "reference":
+            raise MemoryError
+        return [row()]
+
+    monkeypatch.setattr(Measuring, "rows", rows)
+    out = tmp_path / "out.json"
+    with pytest.raises(MemoryError):
+        main(["--backend", "xla", "reference", "--estimate", "--json", str(out)])
+    assert json.loads(out.read_text())["rows"] == [row().as_json()]
+
+
 def test_a_cpu_measures_a_small_model_unless_another_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[tuple[str, int, str]] = []
 
@@ -90,7 +105,7 @@ def test_a_cpu_measures_a_small_model_unless_another_is_asked_for(monkeypatch: p
 
     monkeypatch.setattr(Measuring, "rows", rows)
     for asked in ([], ["--model", "qwen3-1.7b", "--backend", "reference"], ["--layers", "1"]):
-        backends.measure(command().parse_args(asked))
+        assert not any(backends.measure(command().parse_args(asked)))
     assert measured == [("qwen3-0.6b", 2, "xla"), ("qwen3-1.7b", 28, "reference"), ("qwen3-0.6b", 1, "xla")]
 
 
