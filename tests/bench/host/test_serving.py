@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.host.processes import Counts, Setting
+from bench.host import processes
+from bench.host.processes import Counts, Device, Setting
 from bench.host.serving import WIDTHS, items, main, steps_of, unevenness
 from serve.door import StepRecord
 from tests.serve.fakes import STEP
@@ -69,6 +70,33 @@ def test_a_part_counts_cpu_and_what_it_waited_for(tmp_path: Path) -> None:
     assert found["parts"]["asleep"]["cpu_ms"] < 5
     assert found["parts"]["busy"]["cpu_ms"] > 0.5
     assert found["cpu_ms"] >= found["parts"]["busy"]["cpu_ms"]
+
+
+def test_counts_are_written_once(tmp_path: Path) -> None:
+    counts, target = Counts(Setting(device_ms=1, launch_ms=1, folder="", requests=2)), tmp_path / "counts"
+    counts.write(target)
+    first = target.read_text()
+    counts.step(STEP._replace(requests=2))
+    counts.step(STEP._replace(requests=2))
+    counts.write(target)
+    assert target.read_text() == first, "a process that ends meanwhile would leave half of it"
+
+
+def test_the_device_begins_when_a_launch_has_reached_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds + 0.5  # until the caller has the interpreter again
+
+    monkeypatch.setattr(processes.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(processes.time, "sleep", sleep)
+    device = Device(Setting(device_ms=6, launch_ms=1, folder="", requests=1))
+    tokens = device.run(1)
+    now = 0.0069
+    assert not tokens.is_ready()
+    now = 0.0071
+    assert tokens.is_ready()
 
 
 def test_a_spread_is_in_milliseconds() -> None:
