@@ -106,13 +106,21 @@ class Arrivals:
         return float(self.seconds[:, 0].max()), float(self.seconds[:, -1].min())
 
     def decoded_together(self) -> tuple[float, float] | None:
-        """(tokens per second, mean tokens of an answer so far) while all were decoding; None if never."""
+        """(tokens per second, mean tokens of an answer so far) while all were decoding; None if never.
+
+        The sum of each request's own pace, from its first message in that time to its last: what a step
+        brings comes spread over milliseconds, and between two common moments there may be a token of each
+        more or less.
+        """
         begin, end = self.together
-        inside = (self.seconds > begin) & (self.seconds <= end)
-        if end <= begin or not inside.any():
-            return None
-        before = (self.seconds <= begin).sum(1)
-        return float(inside.sum() / (end - begin)), float((before + inside.sum(1) / 2).mean())
+        paces: list[float] = []
+        for times in self.seconds:
+            inside = times[(times >= begin) & (times <= end)]
+            if not inside.size or inside[0] == inside[-1]:
+                return None
+            paces.append((inside > inside[0]).sum() / (inside[-1] - inside[0]))
+        before, after = ((self.seconds <= moment).sum(1) for moment in (begin, end))
+        return float(sum(paces)), float((before + after).mean() / 2)
 
 
 async def send_all(address: str, load: Load, run: int, interval_ms: float = 0.0) -> Arrivals:

@@ -66,7 +66,22 @@ def test_decoding_counts_while_every_request_decodes() -> None:
     assert arrivals.decoded_together() == (2.0, (3 + 1 + 1 + 1) / 2)
 
 
+def test_a_pace_does_not_depend_on_how_far_apart_a_step_s_messages_come() -> None:
+    """Sixteen requests, a token of each every 10 ms, spread over 3 ms or over none."""
+    steps = 0.01 * np.arange(30)
+    for spread in (0.0, 0.0002):
+        arrivals = Arrivals(steps + spread * np.arange(16)[:, None])
+        assert arrivals.decoded_together() == (pytest.approx(1600), pytest.approx(15.5, abs=0.6))
+
+
+def test_a_pace_counts_the_tokens_of_every_message_but_the_first() -> None:
+    """Three tokens a message, every 30 ms: 100 tokens a second."""
+    arrivals = Arrivals(np.repeat(0.03 * np.arange(9), 3)[None])
+    assert arrivals.decoded_together() == (pytest.approx(100), 15)
+
+
 def test_requests_that_never_decode_together_have_no_rate() -> None:
+    assert Arrivals(np.array([[1.0, 2], [2, 3]])).decoded_together() is None
     assert Arrivals(np.array([[1.0, 2, 3], [4, 5, 6]])).decoded_together() is None
 
 
