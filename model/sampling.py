@@ -47,6 +47,7 @@ SAMPLERS = (0, USES_RANDOM | USES_TOP, USES_ALL)
 # Words of an assignment: slot, the two halves of the seed, OPTIONS; then bias ids and bias values.
 _FIRST_OPTION = 3
 _FIXED_WORDS = _FIRST_OPTION + len(OPTIONS)
+NO_TOKEN = -1  # in the place of one, where there are no numbers to choose by
 _MOST = 2**31 - 1  # top-k of more than the vocabulary keeps all of it
 _OFF = {option.name: option.off for option in OPTIONS}
 
@@ -187,7 +188,8 @@ def sample(
     token = _best(logits, peers)
     if uses & USES_RANDOM:
         drawn = _draw(logits, slots, inputs, peers, cut=bool(uses & USES_TOP))
-        token = jnp.where(_option("temperature", slots, inputs.slot) > 0, drawn, token)
+        is_drawn = (_option("temperature", slots, inputs.slot) > 0) & (token != NO_TOKEN)
+        token = jnp.where(is_drawn, drawn, token)
     if uses & USES_LOGPROBS:
         logprobs = _logprobs(raw, token, max_top_logprobs, peers)
     else:
@@ -202,14 +204,16 @@ def sampler_for(uses: int) -> int:
 
 
 def _best(logits: Float[Array, "samples vocab"], peers: Peers) -> Int[Array, " samples"]:
-    """The first of the best tokens."""
+    """The first of the best tokens, or NO_TOKEN where a logit is NaN, which lax.argmax takes for the best."""
     token = lax.argmax(logits, 1, jnp.int32)
     if peers == ALONE:
-        return token
+        best = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        return jnp.where(jnp.isnan(best), NO_TOKEN, token)
     ids = (token + peers.index * logits.shape[1]).astype(logits.dtype)  # exact: below 2**24
     bests, tokens = jnp.moveaxis(peers.gather(jnp.stack([jnp.max(logits, axis=1), ids])), 1, 0)
-    first = lax.argmax(bests, 0, jnp.int32)
-    return jnp.take_along_axis(tokens, first[None], 0)[0].astype(jnp.int32)
+    first = lax.argmax(bests, 0, jnp.int32)[None]
+    token = jnp.take_along_axis(tokens, first, 0)[0].astype(jnp.int32)
+    return jnp.where(jnp.isnan(jnp.take_along_axis(bests, first, 0)[0]), NO_TOKEN, token)
 
 
 def _dtype(option: Option) -> type[np.int32 | np.float32]:

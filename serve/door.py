@@ -102,12 +102,15 @@ Watcher = Callable[[StepRecord], None]
 class Engine(Protocol):
     """Serves requests; its methods may be called from any thread.
 
-    state   SERVING until `stop` or a failure
-    policy  the admission policy of extra branches
+    state    SERVING until `stop` or a failure
+    failure  what it failed of, in a line for the operator; empty before
+    policy   the admission policy of extra branches
     """
 
     @property
     def state(self) -> State: ...
+    @property
+    def failure(self) -> str: ...
     @property
     def policy(self) -> str: ...
 

@@ -1,30 +1,67 @@
-"""The log goes to standard error, and nothing fails because nobody reads that any more."""
+"""The log goes to standard error, and nobody waits for it, or fails because nobody reads it any more."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import sys
+import threading
+from collections import deque
 
 import structlog
 
 
 class Stderr(io.TextIOBase):
-    """Standard error. What it does not take, as its reader is gone, is dropped."""
+    """Standard error. What it does not take, as its reader is gone or far behind, is dropped."""
+
+    MOST_WAITING = 1 << 20  # characters
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._waiting: deque[str] = deque()
+        self._size = 0  # of what waits and of what is being written
+        self._thread: threading.Thread | None = None
 
     def write(self, text: str, /) -> int:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
+        with self._change:
+            if self._size + len(text) <= self.MOST_WAITING:
+                self._waiting.append(text)
+                self._size += len(text)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="taper-log", daemon=True)
+                self._thread.start()
+            self._change.notify_all()
         return len(text)
 
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
+    def drain(self, timeout: float = 1.0) -> None:
+        """Wait until all is written, up to `timeout` seconds: before the process ends."""
+        with self._change:
+            self._change.wait_for(lambda: not self._size, timeout)
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._waiting)
+                text = "".join(self._waiting)
+                self._waiting.clear()
+            with contextlib.suppress(OSError, ValueError):  # or it is closed
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            with self._change:
+                self._size -= len(text)
+                self._change.notify_all()
 
 
 STDERR = Stderr()
 
 
 def log_to_stderr() -> None:
-    """From here on, for this process."""
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(STDERR))  # type: ignore[arg-type]
+    """From here on, for this process. A traceback shows no values of variables, which may be prompts."""
+    *before, _ = structlog.get_config()["processors"]
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+    )
+    structlog.configure(
+        processors=[*before, renderer],
+        logger_factory=structlog.PrintLoggerFactory(STDERR),  # type: ignore[arg-type]
+    )

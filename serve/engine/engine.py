@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from model.settings import one_line, out_of_memory
 from scheduler.events import Event, Finished, TokenEmitted
 from scheduler.request import Request
 from scheduler.scheduler import RejectedError, Scheduler
@@ -32,6 +33,14 @@ from serve.engine.step_log import Moments, StepLog, record
 from serve.rate import TokenRate
 
 log = structlog.get_logger("taper")
+
+
+def why_failed(crash: BaseException) -> str:
+    """What a step failed of, and what the operator can do, in a line."""
+    if out_of_memory(crash):
+        todo = "start again with fewer --num-pages or smaller --buckets"
+        return f"a step found no memory: {todo} ({one_line(crash)})"
+    return f"a step failed: {type(crash).__name__}: {one_line(crash)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,7 @@ class InProcessEngine:
     ) -> None:
         self.scheduler = scheduler
         self.state: State = "STARTING"
+        self.failure = ""
         self.runner = runner
         self._on_step = on_step
         self._watchers = [each for each in (watch, step_log and step_log.write) if each is not None]
@@ -186,10 +196,11 @@ class InProcessEngine:
         try:
             with closing(Pauses()) as pauses:
                 self._loop(launcher, pauses)
-        except Exception as crash:
-            error = repr(crash)
+        except BaseException as crash:  # SystemExit, too: nobody runs the requests from here on
+            error = self.failure = why_failed(crash)
             self.state = "FAILED"
-            log.exception("the engine failed")
+            if not out_of_memory(crash):
+                log.exception("the engine failed")
         finally:
             self._tell()
             with self._wake:

@@ -43,6 +43,8 @@ class Launch(NamedTuple):
 class Launcher:
     """Owns a runner while it is open: steps are launched in order, and none after one that failed."""
 
+    CLOSE_SECONDS = 5.0
+
     def __init__(self, runner: StepRunner, clock: Callable[[], float]) -> None:
         self._runner = runner
         self._clock = clock
@@ -57,9 +59,9 @@ class Launcher:
         return launch
 
     def close(self) -> None:
-        """Wait for what is being launched, and end the thread."""
+        """End the thread, after what is being launched, or without it where that does not come to an end."""
         self._waiting.put(None)
-        self._thread.join()
+        self._thread.join(self.CLOSE_SECONDS)
 
     def _run(self) -> None:
         failure: BaseException | None = None

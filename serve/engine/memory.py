@@ -10,6 +10,7 @@ just to learn its size. Devices that share a model hold equal parts of it: the p
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ def device_limit(devices: Sequence[Any]) -> int | None:
     return min((each["bytes_limit"] for each in stats if "bytes_limit" in each), default=None)
 
 
-def remembered(folder: str | None, key: dict[str, Any], measure: Callable[[], MemoryPlan]) -> MemoryPlan:
+def remembered(folder: Path | None, key: dict[str, Any], measure: Callable[[], MemoryPlan]) -> MemoryPlan:
     """The plan that an earlier start with the same `key` wrote to `folder`, or else a new one, written there.
 
     The device's memory limit belongs into the key.
@@ -65,11 +66,14 @@ def remembered(folder: str | None, key: dict[str, Any], measure: Callable[[], Me
     if folder is None:
         return measure()
     digest = hashlib.blake2s(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
-    path = Path(folder).expanduser() / f"memory-{digest}.json"
+    path = folder / f"memory-{digest}.json"
     try:
-        return MemoryPlan(**json.loads(path.read_text()))
+        plan = MemoryPlan(**json.loads(path.read_text()))
+        if all(type(size) is int for size in asdict(plan).values()):
+            return plan
     except (OSError, ValueError, TypeError):
-        plan = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        pass
+    plan = measure()
+    with contextlib.suppress(OSError):  # it is measured again the next time
         path.write_text(json.dumps(asdict(plan)) + "\n")
-        return plan
+    return plan

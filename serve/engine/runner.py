@@ -26,7 +26,15 @@ import numpy as np
 from attention import Backend
 from model.decoder import Decoder
 from model.kv_cache import KVCache, bytes_per_page
-from model.sampling import SampleOutputs, SlotState, assign, count_history, pack_assignments, uses_of
+from model.sampling import (
+    NO_TOKEN,
+    SampleOutputs,
+    SlotState,
+    assign,
+    count_history,
+    pack_assignments,
+    uses_of,
+)
 from model.sharding import ON_ONE_DEVICE, Placement, bytes_each
 from model.step import StepBuffer, StepLayout, StepProgram, compile_step
 from scheduler.buckets import Buckets
@@ -60,20 +68,34 @@ class RunnerConfig:
     placement: Placement = ON_ONE_DEVICE
 
 
-class StepHandle:
-    """A launched step."""
+class GarbageError(Exception):
+    """The device sampled a token that there is not."""
 
-    def __init__(self, outputs: SampleOutputs, wanted: list[SamplingParams]) -> None:
+    def __init__(self, token: int) -> None:
+        what = "logits that are not numbers" if token == NO_TOKEN else f"token {token}, which there is not"
+        super().__init__(f"the device came to {what}: the model, its kernels or the device are broken")
+
+
+class StepHandle:
+    """A launched step, of a model with `vocab` tokens."""
+
+    def __init__(self, outputs: SampleOutputs, wanted: list[SamplingParams], vocab: int) -> None:
         self._outputs = outputs
         self._wanted = wanted
+        self._vocab = vocab
         outputs.token.copy_to_host_async()
 
     def is_ready(self) -> bool:
         return cast(Any, self._outputs.token).is_ready()  # which jax's stubs do not know
 
     def samples(self) -> tuple[Sample, ...]:
-        """Wait for the step; its sampled tokens, in the step's order."""
-        tokens = np.asarray(self._outputs.token)[: len(self._wanted)].tolist()
+        """Wait for the step; its sampled tokens, in the step's order. Raises GarbageError, or what JAX raises
+        where the step failed."""
+        sampled = np.asarray(self._outputs.token)[: len(self._wanted)]
+        known = sampled.astype(np.uint32) < self._vocab  # and not less than 0
+        if not known.all():
+            raise GarbageError(sampled[~known][0])
+        tokens = sampled.tolist()
         if not any(sampling.logprobs for sampling in self._wanted):
             return tuple(map(Sample, tokens))
         logprob, top_id, top_logprob = (np.asarray(output).tolist() for output in self._outputs[1:])
@@ -259,7 +281,8 @@ class Runner:
             packed = buffer.pack(step_inputs(step, program.layout))
             self.cache, self.slots, outputs = program(self.weights, self.cache, self.slots, packed, uses)
         self._read[step.bucket].append((buffer, outputs.token))
-        return StepHandle(outputs, [self._params[slot] for slot in sampled])
+        wanted = [self._params[slot] for slot in sampled]
+        return StepHandle(outputs, wanted, self.model_config.vocab_size)
 
     def packed(self, step: Step) -> tuple[StepProgram, np.ndarray]:
         """The program of a step's bucket, and what it is told."""

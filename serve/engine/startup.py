@@ -27,6 +27,7 @@ from serve.config import ServerConfig
 from serve.door import Watcher
 from serve.engine.calibration import MOST_OFF, conditions, load_profile, matching, misses
 from serve.engine.collector import Collector
+from serve.engine.compiled import keep_compiled_programs
 from serve.engine.engine import InProcessEngine
 from serve.engine.memory import MemoryPlan, device_limit, remembered
 from serve.engine.ready import Ready
@@ -83,13 +84,14 @@ def start(
     """
     ask_for_devices(config.tensor_parallel)
     config = config.for_platform(jax.default_backend())
-    _keep_compiled_programs(config.compilation_cache)
+    programs = keep_compiled_programs(config.compilation_cache)
     step_log = StepLog(Path(config.step_log)) if config.step_log else None  # before anything takes long
     tokenizer, known, found = _find(config)
     placement = Placement.over(found.config, config.tensor_parallel, peer_memory=config.peer_memory)
     began, dtype = time.perf_counter(), jnp.dtype(config.dtype)
     with jax.enable_x64(config.dtype == "float64"), ThreadPoolExecutor(max_workers=1) as compiler:
-        compiling = compiler.submit(_compiled_runner, config, found.abstract(dtype, placement), placement)
+        shapes = found.abstract(dtype, placement)
+        compiling = compiler.submit(_compiled_runner, config, shapes, placement, programs)
         model = found.load(dtype, placement, seed=config.seed)
         jax.block_until_ready(model.split()[1])
         loaded = time.perf_counter() - began
@@ -165,9 +167,12 @@ def _find(config: ServerConfig) -> tuple[Tokenizer, Collection[int] | None, Mode
 
 
 def _compiled_runner(
-    config: ServerConfig, model: Decoder, placement: Placement
+    config: ServerConfig, model: Decoder, placement: Placement, programs: Path | None
 ) -> tuple[Runner, dict[int, float], MemoryPlan | None]:
-    """The runner with its programs, the seconds that each took, and how memory was divided to size it."""
+    """The runner with its programs, the seconds that each took, and how memory was divided to size it.
+
+    `programs` is the folder that keeps them.
+    """
     assert config.page_size is not None
     assert config.buckets is not None
     with jax.enable_x64(config.dtype == "float64"):
@@ -185,7 +190,7 @@ def _compiled_runner(
         memory, limit = None, device_limit(placement.devices)
         if config.num_pages is None and limit is not None:
             key = {"model": repr(model.config), "sizes": repr(sizes), "limit": limit, "jax": jax.__version__}
-            memory = remembered(config.compilation_cache, key, lambda: Runner(model, sizes).memory(limit))
+            memory = remembered(programs, key, lambda: Runner(model, sizes).memory(limit))
             sizes = replace(sizes, num_pages=memory.num_pages)
         runner = Runner(model, sizes)
         return runner, runner.compile(), memory
@@ -219,11 +224,3 @@ def _attention(config: ServerConfig, model: Decoder) -> Backend:
     auto = config.attention == "auto"
     backend = default_backend(model.config.head_dim, model.dtype) if auto else backend_named(config.attention)
     return backend.deterministic() if config.deterministic else backend
-
-
-def _keep_compiled_programs(folder: str | None) -> None:
-    """Use JAX's persistent compilation cache, for programs of every size."""
-    if folder is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -86,10 +86,9 @@ class EngineHost:
         self._engine = engine
         self._channel.send(Up(model, platform, engine.policy, engine.load()))
         engine.wait()
-        failed = engine.state == "FAILED"
-        self._outgoing.send(engine.load, last=True, failed=failed)
+        self._outgoing.send(engine.load, last=True, failed=engine.failure)
         self._channel.close(FLUSH_SECONDS)
-        return int(failed)
+        return int(bool(engine.failure))
 
     def _listen(self) -> None:
         try:
@@ -184,5 +183,5 @@ def main(descriptor: int, server: int, starter: Callable[[], Starter] = own_engi
     log_to_stderr()
     channel = Channel(socket.socket(fileno=descriptor))
     status = EngineHost(channel, starter(), partial(os._exit, 1)).run()
-    STDERR.flush()
+    STDERR.drain()
     os._exit(status)  # a compilation cannot be interrupted, and crashes under an interpreter that finalizes

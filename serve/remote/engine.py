@@ -38,6 +38,7 @@ from serve.remote.rows import Rows, unpack
 log = structlog.get_logger("taper")
 
 GRACE = 10.0  # seconds that the other process gets to end, beyond those that its requests get
+GONE = "its process ended without a word: it was killed, or it crashed (see the log above)"
 LOOKS = 20  # in a row that see no step end: counted, as this process may have been stopped itself meanwhile
 
 
@@ -58,7 +59,7 @@ class RemoteEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state: State = "STARTING"
-        self.policy = ""
+        self.policy = self.failure = ""
         self._channel, self._watch, self._kill, self._clock = channel, watch, kill, clock
         self._patience = patience
         self._lock = threading.Lock()
@@ -140,8 +141,9 @@ class RemoteEngine:
                 waits = bool(self._sinks) and self._steps == seen
                 looks, seen = looks + 1 if waits else 0, self._steps
             if looks >= LOOKS:
-                log.error("no step has ended, and the engine's process is killed", seconds=self._patience)
+                self.failure = f"no step ended in {self._patience:g} seconds (--step-timeout)"
                 self._kill()
+                log.error("no step has ended, and the engine's process was killed", seconds=self._patience)
                 return
 
     # --- from the other side ---------------------------------------------------------------------------
@@ -154,12 +156,14 @@ class RemoteEngine:
             self._kill()
         with self._lock:
             expected = self.state in ("DRAINING", "STOPPED") and not self._sinks
+            if not expected and not self.failure:
+                self.failure = GONE
             self.state = "STOPPED" if expected else "FAILED"
             left = [*self._sinks.values()]
             for handle in [*self._sinks]:
                 self._forget(handle)
         for sink in left:
-            sink([Failed("the engine's process ended")])
+            sink([Failed(GONE)])
         self._settled.set()
         self._ended.set()
 
@@ -175,7 +179,7 @@ class RemoteEngine:
 
     def _happened(self, message: Happened) -> None:
         if message.failed:
-            self.state = "FAILED"  # before sinks hear of it
+            self.failure, self.state = message.failed, "FAILED"  # before sinks hear of it
         with self._lock:
             self._load = message.load
             self._steps += len(message.steps)

@@ -69,14 +69,14 @@ class Happened(NamedTuple):
     rare    all that is no plain token, in the order of the rows that stand for it
     steps   that have ended
     load    how busy the engine is now
-    failed  whether it has died
+    failed  what it has died of, if it has
     """
 
     tokens: bytes
     rare: tuple[News, ...]
     steps: tuple[StepRecord, ...]
     load: Load
-    failed: bool = False
+    failed: str = ""
 
 
 Message = Begin | Submit | Cancel | SetPolicy | Stop | Up | Broken | Happened

@@ -30,7 +30,7 @@ class Outgoing:
         with self._lock:
             self._steps.append(record)
 
-    def send(self, load: Callable[[], Load], *, last: bool = False, failed: bool = False) -> None:
+    def send(self, load: Callable[[], Load], *, last: bool = False, failed: str = "") -> None:
         """Tell all of it, and how busy the engine is; later, if the server has not taken what it was told and
         this is not the last time."""
         if self._channel.is_behind and not last:

@@ -101,13 +101,16 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
         await shut_down(server, service, config.drain_timeout)
         stop_metrics()
     if service.state == "FAILED":
-        raise EngineFailedError("the engine failed while it drained: see the log above")
+        raise EngineFailedError(f"the engine failed while it drained: {service.failure}")
 
 
 def run(config: ServerConfig, load: Loader) -> None:
     """`serve` in a process of its own: returns after a drain, raises what kept it from starting."""
     log_to_stderr()
-    asyncio.run(serve(config, load, functools.partial(print, flush=True)))
+    try:
+        asyncio.run(serve(config, load, functools.partial(print, flush=True)))
+    finally:
+        STDERR.drain()
     if any(thread.name == _LOADER and thread.is_alive() for thread in threading.enumerate()):
         os._exit(0)  # a compilation cannot be interrupted, and crashes under an interpreter that finalizes
 
@@ -116,7 +119,7 @@ async def _until_failed(service: Service, signalled: asyncio.Task[Any]) -> None:
     """Until a signal comes. Raises EngineFailedError if the engine dies before."""
     while not signalled.done():
         if service.state == "FAILED":
-            raise EngineFailedError("the engine failed: see the log above")
+            raise EngineFailedError(f"the engine failed: {service.failure}")
         await asyncio.wait({signalled}, timeout=_LOOK_SECONDS)
 
 

@@ -59,6 +59,11 @@ class Service:
         return "DRAINING" if self.draining and state == "SERVING" else state
 
     @property
+    def failure(self) -> str:
+        """What the engine failed of, in a line for the operator."""
+        return self._served.engine.failure if self._served else ""
+
+    @property
     def is_idle(self) -> bool:
         return not self._streams
 

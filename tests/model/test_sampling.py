@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from model.sampling import (
+    NO_TOKEN,
     SAMPLERS,
     USES_ALL,
     USES_BIAS,
@@ -322,6 +323,17 @@ def test_a_row_without_any_possible_token_gives_a_token_all_the_same(dtype):
     assert 0 <= tokens([row])[0] < VOCAB
 
 
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=1.0, top_p=0.5, top_k=9)])
+@pytest.mark.parametrize("broken", [[3], range(VOCAB)])
+def test_a_row_with_what_is_no_number_gives_no_token_and_says_so(sampling, broken, dtype):
+    logits = np.zeros(VOCAB, dtype)
+    rows = [Row(logits=logits, sampling=sampling), Row(logits=logits.copy(), sampling=sampling)]
+    rows[1].logits[[*broken]] = np.nan
+    sound, no_token = tokens(rows)
+    assert 0 <= sound < VOCAB
+    assert no_token == NO_TOKEN
+
+
 def tokens_of_one_slot(rows: Sequence[Row]) -> list[int]:
     """Draws up to MANY positions of one slot at once; the rows differ in position only."""
     first = rows[0]
@@ -522,7 +534,7 @@ def test_a_greedy_batch_only_looks_for_the_best_and_counts_what_was_fed():
         for equation in program.eqns
         if any(VOCAB in getattr(value.aval, "shape", ()) for value in equation.invars)
     ]
-    assert sorted(heavy) == ["_where", "argmax", "scatter-add"]
+    assert sorted(heavy) == ["_where", "argmax", "scatter-add", "take_along_axis"], "one number is taken"
 
 
 def test_a_donated_state_is_updated_in_place():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from model.sampling import (
+    NO_TOKEN,
     USES_ALL,
     USES_RANDOM,
     USES_TOP,
@@ -111,6 +112,14 @@ def test_devices_that_share_a_vocabulary_choose_as_one(count: int, uses: int) ->
         np.testing.assert_allclose(other.logprob, one.logprob, rtol=1e-5)
         np.testing.assert_allclose(other.top_logprob, one.top_logprob, rtol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, slots, slots_alone)
+
+
+@pytest.mark.parametrize("uses", [0, USES_ALL])
+def test_devices_that_share_a_vocabulary_know_what_is_no_number(uses: int) -> None:
+    sampler, logits = Sampler(2, 136, OPTIONS, uses), random_logits(136, ties=False)
+    logits[1, 5] = logits[2, 130] = np.nan
+    chosen = sampler.choose(logits, np.zeros(len(OPTIONS), np.int32)).token
+    assert [*np.flatnonzero(chosen == NO_TOKEN)] == [1, 2]
 
 
 # --- a real vocabulary --------------------------------------------------------------------------------------

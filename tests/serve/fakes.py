@@ -92,7 +92,7 @@ class FakeEngine:
         self, on_submit: Callable[[FakeEngine, Request], None] | None = None, *, state: State = "SERVING"
     ) -> None:
         self.state: State = state
-        self.policy = "taper"
+        self.policy, self.failure = "taper", ""
         self.requests: dict[str, Request] = {}
         self.cancelled: list[str] = []
         self.refusal: Refused | None = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from scheduler.controller import Controller, ControllerConfig
 from scheduler.events import Finished, TokenEmitted
@@ -18,7 +20,7 @@ from scheduler.step import Entry, FinishedStep, Sample, Step
 from serve.door import Failed, News, Refused, is_last
 from serve.engine.collector import Collector
 from serve.engine.engine import InProcessEngine
-from serve.engine.runner import Runner
+from serve.engine.runner import GarbageError, Runner
 from serve.rate import TokenRate
 from tests.serve.conftest import BUCKETS
 from tests.serve.engine.timed import Timed
@@ -135,6 +137,53 @@ def test_a_crash_is_told_to_every_request() -> None:
     assert engine.state == "FAILED"
     engine.stop(drain=True, timeout=5)
     assert engine.state == "FAILED", "who asks later learns of it too"
+
+
+OOM = JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 123456 bytes.")
+
+
+@pytest.mark.parametrize("when", ["launch", "is_ready", "samples"])
+@pytest.mark.parametrize(
+    ("crash", "said"),
+    [
+        (OOM, "a step found no memory: start again with fewer --num-pages or smaller --buckets (RESOURCE_EX"),
+        (SystemExit(3), "a step failed: SystemExit: 3"),
+        (RuntimeError("a bug\nwith lines"), "a step failed: RuntimeError: a bug with lines"),
+        (GarbageError(-7), "a step failed: GarbageError: the device came to token -7"),
+    ],
+    ids=["out of memory", "exit", "bug", "garbage"],
+)
+def test_whatever_a_step_raises_ends_the_engine_which_says_why_in_a_line(
+    when: str, crash: BaseException, said: str
+) -> None:
+    class Flown(Device.Flown):
+        def is_ready(self) -> bool:
+            return raised_at("is_ready", super().is_ready())
+
+        def samples(self) -> tuple[Sample, ...]:
+            return raised_at("samples", super().samples())
+
+    class Crashing:
+        steps = 0
+
+        def launch(self, step: Step) -> Flown:
+            self.steps = step.step_id
+            return raised_at("launch", Flown(step))
+
+    def raised_at(here: str, result: Any) -> Any:
+        if here == when and device.steps >= 3:
+            raise crash
+        return result
+
+    device, listener = Crashing(), Listener()
+    engine = InProcessEngine(scheduler(), device)  # type: ignore[arg-type]
+    engine.start()
+    engine.submit(request("r", serial(20)), listener)
+    assert isinstance(listener.wait()[-1], Failed)
+    engine.wait()
+    assert engine.state == "FAILED"
+    assert engine.failure.startswith(said)
+    assert "\n" not in engine.failure
 
 
 def test_a_failure_counts_even_where_it_cannot_be_logged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,16 @@ def test_after_a_launch_that_failed_there_is_none(failure: BaseException) -> Non
     assert [launch.exception(0) for launch in launches] == [None] * 4 + [failure] * 16
 
 
+def test_a_launch_that_does_not_end_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    proceed = threading.Event()
+    monkeypatch.setattr(Launcher, "CLOSE_SECONDS", 0.01)
+    launcher = Launcher(Runner(lambda step: proceed.wait(10)), lambda: 0.0)  # type: ignore[arg-type]
+    launch = launcher.launch(STEPS[0])
+    launcher.close()
+    assert not launch.done()
+    proceed.set()
+
+
 def test_a_launch_does_not_wait_for_another_to_be_asked_for_and_close_waits_for_it() -> None:
     begun, proceed, closed = threading.Event(), threading.Event(), threading.Event()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -49,7 +49,7 @@ def test_a_plan_is_measured_once_for_each_key(tmp_path: Path) -> None:
         measured.append(PLAN)
         return PLAN
 
-    folder = str(tmp_path / "cache")
+    folder = tmp_path
     assert [remembered(folder, {"limit": 1}, measure) for _ in range(3)] == [PLAN] * 3
     assert len(measured) == 1
     remembered(folder, {"limit": 2}, measure)
@@ -60,21 +60,20 @@ def test_a_plan_is_measured_once_for_each_key(tmp_path: Path) -> None:
     assert len(measured) == 4, "the order of a key's parts is no part of it"
 
 
-@pytest.mark.parametrize("content", ["", "{", json.dumps({"limit": 1})])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "\0", json.dumps({"limit": 1}), json.dumps(dict.fromkeys(asdict(PLAN), "1"))]
+)
 def test_what_cannot_be_read_is_measured_again(tmp_path: Path, content: str) -> None:
-    remembered(str(tmp_path), {}, lambda: PLAN)
+    remembered(tmp_path, {}, lambda: PLAN)
     (file,) = tmp_path.iterdir()
     file.write_text(content)
-    assert remembered(str(tmp_path), {}, lambda: PLAN) == PLAN
+    assert remembered(tmp_path, {}, lambda: PLAN) == PLAN
     assert MemoryPlan(**json.loads(file.read_text())) == PLAN
 
 
-def test_the_folder_may_be_named_from_the_home_and_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    remembered("~/cache/taper", {}, lambda: PLAN)
-    assert len([*(tmp_path / "cache/taper").iterdir()]) == 1
+def test_where_nothing_can_be_written_it_is_measured_every_time(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert remembered(tmp_path / "missing", {}, lambda: PLAN) == PLAN
 
 
 def test_a_cpu_names_no_limit() -> None:

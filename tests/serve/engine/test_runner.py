@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from attention.gpu import Gpu
-from model.sampling import USES_PENALTIES, USES_RANDOM, USES_TOP, SampleOutputs
+from model.sampling import NO_TOKEN, USES_PENALTIES, USES_RANDOM, USES_TOP, SampleOutputs
 from model.step import StepProgram
 from scheduler.predictor import StepLoad
 from scheduler.program import Plan
 from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
 from scheduler.step import Sample, SlotSetup, Step
-from serve.engine.runner import Runner, StepHandle
+from serve.engine.runner import GarbageError, Runner, StepHandle
 from tests.serve.lab import compiled_runner, run, tiny_model
 from tests.serve.loads import load, serial
 
@@ -169,7 +169,7 @@ def test_only_what_is_wanted_of_a_step_comes_to_the_host() -> None:
             Output((5, 1), (6, 2), (0, 0)),
             Output(best, best, best),
         ]
-        return StepHandle(SampleOutputs(*outputs), [*wanted]), outputs  # type: ignore[arg-type]
+        return StepHandle(SampleOutputs(*outputs), [*wanted], 7), outputs  # type: ignore[arg-type]
 
     plain, told = SamplingParams(), SamplingParams(logprobs=True, top_logprobs=1)
     handle, outputs = flown(plain, plain)
@@ -178,6 +178,16 @@ def test_only_what_is_wanted_of_a_step_comes_to_the_host() -> None:
     assert [output.asked for output in outputs] == [["copy", "wait"], [], [], []]
     handle, _ = flown(plain, told)
     assert handle.samples() == (Sample(5), Sample(6, -0.25, ((6, -0.5),)))
+
+
+@pytest.mark.parametrize(
+    ("token", "what"), [(7, "token 7"), (NO_TOKEN, "not numbers"), (-(2**31), "token -2")]
+)
+def test_a_token_that_there_is_not_is_no_sample(token: int, what: str) -> None:
+    outputs = SampleOutputs(*[Output(3, token, 99)] * 4)  # type: ignore[arg-type]
+    assert StepHandle(outputs, [SamplingParams()], 7).samples() == (Sample(3),)
+    with pytest.raises(GarbageError, match=what):
+        StepHandle(outputs, [SamplingParams()] * 2, 7).samples()
 
 
 def test_all_that_a_slot_is_told_arrives_however_much_it_is(runner: Runner) -> None:

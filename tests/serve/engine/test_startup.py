@@ -206,7 +206,7 @@ def test_the_pool_is_what_the_memory_leaves_unless_its_pages_are_given(
     model: Any = SimpleNamespace(config=PRESETS["qwen3-8b"], dtype=jnp.float32)
     for asked, pages, plan in ((None, PLAN.num_pages, PLAN), (96, 96, None)):
         config = ServerConfig(num_pages=asked, compilation_cache=None, attention="reference")
-        runner, _, memory = startup._compiled_runner(config.for_platform("cpu"), model, ON_ONE_DEVICE)
+        runner, _, memory = startup._compiled_runner(config.for_platform("cpu"), model, ON_ONE_DEVICE, None)
         assert (runner.config.num_pages, memory) == (pages, plan)
 
 
@@ -224,9 +224,9 @@ def test_the_pool_is_sized_by_the_devices_that_share_the_model(
     monkeypatch.setattr(startup, "Runner", Sized)
     monkeypatch.setattr(startup, "device_limit", limit)
     model: Any = SimpleNamespace(config=PRESETS["qwen3-8b"], dtype=jnp.float32)
-    config = ServerConfig(compilation_cache=str(tmp_path), attention="reference").for_platform("cpu")
+    config = ServerConfig(attention="reference").for_platform("cpu")
     for count in limits:
-        startup._compiled_runner(config, model, Placement.over(model.config, count))
+        startup._compiled_runner(config, model, Placement.over(model.config, count), tmp_path)
     assert asked == [jax.devices()[:count] for count in limits]
     assert len([*tmp_path.glob("memory-*.json")]) == len(limits)
 

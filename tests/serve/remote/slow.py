@@ -23,13 +23,19 @@ from tests.serve.fakes import ByteTokenizer
 
 STEP_SECONDS = 0.02
 UNLUCKY = 13  # a seed
-STUCK = 99  # a token of a prompt, whose step never ends
+# Tokens of a prompt whose step never ends, or finds no memory, or ends its thread.
+STUCK, GREEDY, LEAVING = 99, 98, 97
 
 
 class Slow:
     def launch(self, step: Step) -> Slow.Launched:
-        if any(entry.tokens and STUCK in entry.tokens for entry in step.entries):
+        given = {token for entry in step.entries for token in entry.tokens or ()}
+        if STUCK in given:
             time.sleep(3600)
+        if GREEDY in given:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+        if LEAVING in given:
+            raise SystemExit(0)
         return Slow.Launched(sum(entry.samples for entry in step.entries))
 
     class Launched:

@@ -38,7 +38,7 @@ class Fake(FakeEngine):
         self.over.set()
 
     def die(self) -> None:
-        self.state = "FAILED"
+        self.state, self.failure = "FAILED", "the device is gone"
         self.over.set()
 
     def wait(self) -> None:
@@ -217,7 +217,7 @@ def test_a_dead_engine_ends_its_process_with_an_error(back: Back) -> None:
     until(lambda: back.status == [1])
     messages = [back.other.heard.get(timeout=10)]
     assert isinstance(messages[-1], Happened)
-    assert messages[-1].failed
+    assert messages[-1].failed == "the device is gone"
 
 
 @pytest.mark.parametrize("state", ["SERVING", "DRAINING"])

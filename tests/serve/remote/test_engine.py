@@ -31,7 +31,7 @@ class Front:
     steps: list[StepRecord]
     killed: list[str]
 
-    def happened(self, *told: tuple[int, list[News]], failed: bool = False) -> None:
+    def happened(self, *told: tuple[int, list[News]], failed: str = "") -> None:
         self.other.channel.send(Happened(*pack(told), steps=(STEP,), load=LOAD, failed=failed))
 
 
@@ -117,13 +117,17 @@ def test_a_process_that_ends_by_itself_has_failed(front: Front) -> None:
     assert late.wait()
     front.engine.stop(drain=True, timeout=5.0)
     assert (front.engine.state, front.killed) == ("FAILED", [])
+    assert "it was killed, or it crashed" in front.engine.failure
 
 
 def test_an_engine_that_dies_is_told_of_by_its_process(front: Front) -> None:
     listener = Noting(front.engine)
     front.engine.submit(request("r"), listener)
-    front.happened((0, [Failed("the device is gone")]), failed=True)
-    assert listener.wait() == [Failed("the device is gone")]
+    front.happened((0, [Failed("RuntimeError()")]), failed="the device is gone")
+    assert listener.wait() == [Failed("RuntimeError()")]
+    front.other.channel.close()
+    until(lambda: front.other.gone.is_set())
+    assert front.engine.failure == "the device is gone"
     assert listener.states == ["FAILED"], "it is known before anybody is told"
 
 
@@ -194,6 +198,7 @@ def test_an_engine_is_given_up_when_requests_run_and_no_step_ends(
         if steps:
             other.channel.send(Happened(*pack([]), steps=(STEP,), load=LOAD))
     assert dead.is_set() == killed
+    assert ("no step ended in 0.4 seconds" in engine.failure) == killed
     other.channel.close()
     assert other.gone.wait(10)
 

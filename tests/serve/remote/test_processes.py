@@ -19,7 +19,7 @@ from serve.api.errors import InternalError, UnavailableError
 from serve.client import Client
 from serve.client.answer import Finished
 from serve.remote.spawn import spawned
-from tests.serve.remote.slow import STUCK, UNLUCKY
+from tests.serve.remote.slow import GREEDY, LEAVING, STUCK, UNLUCKY
 from tests.serve.waiting import until
 
 SERVER = """
@@ -133,6 +133,28 @@ def test_a_step_that_never_ends_ends_both(both: Both) -> None:
                 pass
     assert both.server.wait(10) != 0
     assert not both.engine_is_alive
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (GREEDY, "the engine failed: a step found no memory: start again with fewer --num-pages"),
+        (LEAVING, "the engine failed: a step failed: SystemExit: 0"),
+    ],
+)
+def test_a_step_that_fails_ends_both_and_the_server_says_why(both: Both, prompt: int, said: str) -> None:
+    with Client(both.address) as client, client.generate([1], max_tokens=LONG) as running:
+        events = iter(running)
+        next(events)
+        for answer in (client.generate([prompt], max_tokens=1), events):
+            with pytest.raises(InternalError) as caught:
+                for _ in answer:
+                    pass
+            assert caught.value.reason == "ENGINE_FAILED"
+    assert both.server.wait(10) == 1
+    assert not both.engine_is_alive
+    assert both.server.stderr is not None
+    assert said in both.server.stderr.read().splitlines()[-1]
 
 
 def test_an_engine_that_is_stopped_for_a_while_goes_on(both: Both) -> None:

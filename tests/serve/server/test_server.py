@@ -746,7 +746,7 @@ from tests.serve.fakes import STEP, FakeEngine, served_model
 from tests.serve.server.test_server import answer
 
 def die(engine, request):
-    engine.state = "FAILED"
+    engine.state, engine.failure = "FAILED", "a step found no memory"
     engine.tell(request.id, Failed("the device is gone"))
 
 def answer_late(engine, request):
@@ -853,7 +853,7 @@ def test_when_the_engine_dies_callers_are_told_and_the_process_ends_with_an_erro
 
         assert asyncio.run(use()) == "ENGINE_FAILED"
         assert child.wait(15) == 1
-        assert "EngineFailedError" in child.stderr.read()
+        assert "EngineFailedError: the engine failed: a step found no memory" in child.stderr.read()
 
 
 def test_a_failed_start_ends_the_process_with_its_reason():
