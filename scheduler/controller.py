@@ -14,7 +14,7 @@ slots: it adds to a `StepDraft`, which does.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -66,7 +66,7 @@ Candidate = tuple[LiveRequest, Branch]
 class Controller:
     """Fills the drafts of steps, and learns from what they took. Has no clock."""
 
-    START_MARGIN = 0.95  # share of the TPOT target that a step may take with one request more
+    START_MARGIN = 0.95  # share of the tightest TPOT target that a step may take with one request more
     LATE_TURN = 8  # one prompt floor (and one start) in so many goes to those that missed the TTFT target
     FILL_SHARE = 0.01  # share of the TPOT target by which filling the bucket may lengthen a step
 
@@ -80,7 +80,8 @@ class Controller:
         self.latency = latency
         self.policy: AdmissionPolicy = policy(policy_name)
         self.config = config
-        self._forced = StepLoad(0)  # what decoding requests forced the last step to hold
+        self._forced = StepLoad(0)  # what decoding requests forced the last step to hold...
+        self._forcing: Set[LiveRequest] = frozenset()  # ...and which they were
 
     def set_policy(self, name: str) -> None:
         """Switch the admission policy from the next step on. Raises ValueError."""
@@ -101,8 +102,8 @@ class Controller:
         """
         decoding, reading = self.turns(running)
         self.add_baseline(draft, decoding, reserved=bool(reading))
-        self._forced = draft.load
-        self.add_floor(draft, reading)
+        self._forced, self._forcing = draft.load, {*draft.advanced}
+        self.add_floor(draft, reading, self.longest_step(turn.live for turn in decoding) if reading else 0.0)
         if draft.rows:
             draft.baseline = draft.seconds()
             extras, candidates = self.extras(draft, decoding)
@@ -121,21 +122,64 @@ class Controller:
     def may_start(self, live: LiveRequest, running: Sequence[LiveRequest]) -> bool:
         """Whether a step with `live` as well stays within everybody's TPOT target, of those that can be kept.
 
-        The step is the last one's baseline, a row for each request that still reads its prompt, and the
-        floor. A target that even a step of a single row exceeds is not kept by letting nobody in.
+        The step is the last one's baseline, a row for each request that was not in it, since its prompt was
+        not read yet, and the prompt tokens that it would read in any case.
         """
-        load = self._forced.plus(StepLoad(self.floor, private_kv=self.floor))
+        load = self._forced
         for other in (*running, live):
-            if not other.prompt_read:
+            if other not in self._forcing:
                 load = load.plus(StepLoad(1, private_kv=len(other.request.prompt), items=1))
-        tightest = min(self.targets((*running, live)), default=math.inf)
-        rows = min(load.rows, self.latency.buckets.largest)
-        return self.latency.predict(load._replace(rows=rows)) <= self.START_MARGIN * tightest
+        longest = self.longest_step((*running, live))
+        reading = self.floor_rows(load, longest)
+        return self._seconds_with(load, reading) <= longest
 
-    def targets(self, requests: Iterable[LiveRequest]) -> list[float]:
-        """The TPOT targets that can be kept: by a step of a single row, at least."""
-        least = self.latency.predict(StepLoad(1))
-        return [live.request.slo.tpot for live in requests if live.request.slo.tpot >= least]
+    def tightest_target(self, requests: Iterable[LiveRequest]) -> float:
+        """The tightest TPOT target that can be kept; infinite if there is none.
+
+        One that the request could not have even if it ran alone, over its prompt, is kept by letting nobody
+        in as little as by letting everybody in; and one that does not bind is nobody's business.
+        """
+        one_row, position = self.latency.predict(StepLoad(1, items=1)), self.latency.row_line(0)[1]
+        targets = (
+            live.request.slo.tpot
+            for live in requests
+            if live.request.slo.binding
+            and live.request.slo.tpot >= one_row + position * len(live.request.prompt)
+        )
+        return min(targets, default=math.inf)
+
+    def longest_step(self, requests: Iterable[LiveRequest]) -> float:
+        """Seconds that a step of all of them may take, with what each must do in it.
+
+        A margin under the tightest target; but where that leaves no room over a step of a single row, half of
+        the room that there is: a server whose steps lie near a target still serves what costs it nothing.
+        """
+        tightest = self.tightest_target(requests)
+        return max(self.START_MARGIN * tightest, (tightest + self.latency.predict(StepLoad(1))) / 2)
+
+    def floor_rows(self, load: StepLoad, longest: float) -> int:
+        """Prompt tokens to read whatever the slack, beside what decoding requests force on a step.
+
+        `floor` of them, or those with which the step stays within `longest` seconds; at the least, what the
+        bucket holds that one of them takes. Where the step is too long without them, holding prompts back
+        saves nobody.
+        """
+        buckets, floor = self.latency.buckets, self.floor
+        if load.rows >= buckets.largest or self._seconds_with(load, 0) > longest:
+            return floor
+        rows = 0
+        for bucket in buckets:
+            room = bucket - load.rows
+            if room > 0 and (not rows or self._seconds_with(load, min(room, floor)) <= longest):
+                rows = min(room, floor)
+            if rows == floor:
+                break
+        return rows
+
+    def _seconds_with(self, load: StepLoad, prompt: int) -> float:
+        """Predicted seconds of a step with `prompt` tokens of a prompt, of as many rows as there can be."""
+        load = load.plus(StepLoad(prompt, private_kv=prompt))
+        return self.latency.predict(load._replace(rows=min(load.rows, self.latency.buckets.largest)))
 
     # --- what is forced --------------------------------------------------------------------------------
 
@@ -171,15 +215,16 @@ class Controller:
             if turn.live.resident:  # no older request has preempted it meanwhile
                 draft.add(turn.live, turn.branch, min(floor, draft.room - waiting), must=True)
 
-    def add_floor(self, draft: StepDraft, reading: Sequence[Turn]) -> None:
-        """Prompts never starve: the one due first reads a little in every step.
+    def add_floor(self, draft: StepDraft, reading: Sequence[Turn], longest: float) -> None:
+        """Prompts never starve: the one due first reads a little in every step (see `floor_rows`).
 
         Those that have missed their target come last, but for one step in LATE_TURN.
         """
+        rows = self.floor_rows(draft.load, longest)
         if draft.step_id % self.LATE_TURN:
             reading = sorted(reading, key=lambda turn: turn.live.pace.reading_deadline <= draft.start)
         for turn in reading:
-            if turn.live.resident and draft.add(turn.live, turn.branch, self.floor, must=True):
+            if turn.live.resident and draft.add(turn.live, turn.branch, rows, must=True):
                 return
 
     # --- what the step may take ------------------------------------------------------------------------
@@ -193,7 +238,9 @@ class Controller:
         flights: Sequence[Flight],
     ) -> float:
         """Seconds that the step may take (see scheduler.slack). Without decoding requests nobody is hurt."""
-        protected = [turn.live for turn in decoding if turn.live in draft.advanced]
+        protected = [
+            turn.live for turn in decoding if turn.live in draft.advanced and turn.live.request.slo.binding
+        ]
         if not protected:
             return math.inf
         rho = self.config.rho
@@ -203,7 +250,8 @@ class Controller:
         margin = self.latency.accuracy.margin if rho is None else 0.0
         spare = slack(deadlines, draft.start, draft.baseline, margin)
         budget = draft.baseline + (1.0 if rho is None else rho) * spare
-        most = draft.baseline + self.FILL_SHARE * min(self.targets(protected), default=0.0)
+        tightest = self.tightest_target(protected)
+        most = draft.baseline + self.FILL_SHARE * (tightest if math.isfinite(tightest) else 0.0)
         if self.config.fill and budget < most:
             budget = max(budget, min(self.filled(draft, extras), most))
         return budget

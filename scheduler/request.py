@@ -13,10 +13,17 @@ from scheduler.sampling import SamplingParams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slo:
-    """Targets in seconds. The TPOT target bounds the gap between two emissions of the request."""
+    """Targets in seconds. The TPOT target bounds the gap between two emissions of the request.
+
+    binding  whether branches are held back and others kept waiting for the TPOT target; if not, it is only
+             measured by it
+    reject   refuse the request if its TTFT target would be missed, instead of letting it wait
+    """
 
     tpot: float = 0.05
     ttft: float = 5.0
+    binding: bool = True
+    reject: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

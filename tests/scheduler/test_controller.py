@@ -55,7 +55,7 @@ def test_a_running_request_is_priced_before_its_prompt_is_read() -> None:
 
 
 def test_a_request_starts_only_if_the_step_with_it_keeps_every_tpot_target() -> None:
-    buckets = (4, 8)  # 1.4 ms and 1.8 ms
+    buckets = (2, 8)  # 1.2 ms and 1.8 ms
     world = World(Setting(buckets=buckets, prompt_floor=4), TALKS_ON)
     world.add(request("a", serial(9), slo=Slo(tpot=0.0017, ttft=9.0)))
     world.add(request("b", serial(9), slo=Slo(tpot=9.0, ttft=9.0)))
@@ -84,6 +84,66 @@ def test_a_server_that_can_keep_nobodys_target_does_not_serve_one_after_the_othe
     world.run_until(lambda: all(world.emitted(name) > 1 for name in "abc"))
     assert world.running == ["a", "b", "c"]
     world.run([])
+
+
+def test_a_server_whose_steps_lie_near_the_target_serves_side_by_side_what_costs_nothing() -> None:
+    """Eight rows take 1.8 ms, as one does, and the next bucket 7.4: it would hold the whole floor."""
+    slo = Slo(tpot=0.0025, ttft=9.0)
+    world = World(Setting(buckets=(8, 64), prompt_floor=32, policy="off"), TALKS_ON)
+    for name in "abcdefg":
+        world.add(request(name, serial(30), slo=slo))
+    world.run_until(lambda: world.running == [*"abcdefg"])
+    world.run([])
+    assert world.steps[0].bucket == 64, "nobody decodes yet: the first prompt is read at once"
+    assert all(step.bucket == 8 for step in world.steps[1:])
+
+
+def test_a_margin_that_not_even_one_row_keeps_does_not_serve_one_after_the_other() -> None:
+    """A twentieth under the target is less than the 1.8 ms of a row."""
+    world = World(Setting(buckets=(8, 64), prompt_floor=32, policy="off"), TALKS_ON)
+    for name in "ab":
+        world.add(request(name, serial(5), slo=Slo(tpot=0.00189, ttft=9.0)))
+    world.run_until(lambda: world.running == ["a", "b"])
+    world.run([])
+
+
+def test_a_target_that_the_request_could_not_keep_even_alone_over_its_prompt_holds_up_nobody() -> None:
+    """A row takes 1.4 ms, and to read a prompt of 150 tokens 0.3 ms."""
+    world = World(Setting(buckets=(4, 8), prompt_floor=2), TALKS_ON)
+    world.add(request("long", serial(40), prompt=150, slo=Slo(tpot=0.0016, ttft=9.0)))
+    for name in "abcd":
+        world.add(request(name, serial(9), slo=Slo(tpot=0.1, ttft=9.0)))
+    world.run_until(lambda: world.emitted("d") > 1)
+    assert world.emitted("long") < 40
+    world.run([])
+
+
+@pytest.mark.parametrize(("binding", "width"), [(True, 1), (False, 4)])
+def test_a_target_that_does_not_bind_holds_up_no_start_and_no_branch(binding: bool, width: int) -> None:
+    world = World(Setting(buckets=(2, 8), prompt_floor=2, in_flight=0), TALKS_ON)
+    world.add(request("tight", serial(60), slo=Slo(tpot=0.0013, ttft=9.0, binding=binding)))
+    world.run_until(lambda: world.emitted("tight") == 1)
+    world.add(request("forks", fork(4, tokens=5)))
+    if binding:
+        world.run([])
+        assert all(len(rows_by_request(step)) == 1 for step in world.steps)
+    else:
+        world.run_until(lambda: world.scheduler.idle)
+        assert max(widths(step).get("forks", 0) for step in world.steps) == width
+
+
+def test_the_floor_of_prompts_grows_with_what_the_targets_leave() -> None:
+    """Buckets of 4, 8 and 16 rows take 1.4, 1.8 and 2.6 ms."""
+    seconds = {4: 1.4e-3, 8: 1.8e-3, 16: 2.6e-3}
+    controller = Controller(StepLatencyModel(seconds), "off", ControllerConfig(prompt_floor=8))
+
+    def rows(forced: int, longest: float) -> int:
+        return controller.floor_rows(StepLoad(forced), longest)
+
+    assert [rows(3, longest) for longest in (1.5e-3, 1.9e-3, 2.7e-3, math.inf)] == [1, 5, 8, 8]
+    assert rows(4, 1.5e-3) == 4, "the least that one token costs holds three more"
+    assert rows(4, 1.3e-3) == 8, "holding prompts back would save nobody"
+    assert rows(16, 1.0) == 8, "the draft has no room for them"
 
 
 def test_a_target_that_nobody_could_keep_does_not_keep_padding_empty() -> None:
@@ -220,7 +280,7 @@ def test_if_everybody_is_late_the_width_is_one(tpot: float) -> None:
 
 
 def test_padding_is_filled_even_without_slack() -> None:
-    slo = Slo(tpot=0.0014, ttft=1.0)  # the bucket of 4 takes 1.4 ms
+    slo = Slo(tpot=0.00141, ttft=1.0)  # the bucket of 4 takes 1.4 ms, and the prompt 8 us
     setting = Setting(policy="taper", buckets=(4, 32), in_flight=0, prompt_floor=2)
     filled = serve([request("r", fork(6, tokens=20), slo=slo)], setting, TALKS_ON)
     narrow = serve(
@@ -248,7 +308,7 @@ def test_without_targets_taper_is_eager(load: list[Request], setting: Setting) -
 
 def test_padding_is_filled_for_no_more_than_a_hundredth_of_the_target() -> None:
     """A token in the KV costs 2 us, a hundredth of the target is 14: soon a branch reads too much."""
-    slo = Slo(tpot=0.0014, ttft=1.0)
+    slo = Slo(tpot=0.00142, ttft=1.0)
     setting = Setting(policy="taper", buckets=(4, 32), in_flight=0, prompt_floor=2)
     world = serve([request("r", fork(6, tokens=20), slo=slo)], setting, TALKS_ON)
     assert {widths(step)["r"] for step in world.steps} >= {1, 4}
