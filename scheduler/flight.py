@@ -14,6 +14,7 @@ class Flight:
 
     sampling  the requests that it should give a token
     widths    for each request in it, how many branches advance, and how many were ready
+    prompt_tokens  length of the prompts of which it reads the end; None if it reads of no prompt
     """
 
     step: Step
@@ -21,3 +22,4 @@ class Flight:
     end: float
     sampling: set[LiveRequest]
     widths: dict[LiveRequest, tuple[int, int]]
+    prompt_tokens: int | None = None

@@ -92,6 +92,23 @@ def longest_first_prefix(program: Plan | TagProgram) -> int:
     return max(len(part.prefix) for part in program.stages[0].parts)
 
 
+def longest_chain(program: Plan | TagProgram) -> int:
+    """The most tokens that are sampled one after the other."""
+    if isinstance(program, TagProgram):
+        return program.stopping.max_tokens
+    return _longest_chain(program.stages)
+
+
+def _longest_chain(stages: tuple[Stage, ...]) -> int:
+    return sum(
+        max(
+            part.stopping.max_tokens + (_longest_chain(part.stages) if isinstance(part, BranchSpec) else 0)
+            for part in stage.parts
+        )
+        for stage in stages
+    )
+
+
 def check_program(
     program: Plan | TagProgram, encode: Callable[[str], Sequence[int]] = lambda text: text.encode()
 ) -> None:

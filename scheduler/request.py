@@ -30,7 +30,8 @@ class Slo:
 class Request:
     """One prompt and one program: the unit that has an SLO, a deadline and a priority.
 
-    A higher priority is more urgent; the policy `taper:priority` alone looks at it.
+    A higher priority is more urgent; the policy `taper:priority` alone looks at it. Requests of one `client`
+    take turns with those of others to start.
     """
 
     id: str
@@ -40,3 +41,4 @@ class Request:
     slo: Slo = field(default_factory=Slo)
     cache_salt: str = ""
     priority: int = 0
+    client: str = ""

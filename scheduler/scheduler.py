@@ -9,12 +9,12 @@ replay after a preemption and a decoding branch are all segments with tokens tha
 
 from __future__ import annotations
 
+import math
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Literal
 
 from scheduler.branch import Branch
@@ -25,17 +25,22 @@ from scheduler.events import Event
 from scheduler.flight import Flight
 from scheduler.live_request import LiveRequest
 from scheduler.pages import PagePool
-from scheduler.program import check_program, longest_first_prefix
+from scheduler.program import check_program, longest_chain, longest_first_prefix
+from scheduler.queue import StartQueue
 from scheduler.request import Request
 from scheduler.step import ScheduledStep, StepResult
+from scheduler.wait import WaitModel
+
+Rejection = Literal["QUEUE_FULL", "CLIENT_LIMIT", "KV_FULL", "SLO_UNATTAINABLE", "DUPLICATE"]
 
 
 class RejectedError(Exception):
-    """A request that cannot be queued."""
+    """A request that cannot be queued; `retry_after`, seconds after which it could be, where that is known."""
 
-    def __init__(self, reason: Literal["QUEUE_FULL", "KV_FULL", "DUPLICATE"], detail: str) -> None:
+    def __init__(self, reason: Rejection, detail: str, retry_after: float | None = None) -> None:
         super().__init__(detail)
-        self.reason: Literal["QUEUE_FULL", "KV_FULL", "DUPLICATE"] = reason
+        self.reason: Rejection = reason
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,8 @@ class SchedulerConfig:
     num_slots             branches that can keep device state at once; at least twice the largest bucket
     max_context           positions that a branch may fill
     max_queue             requests that may wait
+    max_client_queue      of one client
+    max_client_running    requests of one client that may run at once
     reserve               share of the pages by which running requests may still grow that a new one leaves
                           to them
     prefix_cache          keep full prompt pages for later requests
@@ -56,6 +63,8 @@ class SchedulerConfig:
     num_slots: int
     max_context: int
     max_queue: int = 1024
+    max_client_queue: float = math.inf
+    max_client_running: float = math.inf
     reserve: float = 1.0
     prefix_cache: bool = True
 
@@ -88,7 +97,9 @@ class Scheduler:
         self._codec = codec
         self._most_running = largest
         self._live: dict[str, LiveRequest] = {}
-        self._queue: deque[LiveRequest] = deque()
+        self._queue = StartQueue()
+        self._wait = WaitModel(largest / controller.latency.rows_seconds(largest))
+        self._free_starts = 0  # of those that have come since the last plan, who need not wait
         self._running: list[LiveRequest] = []  # oldest first
         self._preempted: list[LiveRequest] = []  # oldest first
         self._free_slots = list(range(config.num_slots - 1, -1, -1))
@@ -125,10 +136,63 @@ class Scheduler:
                 f"the request may need {live.worst_case_pages} KV pages of {self.pool.page_size} tokens,"
                 f" and there are {self.pool.num_pages}: lower max_tokens or the number of branches",
             )
-        if len(self._queue) >= self.config.max_queue:
-            raise RejectedError("QUEUE_FULL", f"{len(self._queue)} requests are waiting already")
+        self._check_room(live, now)
         self._live[request.id] = live
         self._queue.append(live)
+
+    def _check_room(self, live: LiveRequest, now: float) -> None:
+        """Raises RejectedError where the queue is full, or the request would rather go elsewhere than wait."""
+        of_client = self._queue.waiting_of(live.request.client)
+        if of_client >= self.config.max_client_queue:
+            raise RejectedError("CLIENT_LIMIT", f"{of_client} requests of this client are waiting already")
+        if len(self._queue) >= self.config.max_queue:
+            raise RejectedError(
+                "QUEUE_FULL", f"{len(self._queue)} requests are waiting already", self._start_gap()
+            )
+        if live.request.slo.reject:
+            self._check_in_time(live, now)
+
+    def _check_in_time(self, live: LiveRequest, now: float) -> None:
+        """Raises RejectedError for a request whose first token would come too late, in all likelihood."""
+        queued, ttft = [*self._queue], live.request.slo.ttft
+        unread = sum(len(other.request.prompt) for other in queued)
+        unread += sum(len(other.request.prompt) for other in self._running if not other.prompt_read)
+        ahead = len(self._preempted) + self._queue.ahead_of(live.request.client) - self._free_starts
+        if not self._wait.is_blocked and ahead <= 0 and self._may_start(live, queued):
+            self._free_starts += 1
+            ahead = -1
+            if not unread:
+                return  # sooner than now it cannot start
+        own, gap = self._wait.reading(len(live.request.prompt)), self._start_gap()
+        step = max([0.0, *(flight.end - now for flight in self._flights)]) + self._step_seconds
+        start = gap * self._wait.longest(ahead + 1)
+        expected = step + max(start, self._wait.reading(unread)) + own
+        if expected > ttft:
+            too_many = ahead + 1 - self._wait.most_starts((ttft - own - step) / gap)
+            retry = max(gap * too_many, self._wait.reading(unread) + own + step - ttft, step)
+            text = f"the first token would come after about {expected:.3g} s, and the target is {ttft:.3g} s"
+            raise RejectedError("SLO_UNATTAINABLE", text, retry)
+
+    def _start_gap(self) -> float:
+        """Seconds between two starts while requests wait, as far as that is known."""
+        tokens = sum(longest_chain(live.request.program) for live in self._running)
+        return self._wait.gap(self._step_seconds * tokens / max(1, len(self._running)) ** 2)
+
+    @property
+    def _step_seconds(self) -> float:
+        """What a step takes now."""
+        return self._flights[-1].forecast.seconds if self._flights else self.controller.latency.rows_seconds(1)
+
+    def give_up_late(self, now: float) -> list[str]:
+        """Forget the requests that wait, would rather go elsewhere than be late, and will be; their ids."""
+        late = [
+            live.request.id
+            for live in self._queue
+            if live.request.slo.reject and not self._can_make_it(live, now)
+        ]
+        for request_id in late:
+            self.cancel(request_id)
+        return late
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request: its pages and slots are free at once. False if it is unknown."""
@@ -200,10 +264,14 @@ class Scheduler:
             make_room=self._make_room,
             take_slot=partial(self._take_slot, holders),
         )
+        unread = [live for live in self._running if not live.prompt_read]
         turns = self.controller.fill(draft, self._running, self._flights)
-        return self._launch(draft, turns) if draft.rows else None
+        return self._launch(draft, turns, unread) if draft.rows else None
 
-    def _launch(self, draft: StepDraft, turns: list[Turn]) -> ScheduledStep:
+    def _launch(
+        self, draft: StepDraft, turns: list[Turn], unread: Sequence[LiveRequest]
+    ) -> ScheduledStep:
+        """`unread`: the requests whose prompts had not been read before the step."""
         self._steps += 1
         widths: dict[LiveRequest, tuple[int, int]] = {}
         deferred: list[tuple[str, int]] = []
@@ -217,7 +285,9 @@ class Scheduler:
                     widths[turn.live] = (len(advanced), len(turn.ready))
         scheduled = draft.schedule(tuple(deferred))
         end = draft.start + scheduled.forecast.seconds
-        self._flights.append(Flight(scheduled.step, scheduled.forecast, end, draft.sampling, widths))
+        read = [live for live in unread if live in draft.advanced]
+        tokens = sum(len(live.request.prompt) for live in read if live.prompt_read) if read else None
+        self._flights.append(Flight(scheduled.step, scheduled.forecast, end, draft.sampling, widths, tokens))
         return scheduled
 
     # --- results ---------------------------------------------------------------------------------------
@@ -227,6 +297,8 @@ class Scheduler:
         flight = self._flights.popleft()
         assert flight.step is result.step, "steps must be updated in the order in which they were scheduled"
         self.controller.learn(flight.forecast, result.seconds)
+        if flight.prompt_tokens is not None:
+            self._wait.read(result.seconds, flight.prompt_tokens)
         events: list[Event] = []
         for live, (width, wanted) in flight.widths.items():
             if self._live.get(live.request.id) is live:
@@ -249,35 +321,59 @@ class Scheduler:
     # --- starting and preempting -----------------------------------------------------------------------
 
     def _start_queued(self, start: float) -> None:
-        while (self._preempted or self._queue) and len(self._running) < self._most_running:
-            live = self._next_to_start(start)
-            if self._running and not self._may_start(live):
-                return
+        clients = Counter(live.request.client for live in self._running) if self._queue else Counter[str]()
+        waits = False
+        while (live := self._next_to_start(start, clients)) is not None:
+            waits = not self._may_start(live)
+            if waits:
+                break
             self._leave(live)
+            clients[live.request.client] += 1
+            self._wait.started(start)
             if live.pace.started is None:
                 live.age = self._starts
                 self._starts += 1
             live.resume(start)
             insort(self._running, live, key=_age)
+        self._free_starts = 0
+        self._wait.waiting(start, any_waits=waits)
 
-    def _next_to_start(self, start: float) -> LiveRequest:
-        """Preempted requests first; then those that can still meet their TTFT target, then the others."""
+    def _next_to_start(self, start: float, clients: Mapping[str, int]) -> LiveRequest | None:
+        """Preempted requests first; then those that can still meet their TTFT target, then the others.
+
+        `clients`: how many requests of each are running.
+        """
         if self._preempted:
             return self._preempted[0]
-        on_time = (live for live in self._queue if live.pace.ttft_deadline > start)
-        missed = (live for live in self._queue if live.pace.ttft_deadline <= start)
         turn = self.controller.LATE_TURN
-        late_first = self._starts % turn == turn - 1
-        return next(chain(missed, on_time) if late_first else chain(on_time, missed))
+        return self._queue.next(
+            clients,
+            self.config.max_client_running,
+            partial(self._can_make_it, start=start),
+            missed_first=self._starts % turn == turn - 1,
+        )
 
-    def _may_start(self, live: LiveRequest) -> bool:
+    def _can_make_it(self, live: LiveRequest, start: float) -> bool:
+        """Whether its first token can come in time if it starts at `start`.
+
+        What is believed of reading takes half of the target at most: it is learned from those that start.
+        """
+        reading = min(self._wait.reading(len(live.request.prompt)), live.request.slo.ttft / 2)
+        return live.pace.ttft_deadline > start + reading
+
+    def _may_start(self, live: LiveRequest, before: Sequence[LiveRequest] = ()) -> bool:
         """Whether the step with it stays within everybody's target, and its worst case fits now.
 
-        What running requests have still to read is theirs already, and a share of their worst case.
+        What running requests have still to read is theirs already, and a share of their worst case; those in
+        `before` start first. Whoever would be alone may always start.
         """
-        if not self.controller.may_start(live, self._running):
+        running = [*self._running, *before] if before else self._running
+        if not running:
+            return True
+        if len(running) >= self._most_running or not self.controller.may_start(live, running):
             return False
         reserved = sum(running.reserved_pages(self.config.reserve) for running in self._running)
+        reserved += sum(other.worst_case_pages for other in before)
         return live.worst_case_pages <= self.pool.available - reserved
 
     def _make_room(self, draft: StepDraft, live: LiveRequest, pages: int) -> bool:
@@ -311,7 +407,8 @@ class Scheduler:
         return self._free_slots.pop()
 
     def _leave(self, live: LiveRequest) -> None:
-        for place in (self._running, self._preempted, self._queue):
+        self._queue.discard(live)
+        for place in (self._running, self._preempted):
             if live in place:
                 place.remove(live)
 
