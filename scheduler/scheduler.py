@@ -356,9 +356,10 @@ class Scheduler:
     def _can_make_it(self, live: LiveRequest, start: float) -> bool:
         """Whether its first token can come in time if it starts at `start`.
 
-        What is believed of reading takes half of the target at most: it is learned from those that start.
+        Twice the mean time of reading is provided for, but half of the target at most: what is known of
+        reading is learned from those that start.
         """
-        reading = min(self._wait.reading(len(live.request.prompt)), live.request.slo.ttft / 2)
+        reading = min(2 * self._wait.reading(len(live.request.prompt)), live.request.slo.ttft / 2)
         return live.pace.ttft_deadline > start + reading
 
     def _may_start(self, live: LiveRequest, before: Sequence[LiveRequest] = ()) -> bool:

@@ -32,7 +32,8 @@ MEASURES = ("mean", "stage", "critical")
 
 @dataclass(slots=True)
 class Record:
-    """A request as its client sees it. `stage_ends`: when the last token of each of its stages came."""
+    """A request as its client sees it. `stage_ends`: when the last token of each of its stages came;
+    `refused`: when the server said that it would not serve it."""
 
     item: Item
     arrival: float
@@ -41,6 +42,7 @@ class Record:
     tokens: int = 0
     stage_ends: list[float] = field(default_factory=list)
     finished: bool = False
+    refused: float | None = None
     _ends: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -186,6 +188,7 @@ class Run:
         parallel = [each.item.parallel for each in self.records]
         stage = [*zip(parallel, good["stage"], strict=True)]
         latencies = [each.latency for each in self.records if each.finished]
+        accepted = [ok for each, ok in zip(self.records, good["stage"], strict=True) if each.refused is None]
         return {
             "policy": self.policy,
             **{f"goodput_{measure}": tokens / self.seconds for measure, tokens in goodput.items()},
@@ -193,6 +196,8 @@ class Run:
             "serial_attainment": share(ok for wide, ok in stage if not wide),
             "parallel_attainment": share(ok for wide, ok in stage if wide),
             "ttft_attainment": share(each.on_time(self.slo) for each in self.records),
+            "refused": share(each.refused is not None for each in self.records),
+            "accepted_attainment": share(accepted),
             "e2e_p50_s": quantile(latencies, 0.5),
             "e2e_p99_s": quantile(latencies, 0.99),
             "serial_tpot_p99_ms": quantile([1e3 * tpot for tpot in self.serial_tpots], 0.99),
@@ -228,6 +233,8 @@ COLUMNS = {
     "serial_attainment": Column("serial", "{:.1%}"),
     "parallel_attainment": Column("parallel", "{:.1%}"),
     "ttft_attainment": Column("TTFT", "{:.1%}"),
+    "refused": Column("refused", "{:.1%}"),
+    "accepted_attainment": Column("of accepted", "{:.1%}"),
     "raw_tokens_s": Column("raw tok/s", "{:.0f}"),
     "mean_width": Column("width", "{:.2f}"),
     "e2e_p50_s": Column("E2E p50 s", "{:.2f}"),

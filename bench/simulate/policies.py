@@ -53,6 +53,7 @@ def command() -> Command:
     add("--rate", type=float, help="requests per second, instead of the workload's own")
     add("--clients", type=int, help="clients of a closed loop, instead of arrivals")
     add("--tpot-slo", type=float, help="seconds, instead of twice the unloaded TPOT")
+    add("--reject-late", action="store_true", help="requests would rather be refused than late")
     add("--controller", default="{}", help="fields of ControllerConfig, as JSON")
     add("--max-chunk", type=int, default=512)
     add("--prompt-floor", type=int, default=32)
@@ -76,7 +77,7 @@ def setting_of(options: Namespace) -> Setting:
     return Setting(
         profile=profile,
         workload=named(options.workload, options.seed, seconds, **asked),
-        slo=slo,
+        slo=replace(slo, reject=options.reject_late),
         window=window,
         seed=options.seed,
         controller=replace(

@@ -25,7 +25,7 @@ from scheduler.controller import Controller, ControllerConfig
 from scheduler.events import Finished, TokenEmitted
 from scheduler.predictor import Costs, StepLatencyModel
 from scheduler.request import Slo
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import RejectedError, Scheduler, SchedulerConfig
 from scheduler.step import Sample, ScheduledStep, StepResult
 from serve.door import StepRecord
 from serve.engine.calibration import load_profile
@@ -215,6 +215,8 @@ class Simulation:
 
     def _schedule(self) -> ScheduledStep | None:
         began = time.perf_counter()
+        for request_id in self.scheduler.give_up_late(self.now):
+            self._refused(request_id)
         scheduled = self.scheduler.schedule(self.now)
         self.planning += time.perf_counter() - began
         return scheduled
@@ -263,10 +265,18 @@ class Simulation:
         self.records[request.id] = Record(item, now)
         if now in self.setting.window:
             self._to_measure.add(request.id)
-        self.scheduler.add(request, now)
+        try:
+            self.scheduler.add(request, now)
+        except RejectedError:
+            self._refused(request.id)
+
+    def _refused(self, request_id: str) -> None:
+        self.records[request_id].refused = self.now
+        self._answered(request_id)
 
     def _answered(self, request_id: str) -> None:
-        self.records[request_id].finished = True
+        record = self.records[request_id]
+        record.finished = record.refused is None
         self._to_measure.discard(request_id)
         if self.setting.workload.clients is not None:
             self._send_next(self.now)
