@@ -35,7 +35,7 @@ Rejection = Literal["QUEUE_FULL", "CLIENT_LIMIT", "KV_FULL", "SLO_UNATTAINABLE",
 
 
 class RejectedError(Exception):
-    """A request that cannot be queued; `retry_after`, seconds after which it could be, where that is known."""
+    """A request that cannot be queued; `retry_after`, seconds until it could be, if that is known."""
 
     def __init__(self, reason: Rejection, detail: str, retry_after: float | None = None) -> None:
         super().__init__(detail)
@@ -141,7 +141,7 @@ class Scheduler:
         self._queue.append(live)
 
     def _check_room(self, live: LiveRequest, now: float) -> None:
-        """Raises RejectedError where the queue is full, or the request would rather go elsewhere than wait."""
+        """Raises RejectedError where the queue is full, or the request would rather be refused than wait."""
         of_client = self._queue.waiting_of(live.request.client)
         if of_client >= self.config.max_client_queue:
             raise RejectedError("CLIENT_LIMIT", f"{of_client} requests of this client are waiting already")
@@ -175,13 +175,16 @@ class Scheduler:
 
     def _start_gap(self) -> float:
         """Seconds between two starts while requests wait, as far as that is known."""
-        tokens = sum(longest_chain(live.request.program) for live in self._running)
-        return self._wait.gap(self._step_seconds * tokens / max(1, len(self._running)) ** 2)
+        served = [*self._running, *self._queue][: max(1, len(self._running) + self._free_starts)]
+        longest = sum(longest_chain(live.request.program) for live in served) or 1
+        return self._wait.gap(self._step_seconds * longest / max(1, len(served)) ** 2)
 
     @property
     def _step_seconds(self) -> float:
         """What a step takes now."""
-        return self._flights[-1].forecast.seconds if self._flights else self.controller.latency.rows_seconds(1)
+        return (
+            self._flights[-1].forecast.seconds if self._flights else self.controller.latency.rows_seconds(1)
+        )
 
     def give_up_late(self, now: float) -> list[str]:
         """Forget the requests that wait, would rather go elsewhere than be late, and will be; their ids."""
@@ -268,9 +271,7 @@ class Scheduler:
         turns = self.controller.fill(draft, self._running, self._flights)
         return self._launch(draft, turns, unread) if draft.rows else None
 
-    def _launch(
-        self, draft: StepDraft, turns: list[Turn], unread: Sequence[LiveRequest]
-    ) -> ScheduledStep:
+    def _launch(self, draft: StepDraft, turns: list[Turn], unread: Sequence[LiveRequest]) -> ScheduledStep:
         """`unread`: the requests whose prompts had not been read before the step."""
         self._steps += 1
         widths: dict[LiveRequest, tuple[int, int]] = {}
@@ -327,6 +328,7 @@ class Scheduler:
             waits = not self._may_start(live)
             if waits:
                 break
+            self._queue.start(live)
             self._leave(live)
             clients[live.request.client] += 1
             self._wait.started(start)

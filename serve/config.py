@@ -56,8 +56,14 @@ class ServerConfig:
     taper:priority, taper:paper. Can be switched while running."""
     tpot_slo_ms: float = 50.0
     """Default target of the gap between a request's tokens, in milliseconds."""
+    min_tpot_slo_ms: float | None = None
+    """The least such target that a request may ask for: what asks for less is refused, unless it wants best
+    effort. The default target, but no more than 1.5 times the measured step of one row, unless set."""
     ttft_slo_ms: float = 5000.0
     """Default target of the time to a request's first token, in milliseconds."""
+    reject_late: bool = False
+    """Refuse a request whose first token can be expected to miss its target, instead of letting it wait; a
+    request may say itself what it would rather have."""
     rho: float = 1.0
     """The share of the slack that extra branches may spend; 0.8 is the paper's."""
     repay: float = 8.0
@@ -88,6 +94,10 @@ class ServerConfig:
     """Most prompt tokens of one request in one step: as many as the largest bucket has rows unless set."""
     max_queue: int = 256
     """Most requests waiting to start."""
+    max_client_queue: int | None = None
+    """Most requests of one client (one connection) waiting to start; no fewer than `max_queue` unless set."""
+    max_client_running: int | None = None
+    """Most requests of one client that run at once; its others wait. As many as can run unless set."""
 
     max_branches: int = 64
     """Most branches of one request, all stages together; where the model forks, of each fork."""
@@ -121,9 +131,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for what would only be found after minutes of loading."""
         policy(self.policy)
-        optional = ("page_size", "num_pages", "max_chunk", "max_context")
+        optional = ("page_size", "num_pages", "max_chunk", "max_context", "min_tpot_slo_ms")
+        clients = ("max_client_queue", "max_client_running")
         counts = ("max_queue", "max_branches", "max_depth", "default_max_tokens", "tensor_parallel")
-        for name in (*optional, *counts, "tpot_slo_ms", "ttft_slo_ms"):
+        for name in (*optional, *clients, *counts, "tpot_slo_ms", "ttft_slo_ms"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be more than 0, not {value}")

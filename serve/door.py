@@ -14,18 +14,22 @@ from typing import Literal, NamedTuple, Protocol
 from scheduler.events import Event, Finished
 from scheduler.predictor import PredictionAccuracy, StepLoad
 from scheduler.request import Request
-from scheduler.scheduler import SchedulerLoad
+from scheduler.scheduler import Rejection, SchedulerLoad
 
 State = Literal["STARTING", "SERVING", "DRAINING", "STOPPED", "FAILED"]
-Reason = Literal["QUEUE_FULL", "KV_FULL", "SLO_UNATTAINABLE", "DRAINING", "STARTING", "DUPLICATE"]
+Reason = Literal[Rejection, "DRAINING", "STARTING"]
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The engine does not take the request, and nothing else is heard of it. `detail` is for the client."""
+    """The engine does not take the request, or has waited in vain to start it; nothing else is heard of it.
+
+    `detail` is for the client, and so is `retry_after`: seconds, where it is known when it would be taken.
+    """
 
     reason: Reason
     detail: str
+    retry_after: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +51,14 @@ def is_last(news: News) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy an engine is, and how well it has lately predicted its steps, `steps` so far."""
+    """How busy an engine is, and how well it has lately predicted its steps, `steps` so far; the seconds that
+    a step of one row takes, as it is predicted now."""
 
     scheduler: SchedulerLoad
     accuracy: PredictionAccuracy
     output_tokens_per_second: float
     steps: int
+    unloaded_step: float = 0.0
 
 
 class StepRecord(NamedTuple):
@@ -117,7 +123,8 @@ class Engine(Protocol):
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request; `sink` gets its events, at most once a step, from a thread of the engine's.
 
-        So it learns, at once, of a refusal, and of a program that cannot run: as `Failed`.
+        So it learns, at once, of a refusal, and of a program that cannot run: as `Failed`. A request that
+        would rather be refused than late may be refused while it waits, too.
         """
         ...
 

@@ -14,6 +14,8 @@ from serve.config import ServerConfig
 from serve.door import Engine, Watcher
 from serve.text.reader import Spelling
 
+MIN_TPOT = 1.5  # times the step of one row: a tighter target would leave no room for anybody else
+
 
 class Tokenizer(Protocol):
     """What the service asks of a tokenizer."""
@@ -34,6 +36,7 @@ class ServedModel:
     join         the model's own join, `kv` or `reprefill`
     supports_text  whether there is a tokenizer; without one, token ids can be served all the same
     grammars     the tag sets that a model-driven request may name; own_grammar is the model's own, if any
+    min_tpot     the least TPOT target that a request may ask for
     """
 
     name: str
@@ -52,10 +55,15 @@ class ServedModel:
     max_top_logprobs: int = 8
     default_max_tokens: int = 256
     default_slo: Slo = field(default_factory=Slo)
+    min_tpot: float = 0.0
 
     @classmethod
-    def of(cls, config: ServerConfig, model: ModelConfig, tokenizer: ModelTokenizer) -> ServedModel:
-        """A model as a server with this config serves it."""
+    def of(
+        cls, config: ServerConfig, model: ModelConfig, tokenizer: ModelTokenizer, unloaded_step: float = 0.0
+    ) -> ServedModel:
+        """A model as a server with this config serves it, whose steps of one row take `unloaded_step`."""
+        slo = Slo(tpot=config.tpot_slo_ms / 1e3, ttft=config.ttft_slo_ms / 1e3, reject=config.reject_late)
+        least = max(unloaded_step, min(slo.tpot, MIN_TPOT * unloaded_step))
         return cls(
             name=model.name,
             architecture=model.architecture,
@@ -72,7 +80,8 @@ class ServedModel:
             max_logit_bias=config.max_logit_bias,
             max_top_logprobs=config.max_top_logprobs,
             default_max_tokens=config.default_max_tokens,
-            default_slo=Slo(tpot=config.tpot_slo_ms / 1e3, ttft=config.ttft_slo_ms / 1e3),
+            default_slo=slo,
+            min_tpot=least if config.min_tpot_slo_ms is None else config.min_tpot_slo_ms / 1e3,
         )
 
 
@@ -82,12 +91,14 @@ class Platform:
 
     device          kind of the devices that share the model, of which there are `devices`
     largest_bucket  rows that one step can have
+    unloaded_step   seconds that a step of one row took at the start
     summary         what getting ready came to, for the operator
     """
 
     device: str = "cpu"
     devices: int = 1
     largest_bucket: int = 64
+    unloaded_step: float = 0.0
     summary: str = ""
 
 

@@ -188,7 +188,7 @@ class Run:
         parallel = [each.item.parallel for each in self.records]
         stage = [*zip(parallel, good["stage"], strict=True)]
         latencies = [each.latency for each in self.records if each.finished]
-        accepted = [ok for each, ok in zip(self.records, good["stage"], strict=True) if each.refused is None]
+        accepted = [ok for each, ok in zip(self.records, good["mean"], strict=True) if each.refused is None]
         return {
             "policy": self.policy,
             **{f"goodput_{measure}": tokens / self.seconds for measure, tokens in goodput.items()},

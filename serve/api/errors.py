@@ -4,7 +4,7 @@ The server raises these and `status` writes them as a gRPC status with google.rp
 the status back into the same exception with `from_rpc`. The contract:
 
     InvalidRequestError     INVALID_ARGUMENT    BadRequest: every violation, by field path; a ValueError
-    OverloadedError         RESOURCE_EXHAUSTED  QUEUE_FULL, SLO_UNATTAINABLE: back off; RetryInfo
+    OverloadedError         RESOURCE_EXHAUSTED  QUEUE_FULL, CLIENT_LIMIT, SLO_UNATTAINABLE: wait; RetryInfo
                                                 KV_FULL: it never fits; SLOW_CONSUMER: read faster
     UnavailableError        UNAVAILABLE         starting, draining or broken: go elsewhere; RetryInfo
     DuplicateRequestError   ALREADY_EXISTS      a running request has this id
@@ -37,6 +37,7 @@ _SOON = 1.0
 
 RETRY_AFTER: Mapping[str, float | None] = {
     "QUEUE_FULL": _SOON,
+    "CLIENT_LIMIT": _SOON,
     "SLO_UNATTAINABLE": _SOON,
     "STARTING": _SOON,
     "DRAINING": _SOON,  # by then, another server has taken over
@@ -45,12 +46,14 @@ RETRY_AFTER: Mapping[str, float | None] = {
     "KV_FULL": None,  # there are fewer pages than it may need, whoever else is being served
     "SLOW_CONSUMER": None,  # its reader is slow, and the server is not busy
     "INVALID_FIELD": None,
+    "SLO_BELOW_FLOOR": None,  # it could be kept for nobody
     "PROMPT_TOO_LONG": None,
     "DUPLICATE": None,
     "ABORTED": None,
     "ENGINE_FAILED": None,
 }
-"""Of each reason that a server gives: the seconds after which trying again makes sense; None: it does not."""
+"""Of each reason that a server gives: the seconds after which trying again makes sense, if nothing better is
+known; None: it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +95,13 @@ class ServiceError(Exception):
         self.request_id = request_id
 
     @classmethod
-    def because(cls, reason: str, message: str, *, request_id: str = "") -> Self:
-        """For one of the reasons in `RETRY_AFTER`, which decides whether trying again makes sense."""
-        return cls(message, reason=reason, retry_after=RETRY_AFTER[reason], request_id=request_id)
+    def because(
+        cls, reason: str, message: str, *, request_id: str = "", retry_after: float | None = None
+    ) -> Self:
+        """For one of the reasons in `RETRY_AFTER`, which decides whether trying again makes sense; after
+        `retry_after` seconds, if that is known."""
+        after = RETRY_AFTER[reason] if retry_after is None else retry_after
+        return cls(message, reason=reason, retry_after=after, request_id=request_id)
 
 
 class InvalidRequestError(ServiceError, ValueError):
@@ -159,13 +166,13 @@ _BY_CODE = {
 }
 
 
-def refused(reason: str, detail: str) -> ServiceError:
+def refused(reason: str, detail: str, retry_after: float | None = None) -> ServiceError:
     """The engine's refusal to take a request, as what the caller should see."""
     if reason == "DUPLICATE":
         return DuplicateRequestError.because(reason, detail)
     if reason in ("STARTING", "DRAINING"):
         return UnavailableError.because(reason, detail)
-    return OverloadedError.because(reason, detail)
+    return OverloadedError.because(reason, detail, retry_after=retry_after)
 
 
 def status(error: ServiceError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]:

@@ -7,10 +7,12 @@ they have every field that the wire has.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from ..api.protos.taper.v1 import inference_service_pb2 as pb
 from .arguments import MessageT, instance, known, merged, message
+
+OnMiss = Literal["best_effort", "reject"]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -85,6 +87,9 @@ class Options(StageOptions, OutputOptions, total=False):
                   beside a plan are for those of its stages that do not say otherwise
     n             so many answers to the prompt, each drawn for itself
     tpot_slo_ms   target of the time between tokens; ttft_slo_ms, of the time to the first
+    on_miss       what becomes of a request whose targets cannot be met: `best_effort`, it is served as well
+                  as possible; `reject`, it is refused in time to go elsewhere; by the server's rule unless
+                  given
     model         name of the model that the server must be serving
     cache_salt    requests share cached prompts only with requests of the same salt
     priority      under the policy taper:priority, branches of a higher one join a step first; 0 unless given
@@ -94,6 +99,7 @@ class Options(StageOptions, OutputOptions, total=False):
     n: int | None
     tpot_slo_ms: float | None
     ttft_slo_ms: float | None
+    on_miss: OnMiss | None
     request_id: str | None
     model: str | None
     cache_salt: str | None

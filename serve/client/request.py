@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from ..api.protos.taper.v1 import control_service_pb2 as control_pb
 from ..api.protos.taper.v1 import inference_service_pb2 as pb
-from .arguments import items, known, merged, message, text, token_ids, whole, wrong_type, wrong_value
+from .arguments import items, known, merged, message, one_of, text, token_ids, whole, wrong_type, wrong_value
 from .options import ELSEWHERE, Options, sampling_of, stopping_of
 from .plan import inherit_stopping, parallel, stages_of
 
@@ -16,6 +16,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 _OWN = ("request_id", "model", "cache_salt", "priority")
 _TARGETS = {"tpot_ms": "tpot_slo_ms", "ttft_ms": "ttft_slo_ms"}
+_ON_MISS = {"best_effort": pb.ON_MISS_BEST_EFFORT, "reject": pb.ON_MISS_REJECT}
 
 
 def generate_request(prompt: Prompt, **options: Unpack[Options]) -> pb.GenerateRequest:
@@ -29,6 +30,8 @@ def generate_request(prompt: Prompt, **options: Unpack[Options]) -> pb.GenerateR
         request.sampling.CopyFrom(sampling)
     targets = {field: given.get(name) for field, name in _TARGETS.items()}
     request.slo.CopyFrom(message(pb.Slo, targets, _TARGETS))
+    if (on_miss := given.get("on_miss")) is not None:
+        request.slo.on_miss = _ON_MISS[one_of("on_miss", on_miss, _ON_MISS)]
     output = {field.name: given.get(field.name) for field in pb.OutputOptions.DESCRIPTOR.fields}
     request.output.CopyFrom(message(pb.OutputOptions, output))
     _add_program(request, options)

@@ -139,7 +139,7 @@ class InProcessEngine:
         try:
             self.scheduler.add(request, self._clock())
         except RejectedError as rejected:
-            return Refused(rejected.reason, str(rejected))
+            return Refused(rejected.reason, str(rejected), rejected.retry_after)
         except ValueError as fault:
             return Failed(str(fault))
         return None
@@ -167,6 +167,7 @@ class InProcessEngine:
                 accuracy=self.scheduler.controller.latency.accuracy.snapshot(),
                 output_tokens_per_second=self._rate.per_second(self._clock()),
                 steps=self._steps,
+                unloaded_step=self.scheduler.controller.latency.rows_seconds(1),
             )
 
     def stop(self, *, drain: bool, timeout: float) -> None:
@@ -218,9 +219,12 @@ class InProcessEngine:
         while flying is not None or self._has_work():
             self._before_plan()
             with self._wake:
+                late = [self._sinks.pop(name) for name in self.scheduler.give_up_late(self._clock())]
                 over = self.state == "STOPPED" or self.scheduler.idle
                 next_step = None if over else self.scheduler.schedule(self._clock())
             launched = self._launch(launcher, next_step, flying is not None) if next_step else None
+            for sink in late:
+                sink([Refused("SLO_UNATTAINABLE", "it has waited, and its first token would be late")])
             self._tell()
             if flying is not None:
                 ended = self._finish(flying, ended, pauses)

@@ -67,7 +67,8 @@ def spawned(main: str = "serve.remote.child.main") -> Iterator[Loader]:
         engine.begin(config)
         tokenizer, _ = model_tokenizer(config.model)
         up = engine.up()
-        return Served(engine=engine, model=ServedModel.of(config, up.model, tokenizer), platform=up.platform)
+        model = ServedModel.of(config, up.model, tokenizer, up.platform.unloaded_step)
+        return Served(engine=engine, model=model, platform=up.platform)
 
     try:
         yield load

@@ -31,7 +31,7 @@ class Faults:
     def __init__(self, message: Message, model: ServedModel) -> None:
         self.model = model
         self._violations = list(unknown_fields(message))
-        self._too_long: dict[str, str] = {}  # limit and got, once the context has been exceeded
+        self._exceeded: dict[str, dict[str, str]] = {}  # limit and got, by the reason that names the limit
 
     def __len__(self) -> int:
         return len(self._violations)
@@ -45,8 +45,8 @@ class Faults:
     def raise_any(self) -> None:
         """Raises InvalidRequestError with all of them, if there are any."""
         if self._violations:
-            reason = "PROMPT_TOO_LONG" if self._too_long else ""
-            raise InvalidRequestError.of(self._violations, reason=reason, metadata=self._too_long)
+            reason, numbers = next(iter(self._exceeded.items()), ("", {}))
+            raise InvalidRequestError.of(self._violations, reason=reason, metadata=numbers)
 
     # --- checks that several parts of a message share --------------------------------------------------
 
@@ -78,9 +78,16 @@ class Faults:
     def check_room(self, tokens: int, path: str) -> None:
         """One position has to be left for the answer."""
         limit = self.model.max_context - 1
-        if tokens > limit and not self._too_long:
-            self._too_long = {"limit": str(limit), "got": str(tokens)}
+        if tokens > limit and "PROMPT_TOO_LONG" not in self._exceeded:
+            self._exceeded["PROMPT_TOO_LONG"] = {"limit": str(limit), "got": str(tokens)}
             self.add(path, f"the context would hold {tokens} given tokens, and at most {limit} are possible")
+
+    def below_floor(self, path: str, least: float, got: float) -> None:
+        """A TPOT target, in milliseconds, that nobody could be promised."""
+        self._exceeded["SLO_BELOW_FLOOR"] = {"limit": f"{least:.6g}", "got": f"{got:.6g}"}
+        self.add(
+            path, f"this server can keep {least:.6g} ms at the least; or ask for best effort with slo.on_miss"
+        )
 
 
 def check_model(name: str, model: ServedModel) -> Iterator[Violation]:

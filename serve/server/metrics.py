@@ -82,6 +82,9 @@ class Metrics:
         self._devices = Gauge(
             "taper_devices", "Devices that share the model, by their kind", ["kind"], registry=registry
         )
+        self._targets = Gauge(
+            "taper_tpot_slo_seconds", "TPOT target: the default, and the least", ["target"], registry=registry
+        )
         self._width = histogram("width_branches", "Branches of a request that advance in a step", _WIDTHS)
 
     def observe_step(self, step: StepRecord) -> None:
@@ -119,6 +122,11 @@ class Metrics:
         """Report that the model is divided over `count` devices of this kind."""
         self._devices.labels(kind).set(count)
 
+    def describe_targets(self, default_tpot: float, min_tpot: float) -> None:
+        """Report the TPOT target of a request that names none, and the least that one may name: seconds."""
+        self._targets.labels("default").set(default_tpot)
+        self._targets.labels("least").set(min_tpot)
+
     def watch_load(self, load: Callable[[], Load]) -> None:
         """Report `load()` whenever the metrics are scraped."""
         self.registry.register(_LoadCollector(load))
@@ -151,6 +159,7 @@ class _LoadCollector:
             "queued_requests": now.queued_requests,
             "kv_used_tokens": now.kv_used_tokens,
             "kv_capacity_tokens": now.kv_capacity_tokens,
+            "unloaded_step_seconds": load.unloaded_step,
             "prediction_bias": accuracy.bias,
             "prediction_mape": accuracy.mape,
             "prediction_coverage": accuracy.coverage,

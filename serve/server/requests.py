@@ -17,6 +17,7 @@ from serve.server.sampling import read_sampling
 ROLES = ("system", "user", "assistant", "tool")
 MAX_INTERVAL_MS = 60_000
 MAX_PRIORITY = 100
+FLOAT32 = 1e-6  # by which a number may differ that has come as a float
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -116,7 +117,15 @@ class _Reader:
         default = self._model.default_slo
         tpot = self._faults.number(slo, "tpot_ms", "slo", 1e3 * default.tpot, 1e-3, 1e9)
         ttft = self._faults.number(slo, "ttft_ms", "slo", 1e3 * default.ttft, 1e-3, 1e9)
-        return Slo(tpot=tpot / 1e3, ttft=ttft / 1e3)
+        if slo.on_miss not in pb.OnMiss.values():
+            self._faults.add("slo.on_miss", f"{slo.on_miss} is not an OnMiss of this server")
+        best_effort = slo.on_miss == pb.ON_MISS_BEST_EFFORT
+        least = 1e3 * self._model.min_tpot
+        below = slo.HasField("tpot_ms") and tpot < (1.0 - FLOAT32) * least
+        if below and not best_effort:
+            self._faults.below_floor("slo.tpot_ms", least, tpot)
+        reject = slo.on_miss == pb.ON_MISS_REJECT or (default.reject and not best_effort)
+        return Slo(tpot=tpot / 1e3, ttft=ttft / 1e3, binding=not below, reject=reject)
 
     def _priority(self, given: int) -> int:
         if not -MAX_PRIORITY <= given <= MAX_PRIORITY:

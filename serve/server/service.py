@@ -75,6 +75,7 @@ class Service:
         }
         self.metrics.watch_load(served.engine.load)
         self.metrics.describe_devices(served.platform.device, served.platform.devices)
+        self.metrics.describe_targets(served.model.default_slo.tpot, served.model.min_tpot)
 
     def served(self) -> Served:
         """Raises UnavailableError until the model is loaded."""
@@ -143,7 +144,7 @@ class Service:
     def _explain(self, request_id: str, why: Refused | Failed) -> ServiceError:
         """What the caller is told when the engine does not take its request, or gives it up."""
         if isinstance(why, Refused):
-            return refused(why.reason, why.detail)
+            return refused(why.reason, why.detail, why.retry_after)
         state = self.state
         if state in ("DRAINING", "STOPPED"):
             return _stopping()

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -70,7 +71,7 @@ class InferenceServicer(inference_grpc.InferenceServiceServicer):
         self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         model = self.service.accepting().model
-        request = await asyncio.to_thread(read_request, message, model)
+        request = replace(await asyncio.to_thread(read_request, message, model), client=context.peer())
         skip = not message.output.keep_special_tokens
         speller = self.service.speller(skip_special_tokens=skip)
         writer = ResponseWriter(request, message.output, speller)
@@ -132,6 +133,9 @@ class ControlServicer(control_grpc.ControlServiceServicer):
             tag_sets=model.grammars,
             default_tag_set=model.own_grammar or "",
             supports_chat=model.tokenizer.supports_chat,
+            min_tpot_slo_ms=1e3 * model.min_tpot,
+            default_tpot_slo_ms=1e3 * model.default_slo.tpot,
+            default_ttft_slo_ms=1e3 * model.default_slo.ttft,
         )
 
     @_answers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -33,9 +34,9 @@ from tests.serve.waiting import Listener, until
 PATIENT = Slo(tpot=10.0, ttft=60.0)
 
 
-def request(id: str, tokens: int = 5) -> Request:
+def request(id: str, tokens: int = 5, slo: Slo = PATIENT) -> Request:
     stages = (SerialStage(stopping=Stopping(max_tokens=tokens)),) if tokens else ()
-    return Request(id=id, prompt=(1, 2, 3), program=Plan(stages=stages), slo=PATIENT)
+    return Request(id=id, prompt=(1, 2, 3), program=Plan(stages=stages), slo=slo)
 
 
 @dataclass
@@ -161,6 +162,32 @@ def test_an_id_belongs_to_one_request_at_a_time(engine: Engine, may_go_on: threa
     assert refusal(engine, request("r")) == "DUPLICATE"
     may_go_on.set()
     assert isinstance(listener.wait()[-1], Finished)
+
+
+@pytest.mark.parametrize("engine", [inside, behind_a_channel], indirect=True)
+def test_who_would_rather_be_refused_than_late_is_told_at_once_or_once_it_is_sure(
+    engine: Engine, may_go_on: threading.Event
+) -> None:
+    """Two requests of 150 tokens have no room on 256 positions."""
+    first, waits, hopeless = Listener(), Listener(), Listener()
+    engine.submit(request("first", 150), first)
+    until(lambda: engine.load().scheduler.running_requests == 1)
+    may_go_on.clear()
+    engine.submit(request("waits", 150, Slo(tpot=10.0, ttft=1.2, reject=True)), waits)
+    engine.submit(request("hopeless", 150, Slo(tpot=10.0, ttft=1e-3, reject=True)), hopeless)
+    (refused,) = hopeless.wait()
+    assert isinstance(refused, Refused)
+    assert refused.reason == "SLO_UNATTAINABLE"
+    assert refused.retry_after
+    time.sleep(1.2)
+    assert not waits.ended.is_set()
+    may_go_on.set()
+    (refused,) = waits.wait()
+    assert isinstance(refused, Refused)
+    assert refused.reason == "SLO_UNATTAINABLE"
+    assert isinstance(first.wait()[-1], Finished)
+    engine.submit(request("waits"), again := Listener())
+    assert isinstance(again.wait()[-1], Finished)
 
 
 def test_a_program_that_cannot_run_is_no_refusal(engine: Engine) -> None:

@@ -97,11 +97,12 @@ def test_refusals_of_the_engine_carry_their_reason(reason, kind, code):
     assert (type(error), error.code, error.reason, error.message) == (kind, code, reason, "because")
 
 
-RETRYABLE = {"QUEUE_FULL", "SLO_UNATTAINABLE", "STARTING", "DRAINING", "STOPPED", "FAILED"}
+RETRYABLE = {"QUEUE_FULL", "CLIENT_LIMIT", "SLO_UNATTAINABLE", "STARTING", "DRAINING", "STOPPED", "FAILED"}
 FUTILE = {
     "KV_FULL",
     "SLOW_CONSUMER",
     "INVALID_FIELD",
+    "SLO_BELOW_FLOOR",
     "PROMPT_TOO_LONG",
     "DUPLICATE",
     "ABORTED",
@@ -140,6 +141,12 @@ def test_what_is_wrong_with_a_request_stays_wrong():
     ):
         assert error.reason in FUTILE
         assert hints(error) == (None, None)
+
+
+def test_what_is_known_of_when_to_retry_takes_the_place_of_the_rule():
+    error = over_the_wire(errors.refused("SLO_UNATTAINABLE", "busy", 12.5))
+    assert (error.reason, error.retry_after) == ("SLO_UNATTAINABLE", 12.5)
+    assert errors.refused("QUEUE_FULL", "busy").retry_after == errors.RETRY_AFTER["QUEUE_FULL"]
 
 
 def test_a_duplicate_is_no_use_retrying():

@@ -56,6 +56,10 @@ ENGINE: dict[str, tuple[Any, Callable[[Started], Any]]] = {
     "max_top_logprobs": (2, lambda s: s.model.max_top_logprobs),
     "default_max_tokens": (11, lambda s: s.model.default_max_tokens),
     "tpot_slo_ms": (70.0, lambda s: 1e3 * s.model.default_slo.tpot),
+    "min_tpot_slo_ms": (66.0, lambda s: 1e3 * s.model.min_tpot),
+    "reject_late": (True, lambda s: s.model.default_slo.reject),
+    "max_client_queue": (6, lambda s: s.engine.scheduler.config.max_client_queue),
+    "max_client_running": (5, lambda s: s.engine.scheduler.config.max_client_running),
     "ttft_slo_ms": (900.0, lambda s: 1e3 * s.model.default_slo.ttft),
     "profile": ("measure", lambda s: s.ready.latency_source.split()[0].removesuffix("d")),
 }
@@ -117,7 +121,21 @@ def test_the_limits_of_a_request_are_those_of_the_device(started: Started) -> No
     assert started.runner.config.num_slots == started.engine.scheduler.config.num_slots == 8
     assert started.model.max_context == started.engine.scheduler.config.max_context
     assert started.model.name == "taper-tiny"
-    assert started.model.default_slo == Slo(tpot=0.07, ttft=0.9)
+    assert started.model.default_slo == Slo(tpot=0.07, ttft=0.9, reject=True)
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "least_ms"),
+    [(20.0, 30.0), (40.0, 50.0), (60.0, 60.0)],
+    ids=["half as much again", "no more than the default", "what can be kept"],
+)
+def test_the_least_target_that_may_be_asked_for_follows_from_the_step_of_one_row(
+    step_ms: float, least_ms: float
+) -> None:
+    tokenizer = Tokenizer.without_tokens((7,), "none")
+    model = ServedModel.of(ServerConfig(tpot_slo_ms=50.0), PRESETS["qwen3-8b"], tokenizer, step_ms / 1e3)
+    assert 1e3 * model.min_tpot == pytest.approx(least_ms)
+    assert model.default_slo.tpot == 0.05, "it is not held to its own floor"
 
 
 def test_what_is_served_is_what_was_started(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +156,11 @@ def test_what_is_served_is_what_was_started(started: Started, monkeypatch: pytes
     assert asked == [(config, records.append)]
     assert served == Served(engine=started.engine, model=started.model, platform=started.platform)
     assert started.platform == Platform(
-        device=jax.devices()[0].device_kind, devices=2, largest_bucket=4, summary=str(started.ready)
+        device=jax.devices()[0].device_kind,
+        devices=2,
+        largest_bucket=4,
+        unloaded_step=started.ready.latency.rows_seconds(1),
+        summary=str(started.ready),
     )
 
 

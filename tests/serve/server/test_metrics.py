@@ -98,7 +98,8 @@ def test_finished_requests_add_up():
 
 def test_every_figure_of_the_load_has_a_gauge_of_its_own():
     metrics = Metrics()
-    metrics.watch_load(lambda: Load(SchedulerLoad(1, 2, 3, 4, 5), PredictionAccuracy(6.0, 7.0, 8.0), 0.0, 0))
+    accuracy = PredictionAccuracy(6.0, 7.0, 8.0)
+    metrics.watch_load(lambda: Load(SchedulerLoad(1, 2, 3, 4, 5), accuracy, 0.0, 0, unloaded_step=9.0))
     gauges = {
         sample.name: sample.value
         for family in metrics.registry.collect()
@@ -115,7 +116,18 @@ def test_every_figure_of_the_load_has_a_gauge_of_its_own():
         "taper_prediction_bias": 6,
         "taper_prediction_mape": 7,
         "taper_prediction_coverage": 8,
+        "taper_unloaded_step_seconds": 9,
     }
+
+
+def test_the_targets_of_the_time_between_tokens_are_told():
+    metrics = Metrics()
+    metrics.describe_targets(0.05, 0.03)
+    told = [
+        metrics.registry.get_sample_value("taper_tpot_slo_seconds", {"target": target})
+        for target in ("default", "least")
+    ]
+    assert told == [0.05, 0.03]
 
 
 def test_the_devices_that_share_the_model_are_counted():

@@ -17,6 +17,7 @@ from scheduler.stopping import Stopping
 from serve.api import protos
 from serve.api.errors import InvalidRequestError
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from serve.api.protos.taper.v1.control_service_pb2 import GetModelInfoResponse
 from serve.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
 from serve.server.faults import refuse_text
 from serve.server.requests import ROLES, read_prompt, read_request
@@ -158,6 +159,42 @@ def test_targets_are_milliseconds_outside_and_seconds_inside():
     assert request.slo == Slo(tpot=0.025, ttft=2)
     request = read(generate_request("go", ttft_slo_ms=25), default_slo=Slo(tpot=1, ttft=2))
     assert request.slo == Slo(tpot=1, ttft=0.025)
+
+
+def test_a_target_under_the_floor_is_refused_with_the_number_that_would_do():
+    with pytest.raises(InvalidRequestError) as caught:
+        read(generate_request("go", tpot_slo_ms=12), min_tpot=0.0125)
+    error = caught.value
+    assert (error.reason, error.metadata) == ("SLO_BELOW_FLOOR", {"limit": "12.5", "got": "12"})
+    assert [violation.field for violation in error.violations] == ["slo.tpot_ms"]
+    with pytest.raises(InvalidRequestError, match=r"12\.5 ms"):
+        read(generate_request("go", tpot_slo_ms=12, on_miss="reject"), min_tpot=0.0125)
+
+
+@pytest.mark.parametrize("least", [12.3, 12.34, 12.37, 33.333333])
+def test_the_floor_itself_is_no_fault_though_it_travels_as_a_float(least: float):
+    published = GetModelInfoResponse(min_tpot_slo_ms=least).min_tpot_slo_ms
+    request = read(generate_request("go", tpot_slo_ms=published), min_tpot=least / 1e3)
+    assert request.slo.binding
+
+
+def test_under_the_floor_best_effort_binds_nobody():
+    request = read(generate_request("go", tpot_slo_ms=1, on_miss="best_effort"), min_tpot=0.0125)
+    assert request.slo == Slo(tpot=0.001, ttft=5.0, binding=False)
+    request = read(generate_request("go", tpot_slo_ms=20, on_miss="best_effort"), min_tpot=0.0125)
+    assert request.slo.binding
+
+
+def test_a_default_target_under_the_floor_is_the_servers_own_business():
+    assert read(generate_request("go"), min_tpot=0.1, default_slo=Slo(tpot=0.05)).slo == Slo(tpot=0.05)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_would_rather_be_refused_than_late_says_so_or_the_server_does(late: bool):
+    default = Slo(reject=late)
+    asked = {on_miss: generate_request("go", on_miss=on_miss) for on_miss in (None, "best_effort", "reject")}
+    rejects = {on_miss: read(message, default_slo=default).slo.reject for on_miss, message in asked.items()}
+    assert rejects == {None: late, "best_effort": False, "reject": True}
 
 
 def test_logprobs_are_asked_of_every_stage():
@@ -337,6 +374,7 @@ WRONG = [
     (of_stopping(stop_token_ids=[1, VOCAB]), f"{STOPPING}.stop_token_ids[1]"),
     *((of(slo=pb.Slo(tpot_ms=value)), "slo.tpot_ms") for value in (0, -1, NAN, INF)),
     *((of(slo=pb.Slo(ttft_ms=value)), "slo.ttft_ms") for value in (0, -1, NAN, INF)),
+    (of(slo=pb.Slo(on_miss=7)), "slo.on_miss"),  # type: ignore[arg-type]
     (generate_request("go", logprobs=True, top_logprobs=9), "output.top_logprobs"),
     (generate_request("go", top_logprobs=1), "output.top_logprobs"),
     *(

@@ -22,7 +22,7 @@ from scheduler.controller import Controller
 from scheduler.events import BranchInfo, StageStarted, Started, TokenEmitted, WidthChanged
 from scheduler.predictor import PredictionAccuracy, StepLatencyModel
 from scheduler.program import Plan, SerialStage
-from scheduler.request import Request
+from scheduler.request import Request, Slo
 from scheduler.scheduler import RejectedError, Scheduler, SchedulerConfig, SchedulerLoad
 from scheduler.step import Sample
 from scheduler.stopping import Stopping
@@ -614,6 +614,8 @@ async def test_every_limit_of_the_model_has_a_field_of_its_own():
         max_top_logprobs=13,
         max_logit_bias=14,
         default_max_tokens=15,
+        min_tpot=0.5,
+        default_slo=Slo(tpot=0.75, ttft=2.0),
     )
     service = Service(CONFIG)
     service.serve(Served(engine=FakeEngine(), model=served))
@@ -633,6 +635,9 @@ async def test_every_limit_of_the_model_has_a_field_of_its_own():
             tag_sets=["multiverse"],
             default_tag_set="multiverse",
             supports_chat=True,
+            min_tpot_slo_ms=500,
+            default_tpot_slo_ms=750,
+            default_ttft_slo_ms=2000,
         )
 
 

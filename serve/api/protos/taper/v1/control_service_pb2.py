@@ -26,35 +26,35 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from . import inference_service_pb2 as taper_dot_v1_dot_inference__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etaper/v1/control_service.proto\x12\x08taper.v1\x1a\x1egoogle/protobuf/duration.proto\x1a taper/v1/inference_service.proto\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xe1\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x14\n\x0cmax_branches\x18\x05 \x01(\r\x12\x11\n\tmax_depth\x18\x06 \x01(\r\x12\x18\n\x10max_top_logprobs\x18\x07 \x01(\r\x12\x16\n\x0emax_logit_bias\x18\x08 \x01(\r\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\t \x01(\r\x12\x15\n\reos_token_ids\x18\n \x03(\r\x12$\n\x0c\x64\x65\x66\x61ult_join\x18\x0b \x01(\x0e\x32\x0e.taper.v1.Join\x12\x10\n\x08tag_sets\x18\x0c \x03(\t\x12\x17\n\x0f\x64\x65\x66\x61ult_tag_set\x18\r \x01(\t\x12\x15\n\rsupports_chat\x18\x0e \x01(\x08\"\x16\n\x14GetServerInfoRequest\"\xae\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0c\x61pi_versions\x18\x02 \x03(\t\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12$\n\x05state\x18\x06 \x01(\x0e\x32\x15.taper.v1.ServerState\x12\x19\n\x11max_step_branches\x18\x07 \x01(\r\x12\x1b\n\x13max_queued_requests\x18\x08 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\t \x01(\x04\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0c\x64\x65vice_count\x18\x0b \x01(\r\"\x10\n\x0eGetLoadRequest\"\xc3\x01\n\x0fGetLoadResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10running_branches\x18\x02 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x03 \x01(\r\x12\x16\n\x0ekv_used_tokens\x18\x04 \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x05 \x01(\x04\x12 \n\x18output_tokens_per_second\x18\x06 \x01(\x01\x12\r\n\x05steps\x18\x07 \x01(\x04\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\",\n\rAbortResponse\x12\x1b\n\x13\x61\x62orted_request_ids\x18\x01 \x03(\t\"\"\n\x10SetPolicyRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\",\n\x11SetPolicyResponse\x12\x17\n\x0fprevious_policy\x18\x01 \x01(\t*\xae\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x03\x12\x18\n\x14SERVER_STATE_STOPPED\x10\x04\x12\x17\n\x13SERVER_STATE_FAILED\x10\x05\x32\xf1\x02\n\x0e\x43ontrolService\x12M\n\x0cGetModelInfo\x12\x1d.taper.v1.GetModelInfoRequest\x1a\x1e.taper.v1.GetModelInfoResponse\x12P\n\rGetServerInfo\x12\x1e.taper.v1.GetServerInfoRequest\x1a\x1f.taper.v1.GetServerInfoResponse\x12>\n\x07GetLoad\x12\x18.taper.v1.GetLoadRequest\x1a\x19.taper.v1.GetLoadResponse\x12\x38\n\x05\x41\x62ort\x12\x16.taper.v1.AbortRequest\x1a\x17.taper.v1.AbortResponse\x12\x44\n\tSetPolicy\x12\x1a.taper.v1.SetPolicyRequest\x1a\x1b.taper.v1.SetPolicyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etaper/v1/control_service.proto\x12\x08taper.v1\x1a\x1egoogle/protobuf/duration.proto\x1a taper/v1/inference_service.proto\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xb4\x03\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x14\n\x0cmax_branches\x18\x05 \x01(\r\x12\x11\n\tmax_depth\x18\x06 \x01(\r\x12\x18\n\x10max_top_logprobs\x18\x07 \x01(\r\x12\x16\n\x0emax_logit_bias\x18\x08 \x01(\r\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\t \x01(\r\x12\x15\n\reos_token_ids\x18\n \x03(\r\x12$\n\x0c\x64\x65\x66\x61ult_join\x18\x0b \x01(\x0e\x32\x0e.taper.v1.Join\x12\x10\n\x08tag_sets\x18\x0c \x03(\t\x12\x17\n\x0f\x64\x65\x66\x61ult_tag_set\x18\r \x01(\t\x12\x15\n\rsupports_chat\x18\x0e \x01(\x08\x12\x17\n\x0fmin_tpot_slo_ms\x18\x0f \x01(\x02\x12\x1b\n\x13\x64\x65\x66\x61ult_tpot_slo_ms\x18\x10 \x01(\x02\x12\x1b\n\x13\x64\x65\x66\x61ult_ttft_slo_ms\x18\x11 \x01(\x02\"\x16\n\x14GetServerInfoRequest\"\xae\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0c\x61pi_versions\x18\x02 \x03(\t\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12$\n\x05state\x18\x06 \x01(\x0e\x32\x15.taper.v1.ServerState\x12\x19\n\x11max_step_branches\x18\x07 \x01(\r\x12\x1b\n\x13max_queued_requests\x18\x08 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\t \x01(\x04\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0c\x64\x65vice_count\x18\x0b \x01(\r\"\x10\n\x0eGetLoadRequest\"\xc3\x01\n\x0fGetLoadResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10running_branches\x18\x02 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x03 \x01(\r\x12\x16\n\x0ekv_used_tokens\x18\x04 \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x05 \x01(\x04\x12 \n\x18output_tokens_per_second\x18\x06 \x01(\x01\x12\r\n\x05steps\x18\x07 \x01(\x04\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\",\n\rAbortResponse\x12\x1b\n\x13\x61\x62orted_request_ids\x18\x01 \x03(\t\"\"\n\x10SetPolicyRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\",\n\x11SetPolicyResponse\x12\x17\n\x0fprevious_policy\x18\x01 \x01(\t*\xae\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x03\x12\x18\n\x14SERVER_STATE_STOPPED\x10\x04\x12\x17\n\x13SERVER_STATE_FAILED\x10\x05\x32\xf1\x02\n\x0e\x43ontrolService\x12M\n\x0cGetModelInfo\x12\x1d.taper.v1.GetModelInfoRequest\x1a\x1e.taper.v1.GetModelInfoResponse\x12P\n\rGetServerInfo\x12\x1e.taper.v1.GetServerInfoRequest\x1a\x1f.taper.v1.GetServerInfoResponse\x12>\n\x07GetLoad\x12\x18.taper.v1.GetLoadRequest\x1a\x19.taper.v1.GetLoadResponse\x12\x38\n\x05\x41\x62ort\x12\x16.taper.v1.AbortRequest\x1a\x17.taper.v1.AbortResponse\x12\x44\n\tSetPolicy\x12\x1a.taper.v1.SetPolicyRequest\x1a\x1b.taper.v1.SetPolicyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'taper.v1.control_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVERSTATE']._serialized_start=1215
-  _globals['_SERVERSTATE']._serialized_end=1389
+  _globals['_SERVERSTATE']._serialized_start=1298
+  _globals['_SERVERSTATE']._serialized_end=1472
   _globals['_GETMODELINFOREQUEST']._serialized_start=110
   _globals['_GETMODELINFOREQUEST']._serialized_end=146
   _globals['_GETMODELINFORESPONSE']._serialized_start=149
-  _globals['_GETMODELINFORESPONSE']._serialized_end=502
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=504
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=526
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=529
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=831
-  _globals['_GETLOADREQUEST']._serialized_start=833
-  _globals['_GETLOADREQUEST']._serialized_end=849
-  _globals['_GETLOADRESPONSE']._serialized_start=852
-  _globals['_GETLOADRESPONSE']._serialized_end=1047
-  _globals['_ABORTREQUEST']._serialized_start=1049
-  _globals['_ABORTREQUEST']._serialized_end=1084
-  _globals['_ABORTRESPONSE']._serialized_start=1086
-  _globals['_ABORTRESPONSE']._serialized_end=1130
-  _globals['_SETPOLICYREQUEST']._serialized_start=1132
-  _globals['_SETPOLICYREQUEST']._serialized_end=1166
-  _globals['_SETPOLICYRESPONSE']._serialized_start=1168
-  _globals['_SETPOLICYRESPONSE']._serialized_end=1212
-  _globals['_CONTROLSERVICE']._serialized_start=1392
-  _globals['_CONTROLSERVICE']._serialized_end=1761
+  _globals['_GETMODELINFORESPONSE']._serialized_end=585
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=587
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=609
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=612
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=914
+  _globals['_GETLOADREQUEST']._serialized_start=916
+  _globals['_GETLOADREQUEST']._serialized_end=932
+  _globals['_GETLOADRESPONSE']._serialized_start=935
+  _globals['_GETLOADRESPONSE']._serialized_end=1130
+  _globals['_ABORTREQUEST']._serialized_start=1132
+  _globals['_ABORTREQUEST']._serialized_end=1167
+  _globals['_ABORTRESPONSE']._serialized_start=1169
+  _globals['_ABORTRESPONSE']._serialized_end=1213
+  _globals['_SETPOLICYREQUEST']._serialized_start=1215
+  _globals['_SETPOLICYREQUEST']._serialized_end=1249
+  _globals['_SETPOLICYRESPONSE']._serialized_start=1251
+  _globals['_SETPOLICYRESPONSE']._serialized_end=1295
+  _globals['_CONTROLSERVICE']._serialized_start=1475
+  _globals['_CONTROLSERVICE']._serialized_end=1844
 # @@protoc_insertion_point(module_scope)

@@ -33,7 +33,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "architecture", "vocab_size", "max_context_tokens", "max_branches", "max_depth", "max_top_logprobs", "max_logit_bias", "default_max_tokens", "eos_token_ids", "default_join", "tag_sets", "default_tag_set", "supports_chat")
+    __slots__ = ("model", "architecture", "vocab_size", "max_context_tokens", "max_branches", "max_depth", "max_top_logprobs", "max_logit_bias", "default_max_tokens", "eos_token_ids", "default_join", "tag_sets", "default_tag_set", "supports_chat", "min_tpot_slo_ms", "default_tpot_slo_ms", "default_ttft_slo_ms")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,9 @@ class GetModelInfoResponse(_message.Message):
     TAG_SETS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_TAG_SET_FIELD_NUMBER: _ClassVar[int]
     SUPPORTS_CHAT_FIELD_NUMBER: _ClassVar[int]
+    MIN_TPOT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_TPOT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_TTFT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
     model: str
     architecture: str
     vocab_size: int
@@ -62,7 +65,10 @@ class GetModelInfoResponse(_message.Message):
     tag_sets: _containers.RepeatedScalarFieldContainer[str]
     default_tag_set: str
     supports_chat: bool
-    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_branches: _Optional[int] = ..., max_depth: _Optional[int] = ..., max_top_logprobs: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., default_max_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., default_join: _Optional[_Union[_inference_service_pb2.Join, str]] = ..., tag_sets: _Optional[_Iterable[str]] = ..., default_tag_set: _Optional[str] = ..., supports_chat: _Optional[bool] = ...) -> None: ...
+    min_tpot_slo_ms: float
+    default_tpot_slo_ms: float
+    default_ttft_slo_ms: float
+    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., max_branches: _Optional[int] = ..., max_depth: _Optional[int] = ..., max_top_logprobs: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., default_max_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., default_join: _Optional[_Union[_inference_service_pb2.Join, str]] = ..., tag_sets: _Optional[_Iterable[str]] = ..., default_tag_set: _Optional[str] = ..., supports_chat: _Optional[bool] = ..., min_tpot_slo_ms: _Optional[float] = ..., default_tpot_slo_ms: _Optional[float] = ..., default_ttft_slo_ms: _Optional[float] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()

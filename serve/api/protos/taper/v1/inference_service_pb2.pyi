@@ -17,6 +17,12 @@ class Join(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOIN_REPREFILL: _ClassVar[Join]
     JOIN_NONE: _ClassVar[Join]
 
+class OnMiss(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ON_MISS_UNSPECIFIED: _ClassVar[OnMiss]
+    ON_MISS_BEST_EFFORT: _ClassVar[OnMiss]
+    ON_MISS_REJECT: _ClassVar[OnMiss]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -31,6 +37,9 @@ JOIN_UNSPECIFIED: Join
 JOIN_KV: Join
 JOIN_REPREFILL: Join
 JOIN_NONE: Join
+ON_MISS_UNSPECIFIED: OnMiss
+ON_MISS_BEST_EFFORT: OnMiss
+ON_MISS_REJECT: OnMiss
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_EOS: FinishReason
 FINISH_REASON_STOP: FinishReason
@@ -230,12 +239,14 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., logit_bias: _Optional[_Mapping[int, float]] = ...) -> None: ...
 
 class Slo(_message.Message):
-    __slots__ = ("tpot_ms", "ttft_ms")
+    __slots__ = ("tpot_ms", "ttft_ms", "on_miss")
     TPOT_MS_FIELD_NUMBER: _ClassVar[int]
     TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    ON_MISS_FIELD_NUMBER: _ClassVar[int]
     tpot_ms: float
     ttft_ms: float
-    def __init__(self, tpot_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ...) -> None: ...
+    on_miss: OnMiss
+    def __init__(self, tpot_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., on_miss: _Optional[_Union[OnMiss, str]] = ...) -> None: ...
 
 class OutputOptions(_message.Message):
     __slots__ = ("token_ids", "logprobs", "top_logprobs", "prompt_token_ids", "keep_special_tokens", "include_stop", "interval_ms")

@@ -1,0 +1,111 @@
+"""The requests that wait to start, and whose turn it is.
+
+Clients take turns: the next to start is the oldest request of the client that has the fewest running; of two
+with as many, of the one whose last turn is longer ago. Requests that can still meet their TTFT target go
+before those that cannot.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+from scheduler.live_request import LiveRequest
+
+_Line = dict[LiveRequest, None]  # in the order of arrival
+
+
+class StartQueue:
+    """Waiting requests, in the order of their arrival. To ask for the next takes O(clients)."""
+
+    def __init__(self) -> None:
+        self._arrival: dict[LiveRequest, int] = {}
+        self._arrivals = 0
+        self._of_client = Counter[str]()
+        self._last_turn: dict[str, int] = {}  # of clients of whom more requests wait
+        self._turns = 0
+        self._on_time: dict[str, _Line] = {}  # by client
+        self._missed: dict[str, _Line] = {}
+
+    def __len__(self) -> int:
+        return len(self._arrival)
+
+    def __iter__(self) -> Iterator[LiveRequest]:
+        return iter(self._arrival)
+
+    def waiting_of(self, client: str) -> int:
+        """How many of a client's requests wait."""
+        return self._of_client[client]
+
+    def ahead_of(self, client: str) -> int:
+        """How many start before the next request of this client would: clients take turns."""
+        own = self._of_client[client]
+        return sum(min(waiting, own) for waiting in self._of_client.values())
+
+    def append(self, live: LiveRequest) -> None:
+        client = live.request.client
+        self._arrival[live] = self._arrivals
+        self._arrivals += 1
+        self._of_client[client] += 1
+        self._on_time.setdefault(client, {})[live] = None
+
+    def start(self, live: LiveRequest) -> None:
+        """It was its client's turn, and it waits no more."""
+        self._turns += 1
+        self._last_turn[live.request.client] = self._turns
+        self.discard(live)
+
+    def discard(self, live: LiveRequest) -> None:
+        """It waits no more, if it did."""
+        if self._arrival.pop(live, None) is None:
+            return
+        client = live.request.client
+        self._of_client[client] -= 1
+        if not self._of_client[client]:
+            del self._of_client[client]
+            self._last_turn.pop(client, None)
+        for lines in (self._on_time, self._missed):
+            if live in lines.get(client, ()):
+                del lines[client][live]
+                if not lines[client]:
+                    del lines[client]
+
+    def next(
+        self,
+        running: Mapping[str, int],
+        most: float,
+        can_make_it: Callable[[LiveRequest], bool],
+        *,
+        missed_first: bool,
+    ) -> LiveRequest | None:
+        """The request whose turn it is; None if none may start.
+
+        running       how many requests of each client run, of which a client may have `most`
+        can_make_it   whether a request that starts now can meet its TTFT target: if not, it never will
+        missed_first  let one that has missed its target go first, this once
+        """
+        for line in [*self._on_time.values()]:
+            while line and not can_make_it(first := next(iter(line))):
+                self._give_up(first)
+        on_time, missed = (self._first(lines, running, most) for lines in (self._on_time, self._missed))
+        return (missed or on_time) if missed_first else (on_time or missed)
+
+    def _give_up(self, live: LiveRequest) -> None:
+        """It has missed its target."""
+        client = live.request.client
+        line = self._on_time[client]
+        del line[live]
+        if not line:
+            del self._on_time[client]
+        self._missed.setdefault(client, {})[live] = None
+
+    def _first(
+        self, lines: Mapping[str, _Line], running: Mapping[str, int], most: float
+    ) -> LiveRequest | None:
+        may_start = [next(iter(line)) for client, line in lines.items() if running.get(client, 0) < most]
+
+        def turn(live: LiveRequest) -> tuple[int, int, int]:
+            client = live.request.client
+            return running.get(client, 0), self._last_turn.get(client, 0), self._arrival[live]
+
+        return min(may_start, key=turn, default=None)

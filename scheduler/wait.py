@@ -1,0 +1,75 @@
+"""When the first token of a newcomer can come: what the door asks before it lets somebody in.
+
+    first token = max(wait to start, time to read the prompts ahead) + time to read its own
+
+Both are learned. While requests wait, each start says how long the one before it kept its place free for the
+next; while prompts are read, each one that has been read says how fast that goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+
+class WaitModel:
+    """Seconds between starts while requests wait, and prompt tokens read in a second."""
+
+    STARTS = 64  # of late, whose mean is taken
+    KEPT = 0.98  # of what is known of reading, with each step that reads
+    CAUTION = 2.5  # standard deviations of the wait that are provided for: starts come as they come
+    WEIGHT = 2  # starts that the first guess counts for
+
+    def __init__(self, tokens_per_second: float) -> None:
+        """`tokens_per_second`: of prompts, until any has been read."""
+        self._gaps: deque[float] = deque(maxlen=self.STARTS)
+        self._since: float | None = None  # the last start, or the moment from which requests wait
+        self._seconds, self._tokens = 1.0, tokens_per_second
+
+    # --- what happened ---------------------------------------------------------------------------------
+
+    def started(self, now: float) -> None:
+        """A request started; whether it had to wait is known already."""
+        if self._since is not None:
+            self._gaps.append(now - self._since)
+            self._since = now
+
+    def waiting(self, now: float, *, any_waits: bool) -> None:
+        """All have started that may; do any still wait?"""
+        if not any_waits:
+            self._since = None
+        elif self._since is None:
+            self._since = now
+
+    def read(self, seconds: float, tokens: int) -> None:
+        """A step of `seconds` read prompts; those that it finished have so many `tokens`."""
+        self._seconds = self.KEPT * self._seconds + seconds
+        self._tokens = self.KEPT * self._tokens + tokens
+
+    # --- what follows ----------------------------------------------------------------------------------
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether requests wait that may not start yet."""
+        return self._since is not None
+
+    def reading(self, tokens: int) -> float:
+        """Seconds to read so many prompt tokens."""
+        return tokens * self._seconds / self._tokens
+
+    def gap(self, guess: float) -> float:
+        """Seconds between two starts while requests wait; `guess` counts while few are known."""
+        weight = max(0, self.WEIGHT - len(self._gaps))
+        return (sum(self._gaps) + weight * guess) / (len(self._gaps) + weight)
+
+    def longest(self, starts: int) -> float:
+        """Gaps until so many starts have come, in nearly all cases."""
+        return starts + self.CAUTION * math.sqrt(starts)
+
+    def most_starts(self, gaps: float) -> int:
+        """The most starts that have come after so many gaps, in nearly all cases; less than 0 if not even
+        what has to wait for none."""
+        if gaps < 0:
+            return -1
+        root = (math.sqrt(self.CAUTION**2 + 4 * gaps) - self.CAUTION) / 2
+        return int(root**2)

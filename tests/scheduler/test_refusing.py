@@ -1,0 +1,156 @@
+"""Who is refused at the scheduler's door: for the queue's sake, its client's, or its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from scheduler.events import Finished
+from scheduler.request import Slo
+from scheduler.scheduler import RejectedError
+from tests.scheduler.alphabet import LETTERS
+from tests.scheduler.requests import request, serial
+from tests.scheduler.symbolic import SymbolicModel
+from tests.scheduler.world import Setting, World
+
+TALKS_ON = SymbolicModel(LETTERS)
+ONE_BY_ONE = Setting(buckets=(1,), in_flight=0)  # a step of 1.1 ms for each token
+SERVICE = 24 * 1.13e-3  # of 4 tokens to read and 20 to sample, or 21 to read and 3 to sample
+
+
+def picky(name: str, ttft: float, tokens: int = 20, **more: Any):
+    """A request that would rather be refused than late."""
+    return request(name, serial(tokens), slo=Slo(tpot=1.0, ttft=ttft, reject=True), **more)
+
+
+def busy(world: World, services: int = 10) -> None:
+    """Let a server that serves one after the other learn how long each takes."""
+    for number in range(services):
+        world.add(request(f"busy{number}", serial(20)))
+    world.run([])
+
+
+def refused(world: World, *wanted: Any) -> RejectedError:
+    *taken, last = wanted
+    for each in taken:
+        world.add(each)
+    with pytest.raises(RejectedError) as caught:
+        world.add(last)
+    return caught.value
+
+
+def test_who_comes_to_an_idle_server_is_never_late() -> None:
+    world = World(ONE_BY_ONE, TALKS_ON)
+    world.add(picky("first", 1e-9))
+    world.run_until(lambda: world.emitted("first") == 20)
+
+
+def test_who_would_be_late_is_refused_with_a_wait_that_is_right_within_a_factor_of_two() -> None:
+    """Seven wait, for a little more than a service each."""
+    world = World(ONE_BY_ONE, TALKS_ON)
+    busy(world)
+    for number in range(8):
+        world.add(request(f"r{number}", serial(20)))
+    world.step()
+    error = refused(world, picky("late", 4.5 * SERVICE))
+    assert error.reason == "SLO_UNATTAINABLE"
+    assert error.retry_after is not None
+    begin = world.now
+    world.run_until(lambda: world.now > begin + error.retry_after / 2)
+    refused(world, picky("late", 4.5 * SERVICE))
+    world.run_until(lambda: world.now > begin + error.retry_after)
+    assert not world.scheduler.idle
+    world.add(picky("in time", 4.5 * SERVICE))
+    world.run([])
+    assert world.finished("in time").timing.ttft <= 4.5 * SERVICE
+
+
+def test_of_many_those_are_taken_whose_first_token_comes_in_time() -> None:
+    world = World(ONE_BY_ONE, TALKS_ON)
+    busy(world)
+    taken: list[str] = []
+    for number in range(400):  # one for each third of a service
+        try:
+            world.add(picky(f"r{number}", 6 * SERVICE))
+            taken.append(f"r{number}")
+        except RejectedError:
+            pass
+        for _ in range(8):
+            world.step()
+            assert not world.scheduler.give_up_late(world.now)
+    world.run([])
+    assert all(world.finished(name).timing.ttft_slo_met for name in taken)
+    assert len(taken) > 0.95 * 400 / 3, "and the server is never idle for want of them"
+
+
+def test_a_burst_fills_what_is_free_and_the_rest_is_refused() -> None:
+    """Eight may run at once; before any has ended, it is by their lengths that the wait is judged."""
+    world = World(Setting(buckets=(4, 8), in_flight=0, max_chunk=8), TALKS_ON)
+    taken = 0
+    for number in range(40):
+        try:
+            world.add(picky(f"r{number}", 0.02, tokens=100))
+            taken += 1
+        except RejectedError as error:
+            assert error.reason == "SLO_UNATTAINABLE"  # noqa: PT017 - one of many
+    assert 8 <= taken <= 10
+    world.run([])
+
+
+def test_who_waits_in_vain_is_given_up_before_its_target_has_passed() -> None:
+    world = World(ONE_BY_ONE, TALKS_ON)
+    busy(world)
+    world.add(request("long", serial(100)))
+    world.step()
+    world.add(picky("waits", 4 * SERVICE))
+    world.add(request("patient", serial(1), slo=Slo(tpot=1.0, ttft=SERVICE)))
+    given_up: list[str] = []
+    while not given_up:
+        world.step()
+        given_up = world.scheduler.give_up_late(world.now)
+    assert given_up == ["waits"]
+    assert world.now < 1.05 * 14 * SERVICE
+    assert "waits" not in world.scheduler.live
+    world.run([])
+    assert isinstance(world.events["patient"][-1], Finished)
+    assert not world.events["waits"]
+
+
+def test_a_full_queue_says_when_a_place_will_be_free() -> None:
+    world = World(ONE_BY_ONE, TALKS_ON)
+    busy(world)
+    world.scheduler.config = replace(world.scheduler.config, max_queue=2)
+    world.add(request("runs", serial(20)))
+    world.step()
+    error = refused(world, *(request(name, serial(20)) for name in "abc"))
+    assert error.reason == "QUEUE_FULL"
+    assert error.retry_after == pytest.approx(SERVICE, rel=0.15)
+
+
+def test_a_client_may_queue_and_run_so_many() -> None:
+    world = World(Setting(), TALKS_ON)
+    limits = {"max_client_queue": 2, "max_client_running": 1}
+    world.scheduler.config = replace(world.scheduler.config, **limits)
+    for name in "ab":
+        world.add(request(name, serial(9), client="flood"))
+    assert refused(world, request("c", serial(9), client="flood")).reason == "CLIENT_LIMIT"
+    world.add(request("other", serial(9), client="quiet"))
+    world.step()
+    assert world.running == ["a", "other"]
+    world.add(request("c", serial(9), client="flood"))
+    world.run([])
+    assert all(isinstance(world.events[name][-1], Finished) for name in ("a", "b", "c", "other"))
+
+
+def test_clients_take_turns_to_start() -> None:
+    world = World(ONE_BY_ONE, TALKS_ON)
+    for number in range(6):
+        world.add(request(f"flood{number}", serial(3), client="flood"))
+    world.step()
+    world.add(request("quiet", serial(3), client="quiet"))
+    world.run_until(lambda: bool(world.events["quiet"]))
+    begun = [name for name, events in world.events.items() if events and name.startswith("flood")]
+    assert len(begun) <= 2
+    world.run([])
