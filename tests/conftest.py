@@ -68,6 +68,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--questions", type=int, default=16, help="how many held-out questions the default model is asked"
     )
+    parser.addoption("--soak-requests", type=int, default=5000, help="calls of the long soak")
+    parser.addoption("--soak-seconds", type=float, default=600.0, help="how long it takes")
 
 
 @pytest.fixture(scope="session")
