@@ -24,6 +24,7 @@ from model.decode_batch import STRIDE, Arrays, Batch, lay_out_batch
 from model.decoder import Decoder, ModelStructure
 from model.kv_cache import KVCache
 from model.sampling import (
+    NO_TOKEN,
     SampleInputs,
     SlotState,
     assign,
@@ -78,7 +79,7 @@ def generate(
 
     Raises:
       ValueError: an empty prompt, an id outside the vocabulary, more tokens than the model's context, a
-        seed of more than 64 bits, or pages without positions.
+        seed of more than 64 bits, pages without positions, or logits that are not numbers.
     """
     sampling = replace(sampling or SamplingParams(), logprobs=False)
     batch, cache, wanted = _prepared(
@@ -177,9 +178,11 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int, br
 
 
 def _until(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
-    """The tokens before the first end-of-sequence one; -1 where the loop had ended."""
-    ends = {-1, *eos_ids}
-    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+    """The tokens before the first end-of-sequence one. Raises ValueError where the model came to no token."""
+    tokens = tokens[: next((i for i, token in enumerate(tokens) if token in eos_ids), len(tokens))]
+    if NO_TOKEN in tokens:
+        raise ValueError("the model came to logits that are not numbers")
+    return tokens
 
 
 # --- slots -----------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_the_loop_is_compiled_with_the_cheapest_sampler_that_suffices(
 
     def compile_generation(*arguments: object) -> Callable[..., tuple[np.ndarray]]:
         taken.append(arguments[4])
-        return lambda weights, cache, slots, arrays: (arrays.tokens,)
+        return lambda weights, cache, slots, arrays: (np.zeros_like(arrays.tokens),)
 
     monkeypatch.setattr(decode, "compile_generation", compile_generation)
     generate(model, PROMPTS, max_tokens=TOKENS, sampling=sampling)
@@ -145,7 +145,7 @@ def test_no_token_ends_a_branch_but_those_that_were_given(
 
     def run(weights: object, cache: object, slots: object, arrays: decode.Arrays) -> tuple[np.ndarray]:
         told.append(arrays)
-        return (arrays.tokens,)
+        return (np.zeros_like(arrays.tokens),)
 
     monkeypatch.setattr(decode, "compile_generation", lambda *arguments: run)
     generate(model, [[7]], max_tokens=TOKENS, eos_ids=eos_ids)
@@ -225,3 +225,10 @@ def test_what_cannot_be_generated_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **({"max_tokens": 20} | options))
+
+
+def test_a_model_that_comes_to_what_is_no_number_is_told(model: Decoder) -> None:
+    structure, weights = model.split()
+    broken = structure.merge(tuple(jnp.full_like(each, jnp.nan) for each in weights))
+    with pytest.raises(ValueError, match="not numbers"):
+        generate(broken, PROMPTS, max_tokens=TOKENS, branches=2, page_size=4, backend=Xla())

@@ -18,7 +18,7 @@ from serve.client import AsyncClient, branch, generate_request, model_driven, pa
 
 POLICIES = ("off", "eager", "taper", "cap:2", "taper:priority", "taper:concave")
 QUESTION = "Reverse each word: cat, lemon, tree. Then say which result is longest."
-ENDS = {"whole": 70, "hang up": 12, "deadline": 12, "abort": 6}
+ENDS = {"whole": 58, "hang up": 22, "deadline": 12, "abort": 8}
 MOST = 64  # calls at once
 UNREAD = 3  # streams at once that nobody reads
 
@@ -70,12 +70,11 @@ class Soak:
         meant = rng.choices([*ENDS], [*ENDS.values()])[0]
         prompt, options = self._request(rng)
         name = f"{rng.getrandbits(64):x}"
-        timeout = rng.uniform(0.001, 1.0) if meant == "deadline" else 60.0
+        timeout = rng.uniform(0.001, 0.5) if meant == "deadline" else 60.0
         try:
             async with client.generate(prompt, timeout=timeout, request_id=name, **options) as stream:
                 if meant == "hang up":
-                    await self._read_some(stream, rng)
-                    how = "ok"
+                    how = "ok" if await self._read_some(stream, rng) else "HUNG_UP"
                 else:
                     ending = (
                         asyncio.ensure_future(self._abort(client, name, rng)) if meant == "abort" else None
@@ -91,20 +90,21 @@ class Soak:
             self._free.release()
         self.ended[f"{meant}: {how}"] += 1
 
-    async def _read_some(self, stream: Any, rng: random.Random) -> None:
-        """At a random time, or after some events."""
+    async def _read_some(self, stream: Any, rng: random.Random) -> bool:
+        """Up to a random time, or some events; whether that was all of it."""
         left = rng.choice([1, 2, 5, 10**9])
         try:
-            async with asyncio.timeout(rng.uniform(0.0, 1.0)):
+            async with asyncio.timeout(rng.uniform(0.0, 0.5)):
                 async for _ in stream:
                     left -= 1
                     if not left:
-                        return
+                        return False
+                return True
         except TimeoutError:
-            pass
+            return False
 
     async def _abort(self, client: AsyncClient, name: str, rng: random.Random) -> None:
-        await asyncio.sleep(rng.uniform(0.0, 0.5))
+        await asyncio.sleep(rng.uniform(0.0, 0.3))
         await client.abort(name)
 
     def _request(self, rng: random.Random) -> tuple[Any, dict[str, Any]]:
@@ -166,13 +166,13 @@ class Soak:
     async def _ignore(self) -> None:
         """Streams of many tokens, until the server gives them up, or their time is over."""
         rng = random.Random(self.seed)
-        wide = parallel([branch([1 + n], max_tokens=800, ignore_eos=True) for n in range(16)], join="none")
+        wide = parallel([branch([1 + n], max_tokens=400, ignore_eos=True) for n in range(32)], join="none")
         while True:
             plan = {"plan": [wide]} if self.text and rng.random() < 0.5 else {}
             message = generate_request([5], **{"max_tokens": 900, "ignore_eos": True, **plan})
             async with grpc.aio.insecure_channel(self.address) as channel:
                 stub = inference_grpc.InferenceServiceStub(channel)
-                call = stub.Generate(message, timeout=rng.uniform(self.seconds / 40, self.seconds / 10))
+                call = stub.Generate(message, timeout=rng.uniform(self.seconds / 20, self.seconds / 4))
                 while not call.done():
                     await asyncio.sleep(0.1)
                 code = await call.code()

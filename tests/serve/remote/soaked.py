@@ -44,8 +44,10 @@ def server(engine: str, account: str, *options: str) -> None:
 
 
 async def _count_tasks(account: Path) -> None:
+    new = account.with_suffix(".new")
     while True:
-        account.write_text(str(len(asyncio.all_tasks())))
+        new.write_text(str(len(asyncio.all_tasks())))
+        new.replace(account)  # whoever reads it finds a number
         await asyncio.sleep(LOOK_SECONDS)
 
 

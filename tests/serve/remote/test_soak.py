@@ -159,11 +159,21 @@ def at_rest(server: Server, wanted: dict[str, int] | None = None) -> dict[str, i
 def check(figures: dict[str, Any], requests: int) -> None:
     print(json.dumps(figures, indent=1))
     ended = figures["ended"]
-    known = {"ok", "ABORTED", "DeadlineExceededError", "QUEUE_FULL", "SLO_UNATTAINABLE", "SLOW_CONSUMER"}
+    known = {
+        "ok",
+        "HUNG_UP",
+        "ABORTED",
+        "DeadlineExceededError",
+        "QUEUE_FULL",
+        "SLO_UNATTAINABLE",
+        "SLOW_CONSUMER",
+    }
     ends = {end: count for end, count in ended.items() if end.partition(": ")[0] not in ("unread", "killed")}
     assert {end for end in ends if end != "policies" and end.partition(": ")[2] not in known} == set()
     assert sum(count for end, count in ends.items() if end != "policies") == requests
-    assert ended["whole: ok"] > 0.6 * requests
+    assert ended["whole: ok"] > 0.5 * requests
+    left = ("hang up: HUNG_UP", "abort: ABORTED", "deadline: DeadlineExceededError")
+    assert sum(ended[end] for end in left) > 0.25 * requests
     more = {name: figures["after"][name] - before for name, before in figures["before"].items()}
     assert max(more.values()) <= SPARE
     assert figures["left"] == {"kv": 0, "slots": 0, "compiled": 0}
@@ -183,4 +193,5 @@ def test_ten_minutes_of_every_kind_of_client_leave_nothing_behind(
     with serving(tmp_path, "real", "--compilation-cache", str(tmp_path / "programs")) as server:
         figures = soaked(server, requests, seconds, text=True)
     check(figures, requests)
+    assert "unread: RESOURCE_EXHAUSTED" in figures["ended"], "some were given up, and not only left"
     assert max(figures["MiB/min"].values()) < 1.0
