@@ -159,21 +159,13 @@ def at_rest(server: Server, wanted: dict[str, int] | None = None) -> dict[str, i
 def check(figures: dict[str, Any], requests: int) -> None:
     print(json.dumps(figures, indent=1))
     ended = figures["ended"]
-    known = {
-        "ok",
-        "HUNG_UP",
-        "ABORTED",
-        "DeadlineExceededError",
-        "QUEUE_FULL",
-        "SLO_UNATTAINABLE",
-        "SLOW_CONSUMER",
-    }
+    known = {"ok", "HUNG_UP", "ABORTED", "DeadlineExceededError", "QUEUE_FULL", "SLO_UNATTAINABLE"}
     ends = {end: count for end, count in ended.items() if end.partition(": ")[0] not in ("unread", "killed")}
     assert {end for end in ends if end != "policies" and end.partition(": ")[2] not in known} == set()
     assert sum(count for end, count in ends.items() if end != "policies") == requests
     assert ended["whole: ok"] > 0.5 * requests
     left = ("hang up: HUNG_UP", "abort: ABORTED", "deadline: DeadlineExceededError")
-    assert sum(ended[end] for end in left) > 0.25 * requests
+    assert sum(ended[end] for end in left) >= 0.3 * requests
     more = {name: figures["after"][name] - before for name, before in figures["before"].items()}
     assert max(more.values()) <= SPARE
     assert figures["left"] == {"kv": 0, "slots": 0, "compiled": 0}
