@@ -134,15 +134,17 @@ class Device:
         self._free = 0.0
         self._rng = np.random.default_rng(0)
 
-    def run(self, samples: int) -> Tokens:
-        """A launch: it sleeps without the interpreter's lock, as a program's call hardly holds it.
+    def run(self, samples: int, alternatives: int) -> tuple[Tokens, ...]:
+        """A launch, and what it samples, with log-probabilities: it sleeps without the interpreter's lock, as a program's call hardly holds it.
 
         The device does not wait for the caller to get the lock back.
         """
         reached = time.perf_counter() + self._setting.launch_ms / 1e3
         time.sleep(self._setting.launch_ms / 1e3)
         self._free = max(self._free, reached) + self._setting.device_ms / 1e3
-        return Tokens(self._rng.integers(0, 250, samples), self._free)
+        tokens, wide = self._rng.integers(0, 250, samples), (samples, alternatives)
+        outputs = tokens, np.zeros(samples), np.zeros(wide, int), np.zeros(wide)
+        return tuple(Tokens(values, self._free) for values in outputs)
 
 
 def runner_on(device: Device, config: ServerConfig) -> Any:
@@ -150,8 +152,8 @@ def runner_on(device: Device, config: ServerConfig) -> Any:
     import jax.numpy as jnp
 
     from attention import backend_named
-    from model.config import PRESETS
     from model.decoder import Decoder
+    from model.find import model_config
     from model.sampling import SampleOutputs
     from model.sharding import ON_ONE_DEVICE, Placement
     from model.step import StepLayout
@@ -164,8 +166,8 @@ def runner_on(device: Device, config: ServerConfig) -> Any:
 
         def __call__(self, weights: Any, cache: Any, slots: Any, packed: Any, uses: int) -> Any:
             del weights, packed, uses
-            tokens: Any = device.run(self.layout.samples)
-            return cache, slots, SampleOutputs(tokens, *[tokens] * (len(SampleOutputs._fields) - 1))
+            outputs: Any = device.run(self.layout.samples, config.max_top_logprobs)
+            return cache, slots, SampleOutputs(*outputs)
 
     class Nowhere(Placement):
         """Compiles programs that change nothing."""
@@ -187,7 +189,7 @@ def runner_on(device: Device, config: ServerConfig) -> Any:
         placement=Nowhere(),
     )
     runner.compile_step = lambda *_, layout, **__: Program(layout)  # type: ignore[assignment]
-    made = runner.Runner(place_model(Decoder(PRESETS[config.model], jnp.bfloat16), ON_ONE_DEVICE), sizes)
+    made = runner.Runner(place_model(Decoder(model_config(config.model), jnp.bfloat16), ON_ONE_DEVICE), sizes)
     made.compile()
     made.weights = made.cache = made.slots = None  # type: ignore[assignment]
     return made
@@ -198,8 +200,7 @@ def runner_on(device: Device, config: ServerConfig) -> Any:
 
 def start(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None], counts: Counts) -> Any:
     """A started engine over no device, with what it does for a step counted; and its model's config."""
-    from model.config import PRESETS
-    from model.find import model_tokenizer
+    from model.find import model_config, model_tokenizer
     from scheduler.controller import Controller
     from scheduler.predictor import StepLatencyModel
     from scheduler.scheduler import Scheduler
@@ -215,7 +216,7 @@ def start(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None],
     made = runner_on(Device(setting), config)
     assert config.buckets is not None
     latency = StepLatencyModel(dict.fromkeys(config.buckets, setting.device_ms / 1e3))
-    model, (tokenizer, _) = PRESETS[config.model], model_tokenizer(config.model)
+    model, (tokenizer, _) = model_config(config.model), model_tokenizer(config.model)
     scheduler = Scheduler(
         startup.scheduler_config(config, made.config, model.max_context),
         Controller(latency, config.policy, startup.controller_config(config, max(config.buckets))),
@@ -258,7 +259,8 @@ def engine(descriptor: int, server: int) -> None:
             counts.write(Path(Setting.here().folder) / "engine")
 
         made.wait = counted
-        return child.Started(made, model, Platform(largest_bucket=512))
+        device = Platform(largest_bucket=512, unloaded_step=Setting.here().device_ms / 1e3)
+        return child.Started(made, model, device)
 
     child.main(descriptor, server, lambda: begin)
 
