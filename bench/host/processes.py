@@ -135,9 +135,10 @@ class Device:
         self._rng = np.random.default_rng(0)
 
     def run(self, samples: int, alternatives: int) -> tuple[Tokens, ...]:
-        """A launch, and what it samples, with log-probabilities: it sleeps without the interpreter's lock, as a program's call hardly holds it.
+        """A launch, and what it samples, with log-probabilities.
 
-        The device does not wait for the caller to get the lock back.
+        It sleeps without the interpreter's lock, as a program's call hardly holds it. The device does not
+        wait for the caller to get the lock back.
         """
         reached = time.perf_counter() + self._setting.launch_ms / 1e3
         time.sleep(self._setting.launch_ms / 1e3)

@@ -92,7 +92,7 @@ def test_the_device_begins_when_a_launch_has_reached_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(processes.time, "perf_counter", lambda: now)
     monkeypatch.setattr(processes.time, "sleep", sleep)
     device = Device(Setting(device_ms=6, launch_ms=1, folder="", requests=1))
-    tokens = device.run(1)
+    tokens, *_ = device.run(1, 8)
     now = 0.0069
     assert not tokens.is_ready()
     now = 0.0071
