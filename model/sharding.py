@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -277,9 +278,18 @@ class Placement:
         )
 
     def compile(
-        self, function: Callable[..., Any], arguments: tuple[Any, ...], results: Any, *, donate: Sequence[int]
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        results: Any,
+        *,
+        donate: Sequence[int],
+        gpu_options: Mapping[str, Any] = MappingProxyType({}),
     ) -> jax.stages.Compiled:
-        """`program` compiled ahead of time; the arguments at the places `donate` are updated in place."""
+        """`program` compiled ahead of time; the arguments at the places `donate` are updated in place.
+
+        XLA gets `gpu_options` where the devices are GPUs.
+        """
         memory = self.memory
         if memory is not None:
             function, arguments = _told(function), (memory.addresses, *arguments)
@@ -287,7 +297,8 @@ class Placement:
         program = jax.jit(self.program(function, arguments, results), donate_argnums=donate)
         with self._as_its_kind():
             lowered = program.lower(*arguments)
-        compiled = lowered.compile()
+        on_gpu = self.devices[0].platform == "gpu"
+        compiled = lowered.compile(compiler_options=dict(gpu_options) if on_gpu else None)
         return compiled if memory is None else Reaching(compiled, memory.addresses)
 
     def _as_its_kind(self) -> AbstractContextManager[Any]:

@@ -29,6 +29,12 @@ from model.sharding import EVERYWHERE, ON_ONE_DEVICE, Placement
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
 
+# On a GPU, products of one input become one where a weight has no more than so many MiB, and a step no more
+# than so many rows: gate and up. On an H200 that saves Qwen3-8B 3 to 5 % of a step of up to 64 rows; at 128
+# and 512 it would cost 4 and 26 %. (Qwen3-32B, with weights of 250 MiB, would gain 2 % up to 32 rows and lose
+# 1 % at 64.) XLA's own limit is 32 MiB, whatever the rows.
+MERGED_MIB, MERGED_ROWS = 112, 64
+
 # The page, or the slot, of padding: out of range, so writes to it are dropped.
 NOWHERE = 2**30
 
@@ -270,7 +276,8 @@ def compile_step(
     fed = placement.abstract((samples,), jnp.int32, [None])
 
     arguments = weights, cache, slots.last_token, packed
-    model = placement.compile(taper_step, arguments, (cache, logits, fed), donate=[1])
+    merged = {"xla_gpu_dot_merger_threshold_mb": MERGED_MIB} if layout.capacity.rows <= MERGED_ROWS else {}
+    model = placement.compile(taper_step, arguments, (cache, logits, fed), donate=[1], gpu_options=merged)
 
     def sampler(uses: int) -> jax.stages.Compiled:
         arguments, results = (slots, logits, fed, packed), (slots, EVERYWHERE)

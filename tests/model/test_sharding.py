@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,18 @@ def test_by_default_everything_is_whole_on_one_device() -> None:
     model = place_model(Decoder(MODELS["qwen3"], jnp.bfloat16), ON_ONE_DEVICE)
     arrays = [*model.split()[1], *jax.tree.leaves(KVCache.abstract(Xla(), model.config, 4, 16, jnp.bfloat16))]
     assert {array.sharding for array in arrays} == {SingleDeviceSharding(jax.devices()[0])}
+
+
+@pytest.mark.parametrize(("platform", "given"), [("gpu", {"xla_some_flag": 3}), ("tpu", None), ("cpu", None)])
+def test_only_a_gpu_gets_a_gpu_s_options(
+    monkeypatch: pytest.MonkeyPatch, platform: str, given: dict[str, int] | None
+) -> None:
+    compiled = MagicMock(return_value=MagicMock(spec=jax.stages.Compiled))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+    placement = Placement(device=SimpleNamespace(platform=platform, device_kind="made up", num_cores=None))
+    one = jax.ShapeDtypeStruct((1,), np.float32)
+    placement.compile(lambda x: x + 1, (one,), one, donate=[], gpu_options={"xla_some_flag": 3})
+    compiled.assert_called_once_with(compiler_options=given)
 
 
 def test_an_unknown_axis_is_refused_by_name() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 from unittest.mock import MagicMock
 
 import jax
@@ -33,7 +33,7 @@ from model.sampling import (
     SampleOutputs,
     SlotState,
 )
-from model.sharding import ON_ONE_DEVICE
+from model.sharding import ON_ONE_DEVICE, Placement
 from model.step import NOWHERE, StepBuffer, StepInputs, StepLayout, StepProgram, compile_step, forward
 from model.weights import hf_tensors, place_model, random_weights
 from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
@@ -249,6 +249,32 @@ def test_the_head_runs_for_sampled_rows_only(model: Decoder, config: ModelConfig
 
 
 OUTPUTS = (((1,), jnp.int32), ((1,), jnp.float32), ((1, 1), jnp.int32), ((1, 1), jnp.float32))
+
+
+class Asked(Placement):
+    """Keeps what a program is asked to be compiled with, and compiles nothing."""
+
+    __slots__ = ()
+    options: ClassVar[list[dict[str, int]]] = []
+
+    def compile(self, *_: Any, gpu_options: Any = None, **__: Any) -> Any:
+        self.options.append(dict(gpu_options or {}))
+        return MagicMock(spec=jax.stages.Compiled)
+
+
+@pytest.mark.parametrize(("rows", "merged"), [(64, True), (65, False)])
+def test_products_of_one_input_are_merged_in_steps_of_few_rows(
+    model: Decoder, rows: int, merged: bool
+) -> None:
+    Asked.options.clear()
+    capacity = ItemCapacity.for_bucket(rows, NUM_PAGES, PAGE_SIZE, pages_per_read=20)
+    layout = replace(LAYOUT, capacity=capacity, placement=Asked())
+    shapes = KVCache.abstract(Xla(), model.config, NUM_PAGES, PAGE_SIZE, model.dtype)
+    slots = SlotState.abstract(SLOTS, model.config.vocab_size, 2)
+    compile_step(*model.split(), shapes, slots, layout=layout, max_top_logprobs=1, samplers=(0,))
+    step, sampler = Asked.options
+    assert step == ({"xla_gpu_dot_merger_threshold_mb": 112} if merged else {})
+    assert sampler == {}
 
 
 def program_of(forward: MagicMock, samplers: dict[int, MagicMock]) -> StepProgram:
