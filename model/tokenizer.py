@@ -129,6 +129,8 @@ class Tokenizer:
             return self.chat_template.render(
                 names, messages=messages, add_generation_prompt=add_generation_prompt
             )
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a foreign program: it may fail in any way
             raise ChatError(f"the model's chat template refuses these messages: {error}") from error
 

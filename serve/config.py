@@ -99,6 +99,20 @@ class ServerConfig:
     max_client_running: int | None = None
     """Most requests of one client that run at once; its others wait. As many as can run unless set."""
 
+    max_calls: int = 4096
+    """Most calls in flight that bring or brought a prompt, and as many others."""
+    max_client_calls: int = 1024
+    """Of these, the most on one connection."""
+    max_message_bytes: int = 1 << 22
+    """Largest message that brings a prompt."""
+    readers: int = 2
+    """Processes that read prompts: they tokenize, and run the chat template. 0, and always with the engine in
+    this process: threads of the server's, which nothing can stop."""
+    read_timeout: float = 5.0
+    """Seconds that reading one message may take."""
+    read_memory_mb: int = 1024
+    """MiB of memory that reading one message may take."""
+
     max_branches: int = 64
     """Most branches of one request, all stages together; where the model forks, of each fork."""
     max_depth: int = 4
@@ -133,14 +147,16 @@ class ServerConfig:
         policy(self.policy)
         optional = ("page_size", "num_pages", "max_chunk", "max_context", "min_tpot_slo_ms")
         clients = ("max_client_queue", "max_client_running")
+        bounds = ("max_calls", "max_client_calls", "max_message_bytes", "read_timeout", "read_memory_mb")
         counts = ("max_queue", "max_branches", "max_depth", "default_max_tokens", "tensor_parallel")
-        for name in (*optional, *clients, *counts, "tpot_slo_ms", "ttft_slo_ms"):
+        for name in (*optional, *clients, *counts, *bounds, "tpot_slo_ms", "ttft_slo_ms"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be more than 0, not {value}")
         if self.buckets is not None and (not self.buckets or any(bucket < 1 for bucket in self.buckets)):
             raise ValueError(f"buckets must be row counts of at least 1, not {self.buckets}")
-        for name in ("max_logit_bias", "max_top_logprobs", "repay", "step_timeout", "drain_timeout"):
+        seconds = ("step_timeout", "drain_timeout")
+        for name in ("max_logit_bias", "max_top_logprobs", "repay", "readers", *seconds):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a number that is not negative, not {value}")

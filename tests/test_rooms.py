@@ -36,11 +36,13 @@ PARTS = {
     "door": {"door"},
     "lateness": {"lateness", "door"},
     "logs": {"logs"},
+    "processes": {"processes"},
     "rate": {"rate"},
     "served": {"served", "door", "config", "text"},
-    "server": {"server", "api", "text", "door", "served", "config", "lateness", "logs"},
+    "reading": {"reading", "api", "text", "served", "processes", "logs"},
+    "server": {"server", "reading", "api", "text", "door", "served", "config", "lateness", "logs"},
     "engine": {"engine", "text", "door", "served", "config", "rate"},
-    "remote": {"remote", "engine", "text", "door", "served", "config", "rate", "logs"},
+    "remote": {"remote", "engine", "text", "door", "served", "config", "rate", "logs", "processes"},
 }
 
 ABSENT = {
@@ -51,7 +53,9 @@ ABSENT = {
     "serve/door.py": DEVICE,
     "serve/lateness.py": DEVICE,
     "serve/logs.py": (*DEVICE, "model", "scheduler"),
+    "serve/processes.py": (*DEVICE, "model", "scheduler"),
     "serve/rate.py": DEVICE,
+    "serve/reading": DEVICE,
     "serve/remote": DEVICE,
     "serve/served.py": DEVICE,
     "serve/server": DEVICE,

@@ -1,16 +1,25 @@
 """What can go wrong with a call, the same on both sides of the wire.
 
 The server raises these and `status` writes them as a gRPC status with google.rpc details; the client reads
-the status back into the same exception with `from_rpc`. The contract:
+the status back into the same exception with `from_rpc`. The contract: every call ends with OK or with one of
 
-    InvalidRequestError     INVALID_ARGUMENT    BadRequest: every violation, by field path; a ValueError
-    OverloadedError         RESOURCE_EXHAUSTED  QUEUE_FULL, CLIENT_LIMIT, SLO_UNATTAINABLE: wait; RetryInfo
-                                                KV_FULL: it never fits; SLOW_CONSUMER: read faster
+    InvalidRequestError     INVALID_ARGUMENT    BadRequest: violations by field path; a ValueError.
+                                                INVALID_FIELD, PROMPT_TOO_LONG, SLO_BELOW_FLOOR;
+                                                MALFORMED: the bytes are no such message; MESSAGE_TOO_LARGE
+    OverloadedError         RESOURCE_EXHAUSTED  QUEUE_FULL, CLIENT_LIMIT, TOO_MANY_CALLS, SLO_UNATTAINABLE:
+                                                wait; RetryInfo. KV_FULL: it never fits; SLOW_CONSUMER: read
+                                                faster; PROMPT_TOO_COSTLY: reading it takes too much
     UnavailableError        UNAVAILABLE         starting, draining or broken: go elsewhere; RetryInfo
     DuplicateRequestError   ALREADY_EXISTS      a running request has this id
-    CancelledError          CANCELLED           by the caller, or by Abort
+    CancelledError          CANCELLED           by the caller, or by Abort: ABORTED
     DeadlineExceededError   DEADLINE_EXCEEDED   the call's own deadline
-    InternalError           INTERNAL            a bug of the server's; RequestInfo, nothing of the inside
+    InternalError           INTERNAL            a bug of the server's; RequestInfo, nothing of the inside. The
+                                                log has the same id: the request's, or one made for the call
+    ServiceError            NOT_FOUND           health of a service that does not exist
+
+Some statuses are gRPC's own, and bare: UNIMPLEMENTED for a method that does not exist and for a compressed
+message; RESOURCE_EXHAUSTED for a message of over four times the server's limit, and for headers of over 8 KiB;
+CANCELLED and DEADLINE_EXCEEDED where the caller itself ends the call; UNAVAILABLE where no server is.
 
 `RETRY_AFTER` says for every reason whether the same request may be taken a little later.
 """
@@ -45,8 +54,12 @@ RETRY_AFTER: Mapping[str, float | None] = {
     "FAILED": _SOON,
     "KV_FULL": None,  # there are fewer pages than it may need, whoever else is being served
     "SLOW_CONSUMER": None,  # its reader is slow, and the server is not busy
+    "TOO_MANY_CALLS": _SOON,
+    "PROMPT_TOO_COSTLY": None,  # it would be again
     "INVALID_FIELD": None,
     "SLO_BELOW_FLOOR": None,  # it could be kept for nobody
+    "MALFORMED": None,
+    "MESSAGE_TOO_LARGE": None,
     "PROMPT_TOO_LONG": None,
     "DUPLICATE": None,
     "ABORTED": None,
@@ -109,21 +122,28 @@ class InvalidRequestError(ServiceError, ValueError):
 
     @classmethod
     def of(
-        cls, violations: Sequence[Violation], *, reason: str = "", metadata: Mapping[str, str] | None = None
+        cls,
+        violations: Sequence[Violation],
+        *,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+        count: int = 0,
     ) -> InvalidRequestError:
-        """All of `violations`, as far as a status has room for them."""
+        """All of `violations`, as far as a status has room for them: the first of `count`."""
+        count = max(count, len(violations))
         shown: list[Violation] = []
         room = _DETAILS_BYTES
         for violation in violations:
             field, description = violation.field[:200], violation.description[:200]
             room -= len(field.encode()) + len(description.encode()) + 8
             if room < 0:
-                shown.append(Violation("", f"and {len(violations) - len(shown)} more"))
                 break
             shown.append(Violation(field, description))
+        if len(shown) < count:
+            shown.append(Violation("", f"and {count - len(shown)} more"))
         message = "; ".join(f"{violation.field}: {violation.description}" for violation in shown[:3])
         if len(shown) > 3:
-            message += f"; and {len(violations) - 3} more"
+            message += f"; and {count - 3} more"
         message = message.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
         return cls(message, reason=reason or "INVALID_FIELD", violations=shown, metadata=metadata)
 

@@ -7,10 +7,8 @@ server's process dies. Signals are the server's to act on.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import queue
-import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -24,6 +22,7 @@ from model.settings import one_line, out_of_memory
 from serve.config import ServerConfig
 from serve.door import Engine, Failed, News, StepRecord, Watcher, is_last
 from serve.logs import STDERR, log_to_stderr
+from serve.processes import belong_to
 from serve.remote.channel import Channel
 from serve.remote.messages import (
     ERRORS,
@@ -42,7 +41,6 @@ from serve.served import Platform
 log = structlog.get_logger("taper")
 
 FLUSH_SECONDS = 5.0  # for the server to take the last messages
-_PR_SET_PDEATHSIG = 1
 
 
 class WaitableEngine(Engine, Protocol):
@@ -167,19 +165,9 @@ def own_engine() -> Starter:
     return start
 
 
-def die_with(server: int) -> None:
-    """Let the system end this process when its parent, the server's process, ends; where it can."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != server:  # it has ended already
-        os._exit(1)
-
-
 def main(descriptor: int, server: int, starter: Callable[[], Starter] = own_engine) -> None:
     """The process: its end of the socket, and the server's process id."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    die_with(server)
+    belong_to(server)
     log_to_stderr()
     channel = Channel(socket.socket(fileno=descriptor))
     status = EngineHost(channel, starter(), partial(os._exit, 1)).run()

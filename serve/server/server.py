@@ -16,26 +16,27 @@ from typing import Any
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
-from serve.api.protos.taper.v1 import control_service_pb2_grpc as control_grpc
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
 from serve.config import ServerConfig
 from serve.logs import STDERR, log_to_stderr
+from serve.reading.frames import begin
+from serve.reading.pool import ReaderPool
 from serve.served import Loader, Served
 from serve.server.health import Health
+from serve.server.methods import Behaviour, Method, add_service, full_name
+from serve.server.reflection import Reflection
 from serve.server.service import Service
 from serve.server.servicers import ControlServicer, InferenceServicer
 
 log = structlog.get_logger("taper")
 
-SERVICES = (
-    pb.DESCRIPTOR.services_by_name["InferenceService"].full_name,
-    control_pb.DESCRIPTOR.services_by_name["ControlService"].full_name,
-)
+SERVICES = (full_name(pb), full_name(control_pb))
+MAX_CONTROL_BYTES = 1 << 16  # of every message but those that bring a prompt
+MAX_METADATA_BYTES = 1 << 13  # of one call's headers
 _LOADER = "taper-load"
 _LOOK_SECONDS = 0.1  # between two looks at whether the engine has died
 _FLUSH_SECONDS = 5.0  # for last messages, once the engine has stopped
@@ -47,14 +48,8 @@ class EngineFailedError(Exception):
 
 def listen(service: Service) -> tuple[grpc.aio.Server, str]:
     """A server that is bound to the config's address, but not started; and that address. Raises OSError."""
-    # Without so_reuseport=0, a second server could take half of the first one's calls.
-    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-    inference_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(service), server)
-    control_grpc.add_ControlServiceServicer_to_server(ControlServicer(service), server)
-    health = Health(SERVICES, lambda: service.state == "SERVING")
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    server = grpc.aio.server(options=_options(service.config))
+    _add_methods(server, service)
     host = f"[{service.config.host}]" if ":" in service.config.host else service.config.host
     try:
         port = server.add_insecure_port(f"{host}:{service.config.port}")
@@ -63,13 +58,56 @@ def listen(service: Service) -> tuple[grpc.aio.Server, str]:
     return server, f"{host}:{port}"
 
 
+def _options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
+    """gRPC's own limits lie beyond those of the server, which says why it refuses something."""
+    return (
+        ("grpc.so_reuseport", 0),  # or a second server could take half of the first one's calls
+        ("grpc.max_receive_message_length", 4 * config.max_message_bytes),
+        ("grpc.max_concurrent_streams", 4 * config.max_client_calls),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a few bytes could become any number
+    )
+
+
+def _add_methods(server: grpc.aio.Server, service: Service) -> None:
+    def large(behave: Behaviour) -> Method:
+        return Method(behave, service.config.max_message_bytes, service.inference)
+
+    def small(behave: Behaviour) -> Method:
+        return Method(behave, MAX_CONTROL_BYTES, service.control)
+
+    inference, control = InferenceServicer(service), ControlServicer(service)
+    health = Health(SERVICES, lambda: service.state == "SERVING")
+    reflection = Reflection((*SERVICES, full_name(health_pb2)))
+    methods = {
+        pb: {
+            "Generate": large(inference.generate)._replace(ended=service.metrics.count_request),
+            "Tokenize": large(inference.tokenize),
+            "Detokenize": large(inference.detokenize),
+        },
+        control_pb: {
+            "GetModelInfo": small(control.get_model_info),
+            "GetServerInfo": small(control.get_server_info),
+            "GetLoad": small(control.get_load),
+            "Abort": small(control.abort),
+            "SetPolicy": small(control.set_policy),
+        },
+        health_pb2: {"Check": small(health.check), "Watch": small(health.watch)},
+        reflection_pb2: {"ServerReflectionInfo": small(reflection.info)},
+    }
+    for module, named in methods.items():
+        add_service(server, module, named)
+
+
 async def shut_down(server: grpc.aio.Server, service: Service, timeout: float) -> None:
     """Drain, let the calls that are left write their last messages, and close."""
     await service.drain(timeout)
     deadline = time.monotonic() + _FLUSH_SECONDS
     while not service.is_idle and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
-    await server.stop(grace=0.2)  # only health watchers and readers that stopped reading are left
+    service.end_calls()
+    await server.stop(grace=0.2)  # only readers that stopped reading are left
 
 
 async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], None] = print) -> None:
@@ -79,6 +117,9 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
     """
     service = Service(config)
     server, address = listen(service)
+    # The processes import what they need while the engine starts.
+    in_process = config.engine_in_process or not config.readers
+    pool = None if in_process else ReaderPool(size=config.readers, seconds=config.read_timeout)
     stop_metrics = _serve_metrics(service)
     stop = _on_signals(service)
 
@@ -89,7 +130,9 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
         await asyncio.wait({loading, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             served = loading.result()
-            service.serve(served)
+            if pool is not None:
+                await pool.begin(begin(served.model, config.model, config.read_memory_mb << 20))
+            service.serve(served, pool)
             if config.explain:
                 announce(served.platform.summary)
                 return
@@ -99,6 +142,8 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
         log.info("draining", seconds=config.drain_timeout)
     finally:
         await shut_down(server, service, config.drain_timeout)
+        if pool is not None:
+            await pool.close()
         stop_metrics()
     if service.state == "FAILED":
         raise EngineFailedError(f"the engine failed while it drained: {service.failure}")

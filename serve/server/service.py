@@ -7,10 +7,13 @@ deadline, Abort, a drain) cancels that request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import structlog
 
@@ -25,7 +28,9 @@ from serve.api.errors import (
 )
 from serve.config import ServerConfig
 from serve.door import Failed, Refused
+from serve.reading.work import Answer, Job, Readers, ReadHere
 from serve.served import Served
+from serve.server.calls import Calls
 from serve.server.metrics import Metrics
 from serve.server.stream import Doorbell, Stream
 from serve.text.reader import Speller
@@ -33,6 +38,18 @@ from serve.text.reader import Speller
 log = structlog.get_logger("taper")
 
 WAITING_EVENTS = 8192  # of one stream whose reader is slow
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A message that is being read, until it has been, or something else ends its call."""
+
+    answer: asyncio.Future[Answer]
+    error: ServiceError | None = None
+
+    def end(self, error: ServiceError) -> None:
+        self.error = self.error or error
+        self.answer.cancel()
 
 
 class Service:
@@ -46,7 +63,13 @@ class Service:
         self.instance_id = uuid.uuid4().hex
         self.started = time.monotonic()
         self.draining = False
+        self.inference = Calls(total=config.max_calls, per_connection=config.max_client_calls)
+        self.control = Calls(total=config.max_calls, per_connection=config.max_client_calls)
         self._served: Served | None = None
+        self._readers: Readers | None = None
+        self._arrivals: set[asyncio.Future[None]] = set()  # calls whose message has not come yet
+        self._readings: dict[str, _Reading] = {}
+        self._prompts = 0  # of the readings, those of requests
         self._streams: dict[str, Stream] = {}
         self._doorbell: Doorbell | None = None  # made in the event loop
         self._spellers: dict[bool, Speller] = {}
@@ -65,11 +88,12 @@ class Service:
 
     @property
     def is_idle(self) -> bool:
-        return not self._streams
+        return not self._streams and not self._readings
 
-    def serve(self, served: Served) -> None:
-        """From here on, requests are taken."""
+    def serve(self, served: Served, readers: Readers | None = None) -> None:
+        """From here on, requests are taken, and read by `readers`: in this process unless given."""
         self._served = served
+        self._readers = readers or ReadHere(served.model)
         self._spellers = {
             skip: Speller(served.model.tokenizer.spelling, skip_special_tokens=skip) for skip in (False, True)
         }
@@ -90,6 +114,51 @@ class Service:
             raise UnavailableError.because(state, f"the server is {state.lower()}")
         return self.served()
 
+    def check_queue(self) -> None:
+        """Raises OverloadedError if the engine's queue is full by all that is known here: what the engine has
+        said last, and what is on its way there."""
+        waiting = self.accepting().engine.load().scheduler.queued_requests + self._prompts
+        if waiting >= self.config.max_queue:
+            raise refused("QUEUE_FULL", f"{waiting} requests are waiting already")
+
+    @contextlib.contextmanager
+    def arrival(self) -> Iterator[None]:
+        """While the message of a call is on its way: `arrived` waits for it."""
+        here = asyncio.get_running_loop().create_future()
+        self._arrivals.add(here)
+        try:
+            yield
+        finally:
+            self._arrivals.discard(here)
+            here.cancel()
+
+    async def arrived(self, timeout: float) -> None:
+        """Until the calls that are here by now are known by their ids; for up to `timeout` seconds."""
+        if self._arrivals:
+            await asyncio.wait(set(self._arrivals), timeout=timeout)
+
+    async def read(self, job: Job, connection: str) -> Answer:
+        """Have the message of a call read. The call can be aborted meanwhile. Raises ServiceError."""
+        self.served()
+        assert self._readers is not None
+        self._check_new(job.id)
+        reading = self._readings[job.id] = _Reading(self._readers.read(job, connection))
+        prompts = int(job.method == "Generate")
+        self._prompts += prompts
+        try:
+            await asyncio.wait({reading.answer})
+        finally:
+            self._prompts -= prompts
+            del self._readings[job.id]
+            reading.answer.cancel()  # if the client has left
+        if reading.error is not None:
+            raise reading.error
+        return reading.answer.result()
+
+    def _check_new(self, request_id: str) -> None:
+        if request_id in self._streams or request_id in self._readings:
+            raise DuplicateRequestError.because("DUPLICATE", f"request {request_id!r} is running")
+
     def speller(self, *, skip_special_tokens: bool) -> Speller:
         return self._spellers[skip_special_tokens]
 
@@ -97,8 +166,7 @@ class Service:
         """Submit a request; `interval` is its stream's. Raises ServiceError while no requests are taken; what
         the engine refuses is said by the stream."""
         engine = self.accepting().engine
-        if request.id in self._streams:
-            raise DuplicateRequestError.because("DUPLICATE", f"request {request.id!r} is running")
+        self._check_new(request.id)
         if self._doorbell is None:
             self._doorbell = Doorbell()
         stream = Stream(
@@ -120,11 +188,12 @@ class Service:
 
     def abort(self, request_id: str) -> bool:
         """End a call from outside of it; False if there is none."""
-        stream = self._streams.get(request_id)
-        if stream is None:
+        call = self._streams.get(request_id) or self._readings.get(request_id)
+        if call is None:
             return False
-        self.served().engine.cancel(request_id)
-        stream.end(CancelledError.because("ABORTED", "aborted", request_id=request_id))
+        if isinstance(call, Stream):
+            self.served().engine.cancel(request_id)
+        call.end(CancelledError.because("ABORTED", "aborted", request_id=request_id))
         return True
 
     async def drain(self, timeout: float) -> None:
@@ -132,8 +201,13 @@ class Service:
         self.draining = True
         if self._served is not None:
             await asyncio.to_thread(self._served.engine.stop, drain=True, timeout=timeout)
-        for stream in self._streams.values():
-            stream.end(_stopping())
+        for call in (*self._streams.values(), *self._readings.values()):
+            call.end(_stopping())
+
+    def end_calls(self) -> None:
+        """End those that are left."""
+        for calls in (self.inference, self.control):
+            calls.end(_stopping())
 
     def halt(self) -> None:
         """Cut a drain short."""

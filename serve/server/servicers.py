@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import time
-from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
-import grpc
-import structlog
-
 from scheduler.events import Finished
-from serve.api.errors import InternalError, InvalidRequestError, ServiceError, Violation, abort
+from serve.api.errors import InvalidRequestError, Violation
 from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
-from serve.api.protos.taper.v1 import control_service_pb2_grpc as control_grpc
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
+from serve.reading.envelope import look
+from serve.reading.faults import check_model, unknown_fields
+from serve.reading.requests import is_id
+from serve.reading.work import Job, Prompted
 from serve.served import ServedModel
-from serve.server.faults import check_ids, check_model, refuse_text, unknown_fields
-from serve.server.requests import read_prompt, read_request
+from serve.server.calls import Call
 from serve.server.responses import ResponseWriter, duration
 from serve.server.service import Service
 
-log = structlog.get_logger("taper")
+_ARRIVAL_SECONDS = 1.0  # that an Abort waits for calls whose message is still on its way
 
 _STATES = {
     "STARTING": control_pb.SERVER_STATE_STARTING,
@@ -36,46 +31,20 @@ _STATES = {
 }
 
 
-def _answers(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Turns exceptions into statuses. What is not a ServiceError is a bug, and told to the log alone."""
-
-    @functools.wraps(method)
-    async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
-        code = "CANCELLED"
-        try:
-            result = await method(self, request, context)
-            code = "OK"
-            return result
-        except ServiceError as error:
-            code, failure = error.code.name, error
-        except grpc.aio.BaseError:
-            raise  # the call itself is broken
-        except Exception:
-            log.exception("bug", method=method.__name__)
-            request_id = getattr(request, "request_id", "")
-            code, failure = "INTERNAL", InternalError("internal error", request_id=request_id)
-        finally:
-            if method.__name__ == "Generate":
-                self.service.metrics.count_request(code)
-        return await abort(context, failure)
-
-    return answer
-
-
-class InferenceServicer(inference_grpc.InferenceServiceServicer):
+class InferenceServicer:
     def __init__(self, service: Service) -> None:
         self.service = service
 
-    @_answers
-    async def Generate(  # noqa: N802 - gRPC's name
-        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> None:
-        model = self.service.accepting().model
-        request = replace(await asyncio.to_thread(read_request, message, model), client=context.peer())
-        skip = not message.output.keep_special_tokens
-        speller = self.service.speller(skip_special_tokens=skip)
-        writer = ResponseWriter(request, message.output, speller)
-        stream = self.service.open(request, interval=message.output.interval_ms / 1e3)
+    async def generate(self, call: Call) -> None:
+        """What needs no prompt is refused before there is one to read."""
+        service = self.service
+        service.check_queue()
+        request, output = await self._prompted(call)
+        request = replace(request, client=call.connection)
+        options = pb.OutputOptions.FromString(output)
+        speller = service.speller(skip_special_tokens=not options.keep_special_tokens)
+        writer = ResponseWriter(request, options, speller)
+        stream = service.open(request, interval=options.interval_ms / 1e3)
         finished = False
         try:
             while not finished:
@@ -83,39 +52,46 @@ class InferenceServicer(inference_grpc.InferenceServiceServicer):
                 last = events[-1]
                 finished = isinstance(last, Finished)
                 if isinstance(last, Finished):
-                    self.service.metrics.observe_finished(last)
-                await context.write(writer.write(events))
+                    service.metrics.observe_finished(last)
+                await call.write(writer.write(events).SerializeToString())
         finally:
-            self.service.close(request.id, finished=finished)
+            service.close(request.id, finished=finished)
 
-    @_answers
-    async def Tokenize(  # noqa: N802
-        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
-    ) -> pb.TokenizeResponse:
-        model = self.service.served().model
-        _check(request, model)
-        ids = await asyncio.to_thread(read_prompt, request.prompt, model)
-        return pb.TokenizeResponse(token_ids=ids)
+    async def _prompted(self, call: Call) -> Prompted:
+        """The request that the call brings. From the moment its message is here, its id is known."""
+        with self.service.arrival():
+            data = await call.message()
+        request_id, model = look(data)
+        if is_id(request_id):
+            call.id = request_id
+        if violations := [*check_model(model, self.service.accepting().model)]:
+            raise InvalidRequestError.of(violations)
+        prompted = await self.service.read(Job("Generate", data, call.id), call.connection)
+        assert isinstance(prompted, Prompted)
+        return prompted
 
-    @_answers
-    async def Detokenize(  # noqa: N802
-        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
-    ) -> pb.DetokenizeResponse:
-        model = self.service.served().model
-        refuse_text(request, model)
-        _check(request, model, check_ids(request.token_ids, model, "token_ids"))
-        speller = self.service.speller(skip_special_tokens=not request.keep_special_tokens)
-        return pb.DetokenizeResponse(text=await asyncio.to_thread(speller.text, list(request.token_ids)))
+    async def tokenize(self, call: Call) -> bytes:
+        self.service.served()
+        job = Job("Tokenize", await call.message(), call.id)
+        return await self._read(job, call)
+
+    async def detokenize(self, call: Call) -> bytes:
+        self.service.served()
+        job = Job("Detokenize", await call.message(), call.id)
+        return await self._read(job, call)
+
+    async def _read(self, job: Job, call: Call) -> bytes:
+        response = await self.service.read(job, call.connection)
+        assert isinstance(response, bytes)
+        return response
 
 
-class ControlServicer(control_grpc.ControlServiceServicer):
+class ControlServicer:
     def __init__(self, service: Service) -> None:
         self.service = service
 
-    @_answers
-    async def GetModelInfo(  # noqa: N802
-        self, request: control_pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
-    ) -> control_pb.GetModelInfoResponse:
+    async def get_model_info(self, call: Call) -> control_pb.GetModelInfoResponse:
+        request = await call.read(control_pb.GetModelInfoRequest)
         model = self.service.served().model
         _check(request, model)
         return control_pb.GetModelInfoResponse(
@@ -138,10 +114,8 @@ class ControlServicer(control_grpc.ControlServiceServicer):
             default_ttft_slo_ms=1e3 * model.default_slo.ttft,
         )
 
-    @_answers
-    async def GetServerInfo(  # noqa: N802
-        self, request: control_pb.GetServerInfoRequest, context: grpc.aio.ServicerContext
-    ) -> control_pb.GetServerInfoResponse:
+    async def get_server_info(self, call: Call) -> control_pb.GetServerInfoResponse:
+        request = await call.read(control_pb.GetServerInfoRequest)
         _check(request)
         service, config = self.service, self.service.config
         info = control_pb.GetServerInfoResponse(
@@ -161,10 +135,8 @@ class ControlServicer(control_grpc.ControlServiceServicer):
             info.kv_capacity_tokens = served.engine.load().scheduler.kv_capacity_tokens
         return info
 
-    @_answers
-    async def GetLoad(  # noqa: N802
-        self, request: control_pb.GetLoadRequest, context: grpc.aio.ServicerContext
-    ) -> control_pb.GetLoadResponse:
+    async def get_load(self, call: Call) -> control_pb.GetLoadResponse:
+        request = await call.read(control_pb.GetLoadRequest)
         _check(request)
         load = self.service.served().engine.load()
         now = load.scheduler
@@ -178,18 +150,19 @@ class ControlServicer(control_grpc.ControlServiceServicer):
             steps=load.steps,
         )
 
-    @_answers
-    async def Abort(  # noqa: N802
-        self, request: control_pb.AbortRequest, context: grpc.aio.ServicerContext
-    ) -> control_pb.AbortResponse:
+    async def abort(self, call: Call) -> control_pb.AbortResponse:
+        request = await call.read(control_pb.AbortRequest)
         _check(request)
-        ended = [name for name in dict.fromkeys(request.request_ids) if self.service.abort(name)]
+        names = dict.fromkeys(request.request_ids)
+        ended = {name for name in names if self.service.abort(name)}
+        if len(ended) < len(names):  # one may be that of a call before this one, with a longer message
+            await self.service.arrived(_ARRIVAL_SECONDS)
+            ended |= {name for name in names if self.service.abort(name)}
+        ended = [name for name in names if name in ended]
         return control_pb.AbortResponse(aborted_request_ids=ended)
 
-    @_answers
-    async def SetPolicy(  # noqa: N802
-        self, request: control_pb.SetPolicyRequest, context: grpc.aio.ServicerContext
-    ) -> control_pb.SetPolicyResponse:
+    async def set_policy(self, call: Call) -> control_pb.SetPolicyResponse:
+        request = await call.read(control_pb.SetPolicyRequest)
         _check(request)
         engine = self.service.served().engine
         previous = engine.policy
@@ -207,9 +180,8 @@ def _version() -> str:
         return "source"
 
 
-def _check(request: Any, model: ServedModel | None = None, *more: Iterable[Violation]) -> None:
-    """Raises InvalidRequestError for unknown fields, another model's name, and what `more` finds."""
+def _check(request: Any, model: ServedModel | None = None) -> None:
+    """Raises InvalidRequestError for unknown fields, and for another model's name."""
     violations = [*unknown_fields(request), *(check_model(request.model, model) if model else ())]
-    violations += [violation for found in more for violation in found]
     if violations:
         raise InvalidRequestError.of(violations)

@@ -97,12 +97,24 @@ def test_refusals_of_the_engine_carry_their_reason(reason, kind, code):
     assert (type(error), error.code, error.reason, error.message) == (kind, code, reason, "because")
 
 
-RETRYABLE = {"QUEUE_FULL", "CLIENT_LIMIT", "SLO_UNATTAINABLE", "STARTING", "DRAINING", "STOPPED", "FAILED"}
+RETRYABLE = {
+    "QUEUE_FULL",
+    "CLIENT_LIMIT",
+    "TOO_MANY_CALLS",
+    "SLO_UNATTAINABLE",
+    "STARTING",
+    "DRAINING",
+    "STOPPED",
+    "FAILED",
+}
 FUTILE = {
     "KV_FULL",
     "SLOW_CONSUMER",
     "INVALID_FIELD",
     "SLO_BELOW_FLOOR",
+    "MALFORMED",
+    "MESSAGE_TOO_LARGE",
+    "PROMPT_TOO_COSTLY",
     "PROMPT_TOO_LONG",
     "DUPLICATE",
     "ABORTED",

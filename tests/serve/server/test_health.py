@@ -8,7 +8,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from serve.server.calls import Calls
 from serve.server.health import Health
+from serve.server.methods import Method, add_service
 
 Status = health_pb2.HealthCheckResponse
 
@@ -18,10 +20,18 @@ class Server:
 
     def __init__(self) -> None:
         self.serving = False
+        self.looks = 0
+
+    def look(self) -> bool:
+        self.looks += 1
+        return self.serving
 
     async def __aenter__(self) -> health_pb2_grpc.HealthStub:
         self._server = grpc.aio.server()
-        health_pb2_grpc.add_HealthServicer_to_server(Health(["one"], lambda: self.serving), self._server)
+        health = Health(["one"], self.look)
+        calls = Calls(total=1000, per_connection=1000)
+        methods = {"Check": Method(health.check, 1024, calls), "Watch": Method(health.watch, 1024, calls)}
+        add_service(self._server, health_pb2, methods)
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
@@ -73,15 +83,44 @@ def test_every_watcher_learns_of_every_change():
     asyncio.run(use())
 
 
+def test_one_look_is_taken_for_all_watchers_and_none_where_there_are_none():
+    assert 0.05 <= Health.LOOK <= 1.0, "who looks all the time holds up the server"
+
+    async def use() -> None:
+        server = Server()
+        async with server as stub:
+            watches = [stub.Watch(request()) for _ in range(200)]
+            assert {(await watch.read()).status for watch in watches} == {Status.NOT_SERVING}
+            await asyncio.sleep(2 * Health.LOOK)  # who has just come is looked after once more
+            before = server.looks
+            await asyncio.sleep(5 * Health.LOOK)
+            assert 1 <= server.looks - before <= 6
+            server.serving = True
+            assert {(await watch.read()).status for watch in watches} == {Status.SERVING}
+            for watch in watches:
+                watch.cancel()
+            await asyncio.sleep(2 * Health.LOOK)
+            before = server.looks
+            await asyncio.sleep(3 * Health.LOOK)
+            assert server.looks == before
+
+    asyncio.run(use())
+
+
 def test_a_watcher_is_told_of_changes_alone(monkeypatch):
-    assert 0.05 <= Health.LOOK <= 1.0, "a watcher that looks all the time holds up the server"
-    looks, told = [False, False, True, True, False], []
+    monkeypatch.setattr(Health, "LOOK", 0.001)
 
-    class Context:
-        async def write(self, message: health_pb2.HealthCheckResponse) -> None:
-            told.append(message.status)
+    async def use() -> None:
+        server = Server()
+        async with server as stub:
+            watch = stub.Watch(request())
+            told = []
+            for serving in (False, True, False):
+                server.serving = serving
+                told.append((await watch.read()).status)
+                looks = server.looks
+                while server.looks < looks + 5:
+                    await asyncio.sleep(0.001)
+            assert told == [Status.NOT_SERVING, Status.SERVING, Status.NOT_SERVING]
 
-    monkeypatch.setattr(Health, "LOOK", 0.0)
-    with pytest.raises(IndexError):  # there is nothing more to look at
-        asyncio.run(Health([], lambda: looks.pop(0)).Watch(request(), Context()))
-    assert told == [Status.NOT_SERVING, Status.SERVING, Status.NOT_SERVING]
+    asyncio.run(use())

@@ -768,7 +768,7 @@ def load(config, on_step):
     work = {"waits": None, "late": answer_late, "dies": die}.get(sys.argv[-1], answer)
     return Served(engine=FakeEngine(work), model=served_model())
 
-run(ServerConfig(port=0, metrics_port=0, drain_timeout=20.0), load)
+run(ServerConfig(port=0, metrics_port=0, drain_timeout=20.0, readers=0), load)
 """
 
 

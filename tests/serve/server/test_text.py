@@ -14,7 +14,7 @@ from scheduler.step import Sample
 from scheduler.stopping import FinishReason
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client import generate_request, parallel, serial
-from serve.server.requests import read_request
+from serve.reading.requests import read_request
 from serve.server.responses import ResponseWriter
 from serve.text.reader import Speller
 from tests.families import FAMILIES, family

@@ -5,31 +5,49 @@ from __future__ import annotations
 import re
 import secrets
 import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.served import ServedModel
-from serve.server.faults import Faults, check_model, refuse_text
-from serve.server.programs import ProgramReader
-from serve.server.sampling import read_sampling
+from serve.reading.faults import Faults, check_model, refuse_text
+from serve.reading.programs import ProgramReader
+from serve.reading.sampling import read_sampling
+from serve.served import ServedModel, Tokenizer
+from serve.text.reader import Spelling
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_INTERVAL_MS = 60_000
 MAX_PRIORITY = 100
 FLOAT32 = 1e-6  # by which a number may differ that has come as a float
+MAX_TURNS = 4096  # of a chat
+MAX_SALT_BYTES = 256
+MAX_RENDERED = 1 << 23  # characters of a chat, once it is a text
+SMALL = 1 << 14  # bytes of a message whose texts are read even if something else is wrong with it
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-def read_request(message: pb.GenerateRequest, model: ServedModel) -> Request:
+def is_id(given: str) -> bool:
+    """Whether a request can have it as its id."""
+    return bool(_REQUEST_ID.fullmatch(given))
+
+
+def read_request(message: pb.GenerateRequest, model: ServedModel, made: str = "") -> Request:
     """What the scheduler is to serve. Raises InvalidRequestError with every violation.
 
-    Tokenizes: milliseconds for a long prompt, so it belongs in a thread. Without a seed, one is drawn.
+    `made` is its id if it brings none. Without a seed, one is drawn. Tokenizes, which may take seconds: a
+    message of some size has nothing else wrong with it by then.
     """
     refuse_text(message, model)
+    if message.ByteSize() > SMALL:
+        faults = Faults(message, replace(model, tokenizer=_Unread(model.tokenizer)))
+        _Reader(faults).request(message, made)
+        faults.raise_any()
     faults = Faults(message, model)
-    request = _Reader(faults).request(message)
+    request = _Reader(faults).request(message, made)
     faults.raise_any()
     return request
 
@@ -43,6 +61,30 @@ def read_prompt(prompt: pb.Prompt, model: ServedModel) -> list[int]:
     return ids
 
 
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """A tokenizer that reads nothing: every text is one token of the vocabulary."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def spelling(self) -> Spelling:
+        return self.tokenizer.spelling
+
+    @property
+    def supports_chat(self) -> bool:
+        return self.tokenizer.supports_chat
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [0]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return [0][: len(text)]
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return ""
+
+
 class _Reader:
     """Reads one message, collecting its faults. Its methods return something usable in any case."""
 
@@ -50,7 +92,7 @@ class _Reader:
         self._faults = faults
         self._model = faults.model
 
-    def request(self, message: pb.GenerateRequest) -> Request:
+    def request(self, message: pb.GenerateRequest, made: str) -> Request:
         self._faults.extend(check_model(message.model, self._model))
         self._check_output(message)
         prompt = self.prompt(message.prompt, "prompt")
@@ -63,20 +105,20 @@ class _Reader:
         kept = message.output.keep_special_tokens
         programs = ProgramReader(self._faults, sampling, keep_special_tokens=kept)
         return Request(
-            id=self._request_id(message.request_id),
+            id=self._request_id(message.request_id) or made or uuid.uuid4().hex,
             prompt=tuple(prompt),
             program=programs.program(message, len(prompt)),
             sampling=sampling,
             slo=self._slo(message.slo),
-            cache_salt=message.cache_salt,
+            cache_salt=self._faults.size(message.cache_salt, "cache_salt", MAX_SALT_BYTES),
             priority=self._priority(message.priority),
         )
 
     def prompt(self, prompt: pb.Prompt, path: str) -> list[int]:
         kind, ids, before = prompt.WhichOneof("kind"), [], len(self._faults)
         if kind == "text":
-            ids = self._model.tokenizer.encode(prompt.text, add_special_tokens=True)
-            ids = self._faults.tokenized(ids, f"{path}.text")
+            encode = partial(self._model.tokenizer.encode, add_special_tokens=True)
+            ids = self._faults.encoded(encode, prompt.text, f"{path}.text")
         elif kind == "token_ids":
             ids = self._faults.ids(prompt.token_ids.ids, f"{path}.token_ids.ids")
         elif kind == "chat":
@@ -95,23 +137,31 @@ class _Reader:
         if not chat.messages:
             self._faults.add(f"{path}.messages", "at least one message is needed")
             return []
+        if len(chat.messages) > MAX_TURNS:
+            self._faults.add(
+                f"{path}.messages", f"at most {MAX_TURNS} turns are possible, got {len(chat.messages)}"
+            )
+            return []
         for index, turn in enumerate(chat.messages):
             if turn.role not in ROLES:
                 self._faults.add(
-                    f"{path}.messages[{index}].role", f"{turn.role!r} is not one of {', '.join(ROLES)}"
+                    f"{path}.messages[{index}].role", f"{turn.role[:40]!r} is not one of {', '.join(ROLES)}"
                 )
         turns = [{"role": turn.role, "content": turn.content} for turn in chat.messages]
         try:
             text = self._model.tokenizer.render_chat(turns)
         except ValueError as error:
-            self._faults.add(f"{path}.messages", str(error))
+            self._faults.add(f"{path}.messages", str(error)[:1000])
             return []
-        return self._faults.tokenized(self._model.tokenizer.encode(text), f"{path}.messages")
+        if len(text) > MAX_RENDERED:
+            self._faults.add(f"{path}.messages", f"they are a text of more than {MAX_RENDERED} characters")
+            return []
+        return self._faults.encoded(self._model.tokenizer.encode, text, f"{path}.messages")
 
     def _request_id(self, given: str) -> str:
-        if given and not _REQUEST_ID.fullmatch(given):
+        if given and not is_id(given):
             self._faults.add("request_id", f"1 to 128 of A-Z a-z 0-9 . _ - are possible, not {given[:160]!r}")
-        return given or uuid.uuid4().hex
+        return given
 
     def _slo(self, slo: pb.Slo) -> Slo:
         default = self._model.default_slo

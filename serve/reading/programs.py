@@ -20,14 +20,16 @@ from scheduler.program import (
 from scheduler.sampling import SamplingParams
 from scheduler.stopping import Stopping
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.server.faults import Faults
-from serve.server.sampling import read_sampling
+from serve.reading.faults import Faults
+from serve.reading.sampling import read_sampling
 
 JOINS = {pb.JOIN_KV: "kv", pb.JOIN_REPREFILL: "reprefill", pb.JOIN_NONE: "none"}
 MAX_STAGES = 64  # in one list of stages
+MAX_SEQUENCES = 512  # serial stages and branches of one request
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_TAG_BYTES = 256
+MAX_LABEL_BYTES = 256
 
 
 class ProgramReader:
@@ -39,6 +41,8 @@ class ProgramReader:
         self._sampling = sampling
         self._keep_special_tokens = keep_special_tokens
         self._branches = 0
+        self._sequences = 0
+        self._forced = 0  # tokens of all prefixes
 
     def program(self, message: pb.GenerateRequest, position: int) -> Plan | TagProgram:
         """What the request does after its prompt, which ends at `position`."""
@@ -59,6 +63,10 @@ class ProgramReader:
         read: list[Stage] = []
         if len(stages) > MAX_STAGES:
             self._faults.add(path, f"at most {MAX_STAGES} stages are possible, got {len(stages)}")
+            return (), position
+        self._sequences += sum(len(stage.parallel.branches) or 1 for stage in stages)
+        if self._sequences > MAX_SEQUENCES:
+            self._faults.add(path, f"a request can have {MAX_SEQUENCES} serial stages and branches at most")
             return (), position
         for index, stage in enumerate(stages):
             name = f"{path}[{index}]"
@@ -108,9 +116,10 @@ class ProgramReader:
         labels: set[str] = set()
         for index, spec in enumerate(stage.branches):
             name = f"{path}.branches[{index}]"
-            if spec.label and spec.label in labels:
-                self._faults.add(f"{name}.label", f"another branch of the stage is labelled {spec.label!r}")
-            labels.add(spec.label)
+            label = self._faults.size(spec.label, f"{name}.label", MAX_LABEL_BYTES)
+            if label and label in labels:
+                self._faults.add(f"{name}.label", f"another branch of the stage is labelled {label!r}")
+            labels.add(label)
             branch, end = self._branch(spec, name, position, depth, base)
             branches.append(branch)
             ends.append(end - position)
@@ -172,7 +181,7 @@ class ProgramReader:
                 f"{path}.tag_set", f"{model.name!r} has no tags of its own: name a tag set, or send tags"
             )
         elif name not in model.grammars:
-            self._faults.add(f"{path}.tag_set", f"{name!r} is not one of {', '.join(model.grammars)}")
+            self._faults.add(f"{path}.tag_set", f"{name[:160]!r} is not one of {', '.join(model.grammars)}")
         return model.grammars.get(name or "", MULTIVERSE)  # any will do beside a violation
 
     def _fork_tags(self, tags: pb.ForkTags, path: str) -> TagGrammar:
@@ -180,8 +189,8 @@ class ProgramReader:
             if not getattr(tags, name):
                 self._faults.add(f"{path}.{name}", "is needed")
         for descriptor, value in tags.ListFields():
-            if isinstance(value, str) and len(value.encode()) > MAX_TAG_BYTES:
-                self._faults.add(f"{path}.{descriptor.name}", f"at most {MAX_TAG_BYTES} bytes are possible")
+            if isinstance(value, str):
+                self._faults.size(value, f"{path}.{descriptor.name}", MAX_TAG_BYTES)
         join = self._join(tags.join, f"{path}.join")
         if join == "none":
             self._faults.add(f"{path}.join", "the branches of a model-driven fork are always joined")
@@ -200,8 +209,8 @@ class ProgramReader:
         """The tags that are forced into the context become tokens of the model; a kv join needs some."""
         for name in ("branch_open", "join_open"):
             where = f"{path}.fork_tags.{name}" if driven.HasField("fork_tags") else f"{path}.tag_set"
-            ids = self._model.tokenizer.encode_continuation(getattr(grammar, name).replace("{label}", ""))
-            self._faults.tokenized(ids, where)
+            text = getattr(grammar, name).replace("{label}", "")
+            ids = self._faults.encoded(self._model.tokenizer.encode_continuation, text, where)
             if name == "join_open" and grammar.join == "kv" and not ids:
                 self._faults.add(where, "a join_open that has tokens is needed after a kv join")
 
@@ -217,12 +226,19 @@ class ProgramReader:
         if part.HasField("prefix") and not prefix.WhichOneof("kind"):
             self._faults.add(path, "one of text and token_ids is needed")
         elif prefix.WhichOneof("kind") == "text":
-            ids = self._model.tokenizer.encode_continuation(prefix.text)
-            ids = self._faults.tokenized(ids, f"{path}.text")
+            ids = self._faults.encoded(self._model.tokenizer.encode_continuation, prefix.text, f"{path}.text")
         elif prefix.WhichOneof("kind") == "token_ids":
             ids = self._faults.ids(prefix.token_ids.ids, f"{path}.token_ids.ids")
         self._faults.check_room(position + len(ids), path)
+        self._check_forced_tokens(len(ids), path)
         return tuple(ids)
+
+    def _check_forced_tokens(self, more: int, path: str) -> None:
+        """All prefixes together: those of branches do not stand one after the other."""
+        most = self._model.max_context
+        if self._forced <= most < self._forced + more:
+            self._faults.add(path, f"all prefixes together can have at most {most} tokens")
+        self._forced += more
 
     def _stopping(self, stopping: pb.StoppingCriteria, path: str) -> Stopping:
         model = self._model
@@ -233,17 +249,18 @@ class ProgramReader:
             count = len(getattr(stopping, name))
             if count > MAX_STOPS:
                 self._faults.add(f"{path}.{name}", f"at most {MAX_STOPS} are possible, got {count}")
-        for index, text in enumerate(stopping.stop):
+        stops = stopping.stop[:MAX_STOPS]
+        for index, text in enumerate(stops):
             if not 1 <= len(text.encode()) <= MAX_STOP_BYTES:
                 self._faults.add(f"{path}.stop[{index}]", f"1 to {MAX_STOP_BYTES} bytes are possible")
-        named = self._named(stopping.stop, f"{path}.stop")
+        named = self._named(stops, f"{path}.stop")
         return Stopping(
             max_tokens=min(most, model.max_context),  # the context ends it first
             eos_ids=frozenset() if stopping.ignore_eos else frozenset(model.eos_ids),
             stop_ids=frozenset(
-                [*self._faults.ids(stopping.stop_token_ids, f"{path}.stop_token_ids"), *named]
+                [*self._faults.ids(stopping.stop_token_ids[:MAX_STOPS], f"{path}.stop_token_ids"), *named]
             ),
-            stop_strings=tuple(stopping.stop),
+            stop_strings=tuple(stops),
             special_tokens=self._keep_special_tokens,
         )
 

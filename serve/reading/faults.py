@@ -6,7 +6,8 @@ outside of the vocabulary by its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import islice
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -14,6 +15,10 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from scheduler.sampling import fault_of_number
 from serve.api.errors import InvalidRequestError, Violation
 from serve.served import ServedModel
+
+MAX_VIOLATIONS = 20  # of one message that are told apart; further ones are counted
+_LONG = 16  # characters of a token, of which hardly any has as many
+MAX_UNKNOWN_BYTES = 4096  # of unknown fields of one message that are told apart
 
 _NEED_TEXT = {
     ("Prompt", "text"),
@@ -30,33 +35,62 @@ class Faults:
 
     def __init__(self, message: Message, model: ServedModel) -> None:
         self.model = model
-        self._violations = list(unknown_fields(message))
+        self._violations: list[Violation] = []  # the first of them
+        self._count = 0
         self._exceeded: dict[str, dict[str, str]] = {}  # limit and got, by the reason that names the limit
+        self.extend(unknown_fields(message))
 
     def __len__(self) -> int:
-        return len(self._violations)
+        return self._count
 
     def add(self, path: str, description: str) -> None:
-        self._violations.append(Violation(path, description))
+        self.extend([Violation(path, description)])
 
     def extend(self, violations: Iterable[Violation]) -> None:
-        self._violations += violations
+        for violation in violations:
+            self._count += 1
+            if len(self._violations) < MAX_VIOLATIONS:
+                self._violations.append(violation)
 
     def raise_any(self) -> None:
         """Raises InvalidRequestError with all of them, if there are any."""
         if self._violations:
             reason, numbers = next(iter(self._exceeded.items()), ("", {}))
-            raise InvalidRequestError.of(self._violations, reason=reason, metadata=numbers)
+            raise InvalidRequestError.of(
+                self._violations, reason=reason, metadata=numbers, count=self._count
+            )
 
     # --- checks that several parts of a message share --------------------------------------------------
 
-    def ids(self, ids: Sequence[int], path: str) -> list[int]:
-        """Token ids, each of which must be in the vocabulary."""
-        self.extend(check_ids(ids, self.model, path))
+    def ids(self, ids: Collection[int], path: str) -> list[int]:
+        """Token ids, each of which must be in the vocabulary. More than a context holds are not looked at."""
+        if len(ids) > self.model.max_context:
+            self.check_room(len(ids), path)
+            return []
+        shown = [*islice(check_ids(ids, self.model, path), MAX_VIOLATIONS)]
+        self.extend(shown)
+        if len(shown) == MAX_VIOLATIONS:
+            self._count += sum(token >= self.model.vocab_size for token in ids) - len(shown)
         return list(ids)
 
-    def tokenized(self, ids: list[int], path: str) -> list[int]:
-        """The ids of a text: a tokenizer can have tokens that the model has no row for."""
+    def size(self, text: str, path: str, most: int) -> str:
+        """A text of at most `most` bytes, or nothing."""
+        if len(text) > most or len(text.encode()) > most:
+            self.add(path, f"at most {most} bytes are possible")
+            return ""
+        return text
+
+    def encoded(self, encode: Callable[[str], list[int]], text: str, path: str) -> list[int]:
+        """The ids of a text: a tokenizer can have tokens that the model has no row for.
+
+        Of a text that is longer than any other, the beginning is looked at first: it may be too long already.
+        """
+        most = self.model.max_context
+        begun = text[: _LONG * most]
+        if len(text) > 2 * len(begun) and (tokens := len(encode(begun))) > 2 * most:
+            self.check_room(tokens, path)
+            return []
+        ids = encode(text)
         beyond = max(ids, default=0)
         if beyond >= self.model.vocab_size:
             size = self.model.vocab_size
@@ -107,8 +141,8 @@ def check_ids(ids: Iterable[int], model: ServedModel, path: str) -> Iterator[Vio
 
 def refuse_text(message: Message, model: ServedModel, path: str = "") -> None:
     """Raises InvalidRequestError naming all fields that need a tokenizer, where the model has none."""
-    if not model.supports_text and (violations := list(_text_fields(message, path))):
-        raise InvalidRequestError.of(violations)
+    if not model.supports_text and (found := [*islice(_text_fields(message, path), MAX_VIOLATIONS)]):
+        raise InvalidRequestError.of(found)
 
 
 def _text_fields(message: Message, path: str) -> Iterator[Violation]:
@@ -125,8 +159,19 @@ def _text_fields(message: Message, path: str) -> Iterator[Violation]:
                 yield from _text_fields(item, f"{name}[{index}]")
 
 
-def unknown_fields(message: Message, path: str = "") -> Iterator[Violation]:
-    """A violation for each field that this server's schema does not have."""
+def unknown_fields(message: Message) -> Iterator[Violation]:
+    """A violation for each field that this server's schema does not have; one for all if they are many."""
+    known = type(message)()
+    known.CopyFrom(message)
+    known.DiscardUnknownFields()
+    unknown = message.ByteSize() - known.ByteSize()
+    if unknown > MAX_UNKNOWN_BYTES:
+        yield Violation("", f"this server does not know fields that make up {unknown} bytes of the message")
+    elif unknown:
+        yield from _unknown_fields(message, "")
+
+
+def _unknown_fields(message: Message, path: str) -> Iterator[Violation]:
     for unknown in UnknownFieldSet(message):
         name = f"{path}.{unknown.field_number}" if path else str(unknown.field_number)
         yield Violation(name, "this server does not know the field with this number")
@@ -135,7 +180,7 @@ def unknown_fields(message: Message, path: str = "") -> Iterator[Violation]:
             continue
         name = f"{path}.{descriptor.name}" if path else descriptor.name
         if isinstance(value, Message):
-            yield from unknown_fields(value, name)
+            yield from _unknown_fields(value, name)
         else:
             for index, item in enumerate(value):
-                yield from unknown_fields(item, f"{name}[{index}]")
+                yield from _unknown_fields(item, f"{name}[{index}]")

@@ -19,8 +19,8 @@ from serve.api.errors import InvalidRequestError
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.api.protos.taper.v1.control_service_pb2 import GetModelInfoResponse
 from serve.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
-from serve.server.faults import refuse_text
-from serve.server.requests import ROLES, read_prompt, read_request
+from serve.reading.faults import refuse_text
+from serve.reading.requests import ROLES, read_prompt, read_request
 from tests.serve.fakes import EOS, VOCAB, ByteTokenizer, served_model
 
 NAN, INF = float("nan"), float("inf")

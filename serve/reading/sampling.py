@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from scheduler.sampling import OPTIONS, Option, SamplingParams, fault_of_bias, fault_of_option
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.server.faults import Faults
+from serve.reading.faults import Faults
 
 
 def read_sampling(
@@ -18,14 +18,17 @@ def read_sampling(
     if len(given.logit_bias) > model.max_logit_bias:
         most, count = model.max_logit_bias, len(given.logit_bias)
         faults.add(f"{path}.logit_bias", f"at most {most} are possible, got {count}")
-    for token, bias in given.logit_bias.items():
+        biases = {}
+    else:
+        biases = dict(given.logit_bias)
+    for token, bias in biases.items():
         if fault := fault_of_bias(token, bias, model.vocab_size):
             faults.add(f"{path}.logit_bias[{token}]", fault)
     return replace(
         base,
         **numbers,
         seed=given.seed if given.HasField("seed") else base.seed,
-        logit_bias=tuple(sorted(given.logit_bias.items())) or base.logit_bias,
+        logit_bias=tuple(sorted(biases.items())) or base.logit_bias,
     )
 
 

@@ -1,0 +1,118 @@
+"""A reader's process: it reads one message after the other, and may be killed at any time."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import pickle
+import resource
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from serve.api.errors import OverloadedError, ServiceError
+from serve.logs import log_to_stderr
+from serve.processes import belong_to
+from serve.reading.frames import LENGTH, Begin, Ready, Told, pack
+from serve.reading.work import Job, Reader
+
+_GROWN = 1 << 27  # bytes that it may keep between two messages
+
+
+def main(descriptor: int, server: int) -> None:
+    """The process: its end of the socket, and the server's process id."""
+    belong_to(server)
+    log_to_stderr()
+    end = socket.socket(fileno=descriptor)
+    with contextlib.suppress(EOFError, OSError):  # the server is gone
+        begin = _receive(end)
+        reader = Reader.of(replace(begin.model, tokenizer=_tokenizer(begin)))
+        gc.collect()
+        gc.freeze()
+        base = _resident()
+        _limit_memory(begin.memory)
+        end.sendall(pack(Ready()))
+        while True:
+            told = tell(reader.read, _receive(end))
+            leaves = told.leaves or _has_grown(base)
+            end.sendall(pack(told._replace(leaves=leaves)))
+            if leaves:
+                break
+    os._exit(0)
+
+
+def tell(read: Callable[[Job], Any], job: Job) -> Told:
+    """What becomes of a job, whatever reading it does."""
+    try:
+        return Told(read(job))
+    except ServiceError as error:
+        error.__traceback__ = error.__context__ = None
+        return Told(error)
+    except MemoryError:
+        return Told(too_costly("memory"), leaves=True)
+    except Exception as bug:
+        # Where it happened and what it is, without what it says: that may be the prompt.
+        frames = traceback.format_tb(bug.__traceback__)
+        return Told(None, bug=f"{''.join(frames)}{type(bug).__name__}")
+
+
+def too_costly(what: str) -> OverloadedError:
+    return OverloadedError.because(
+        "PROMPT_TOO_COSTLY", f"reading this message takes more {what} than one message may take"
+    )
+
+
+def model_tokenizer(name: str) -> Any:
+    """The tokenizer of a model as an operator names it."""
+    from model.find import model_tokenizer
+
+    return model_tokenizer(name)[0]
+
+
+def _tokenizer(begin: Begin) -> Any:
+    module, _, function = begin.tokenizer.rpartition(".")
+    return getattr(importlib.import_module(module), function)(begin.name)
+
+
+def _receive(end: socket.socket) -> Any:
+    return pickle.loads(_exactly(end, LENGTH.unpack(_exactly(end, LENGTH.size))[0]))
+
+
+def _exactly(end: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view, got = memoryview(data), 0
+    while got < size:
+        count = end.recv_into(view[got:])
+        if not count:
+            raise EOFError
+        got += count
+    return data
+
+
+def _limit_memory(more: int) -> None:
+    """What exceeds it raises MemoryError, or ends the process."""
+    with open("/proc/self/statm") as statm:
+        size = int(statm.read().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = size + more if hard == resource.RLIM_INFINITY else min(size + more, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def _has_grown(base: int) -> bool:
+    """Whether what one message took is not given back."""
+    if _resident() < base + _GROWN:
+        return False
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return _resident() >= base + _GROWN

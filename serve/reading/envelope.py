@@ -1,0 +1,72 @@
+"""What a GenerateRequest's bytes say on the outside: its id and its model, found without reading the rest.
+
+A call has to be known by its id before anything is waited for, and the event loop reads no message that may
+be large. So the wire format's top level alone is walked, past at most `MAX_FIELDS` fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from serve.reading.work import malformed
+
+MAX_FIELDS = 64  # on the top level of a message; a client that sets every field has eleven
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_FIELDS = pb.GenerateRequest.DESCRIPTOR.fields_by_name
+_REQUEST_ID, _MODEL = _FIELDS["request_id"].number, _FIELDS["model"].number
+
+
+class Envelope(NamedTuple):
+    """As protobuf would read them: empty if not set, the last one if set more than once."""
+
+    request_id: str = ""
+    model: str = ""
+
+
+def look(data: bytes) -> Envelope:
+    """Raises InvalidRequestError for bytes that are no message, or have too many fields."""
+    found = {_REQUEST_ID: b"", _MODEL: b""}
+    try:
+        for count, (number, value) in enumerate(_fields(data)):
+            if count == MAX_FIELDS:
+                raise malformed(f"the message has more than {MAX_FIELDS} fields on its top level")
+            if number in found and value is not None:
+                found[number] = value
+        return Envelope(found[_REQUEST_ID].decode(), found[_MODEL].decode())
+    except (IndexError, UnicodeDecodeError):
+        raise malformed("these bytes are no taper.v1.GenerateRequest") from None
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes | None]]:
+    """Numbers of the fields, with the bytes of those that have a length. IndexError: the data is cut off."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        number, kind, value = tag >> 3, tag & 7, None
+        if kind == _BYTES:
+            size, begin = _varint(data, at)
+            at = begin + size
+            value = data[begin:at] if number in (_REQUEST_ID, _MODEL) else None
+        elif kind == _VARINT:
+            _, at = _varint(data, at)
+        elif kind in (_FIXED64, _FIXED32):
+            at += 8 if kind == _FIXED64 else 4
+        else:  # a group, which this schema has none of
+            raise IndexError
+        if not number or at > len(data):
+            raise IndexError
+        yield number, value
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number, and where it ends."""
+    value = 0
+    for place in range(10):
+        byte = data[at + place]
+        value |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return value, at + place + 1
+    raise IndexError

@@ -1,0 +1,105 @@
+"""A call, from its arrival to its end: its connection, its id and its messages, which are looked at by size.
+
+Calls in flight are bounded, by connection and in all. What is refused learns why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import grpc
+
+from serve.api.errors import InvalidRequestError, OverloadedError, ServiceError, Violation
+from serve.reading.work import malformed, parse
+
+
+class Call:
+    """One call, in the task that handles it.
+
+    id     of its request, or one that stands for the call in an error and in the log
+    error  with which it was ended from outside
+    """
+
+    def __init__(self, context: grpc.aio.ServicerContext, max_bytes: int) -> None:
+        self._context, self._max_bytes = context, max_bytes
+        self._task = asyncio.current_task()
+        self.connection = context.peer()
+        self.id = uuid.uuid4().hex
+        self.error: ServiceError | None = None
+
+    def end(self, error: ServiceError) -> None:
+        """Let it end with an error, whatever it waits for."""
+        if self.error is None and self._task is not None:
+            self.error = error
+            self._task.cancel()
+
+    async def message(self) -> bytes:
+        """What the client has to say. Raises InvalidRequestError if that is nothing, or too much."""
+        data = await self._next()
+        if data is None:
+            raise malformed("a call brings one message")
+        return data
+
+    async def read(self, kind: Any) -> Any:
+        """Its message, of a kind that is small. Raises InvalidRequestError."""
+        return parse(kind, await self.message())
+
+    async def each(self, kind: Any) -> AsyncIterator[Any]:
+        """All of its messages, of a kind that is small."""
+        while (data := await self._next()) is not None:
+            yield parse(kind, data)
+
+    async def write(self, data: bytes) -> None:
+        await self._context.write(data)
+
+    async def _next(self) -> bytes | None:
+        data: Any = await self._context.read()
+        if not isinstance(data, bytes):  # gRPC's EOF
+            return None
+        if len(data) > self._max_bytes:
+            text = f"the message has {len(data)} bytes, and at most {self._max_bytes} are possible"
+            numbers = {"limit": str(self._max_bytes), "got": str(len(data))}
+            raise InvalidRequestError.of([Violation("", text)], reason="MESSAGE_TOO_LARGE", metadata=numbers)
+        return data
+
+
+class Calls:
+    """The calls of one kind that are in flight: at most `total`, and `per_connection` of one connection."""
+
+    def __init__(self, *, total: int, per_connection: int) -> None:
+        self._total, self._per_connection = total, per_connection
+        self._connections: Counter[str] = Counter()
+        self._calls: set[Call] = set()
+
+    @contextlib.contextmanager
+    def one_more(self, call: Call) -> Iterator[None]:
+        """While the call runs. Raises OverloadedError if there are too many."""
+        if self._connections[call.connection] >= self._per_connection:
+            raise _too_many(self._per_connection, "on this connection")
+        if len(self._calls) >= self._total:
+            raise _too_many(self._total, "on this server")
+        self._calls.add(call)
+        self._connections[call.connection] += 1
+        try:
+            yield
+        finally:
+            self._calls.discard(call)
+            self._connections[call.connection] -= 1
+            if not self._connections[call.connection]:
+                del self._connections[call.connection]
+
+    def end(self, error: ServiceError) -> None:
+        """End all of them."""
+        for call in self._calls:
+            call.end(error)
+
+
+def _too_many(limit: int, where: str) -> OverloadedError:
+    error = OverloadedError.because("TOO_MANY_CALLS", f"there are {limit} calls {where} already")
+    error.metadata = {"limit": str(limit)}
+    return error

@@ -1,0 +1,92 @@
+"""gRPC's handlers of the services' methods: bytes in and bytes out, and every end has a status.
+
+They are not those of the generated stubs, which would parse a message, whatever its size, in the event loop
+and before anybody has looked at it; and what they raise there ends without a reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
+
+import grpc
+import structlog
+from google.protobuf.message import Message
+
+from serve.api.errors import InternalError, ServiceError, abort
+from serve.server.calls import Call, Calls
+
+log = structlog.get_logger("taper")
+
+Behaviour = Callable[[Call], Awaitable[Message | bytes | None]]
+"""Gives the response of a method, or writes the responses of one that streams. Raises ServiceError."""
+
+
+class Method(NamedTuple):
+    """What a method does.
+
+    max_bytes  of its message
+    calls      its calls in flight, with those of other methods
+    ended      is told the code of every call's end
+    """
+
+    behave: Behaviour
+    max_bytes: int
+    calls: Calls
+    ended: Callable[[str], object] = lambda code: None
+
+
+def full_name(module: Any) -> str:
+    """The name of the one service of a module of stubs."""
+    (descriptor,) = module.DESCRIPTOR.services_by_name.values()
+    return descriptor.full_name
+
+
+def add_service(server: grpc.aio.Server, module: Any, methods: Mapping[str, Method]) -> None:
+    """Let the server answer the one service of a module of stubs, all of whose methods are given."""
+    (descriptor,) = module.DESCRIPTOR.services_by_name.values()
+    handlers = {
+        method.name: _handler(method.name, methods[method.name], streams=method.server_streaming)
+        for method in descriptor.methods
+    }
+    generic = grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
+    server.add_generic_rpc_handlers((generic,))
+
+
+def _handler(name: str, method: Method, *, streams: bool) -> grpc.RpcMethodHandler:
+    """To gRPC the requests are a stream, so that the handler runs before its one message has come."""
+
+    async def answer(_: Any, context: grpc.aio.ServicerContext) -> bytes | None:
+        call, code = Call(context, method.max_bytes), "CANCELLED"
+        try:
+            outcome = await _outcome(name, method, call)
+            code = outcome.code.name if isinstance(outcome, ServiceError) else "OK"
+        finally:
+            method.ended(code)
+        return await abort(context, outcome) if isinstance(outcome, ServiceError) else outcome
+
+    make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
+    return make(answer)
+
+
+async def _outcome(name: str, method: Method, call: Call) -> bytes | ServiceError | None:
+    """The response, or why there is none. What is not a ServiceError is a bug, and told to the log alone."""
+    try:
+        with method.calls.one_more(call):
+            response = await method.behave(call)
+            return response.SerializeToString() if isinstance(response, Message) else response
+    except ServiceError as error:
+        failure = error
+    except asyncio.CancelledError:
+        if call.error is None:
+            raise  # its client is gone
+        failure = call.error
+    except grpc.aio.BaseError:
+        raise  # the call itself is broken: its client is gone
+    except Exception:
+        log.exception("bug", method=name, request_id=call.id)
+        failure = InternalError("internal error")
+    if isinstance(failure, InternalError):
+        failure.request_id = failure.request_id or call.id
+    return failure
