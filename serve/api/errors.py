@@ -18,7 +18,7 @@ the status back into the same exception with `from_rpc`. The contract: every cal
     ServiceError            NOT_FOUND           health of a service that does not exist
 
 Some statuses are gRPC's own, and bare: UNIMPLEMENTED for a method that does not exist and for a compressed
-message; RESOURCE_EXHAUSTED for a message of over four times the server's limit, and for headers of over 8 KiB;
+message; RESOURCE_EXHAUSTED for a message of over four times the server's limit, and for headers over 8 KiB;
 CANCELLED and DEADLINE_EXCEEDED where the caller itself ends the call; UNAVAILABLE where no server is.
 
 `RETRY_AFTER` says for every reason whether the same request may be taken a little later.

@@ -88,7 +88,7 @@ class Faults:
         most = self.model.max_context
         begun = text[: _LONG * most]
         if len(text) > 2 * len(begun) and (tokens := len(encode(begun))) > 2 * most:
-            self.check_room(tokens, path)
+            self.check_room(tokens, path.rpartition(".")[0])
             return []
         ids = encode(text)
         beyond = max(ids, default=0)

@@ -62,9 +62,7 @@ class ReaderPool:
     def read(self, job: Job, connection: str) -> asyncio.Future[Answer]:
         """`Readers.read`."""
         waiting = _Waiting(job, asyncio.get_running_loop().create_future())
-        for left_out in self._queue.put(connection, waiting, max(len(job.data), LEAST)):
-            full = OverloadedError.because("QUEUE_FULL", "too many messages are waiting to be read")
-            _settle(left_out, full)
+        self._put(connection, waiting)
         return waiting.answer
 
     async def close(self) -> None:
@@ -76,18 +74,19 @@ class ReaderPool:
 
     async def _work(self, place: int) -> None:
         """One reader after the other, at the same place."""
+        process = self._processes[place] or await self._started(place)
         while True:
-            process = self._processes[place] or await self._started(place)
             connection, waiting = await self._queue.take()
             try:
-                lasts = waiting.answer.done() or await self._read(process, waiting)
+                if not waiting.answer.done() and not await self._read(process, waiting):
+                    self._processes[place] = None
+                    await process.end()
+                    # Until there is another, the connection counts as being read: it used this one up.
+                    process = await self._started(place)
             finally:
                 self._queue.done(connection)
-            if not lasts:
-                self._processes[place] = None
-                await process.end()
-            if not lasts and not waiting.answer.done():
-                self._queue.put(connection, waiting, max(len(waiting.job.data), LEAST))
+            if not waiting.answer.done():
+                self._put(connection, waiting)
 
     async def _read(self, process: ReaderProcess, waiting: _Waiting) -> bool:
         """Have one message read; returns whether the process can go on. A message whose reader ended without
@@ -114,6 +113,11 @@ class ReaderPool:
         if told.bug:
             log.error("bug", method=waiting.job.method, request_id=waiting.job.id, where=told.bug)
         _settle(waiting, InternalError("internal error") if told.outcome is None else told.outcome)
+
+    def _put(self, connection: str, waiting: _Waiting) -> None:
+        for left_out in self._queue.put(connection, waiting, max(len(waiting.job.data), LEAST)):
+            full = OverloadedError.because("QUEUE_FULL", "too many messages are waiting to be read")
+            _settle(left_out, full)
 
     async def _started(self, place: int) -> ReaderProcess:
         """A new reader. Where none can start, another is tried a little later."""

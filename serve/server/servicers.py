@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from importlib import metadata
@@ -20,7 +21,8 @@ from serve.server.calls import Call
 from serve.server.responses import ResponseWriter, duration
 from serve.server.service import Service
 
-_ARRIVAL_SECONDS = 1.0  # that an Abort waits for calls whose message is still on its way
+_OVERTAKEN_SECONDS = 0.05  # that an Abort of an unknown id waits for the call, as gRPC keeps no order
+_ARRIVAL_SECONDS = 1.0  # that it waits for the messages of calls that are here
 
 _STATES = {
     "STARTING": control_pb.SERVER_STATE_STARTING,
@@ -155,7 +157,8 @@ class ControlServicer:
         _check(request)
         names = dict.fromkeys(request.request_ids)
         ended = {name for name in names if self.service.abort(name)}
-        if len(ended) < len(names):  # one may be that of a call before this one, with a longer message
+        if len(ended) < len(names):  # some may be of calls that this one has overtaken
+            await asyncio.sleep(_OVERTAKEN_SECONDS)
             await self.service.arrived(_ARRIVAL_SECONDS)
             ended |= {name for name in names if self.service.abort(name)}
         ended = [name for name in names if name in ended]

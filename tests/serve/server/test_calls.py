@@ -1,0 +1,366 @@
+"""What a call meets before its message is read: bounds, sizes, ids. Each of its ends has a status."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import grpc
+import pytest
+
+from serve.api.errors import (
+    CancelledError,
+    DuplicateRequestError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    ServiceError,
+    UnavailableError,
+    from_rpc,
+)
+from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
+from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from serve.client import AsyncClient, generate_request
+from serve.config import ServerConfig
+from serve.door import Load
+from serve.reading.work import Job, ReadHere
+from serve.served import Served
+from serve.server.server import MAX_CONTROL_BYTES
+from serve.server.service import Service
+from tests.serve.fakes import FakeEngine, served_model
+from tests.serve.server.test_server import answer, in_loop, listening_to, until
+
+GENERATE, TOKENIZE, DETOKENIZE = (
+    f"/taper.v1.InferenceService/{name}" for name in ("Generate", "Tokenize", "Detokenize")
+)
+CONTROL = "/taper.v1.ControlService/"
+CONTROLS = [
+    CONTROL + method.name for method in control_pb.DESCRIPTOR.services_by_name["ControlService"].methods
+]
+CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
+SMALL = ServerConfig(port=0, max_calls=3, max_client_calls=2, max_message_bytes=1000, max_queue=4)
+UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+
+
+class HeldReaders(ReadHere):
+    """Read when they are let."""
+
+    def __init__(self) -> None:
+        super().__init__(served_model())
+        self.go_on = asyncio.Event()
+        self.jobs: list[Job] = []
+
+    def read(self, job: Job, connection: str) -> asyncio.Future:
+        self.jobs.append(job)
+        return asyncio.ensure_future(self._read(job, connection))
+
+    async def _read(self, job: Job, connection: str):
+        await self.go_on.wait()
+        return await super().read(job, connection)
+
+
+def served_by(engine: FakeEngine, config: ServerConfig = SMALL, readers: ReadHere | None = None) -> Service:
+    service = Service(config)
+    service.serve(Served(engine=engine, model=served_model()), readers)
+    return service
+
+
+def connection(address: str) -> grpc.aio.Channel:
+    """One that is shared with no other channel."""
+    return grpc.aio.insecure_channel(address, options=UNLIMITED)
+
+
+async def end_of(call: grpc.aio.Call) -> ServiceError | None:
+    """How a call without a stub ends; None: well."""
+    try:
+        await (call.read() if isinstance(call, grpc.aio.UnaryStreamCall) else call)
+    except grpc.aio.AioRpcError as error:
+        return from_rpc(error)
+    return None
+
+
+async def soon(condition) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+# --- sizes -------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_message_may_be_as_large_as_the_limit_and_no_larger():
+    prompt = pb.GenerateRequest(prompt=pb.Prompt(text="x" * 994)).SerializeToString()
+    assert len(prompt) == 1000
+    service = served_by(FakeEngine())
+    async with listening_to(service) as address, connection(address) as channel:
+        for method in (GENERATE, TOKENIZE, DETOKENIZE):
+            make = channel.unary_stream if method == GENERATE else channel.unary_unary
+            for data, too_large in ((prompt, False), (prompt + b" ", True), (prompt * 3, True)):
+                error = await end_of(make(method)(data))
+                assert isinstance(error, InvalidRequestError), method
+                assert (error.reason == "MESSAGE_TOO_LARGE") is too_large, method
+                if too_large:
+                    assert error.metadata == {"limit": "1000", "got": str(len(data))}
+                    assert error.violations
+        beyond = await end_of(channel.unary_stream(GENERATE)(prompt * 5))
+        assert beyond is not None
+        assert (beyond.code, beyond.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, ""), (
+            "gRPC's own, and bare"
+        )
+
+
+@in_loop
+@pytest.mark.parametrize("method", [*CONTROLS, CHECK, WATCH])
+async def test_a_message_without_a_prompt_is_small(method: str):
+    service = served_by(FakeEngine(), ServerConfig(port=0))
+    async with listening_to(service) as address, connection(address) as channel:
+        make = channel.unary_stream if method == WATCH else channel.unary_unary
+        for size, reason in (
+            (MAX_CONTROL_BYTES, "INVALID_FIELD"),
+            (MAX_CONTROL_BYTES + 2, "MESSAGE_TOO_LARGE"),
+        ):
+            error = await end_of(make(method)(b"\x78\x01" * (size // 2)))  # fields that nobody knows
+            if method in (CHECK, WATCH) and reason == "INVALID_FIELD":
+                assert error is None, "gRPC's own messages may have more fields"
+                continue
+            assert error is not None
+            assert error.reason == reason
+            assert len(error.violations) <= 20
+
+
+@in_loop
+async def test_compressed_messages_are_not_taken():
+    """A few bytes of them could become any number."""
+    service = served_by(FakeEngine())
+    async with listening_to(service) as address, connection(address) as channel:
+        call = channel.unary_unary(CONTROL + "GetLoad")
+        error = await end_of(call(b"\x78\x01" * 400, compression=grpc.Compression.Gzip))
+        assert error is not None
+        assert error.code is grpc.StatusCode.UNIMPLEMENTED
+
+
+# --- what is no message ------------------------------------------------------------------------------------
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "method",
+    [*(CONTROL + name for name in ("GetLoad", "Abort", "SetPolicy")), GENERATE, TOKENIZE, CHECK, WATCH],
+)
+@pytest.mark.parametrize("data", [b"\x0a\x05abc", b"\x0a\x02\xff\xfe", b"\x1b" * 200])
+async def test_bytes_that_are_no_message_are_an_invalid_argument_with_details(method: str, data: bytes):
+    service = served_by(FakeEngine())
+    async with listening_to(service) as address, connection(address) as channel:
+        make = channel.unary_stream if method in (GENERATE, WATCH) else channel.unary_unary
+        error = await end_of(make(method)(data))
+        if method == CONTROL + "GetLoad" and error is not None and error.reason == "INVALID_FIELD":
+            return  # it knows no field: what has no text need not be UTF-8
+        assert isinstance(error, InvalidRequestError)
+        assert error.reason == "MALFORMED"
+        assert error.violations
+
+
+@in_loop
+async def test_a_call_without_a_message_is_told_that_it_needs_one():
+    service = served_by(FakeEngine())
+    async with listening_to(service) as address, connection(address) as channel:
+        for method in (GENERATE, CHECK, CONTROL + "GetLoad"):
+            call = channel.stream_stream(method)()
+            await call.done_writing()
+            assert await _code_and_reason(call) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED"), method
+
+
+# --- calls in flight ---------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_calls_in_flight_are_bounded_by_connection_and_in_all():
+    engine = FakeEngine()
+    service = served_by(engine)
+    async with (
+        listening_to(service) as address,
+        connection(address) as first,
+        connection(address) as second,
+        AsyncClient(address) as other,
+    ):
+        running = [
+            channel.unary_stream(GENERATE)(generate_request("go", request_id=name).SerializeToString())
+            for channel, name in ((first, "a"), (first, "b"), (second, "c"))
+        ]
+        await until(engine, lambda e: len(e.requests) == 3)
+        for channel, limit in ((first, "2"), (second, "3")):
+            error = await end_of(channel.unary_stream(GENERATE)(generate_request("go").SerializeToString()))
+            assert isinstance(error, OverloadedError)
+            assert (error.reason, error.retry_after) == ("TOO_MANY_CALLS", 1.0)
+            assert error.metadata == {"limit": limit}
+        assert (await other.load()).running_requests == 3, "other methods are counted for themselves"
+        running[0].cancel()
+        await until(engine, lambda e: e.cancelled == ["a"])
+        again = first.unary_stream(GENERATE)(generate_request("go", request_id="d").SerializeToString())
+        await until(engine, lambda e: "d" in e.requests)
+        again.cancel()
+
+
+@in_loop
+async def test_watchers_are_bounded_and_the_check_goes_on():
+    service = served_by(FakeEngine())
+    async with listening_to(service) as address, connection(address) as first, connection(address) as second:
+        watches = [first.unary_stream(WATCH)(b"") for _ in range(2)]
+        for watch in watches:
+            assert await watch.read()
+        error = await end_of(first.unary_stream(WATCH)(b""))
+        assert error is not None
+        assert error.reason == "TOO_MANY_CALLS"
+        assert await end_of(second.unary_unary(CHECK)(b"")) is None
+
+
+# --- refusals that need no prompt --------------------------------------------------------------------------
+
+
+@in_loop
+async def test_what_needs_no_prompt_is_refused_before_one_is_read():
+    class Full(FakeEngine):
+        queued = 3
+
+        def load(self) -> Load:
+            load = super().load()
+            return Load(load.scheduler.__class__(1, 1, self.queued, 0, 9), load.accuracy, 0.0, 0)
+
+    engine, readers = Full(), HeldReaders()
+    service = served_by(engine, ServerConfig(port=0, max_queue=4), readers)
+    async with listening_to(service) as address, AsyncClient(address) as client:
+        first = asyncio.ensure_future(client.complete("go", request_id="first"))
+        await soon(lambda: len(readers.jobs) == 1)
+        with pytest.raises(OverloadedError) as caught:
+            await client.complete("go")  # three wait, and the first is on its way to them
+        assert (caught.value.reason, caught.value.retry_after) == ("QUEUE_FULL", 1.0)
+        engine.queued = 0
+        with pytest.raises(DuplicateRequestError):
+            await client.complete("go", request_id="first")
+        with pytest.raises(InvalidRequestError, match="model: this server serves 'tiny', not 'other'"):
+            await client.complete("go", model="other")
+        assert len(readers.jobs) == 1
+        first.cancel()
+        await soon(lambda: service.is_idle)
+
+
+# --- ids, aborts and drains --------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_call_whose_message_is_being_read_can_be_aborted():
+    engine, readers = FakeEngine(), HeldReaders()
+    service = served_by(engine, readers=readers)
+    async with listening_to(service) as address, AsyncClient(address) as client:
+        running = asyncio.ensure_future(client.complete("go", request_id="r"))
+        await soon(lambda: readers.jobs)
+        assert await client.abort("r", "unknown") == ("r",)
+        with pytest.raises(CancelledError) as caught:
+            await running
+        assert (caught.value.reason, caught.value.request_id) == ("ABORTED", "r")
+        assert service.is_idle
+        assert not engine.requests
+
+
+@in_loop
+async def test_an_abort_right_after_its_call_always_finds_it():
+    """Long messages are overtaken by short ones: the abort waits for those that came before it."""
+    service = served_by(FakeEngine(), ServerConfig(port=0), HeldReaders())
+    chance = random.Random(0)
+    async with listening_to(service) as address, connection(address) as channel:
+        generate, abort = channel.unary_stream(GENERATE), channel.unary_unary(CONTROL + "Abort")
+        for number in range(100):
+            name, length = f"r{number}", chance.choice([1, 10_000, 1_000_000])
+            message = generate_request("go", request_id=name).SerializeToString()
+            call = generate(message + pb.GenerateRequest(cache_salt="x" * length).SerializeToString())
+            answered = await abort(control_pb.AbortRequest(request_ids=[name]).SerializeToString())
+            assert list(control_pb.AbortResponse.FromString(answered).aborted_request_ids) == [name], length
+            error = await end_of(call)
+            assert isinstance(error, CancelledError)
+            assert (error.reason, error.request_id) == ("ABORTED", name)
+        assert service.is_idle
+
+
+@in_loop
+async def test_an_id_is_one_call_s_from_its_arrival():
+    engine, readers = FakeEngine(answer), HeldReaders()
+    service = served_by(engine, readers=readers)
+    async with listening_to(service) as address, AsyncClient(address) as client:
+        first = asyncio.ensure_future(client.complete("go", request_id="r"))
+        await soon(lambda: readers.jobs)
+        with pytest.raises(DuplicateRequestError):
+            await client.complete("go", request_id="r")
+        readers.go_on.set()
+        assert (await first).text == "aa"
+
+
+@in_loop
+async def test_a_drain_tells_every_call_that_the_server_stops():
+    """One that is being read, one whose message never comes, a watch, and one that describes services."""
+    readers = HeldReaders()
+    service = served_by(FakeEngine(), ServerConfig(port=0), readers)
+    async with listening_to(service) as address:
+        channel = connection(address)
+        reading = channel.unary_stream(GENERATE)(generate_request("go").SerializeToString())
+        silent = [channel.stream_stream(method)() for method in (GENERATE, CONTROL + "Abort")]
+        described = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")()
+        watch = channel.unary_stream(WATCH)(b"")
+        assert await watch.read()
+        await soon(lambda: readers.jobs)
+        for call in (*silent, described):
+            await call.wait_for_connection()
+        await asyncio.sleep(0.05)
+        ends = [
+            asyncio.ensure_future(_code_and_reason(call)) for call in (reading, *silent, described, watch)
+        ]
+    for end in ends:
+        assert await end == (grpc.StatusCode.UNAVAILABLE, "STOPPED")
+    await channel.close()
+
+
+async def _code_and_reason(call: grpc.aio.Call) -> tuple[grpc.StatusCode, str]:
+    trailing = await call.trailing_metadata()
+    error = grpc.aio.AioRpcError(await call.code(), await call.initial_metadata(), trailing)
+    return error.code(), from_rpc(error).reason
+
+
+@in_loop
+@pytest.mark.parametrize("name", ["", "given"])
+async def test_an_internal_error_has_the_id_that_the_log_has(name: str, capsys: pytest.CaptureFixture[str]):
+    class Broken(FakeEngine):
+        def submit(self, request, sink):
+            raise KeyError("x")
+
+    async with listening_to(served_by(Broken())) as address, AsyncClient(address) as client:
+        with pytest.raises(InternalError) as caught:
+            await client.complete("go", request_id=name or None)
+    assert caught.value.request_id
+    assert name in ("", caught.value.request_id)
+    assert caught.value.request_id in capsys.readouterr().out
+
+
+@in_loop
+async def test_a_bug_of_any_method_has_an_id(capsys: pytest.CaptureFixture[str]):
+    class Broken(FakeEngine):
+        def load(self):
+            raise KeyError("x")
+
+    service = Service(ServerConfig(port=0))
+    async with listening_to(service) as address, AsyncClient(address) as client:
+        service.serve(Served(engine=Broken(), model=served_model()))
+        with pytest.raises(InternalError) as caught:
+            await client.load()
+    assert caught.value.request_id in capsys.readouterr().out
+
+
+@in_loop
+async def test_who_reaches_a_server_that_stops_is_told_so():
+    readers = HeldReaders()
+    service = served_by(FakeEngine(), readers=readers)
+    async with listening_to(service) as address, AsyncClient(address) as client:
+        reading = asyncio.ensure_future(client.tokenize("go"))
+        await soon(lambda: readers.jobs)
+        await service.drain(0.0)
+        with pytest.raises(UnavailableError) as caught:
+            await reading
+        assert caught.value.reason == "STOPPED"
