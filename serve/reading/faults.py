@@ -56,9 +56,7 @@ class Faults:
         """Raises InvalidRequestError with all of them, if there are any."""
         if self._violations:
             reason, numbers = next(iter(self._exceeded.items()), ("", {}))
-            raise InvalidRequestError.of(
-                self._violations, reason=reason, metadata=numbers, count=self._count
-            )
+            raise InvalidRequestError.of(self._violations, reason=reason, metadata=numbers, count=self._count)
 
     # --- checks that several parts of a message share --------------------------------------------------
 

@@ -118,7 +118,7 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
     service = Service(config)
     server, address = listen(service)
     # The processes import what they need while the engine starts.
-    in_process = config.engine_in_process or not config.readers
+    in_process = config.engine_in_process or config.explain or not config.readers
     pool = None if in_process else ReaderPool(size=config.readers, seconds=config.read_timeout)
     stop_metrics = _serve_metrics(service)
     stop = _on_signals(service)
