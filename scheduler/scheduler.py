@@ -147,7 +147,7 @@ class Scheduler:
             raise RejectedError("CLIENT_LIMIT", f"{of_client} requests of this client are waiting already")
         if len(self._queue) >= self.config.max_queue:
             raise RejectedError(
-                "QUEUE_FULL", f"{len(self._queue)} requests are waiting already", self._start_gap()
+                "QUEUE_FULL", f"{len(self._queue)} requests are waiting already", self.start_gap
             )
         if live.request.slo.reject:
             self._check_in_time(live, now)
@@ -163,7 +163,7 @@ class Scheduler:
             ahead = -1
             if not unread:
                 return  # sooner than now it cannot start
-        own, gap = self._wait.reading(len(live.request.prompt)), self._start_gap()
+        own, gap = self._wait.reading(len(live.request.prompt)), self.start_gap
         step = max([0.0, *(flight.end - now for flight in self._flights)]) + self._step_seconds
         start = gap * self._wait.longest(ahead + 1)
         expected = step + max(start, self._wait.reading(unread)) + own
@@ -173,11 +173,16 @@ class Scheduler:
             text = f"the first token would come after about {expected:.3g} s, and the target is {ttft:.3g} s"
             raise RejectedError("SLO_UNATTAINABLE", text, retry)
 
-    def _start_gap(self) -> float:
+    @property
+    def start_gap(self) -> float:
         """Seconds between two starts while requests wait, as far as that is known."""
+        return self._wait.gap(self._guessed_gap)
+
+    def _guessed_gap(self) -> float:
+        """As if all were to last as long as they may."""
         served = [*self._running, *self._queue][: max(1, len(self._running) + self._free_starts)]
         longest = sum(longest_chain(live.request.program) for live in served) or 1
-        return self._wait.gap(self._step_seconds * longest / max(1, len(served)) ** 2)
+        return self._step_seconds * longest / max(1, len(served)) ** 2
 
     @property
     def _step_seconds(self) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 
 
 class WaitModel:
@@ -57,10 +58,11 @@ class WaitModel:
         """Seconds to read so many prompt tokens."""
         return tokens * self._seconds / self._tokens
 
-    def gap(self, guess: float) -> float:
-        """Seconds between two starts while requests wait; `guess` counts while few are known."""
+    def gap(self, guess: Callable[[], float]) -> float:
+        """Seconds between two starts while requests wait; what `guess` says counts while few are known."""
         weight = max(0, self.WEIGHT - len(self._gaps))
-        return (sum(self._gaps) + weight * guess) / (len(self._gaps) + weight)
+        guessed = weight * guess() if weight else 0.0
+        return (sum(self._gaps) + guessed) / (len(self._gaps) + weight)
 
     def longest(self, starts: int) -> float:
         """Gaps until so many starts have come, in nearly all cases."""

@@ -51,14 +51,18 @@ def is_last(news: News) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy an engine is, and how well it has lately predicted its steps, `steps` so far; the seconds that
-    a step of one row takes, as it is predicted now."""
+    """How busy an engine is, and how well it has lately predicted its steps, `steps` so far.
+
+    unloaded_step  seconds of a step of one row, as it is predicted now
+    start_gap      seconds between two starts while requests wait
+    """
 
     scheduler: SchedulerLoad
     accuracy: PredictionAccuracy
     output_tokens_per_second: float
     steps: int
     unloaded_step: float = 0.0
+    start_gap: float = 0.0
 
 
 class StepRecord(NamedTuple):

@@ -168,6 +168,7 @@ class InProcessEngine:
                 output_tokens_per_second=self._rate.per_second(self._clock()),
                 steps=self._steps,
                 unloaded_step=self.scheduler.controller.latency.rows_seconds(1),
+                start_gap=self.scheduler.start_gap,
             )
 
     def stop(self, *, drain: bool, timeout: float) -> None:

@@ -93,6 +93,10 @@ class Calls:
             if not self._connections[call.connection]:
                 del self._connections[call.connection]
 
+    def of(self, connection: str) -> int:
+        """How many there are of one connection."""
+        return self._connections[connection]
+
     def end(self, error: ServiceError) -> None:
         """End all of them."""
         for call in self._calls:

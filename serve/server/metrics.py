@@ -160,6 +160,7 @@ class _LoadCollector:
             "kv_used_tokens": now.kv_used_tokens,
             "kv_capacity_tokens": now.kv_capacity_tokens,
             "unloaded_step_seconds": load.unloaded_step,
+            "start_gap_seconds": load.start_gap,
             "prediction_bias": accuracy.bias,
             "prediction_mape": accuracy.mape,
             "prediction_coverage": accuracy.coverage,

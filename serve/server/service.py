@@ -114,12 +114,17 @@ class Service:
             raise UnavailableError.because(state, f"the server is {state.lower()}")
         return self.served()
 
-    def check_queue(self) -> None:
-        """Raises OverloadedError if the engine's queue is full by all that is known here: what the engine has
-        said last, and what is on its way there."""
-        waiting = self.accepting().engine.load().scheduler.queued_requests + self._prompts
-        if waiting >= self.config.max_queue:
-            raise refused("QUEUE_FULL", f"{waiting} requests are waiting already")
+    def check_queue(self, connection: str) -> None:
+        """Raises OverloadedError if the engine's queue is full by all that is known here (what the engine has
+        said last, and what is on its way there), or if its connection has as many requests as it may have."""
+        load, config = self.accepting().engine.load(), self.config
+        waiting = load.scheduler.queued_requests + self._prompts
+        if waiting >= config.max_queue:
+            raise refused("QUEUE_FULL", f"{waiting} requests are waiting already", load.start_gap or None)
+        if config.max_client_queue is not None and config.max_client_running is not None:
+            most, calls = config.max_client_queue + config.max_client_running, self.inference.of(connection)
+            if calls > most:  # with the one that asks
+                raise refused("CLIENT_LIMIT", f"{most} requests of this client wait or run already")
 
     @contextlib.contextmanager
     def arrival(self) -> Iterator[None]:

@@ -40,7 +40,7 @@ class InferenceServicer:
     async def generate(self, call: Call) -> None:
         """What needs no prompt is refused before there is one to read."""
         service = self.service
-        service.check_queue()
+        service.check_queue(call.connection)
         request, output = await self._prompted(call)
         request = replace(request, client=call.connection)
         options = pb.OutputOptions.FromString(output)

@@ -20,21 +20,21 @@ def test_gaps_are_those_between_starts_while_somebody_waits() -> None:
     model.waiting(6.0, any_waits=True)  # waits since 5.0
     for start in (7.0, 8.0, 11.0):
         model.started(start)
-    assert model.gap(guess=99.0) == pytest.approx((2.0 + 1.0 + 3.0) / 3)
+    assert model.gap(lambda: 99.0) == pytest.approx((2.0 + 1.0 + 3.0) / 3)
     model.waiting(11.0, any_waits=False)
     model.waiting(50.0, any_waits=True)
     model.started(50.5)
-    assert model.gap(guess=99.0) == pytest.approx((2.0 + 1.0 + 3.0 + 0.5) / 4)
+    assert model.gap(lambda: 99.0) == pytest.approx((2.0 + 1.0 + 3.0 + 0.5) / 4)
 
 
 def test_a_guess_counts_until_there_is_something_to_learn_from() -> None:
     model = WaitModel(100.0)
-    assert model.gap(guess=3.0) == 3.0
+    assert model.gap(lambda: 3.0) == 3.0
     model.waiting(0.0, any_waits=True)
     model.started(1.0)
-    assert model.gap(guess=3.0) == 2.0
+    assert model.gap(lambda: 3.0) == 2.0
     model.started(2.0)
-    assert model.gap(guess=3.0) == 1.0
+    assert model.gap(lambda: 3.0) == 1.0
 
 
 def test_old_gaps_are_forgotten() -> None:
@@ -44,7 +44,7 @@ def test_old_gaps_are_forgotten() -> None:
         model.started(start)
     for start in range(WaitModel.STARTS):
         model.started(90.0 + start + 1)
-    assert model.gap(guess=0.0) == pytest.approx(1.0)
+    assert model.gap(lambda: 0.0) == pytest.approx(1.0)
 
 
 def test_reading_is_as_fast_as_it_has_lately_been() -> None:

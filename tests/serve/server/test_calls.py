@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -224,7 +225,9 @@ async def test_what_needs_no_prompt_is_refused_before_one_is_read():
 
         def load(self) -> Load:
             load = super().load()
-            return Load(load.scheduler.__class__(1, 1, self.queued, 0, 9), load.accuracy, 0.0, 0)
+            return replace(
+                load, scheduler=replace(load.scheduler, queued_requests=self.queued), start_gap=2.5
+            )
 
     engine, readers = Full(), HeldReaders()
     service = served_by(engine, ServerConfig(port=0, max_queue=4), readers)
@@ -233,7 +236,7 @@ async def test_what_needs_no_prompt_is_refused_before_one_is_read():
         await soon(lambda: len(readers.jobs) == 1)
         with pytest.raises(OverloadedError) as caught:
             await client.complete("go")  # three wait, and the first is on its way to them
-        assert (caught.value.reason, caught.value.retry_after) == ("QUEUE_FULL", 1.0)
+        assert (caught.value.reason, caught.value.retry_after) == ("QUEUE_FULL", 2.5)
         engine.queued = 0
         with pytest.raises(DuplicateRequestError):
             await client.complete("go", request_id="first")
@@ -241,6 +244,24 @@ async def test_what_needs_no_prompt_is_refused_before_one_is_read():
             await client.complete("go", model="other")
         assert len(readers.jobs) == 1
         first.cancel()
+        await soon(lambda: service.is_idle)
+
+
+@in_loop
+async def test_who_has_as_many_requests_as_a_client_may_is_refused_before_one_more_is_read():
+    config, readers = ServerConfig(port=0, max_client_queue=1, max_client_running=1), HeldReaders()
+    service = served_by(FakeEngine(), config, readers)
+    message = generate_request("go").SerializeToString()
+    async with listening_to(service) as address, connection(address) as one, connection(address) as other:
+        calls = [one.unary_stream(GENERATE)(message) for _ in range(2)]
+        await soon(lambda: len(readers.jobs) == 2)
+        error = await end_of(one.unary_stream(GENERATE)(message))
+        assert error is not None
+        assert (error.reason, error.retry_after) == ("CLIENT_LIMIT", 1.0)
+        calls += [other.unary_stream(GENERATE)(message)]
+        await soon(lambda: len(readers.jobs) == 3)
+        for call in calls:
+            call.cancel()
         await soon(lambda: service.is_idle)
 
 

@@ -99,7 +99,7 @@ def test_finished_requests_add_up():
 def test_every_figure_of_the_load_has_a_gauge_of_its_own():
     metrics = Metrics()
     accuracy = PredictionAccuracy(6.0, 7.0, 8.0)
-    metrics.watch_load(lambda: Load(SchedulerLoad(1, 2, 3, 4, 5), accuracy, 0.0, 0, unloaded_step=9.0))
+    metrics.watch_load(lambda: Load(SchedulerLoad(1, 2, 3, 4, 5), accuracy, 0.0, 0, 9.0, 10.0))
     gauges = {
         sample.name: sample.value
         for family in metrics.registry.collect()
@@ -117,6 +117,7 @@ def test_every_figure_of_the_load_has_a_gauge_of_its_own():
         "taper_prediction_mape": 7,
         "taper_prediction_coverage": 8,
         "taper_unloaded_step_seconds": 9,
+        "taper_start_gap_seconds": 10,
     }
 
 
