@@ -30,6 +30,7 @@ MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_TAG_BYTES = 256
 MAX_LABEL_BYTES = 256
+MAX_LABELS = 4  # in what opens a branch: it is tokenized while others wait, for each branch of a fork
 
 
 class ProgramReader:
@@ -191,6 +192,8 @@ class ProgramReader:
         for descriptor, value in tags.ListFields():
             if isinstance(value, str):
                 self._faults.size(value, f"{path}.{descriptor.name}", MAX_TAG_BYTES)
+        if tags.branch_open.count("{label}") > MAX_LABELS:
+            self._faults.add(f"{path}.branch_open", f"{{label}} can stand {MAX_LABELS} times at most")
         join = self._join(tags.join, f"{path}.join")
         if join == "none":
             self._faults.add(f"{path}.join", "the branches of a model-driven fork are always joined")

@@ -291,6 +291,10 @@ def test_a_client_can_bring_tags_of_its_own():
     )
 
 
+def test_what_opens_a_branch_can_name_its_label_a_few_times():
+    assert read(of_tags(branch_open="{label}" * 4)).program.grammar.branch_open == "{label}" * 4
+
+
 def test_top_k_of_the_whole_vocabulary_is_off():
     assert read(generate_request("go", sampling=sampling(top_k=VOCAB))).sampling.top_k == 0
 
@@ -436,6 +440,7 @@ WRONG = [
     (of_tags(join_open=""), "model_driven.fork_tags.join_open"),
     (of_tags(join=pb.JOIN_NONE), "model_driven.fork_tags.join"),
     (of_tags(branch_close="x" * 257), "model_driven.fork_tags.branch_close"),
+    (of_tags(branch_open="{label}" * 5), "model_driven.fork_tags.branch_open"),
     (of_tags(branch_close="é" * 129), "model_driven.fork_tags.branch_close"),
     *((of_tags(**{name: ""}), f"model_driven.fork_tags.{name}") for name in ("label_open", "label_close")),
     *((of_tags(**{name: ""}), f"model_driven.fork_tags.{name}") for name in ("plan_close", "branch_open")),
