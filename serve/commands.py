@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import tyro
 
 from model.settings import one_line, out_of_memory
 from serve.config import ServerConfig
+from serve.logs import STDERR
 
 if TYPE_CHECKING:
     from serve.served import Loader
@@ -26,11 +27,18 @@ def serve(args: list[str] | None = None) -> None:
         try:
             run(config, load)
         except (OSError, ValueError, EngineFailedError) as error:
-            sys.exit(f"taper-serve: {error}")
+            _leave(str(error))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            sys.exit(f"taper-serve: not enough memory: {one_line(error)}")
+            _leave(f"not enough memory: {one_line(error)}")
+
+
+def _leave(why: str) -> NoReturn:
+    """End with status 1, whether anybody reads why or not."""
+    print(f"taper-serve: {why}", file=STDERR)
+    STDERR.drain()
+    sys.exit(1)
 
 
 def _engine(config: ServerConfig) -> AbstractContextManager[Loader]:

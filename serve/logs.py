@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 import threading
 from collections import deque
@@ -45,11 +46,22 @@ class Stderr(io.TextIOBase):
                 text = "".join(self._waiting)
                 self._waiting.clear()
             with contextlib.suppress(OSError, ValueError):  # or it is closed
-                sys.stderr.write(text)
-                sys.stderr.flush()
+                _put(text)
             with self._change:
                 self._size -= len(text)
                 self._change.notify_all()
+
+
+def _put(text: str) -> None:
+    """Write to standard error, past Python's buffer: who holds that cannot let the interpreter end."""
+    try:
+        number = sys.stderr.fileno()
+    except (OSError, ValueError):  # something else is in its place
+        sys.stderr.write(text)
+        return
+    data = text.encode(errors="backslashreplace")
+    while data:
+        data = data[os.write(number, data) :]
 
 
 STDERR = Stderr()

@@ -52,7 +52,7 @@ def test_the_server_is_run_with_its_options_and_a_loader(monkeypatch, loaders):
         ),
     ],
 )
-def test_what_keeps_the_server_from_starting_is_said_in_a_line(error, line, monkeypatch):
+def test_what_keeps_the_server_from_starting_is_said_in_a_line(error, line, monkeypatch, capsys):
     def fail(config: ServerConfig, load: object) -> None:
         raise error
 
@@ -60,7 +60,8 @@ def test_what_keeps_the_server_from_starting_is_said_in_a_line(error, line, monk
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     with pytest.raises(SystemExit) as caught:
         commands.serve([])
-    assert str(caught.value) == line
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == line + "\n"
 
 
 def test_a_fault_of_the_servers_own_keeps_its_traceback(monkeypatch):

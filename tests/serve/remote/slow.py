@@ -70,6 +70,10 @@ def main(descriptor: int, server: int) -> None:
     child.main(descriptor, server, lambda: start)
 
 
+def quiet(descriptor: int, server: int) -> None:
+    child.main(descriptor, server, lambda: start)
+
+
 def deaf(descriptor: int, server: int) -> None:
     """Does not come to listen: it imports what it needs, for instance."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -244,6 +245,29 @@ def test_it_does_not_matter_whether_anybody_reads_the_log(both: Both, dies: bool
             assert isinstance([*events][-1], Finished)
     assert both.server.wait(10) == int(dies)
     both.server.stderr = None
+
+
+def test_a_log_that_takes_no_more_holds_up_nobody() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"-" * 4096)
+    os.set_blocking(writer, True)
+    quiet = [sys.executable, "-P", "-c", SERVER.replace("slow.main", "slow.quiet"), "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(quiet, stdout=subprocess.PIPE, stderr=writer, text=True, env=environment)
+    try:
+        assert server.stdout is not None
+        with Client(server.stdout.readline().split()[-1]) as client:
+            client.complete([1], max_tokens=2)
+            server.terminate()
+            assert server.wait(15) == 0
+    finally:
+        server.kill()
+        server.communicate(timeout=20)
+        os.close(reader)
+        os.close(writer)
 
 
 def test_signals_are_the_servers_even_before_the_engines_process_has_begun() -> None:
