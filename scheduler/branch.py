@@ -137,10 +137,10 @@ class Branch:
 
         Ancestors never grow, so that those once complete are passed over until they lose their pages.
         """
-        chain = self.segment.chain
-        while self.complete < len(chain) - 1 and not chain[self.complete].missing:
+        ancestors = self.segment.ancestors
+        while self.complete < len(ancestors) and not ancestors[self.complete].missing:
             self.complete += 1
-        return chain[self.complete :]
+        return (*ancestors[self.complete :], self.segment)
 
     def history(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids before the next sampled token, as (given, generated)."""

@@ -161,6 +161,7 @@ class LiveRequest:
             segment.drop(self._pool)
         for branch in self.branches.values():
             self.free_slot(branch)
+            branch.forked = []  # which know it as their parent: garbage that refers to itself stays for long
         self.segments.clear()
         self.branches.clear()
         self.resident, self.finished = False, True
@@ -350,6 +351,7 @@ class LiveRequest:
     def _stop(self, branch: Branch) -> list[Event]:
         """End a branch and all those below it: their pages and slots are free, and nobody waits for them."""
         events = [event for child in branch.forked for event in self._stop(child)]
+        branch.forked = []
         self._drop(branch)
         if branch.ended is None:
             assert branch.parent is not None

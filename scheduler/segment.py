@@ -20,7 +20,6 @@ class Segment:
     """Token ids, where they stand, and the pages of those that are computed.
 
     start     rotary position of the first token
-    chain     its ancestors, root first, and itself
     lead      where a fork's branches all begin with the fork's last token: the segment that gave it up
     sampled   for each token, whether it was generated (1) or given (0)
     shared    leading pages that are in the prefix cache: full ones, which are never written again
@@ -28,7 +27,6 @@ class Segment:
 
     __slots__ = (
         "ancestors",
-        "chain",
         "computed",
         "id",
         "lead",
@@ -43,13 +41,18 @@ class Segment:
         self.id = id
         self.start = start
         self.ancestors = ancestors
-        self.chain = (*ancestors, self)
         self.lead = lead
         self.tokens: list[int] = []
         self.sampled = bytearray()
         self.pages = array("i")
         self.computed = 0
         self.shared = 0
+
+    @property
+    def chain(self) -> tuple[Segment, ...]:
+        """Its ancestors, root first, and itself. (Kept, this would be a cycle: only a full collection of
+        garbage would free the tokens of a request that has ended.)"""
+        return (*self.ancestors, self)
 
     @property
     def end(self) -> int:

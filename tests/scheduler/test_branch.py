@@ -71,5 +71,5 @@ def test_ancestors_known_to_be_complete_are_not_looked_through_again() -> None:
     decoding = branch(*segments)
     assert decoding.backlog == 2
     assert decoding.complete == 2
-    decoding.segment.chain = ()
+    segments[0].computed = 0
     assert decoding.backlog == 2

@@ -18,7 +18,7 @@ from serve.client import AsyncClient, branch, generate_request, model_driven, pa
 
 POLICIES = ("off", "eager", "taper", "cap:2", "taper:priority", "taper:concave")
 QUESTION = "Reverse each word: cat, lemon, tree. Then say which result is longest."
-ENDS = {"whole": 58, "hang up": 22, "deadline": 12, "abort": 8}
+ENDS = {"whole": 48, "hang up": 30, "deadline": 14, "abort": 8}
 MOST = 64  # calls at once
 UNREAD = 3  # streams at once that nobody reads
 
@@ -52,7 +52,7 @@ class Soak:
         loop = asyncio.get_running_loop()
         self._free = asyncio.Semaphore(MOST)
         async with AsyncClient(self.address) as client, asyncio.TaskGroup() as group:
-            beside = [self._switch(client), self._kill(), *(self._ignore() for _ in range(UNREAD))]
+            beside = [self._switch(client), self._kill(), *(self._ignore(number) for number in range(UNREAD))]
             tasks = [group.create_task(each) for each in beside]
             began = loop.time()
             async with asyncio.TaskGroup() as calls:
@@ -68,7 +68,7 @@ class Soak:
 
     async def _call(self, client: AsyncClient, rng: random.Random) -> None:
         meant = rng.choices([*ENDS], [*ENDS.values()])[0]
-        prompt, options = self._request(rng)
+        prompt, options = self.request(rng)
         name = f"{rng.getrandbits(64):x}"
         timeout = rng.uniform(0.001, 0.5) if meant == "deadline" else 60.0
         try:
@@ -107,7 +107,7 @@ class Soak:
         await asyncio.sleep(rng.uniform(0.0, 0.3))
         await client.abort(name)
 
-    def _request(self, rng: random.Random) -> tuple[Any, dict[str, Any]]:
+    def request(self, rng: random.Random) -> tuple[Any, dict[str, Any]]:
         """A prompt, which others share the beginning of, and what is asked for."""
         prompt = [7] * rng.choice([1, 16, 40]) + [rng.randrange(1, 90) for _ in range(rng.choice([1, 8, 60]))]
         kind = rng.choice(["serial", "stops", "plan", "race", "nested"] + ["text", "forks"] * self.text)
@@ -163,16 +163,18 @@ class Soak:
             self.ended["killed"] += 1
             await asyncio.sleep(self.seconds / 20)
 
-    async def _ignore(self) -> None:
+    async def _ignore(self, number: int) -> None:
         """Streams of many tokens, until the server gives them up, or their time is over."""
-        rng = random.Random(self.seed)
+        rng = random.Random(f"{self.seed}-{number}")
         wide = parallel([branch([1 + n], max_tokens=400, ignore_eos=True) for n in range(32)], join="none")
         while True:
-            plan = {"plan": [wide]} if self.text and rng.random() < 0.5 else {}
+            plan = {"plan": [wide]} if self.text and number == 0 else {}
             message = generate_request([5], **{"max_tokens": 900, "ignore_eos": True, **plan})
             async with grpc.aio.insecure_channel(self.address) as channel:
                 stub = inference_grpc.InferenceServiceStub(channel)
-                call = stub.Generate(message, timeout=rng.uniform(self.seconds / 20, self.seconds / 4))
+                call = stub.Generate(
+                    message, timeout=rng.uniform(self.seconds / 40, self.seconds / (2 if plan else 10))
+                )
                 while not call.done():
                     await asyncio.sleep(0.1)
                 code = await call.code()

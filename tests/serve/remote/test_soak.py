@@ -45,6 +45,10 @@ class Process:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     @property
+    def every_minute(self) -> list[float]:
+        return [round(size / MIB, 1) for _, size in self.memory[::60]]
+
+    @property
     def mib_per_minute(self) -> float:
         """The slope of its memory in the second half."""
         times, sizes = np.array(self.memory[len(self.memory) // 2 :]).T
@@ -134,6 +138,7 @@ def soaked(server: Server, requests: int, seconds: float, *, text: bool) -> dict
         "left": account,
         "MiB": {name: round(size, 1) for name, size in memory.items()},
         "MiB/min": {name: round(slope, 2) for name, slope in slopes.items()},
+        "MiB every minute": {name: process.every_minute for name, process in server.both.items()},
         "said": [line for line in said.splitlines() if "error" in line or "Traceback" in line],
     }
 
