@@ -18,7 +18,7 @@ from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Step
 from serve.client import generate_request
 from serve.engine.engine import InProcessEngine
-from serve.server.requests import read_request
+from serve.reading.requests import read_request
 from serve.text.codec import TextCodec
 from tests.serve.engine.test_engine import Device
 from tests.serve.fakes import ByteTokenizer, served_model
