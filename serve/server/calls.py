@@ -1,6 +1,7 @@
 """A call, from its arrival to its end: its connection, its id and its messages, which are looked at by size.
 
-Calls in flight are bounded, by connection and in all. What is refused learns why.
+Calls in flight are bounded, by connection and in all. What is refused learns why; a connection that has too
+many and does not stop learns it more and more slowly, so that refusing it costs the others nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import grpc
 
 from serve.api.errors import InvalidRequestError, OverloadedError, ServiceError, Violation
 from serve.reading.work import malformed, parse
+
+EXCESSES = ("CLIENT_LIMIT", "TOO_MANY_CALLS")  # reasons that are the connection's own doing
+_AT_ONCE, _A_SECOND = 20, 20.0  # refusals for these reasons: so many at once, then so many a second
 
 
 class Call:
@@ -75,6 +79,7 @@ class Calls:
         self._total, self._per_connection = total, per_connection
         self._connections: Counter[str] = Counter()
         self._calls: set[Call] = set()
+        self._told: dict[str, float] = {}  # by when all that a connection was refused would have been told
 
     @contextlib.contextmanager
     def one_more(self, call: Call) -> Iterator[None]:
@@ -96,6 +101,15 @@ class Calls:
     def of(self, connection: str) -> int:
         """How many there are of one connection."""
         return self._connections[connection]
+
+    async def refuse(self, connection: str, error: ServiceError) -> None:
+        """Wait for the moment to tell it of a refusal."""
+        if error.reason not in EXCESSES:
+            return
+        now = asyncio.get_running_loop().time()
+        self._told = {name: told for name, told in self._told.items() if told > now}
+        told = self._told[connection] = self._told.get(connection, now) + 1 / _A_SECOND
+        await asyncio.sleep(max(0.0, told - now - _AT_ONCE / _A_SECOND))
 
     def end(self, error: ServiceError) -> None:
         """End all of them."""

@@ -61,6 +61,8 @@ def _handler(name: str, method: Method, *, streams: bool) -> grpc.RpcMethodHandl
         call, code = Call(context, method.max_bytes), "CANCELLED"
         try:
             outcome = await _outcome(name, method, call)
+            if isinstance(outcome, ServiceError):
+                await method.calls.refuse(call.connection, outcome)
             code = outcome.code.name if isinstance(outcome, ServiceError) else "OK"
         finally:
             method.ended(code)

@@ -248,6 +248,29 @@ async def test_what_needs_no_prompt_is_refused_before_one_is_read():
 
 
 @in_loop
+async def test_who_asks_for_too_much_again_and_again_is_told_so_slowly_and_nobody_else_is():
+    config, readers = ServerConfig(port=0, max_client_calls=12), HeldReaders()
+    service = served_by(FakeEngine(), config, readers)
+    message = generate_request("go").SerializeToString()
+    async with listening_to(service) as address, connection(address) as one, connection(address) as other:
+        held = [channel.unary_stream(GENERATE)(message) for channel in (one, other) for _ in range(12)]
+        await soon(lambda: len(readers.jobs) == 24)
+
+        async def refused(channel: grpc.aio.Channel, times: int) -> float:
+            began = asyncio.get_running_loop().time()
+            errors = [end_of(channel.unary_stream(GENERATE)(message)) for _ in range(times)]
+            assert {error and error.reason for error in await asyncio.gather(*errors)} == {"TOO_MANY_CALLS"}
+            return asyncio.get_running_loop().time() - began
+
+        assert await refused(one, 5) < 0.5, "the first are told at once"
+        assert await refused(one, 35) > 0.9, "then twenty in a second"
+        assert await refused(other, 1) < 0.5
+        for call in held:
+            call.cancel()
+        await soon(lambda: service.is_idle)
+
+
+@in_loop
 async def test_who_has_as_many_requests_as_a_client_may_is_refused_before_one_more_is_read():
     config, readers = ServerConfig(port=0, max_client_queue=1, max_client_running=1), HeldReaders()
     service = served_by(FakeEngine(), config, readers)
