@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from model.config import PRESETS
 from scheduler.controller import Controller
@@ -50,11 +51,13 @@ class Slow:
             return (Sample(65),) * self._count
 
 
-def start(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None]) -> Started:
+def start(
+    config: ServerConfig, watch: Watcher, before_plan: Callable[[], None], *, rows: int = 8, pages: int = 64
+) -> Started:
     if config.seed == UNLUCKY:
         raise ValueError("an unlucky number")
-    sizes = SchedulerConfig(num_pages=64, page_size=16, num_slots=16, max_context=1000)
-    controller = Controller(StepLatencyModel({8: STEP_SECONDS}), config.policy)
+    sizes = SchedulerConfig(num_pages=pages, page_size=16, num_slots=2 * rows, max_context=1000)
+    controller = Controller(StepLatencyModel({rows: STEP_SECONDS}), config.policy)
     engine = InProcessEngine(
         Scheduler(sizes, controller, TextCodec(ByteTokenizer())),
         Slow(),  # type: ignore[arg-type]
@@ -68,6 +71,14 @@ def start(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None])
 def main(descriptor: int, server: int) -> None:
     print("engine", os.getpid(), file=sys.stderr, flush=True)
     child.main(descriptor, server, lambda: start)
+
+
+def wide(descriptor: int, server: int) -> None:
+    """32 tokens every two milliseconds."""
+    global STEP_SECONDS
+    STEP_SECONDS = 0.002
+    print("engine", os.getpid(), file=sys.stderr, flush=True)
+    child.main(descriptor, server, lambda: partial(start, rows=32, pages=4096))
 
 
 def quiet(descriptor: int, server: int) -> None:

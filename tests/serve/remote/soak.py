@@ -21,6 +21,8 @@ QUESTION = "Reverse each word: cat, lemon, tree. Then say which result is longes
 ENDS = {"whole": 48, "hang up": 30, "deadline": 14, "abort": 8}
 MOST = 64  # calls at once
 UNREAD = 3  # streams at once that nobody reads
+# Or else the client itself takes megabytes that nobody reads.
+NARROW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65535))
 
 KILLED = """
 import sys
@@ -168,13 +170,12 @@ class Soak:
         rng = random.Random(f"{self.seed}-{number}")
         wide = parallel([branch([1 + n], max_tokens=400, ignore_eos=True) for n in range(32)], join="none")
         while True:
-            plan = {"plan": [wide]} if self.text and number == 0 else {}
+            plan = {"plan": [wide], "logprobs": True} if self.text and number == 0 else {}
             message = generate_request([5], **{"max_tokens": 900, "ignore_eos": True, **plan})
-            async with grpc.aio.insecure_channel(self.address) as channel:
+            most = self.seconds / (rng.uniform(1, 1.5) if plan else rng.uniform(4, 40))
+            async with grpc.aio.insecure_channel(self.address, options=NARROW) as channel:
                 stub = inference_grpc.InferenceServiceStub(channel)
-                call = stub.Generate(
-                    message, timeout=rng.uniform(self.seconds / 40, self.seconds / (2 if plan else 10))
-                )
+                call = stub.Generate(message, timeout=most)
                 while not call.done():
                     await asyncio.sleep(0.1)
                 code = await call.code()

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
-from serve.api.errors import InternalError, UnavailableError
-from serve.client import Client
+from serve.api.errors import InternalError, UnavailableError, from_rpc
+from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
+from serve.client import Client, branch, generate_request, parallel
 from serve.client.answer import Finished
 from serve.remote.spawn import spawned
 from tests.serve.remote.slow import GREEDY, LEAVING, STUCK, UNLUCKY
@@ -245,6 +247,33 @@ def test_it_does_not_matter_whether_anybody_reads_the_log(both: Both, dies: bool
             assert isinstance([*events][-1], Finished)
     assert both.server.wait(10) == int(dies)
     both.server.stderr = None
+
+
+def test_a_client_that_never_reads_is_given_up_and_fills_no_memory() -> None:
+    """Its own side takes no more than 64 KiB unread."""
+    both = begun(program=SERVER.replace("slow.main", "slow.wide"))
+    try:
+        assert both.server.stdout is not None
+        address = both.server.stdout.readline().split()[-1]
+        memory = Path(f"/proc/{both.server.pid}/statm")
+        before = int(memory.read_text().split()[1])
+        branches = [branch([n], max_tokens=600, ignore_eos=True) for n in range(1, 33)]
+        plan = [parallel(branches, join="none")]
+        message = generate_request([1], plan=plan, token_ids=True)
+        narrow = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65535))
+        with grpc.insecure_channel(address, options=narrow) as channel, Client(address) as client:
+            client.set_policy("eager")
+            call = inference_grpc.InferenceServiceStub(channel).Generate(message, timeout=60)
+            until(lambda: client.load().running_requests == 1)
+            until(lambda: client.load().running_requests == 0, 30)
+            pages = int(memory.read_text().split()[1]) - before
+            with pytest.raises(grpc.RpcError) as caught:
+                for _ in call:
+                    pass
+        assert from_rpc(caught.value).reason == "SLOW_CONSUMER"
+        assert pages * os.sysconf("SC_PAGE_SIZE") < 20 * 2**20
+    finally:
+        end(both)
 
 
 def test_a_log_that_takes_no_more_holds_up_nobody() -> None:

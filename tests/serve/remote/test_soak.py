@@ -190,5 +190,4 @@ def test_ten_minutes_of_every_kind_of_client_leave_nothing_behind(
     with serving(tmp_path, "real", "--compilation-cache", str(tmp_path / "programs")) as server:
         figures = soaked(server, requests, seconds, text=True)
     check(figures, requests)
-    assert "unread: RESOURCE_EXHAUSTED" in figures["ended"], "some were given up, and not only left"
     assert max(figures["MiB/min"].values()) < 1.0
