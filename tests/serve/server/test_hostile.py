@@ -263,3 +263,32 @@ def test_who_loops_leaves_readers_to_others(server: Server) -> None:
         attacker.join()
     assert sorted(waits)[len(waits) // 2] < 0.1
     assert sorted(waits)[-3] < 1.0, "in which one message loops; a reader may have been about to start before"
+
+
+def test_headers_are_bounded(server: Server) -> None:
+    for size, code in ((6_000, None), (40_000, grpc.StatusCode.RESOURCE_EXHAUSTED)):
+        with grpc.insecure_channel(server.address) as channel:
+            check = channel.unary_unary("/grpc.health.v1.Health/Check")
+            got = None
+            try:
+                check(b"", metadata=(("long", "x" * size),), timeout=30)
+            except grpc.RpcError as error:
+                got = from_rpc(error).code
+            assert got is code
+
+
+def test_readers_end_with_their_server(server: Server) -> None:
+    """The last test of this module: its server is gone."""
+    threads = Path(f"/proc/{server.process.pid}/task").iterdir()
+    readers = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    assert len(readers) == 2
+    server.process.kill()
+    server.process.wait()
+    until(lambda: not any(_is_alive(reader) for reader in readers), 5)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
