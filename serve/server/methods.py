@@ -91,4 +91,6 @@ async def _outcome(name: str, method: Method, call: Call) -> bytes | ServiceErro
         failure = InternalError("internal error")
     if isinstance(failure, InternalError):
         failure.request_id = failure.request_id or call.id
+    # Its frames would keep the message for as long as they refer to the error, and so to themselves.
+    failure.__traceback__ = failure.__context__ = None
     return failure

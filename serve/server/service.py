@@ -7,12 +7,10 @@ deadline, Abort, a drain) cancels that request.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import structlog
@@ -30,6 +28,7 @@ from serve.config import ServerConfig
 from serve.door import Failed, Refused
 from serve.reading.work import Answer, Job, Readers, ReadHere
 from serve.served import Served
+from serve.server.arrivals import Arrivals
 from serve.server.calls import Calls
 from serve.server.metrics import Metrics
 from serve.server.stream import Doorbell, Stream
@@ -63,11 +62,11 @@ class Service:
         self.instance_id = uuid.uuid4().hex
         self.started = time.monotonic()
         self.draining = False
+        self.arrivals = Arrivals()
         self.inference = Calls(total=config.max_calls, per_connection=config.max_client_calls)
         self.control = Calls(total=config.max_calls, per_connection=config.max_client_calls)
         self._served: Served | None = None
         self._readers: Readers | None = None
-        self._arrivals: set[asyncio.Future[None]] = set()  # calls whose message has not come yet
         self._readings: dict[str, _Reading] = {}
         self._prompts = 0  # of the readings, those of requests
         self._streams: dict[str, Stream] = {}
@@ -125,22 +124,6 @@ class Service:
             most, calls = config.max_client_queue + config.max_client_running, self.inference.of(connection)
             if calls > most:  # with the one that asks
                 raise refused("CLIENT_LIMIT", f"{most} requests of this client wait or run already")
-
-    @contextlib.contextmanager
-    def arrival(self) -> Iterator[None]:
-        """While the message of a call is on its way: `arrived` waits for it."""
-        here = asyncio.get_running_loop().create_future()
-        self._arrivals.add(here)
-        try:
-            yield
-        finally:
-            self._arrivals.discard(here)
-            here.cancel()
-
-    async def arrived(self, timeout: float) -> None:
-        """Until the calls that are here by now are known by their ids; for up to `timeout` seconds."""
-        if self._arrivals:
-            await asyncio.wait(set(self._arrivals), timeout=timeout)
 
     async def read(self, job: Job, connection: str) -> Answer:
         """Have the message of a call read. The call can be aborted meanwhile. Raises ServiceError."""

@@ -61,8 +61,7 @@ class InferenceServicer:
 
     async def _prompted(self, call: Call) -> Prompted:
         """The request that the call brings. From the moment its message is here, its id is known."""
-        with self.service.arrival():
-            data = await call.message()
+        data = await self._message(call)
         request_id, model = look(data)
         if is_id(request_id):
             call.id = request_id
@@ -74,13 +73,19 @@ class InferenceServicer:
 
     async def tokenize(self, call: Call) -> bytes:
         self.service.served()
-        job = Job("Tokenize", await call.message(), call.id)
+        job = Job("Tokenize", await self._message(call), call.id)
         return await self._read(job, call)
 
     async def detokenize(self, call: Call) -> bytes:
         self.service.served()
-        job = Job("Detokenize", await call.message(), call.id)
+        job = Job("Detokenize", await self._message(call), call.id)
         return await self._read(job, call)
+
+    async def _message(self, call: Call) -> bytes:
+        async with self.service.arrivals.one_more(call.connection):
+            data = await call.message()
+        self.service.arrivals.came(len(data))
+        return data
 
     async def _read(self, job: Job, call: Call) -> bytes:
         response = await self.service.read(job, call.connection)
@@ -159,7 +164,7 @@ class ControlServicer:
         ended = {name for name in names if self.service.abort(name)}
         if len(ended) < len(names):  # some may be of calls that this one has overtaken
             await asyncio.sleep(_OVERTAKEN_SECONDS)
-            await self.service.arrived(_ARRIVAL_SECONDS)
+            await self.service.arrivals.all_here(_ARRIVAL_SECONDS)
             ended |= {name for name in names if self.service.abort(name)}
         ended = [name for name in names if name in ended]
         return control_pb.AbortResponse(aborted_request_ids=ended)
