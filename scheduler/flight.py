@@ -14,7 +14,7 @@ class Flight:
 
     sampling  the requests that it should give a token
     widths    for each request in it, how many branches advance, and how many were ready
-    prompt_tokens  length of the prompts of which it reads the end; None if it reads of no prompt
+    prompt_rows  tokens of prompts that it reads
     """
 
     step: Step
@@ -22,4 +22,4 @@ class Flight:
     end: float
     sampling: set[LiveRequest]
     widths: dict[LiveRequest, tuple[int, int]]
-    prompt_tokens: int | None = None
+    prompt_rows: int = 0

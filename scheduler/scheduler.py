@@ -158,20 +158,18 @@ class Scheduler:
         unread = sum(len(other.request.prompt) for other in queued)
         unread += sum(len(other.request.prompt) for other in self._running if not other.prompt_read)
         ahead = len(self._preempted) + self._queue.ahead_of(live.request.client) - self._free_starts
-        if not self._wait.is_blocked and ahead <= 0 and self._may_start(live, queued):
-            self._free_starts += 1
-            ahead = -1
-            if not unread:
-                return  # sooner than now it cannot start
+        at_once = not self._wait.is_blocked and ahead <= 0 and self._may_start(live, queued)
+        starts = 0 if at_once else ahead + 1
         own, gap = self._wait.reading(len(live.request.prompt)), self.start_gap
         step = max([0.0, *(flight.end - now for flight in self._flights)]) + self._step_seconds
-        start = gap * self._wait.longest(ahead + 1)
-        expected = step + max(start, self._wait.reading(unread)) + own
-        if expected > ttft:
-            too_many = ahead + 1 - self._wait.most_starts((ttft - own - step) / gap)
-            retry = max(gap * too_many, self._wait.reading(unread) + own + step - ttft, step)
+        others = self._wait.reading(unread)
+        expected = step + max(gap * self._wait.longest(starts), others) + own
+        if expected > ttft and (starts or unread):  # if nobody is before it, it cannot come sooner
+            too_many = starts - self._wait.most_starts((ttft - own - step) / gap)
+            retry = max(gap * too_many, others + own + step - ttft, step)
             text = f"the first token would come after about {expected:.3g} s, and the target is {ttft:.3g} s"
             raise RejectedError("SLO_UNATTAINABLE", text, retry)
+        self._free_starts += at_once
 
     @property
     def start_gap(self) -> float:
@@ -291,9 +289,12 @@ class Scheduler:
                     widths[turn.live] = (len(advanced), len(turn.ready))
         scheduled = draft.schedule(tuple(deferred))
         end = draft.start + scheduled.forecast.seconds
-        read = [live for live in unread if live in draft.advanced]
-        tokens = sum(len(live.request.prompt) for live in read if live.prompt_read) if read else None
-        self._flights.append(Flight(scheduled.step, scheduled.forecast, end, draft.sampling, widths, tokens))
+        rows = sum(draft.rows_of(live) for live in unread)
+        self._flights.append(Flight(scheduled.step, scheduled.forecast, end, draft.sampling, widths, rows))
+        for live in unread:
+            if live.prompt_read:
+                tokens = len(live.request.prompt)
+                self._wait.prompt(tokens, tokens - live.cached_tokens)
         return scheduled
 
     # --- results ---------------------------------------------------------------------------------------
@@ -303,8 +304,8 @@ class Scheduler:
         flight = self._flights.popleft()
         assert flight.step is result.step, "steps must be updated in the order in which they were scheduled"
         self.controller.learn(flight.forecast, result.seconds)
-        if flight.prompt_tokens is not None:
-            self._wait.read(result.seconds, flight.prompt_tokens)
+        if flight.prompt_rows:
+            self._wait.read(result.seconds, flight.prompt_rows)
         events: list[Event] = []
         for live, (width, wanted) in flight.widths.items():
             if self._live.get(live.request.id) is live:
@@ -328,22 +329,22 @@ class Scheduler:
 
     def _start_queued(self, start: float) -> None:
         clients = Counter(live.request.client for live in self._running) if self._queue else Counter[str]()
-        waits = False
         while (live := self._next_to_start(start, clients)) is not None:
-            waits = not self._may_start(live)
-            if waits:
+            if not self._may_start(live):
+                self._wait.waits(start)
                 break
+            self._wait.started(start)
             self._queue.start(live)
             self._leave(live)
             clients[live.request.client] += 1
-            self._wait.started(start)
             if live.pace.started is None:
                 live.age = self._starts
                 self._starts += 1
             live.resume(start)
             insort(self._running, live, key=_age)
+        else:
+            self._wait.nobody_waits()
         self._free_starts = 0
-        self._wait.waiting(start, any_waits=waits)
 
     def _next_to_start(self, start: float, clients: Mapping[str, int]) -> LiveRequest | None:
         """Preempted requests first; then those that can still meet their TTFT target, then the others.
@@ -419,6 +420,8 @@ class Scheduler:
         for place in (self._running, self._preempted):
             if live in place:
                 place.remove(live)
+        if not self._queue and not self._preempted:
+            self._wait.nobody_waits()
 
 
 def _age(live: LiveRequest) -> int:

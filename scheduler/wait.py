@@ -3,7 +3,7 @@
     first token = max(wait to start, time to read the prompts ahead) + time to read its own
 
 Both are learned. While requests wait, each start says how long the one before it kept its place free for the
-next; while prompts are read, each one that has been read says how fast that goes.
+next; each step that reads prompts says how fast that goes, and each prompt how much of it was not cached.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class WaitModel:
 
     STARTS = 64  # of late, whose mean is taken
     KEPT = 0.98  # of what is known of reading, with each step that reads
+    LEAST_GAP = 1e-6  # as several may start at once
     CAUTION = 2.5  # standard deviations of the wait that are provided for: starts come as they come
     WEIGHT = 2  # starts that the first guess counts for
 
@@ -25,7 +26,8 @@ class WaitModel:
         """`tokens_per_second`: of prompts, until any has been read."""
         self._gaps: deque[float] = deque(maxlen=self.STARTS)
         self._since: float | None = None  # the last start, or the moment from which requests wait
-        self._seconds, self._tokens = 1.0, tokens_per_second
+        self._seconds, self._rows = 1.0, tokens_per_second
+        self._prompt_tokens = self._computed_tokens = 1.0
 
     # --- what happened ---------------------------------------------------------------------------------
 
@@ -35,17 +37,23 @@ class WaitModel:
             self._gaps.append(now - self._since)
             self._since = now
 
-    def waiting(self, now: float, *, any_waits: bool) -> None:
-        """All have started that may; do any still wait?"""
-        if not any_waits:
-            self._since = None
-        elif self._since is None:
+    def waits(self, now: float) -> None:
+        """All have started that may, and others still wait."""
+        if self._since is None:
             self._since = now
 
-    def read(self, seconds: float, tokens: int) -> None:
-        """A step of `seconds` read prompts; those that it finished have so many `tokens`."""
+    def nobody_waits(self) -> None:
+        self._since = None
+
+    def read(self, seconds: float, rows: int) -> None:
+        """A step of `seconds` computed so many tokens of prompts."""
         self._seconds = self.KEPT * self._seconds + seconds
-        self._tokens = self.KEPT * self._tokens + tokens
+        self._rows = self.KEPT * self._rows + rows
+
+    def prompt(self, tokens: int, computed: int) -> None:
+        """A prompt has been read, of whose tokens so many had to be computed."""
+        self._prompt_tokens = self.KEPT * self._prompt_tokens + tokens
+        self._computed_tokens = self.KEPT * self._computed_tokens + computed
 
     # --- what follows ----------------------------------------------------------------------------------
 
@@ -55,14 +63,14 @@ class WaitModel:
         return self._since is not None
 
     def reading(self, tokens: int) -> float:
-        """Seconds to read so many prompt tokens."""
-        return tokens * self._seconds / self._tokens
+        """Seconds to read so many prompt tokens, some of which are cached."""
+        return tokens * self._computed_tokens / self._prompt_tokens * self._seconds / self._rows
 
     def gap(self, guess: Callable[[], float]) -> float:
         """Seconds between two starts while requests wait; what `guess` says counts while few are known."""
         weight = max(0, self.WEIGHT - len(self._gaps))
         guessed = weight * guess() if weight else 0.0
-        return (sum(self._gaps) + guessed) / (len(self._gaps) + weight)
+        return max(self.LEAST_GAP, (sum(self._gaps) + guessed) / (len(self._gaps) + weight))
 
     def longest(self, starts: int) -> float:
         """Gaps until so many starts have come, in nearly all cases."""

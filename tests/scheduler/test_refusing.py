@@ -47,6 +47,35 @@ def test_who_comes_to_an_idle_server_is_never_late() -> None:
     world.run_until(lambda: world.emitted("first") == 20)
 
 
+def test_who_comes_to_a_server_whose_crowd_has_left_is_not_refused_for_the_crowd() -> None:
+    world = World(ONE_BY_ONE, TALKS_ON)
+    for number in range(9):
+        world.add(request(f"r{number}", serial(20)))
+    for _ in range(5):
+        world.step()
+    for number in range(9):
+        world.cancel(f"r{number}")
+    while world.flying:
+        world.land()
+    world.now += 1000.0
+    gap = world.scheduler.start_gap
+    world.add(picky("first", 2 * SERVICE))
+    world.run_until(lambda: world.emitted("first") == 20)
+    assert world.scheduler.start_gap == pytest.approx(gap, rel=0.5), "nobody waited in all that time"
+
+
+def test_prompts_that_are_given_up_do_not_make_reading_seem_slow() -> None:
+    world = World(Setting(buckets=(4, 8), in_flight=0, max_chunk=8), TALKS_ON)
+    world.run([request("first", serial(1), prompt=64)])
+    before = world.scheduler._wait.reading(64)
+    for number in range(40):
+        world.add(request(f"r{number}", serial(1), prompt=64))
+        world.step()
+        world.cancel(f"r{number}")
+    world.run([])
+    assert world.scheduler._wait.reading(64) < 2 * before
+
+
 def test_who_would_be_late_is_refused_with_a_wait_that_is_right_within_a_factor_of_two() -> None:
     """Seven wait, for a little more than a service each."""
     world = World(ONE_BY_ONE, TALKS_ON)
