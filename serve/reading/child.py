@@ -95,17 +95,24 @@ def _exactly(end: socket.socket, size: int) -> bytearray:
 
 
 def _limit_memory(more: int) -> None:
-    """What exceeds it raises MemoryError, or ends the process."""
-    with open("/proc/self/statm") as statm:
-        size = int(statm.read().split()[0]) * resource.getpagesize()
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = size + more if hard == resource.RLIM_INFINITY else min(size + more, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    """What exceeds it raises MemoryError, or ends the process; where the system says how large it is."""
+    if size := _memory(0):
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = size + more if hard == resource.RLIM_INFINITY else min(size + more, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
 def _resident() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
+    return _memory(1)
+
+
+def _memory(place: int) -> int:
+    """Bytes of the process: those that have addresses (0), those in memory (1). 0 outside of Linux."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[place]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def _has_grown(base: int) -> bool:
