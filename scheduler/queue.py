@@ -37,10 +37,25 @@ class StartQueue:
         """How many of a client's requests wait."""
         return self._of_client[client]
 
-    def ahead_of(self, client: str) -> int:
-        """How many start before the next request of this client would: clients take turns."""
+    def ahead_of(self, client: str, running: Mapping[str, int], most: float) -> list[LiveRequest]:
+        """Those that start before the next request of this client would, if nothing that runs ends before.
+
+        `running`, `most`: as in `next`. Clients take turns, so the many requests of one are not ahead of the
+        few of another, and those that it may not run yet are ahead of nobody's.
+        """
         own = self._of_client[client]
-        return sum(min(waiting, own) for waiting in self._of_client.values())
+        turn = running.get(client, 0) + own
+        room: dict[str, float] = {}
+        for other in self._of_client:
+            runs = running.get(other, 0)
+            first = other != client and (own > 0 or not self._last_turn.get(other))  # of two whose turn it is
+            room[other] = min(turn + first, most) - runs
+        ahead: list[LiveRequest] = []
+        for live in self._arrival:
+            if room[live.request.client] > 0:
+                room[live.request.client] -= 1
+                ahead.append(live)
+        return ahead
 
     def append(self, live: LiveRequest) -> None:
         client = live.request.client

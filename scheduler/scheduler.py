@@ -154,11 +154,12 @@ class Scheduler:
 
     def _check_in_time(self, live: LiveRequest, now: float) -> None:
         """Raises RejectedError for a request whose first token would come too late, in all likelihood."""
-        queued, ttft = [*self._queue], live.request.slo.ttft
+        clients, ttft = Counter(other.request.client for other in self._running), live.request.slo.ttft
+        queued = self._queue.ahead_of(live.request.client, clients, self.config.max_client_running)
         unread = sum(len(other.request.prompt) for other in queued)
         unread += sum(len(other.request.prompt) for other in self._running if not other.prompt_read)
-        ahead = len(self._preempted) + self._queue.ahead_of(live.request.client) - self._free_starts
-        at_once = not self._wait.is_blocked and ahead <= 0 and self._may_start(live, queued)
+        ahead = max(0, len(self._preempted) + len(queued) - self._free_starts)
+        at_once = not self._wait.is_blocked and ahead == 0 and self._may_start(live, queued)
         starts = 0 if at_once else ahead + 1
         own, gap = self._wait.reading(len(live.request.prompt)), self.start_gap
         step = max([0.0, *(flight.end - now for flight in self._flights)]) + self._step_seconds

@@ -40,6 +40,7 @@ _DETAILS_KEY = "grpc-status-details-bin"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _DETAILS_BYTES = 2500  # gRPC clients drop trailing metadata of more than 8 KiB, base64 and all
 _MESSAGE_BYTES = 600  # it travels twice, once with percent signs
+_LONGEST_WAIT = 86_400.0  # seconds that a client is told to wait: more is a guess, and no infinity fits
 
 
 _SOON = 1.0
@@ -212,10 +213,11 @@ def status(error: ServiceError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, 
         rich.details.add().Pack(details_pb2.RequestInfo(request_id=error.request_id))
     trailing: list[tuple[str, str | bytes]] = []
     if error.retry_after is not None:
+        after = min(error.retry_after, _LONGEST_WAIT)
         delay = Duration()
-        delay.FromNanoseconds(round(error.retry_after * 1e9))
+        delay.FromNanoseconds(round(after * 1e9))
         rich.details.add().Pack(details_pb2.RetryInfo(retry_delay=delay))
-        trailing.append((_PUSHBACK_KEY, str(round(error.retry_after * 1000))))
+        trailing.append((_PUSHBACK_KEY, str(round(after * 1000))))
     trailing.append((_DETAILS_KEY, rich.SerializeToString()))
     return error.code, error.message, tuple(trailing)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -93,8 +94,34 @@ def test_how_many_are_ahead_where_clients_take_turns() -> None:
     for client, count in (("a", 5), ("b", 1)):
         for _ in range(count):
             queue.append(waiting(client))
-    assert {client: queue.ahead_of(client) for client in "abc"} == {"a": 6, "b": 2, "c": 0}
+
+    def ahead(running: Mapping[str, int] = {}, most: float = math.inf) -> dict[str, int]:
+        return {client: len(queue.ahead_of(client, running, most)) for client in "abc"}
+
+    assert ahead() == {"a": 6, "b": 3, "c": 2}
+    assert ahead({"a": 1}) == {"a": 6, "b": 2, "c": 1}
+    assert ahead({"a": 1}, most=1) == {"a": 1, "b": 1, "c": 1}, "what a client may not run is not ahead"
     assert {client: queue.waiting_of(client) for client in "abc"} == {"a": 5, "b": 1, "c": 0}
+
+
+@given(st.lists(st.sampled_from("abc")), st.dictionaries(st.sampled_from("abc"), st.integers(0, 3)))
+def test_those_ahead_are_those_that_start_before_up_to_one_of_each_client(
+    clients: list[str], running: dict[str, int]
+) -> None:
+    queue = StartQueue()
+    for client in clients:
+        queue.append(waiting(client))
+    counted = len(queue.ahead_of("a", running, math.inf))
+    newest = waiting("a")
+    queue.append(newest)
+    runs = Counter(running)
+    before = 0
+    while (live := following(queue, runs)) is not newest:
+        assert live is not None
+        queue.start(live)
+        runs[live.request.client] += 1
+        before += 1
+    assert before <= counted <= before + 2
 
 
 @dataclass

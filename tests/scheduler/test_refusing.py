@@ -183,3 +183,26 @@ def test_clients_take_turns_to_start() -> None:
     begun = [name for name, events in world.events.items() if events and name.startswith("flood")]
     assert len(begun) <= 2
     world.run([])
+
+
+def test_what_one_client_has_waiting_does_not_refuse_another_whose_turn_it_is() -> None:
+    world = World(Setting(buckets=(4, 8), in_flight=0, max_chunk=8), TALKS_ON)
+    busy(world)
+    world.scheduler.config = replace(world.scheduler.config, max_client_running=1)
+    for number in range(40):
+        world.add(request(f"flood{number}", serial(20), prompt=100, client="flood"))
+    for _ in range(30):
+        world.step()
+    world.add(picky("quiet", 0.05, client="quiet"))
+    world.run_until(lambda: world.emitted("quiet") == 20)
+    assert world.finished("quiet").timing.ttft_slo_met
+
+
+def test_what_comes_at_once_from_many_clients_is_taken_or_refused_with_a_reason() -> None:
+    """The first two take all pages there are."""
+    world = World(Setting(buckets=(4, 8), in_flight=0, max_chunk=8, num_pages=12), TALKS_ON)
+    for number in range(8):
+        world.add(picky(f"r{number}", 10.0, client=f"client{number}"))
+    late = picky("late", 1e-3, client="late")
+    assert refused(world, late).reason == "SLO_UNATTAINABLE"
+    world.run([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 from urllib.parse import quote
 
@@ -159,6 +160,11 @@ def test_what_is_known_of_when_to_retry_takes_the_place_of_the_rule():
     error = over_the_wire(errors.refused("SLO_UNATTAINABLE", "busy", 12.5))
     assert (error.reason, error.retry_after) == ("SLO_UNATTAINABLE", 12.5)
     assert errors.refused("QUEUE_FULL", "busy").retry_after == errors.RETRY_AFTER["QUEUE_FULL"]
+
+
+@pytest.mark.parametrize("seconds", [1e12, math.inf])
+def test_no_wait_is_too_long_to_be_said(seconds: float):
+    assert over_the_wire(errors.refused("SLO_UNATTAINABLE", "busy", seconds)).retry_after == 86_400.0
 
 
 def test_a_duplicate_is_no_use_retrying():
