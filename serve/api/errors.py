@@ -19,7 +19,8 @@ the status back into the same exception with `from_rpc`. The contract: every cal
 
 Some statuses are gRPC's own, and bare: UNIMPLEMENTED for a method that does not exist and for a compressed
 message; RESOURCE_EXHAUSTED for a message of over four times the server's limit, and for headers over 8 KiB;
-CANCELLED and DEADLINE_EXCEEDED where the caller itself ends the call; UNAVAILABLE where no server is.
+CANCELLED and DEADLINE_EXCEEDED where the caller itself ends the call; CANCELLED for some of over 16384
+calls that come at one moment; UNAVAILABLE where no server is.
 
 `RETRY_AFTER` says for every reason whether the same request may be taken a little later.
 """

@@ -37,6 +37,7 @@ log = structlog.get_logger("taper")
 SERVICES = (full_name(pb), full_name(control_pb))
 MAX_CONTROL_BYTES = 1 << 16  # of every message but those that bring a prompt
 MAX_METADATA_BYTES = 1 << 13  # of one call's headers
+MAX_ARRIVALS = 1 << 14  # calls that come at one moment: gRPC ends some of more than that, whosever they are
 _LOADER = "taper-load"
 _LOOK_SECONDS = 0.1  # between two looks at whether the engine has died
 _FLUSH_SECONDS = 5.0  # for last messages, once the engine has stopped
@@ -64,6 +65,8 @@ def _options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
         ("grpc.so_reuseport", 0),  # or a second server could take half of the first one's calls
         ("grpc.max_receive_message_length", 4 * config.max_message_bytes),
         ("grpc.max_concurrent_streams", 4 * config.max_client_calls),
+        ("grpc.server.max_pending_requests", MAX_ARRIVALS),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_ARRIVALS),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
         ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a few bytes could become any number

@@ -215,6 +215,15 @@ async def test_watchers_are_bounded_and_the_check_goes_on():
         assert await end_of(second.unary_unary(CHECK)(b"")) is None
 
 
+@in_loop
+async def test_of_many_calls_that_come_at_one_moment_grpc_ends_none():
+    """Of more than a thousand, it would: at random, whosever they are, and without a reason."""
+    service = served_by(FakeEngine(), ServerConfig(port=0, max_calls=3000, max_client_calls=3000))
+    async with listening_to(service) as address, connection(address) as channel:
+        watches = [channel.unary_stream(WATCH)(b"") for _ in range(2500)]
+        assert all([await watch.read() for watch in watches])
+
+
 # --- refusals that need no prompt --------------------------------------------------------------------------
 
 
