@@ -88,21 +88,22 @@ class StartQueue:
     def next(
         self,
         running: Mapping[str, int],
-        most: float,
+        is_within: Callable[[LiveRequest], bool],
         can_make_it: Callable[[LiveRequest], bool],
         *,
         missed_first: bool,
     ) -> LiveRequest | None:
         """The request whose turn it is; None if none may start.
 
-        running       how many requests of each client run, of which a client may have `most`
+        running       how many requests of each client run
+        is_within     whether its client stays within its limits if it starts; else, others have their turn
         can_make_it   whether a request that starts now can meet its TTFT target: if not, it never will
         missed_first  let one that has missed its target go first, this once
         """
         for line in [*self._on_time.values()]:
             while line and not can_make_it(first := next(iter(line))):
                 self._give_up(first)
-        on_time, missed = (self._first(lines, running, most) for lines in (self._on_time, self._missed))
+        on_time, missed = (self._first(lines, running, is_within) for lines in (self._on_time, self._missed))
         return (missed or on_time) if missed_first else (on_time or missed)
 
     def _give_up(self, live: LiveRequest) -> None:
@@ -115,9 +116,12 @@ class StartQueue:
         self._missed.setdefault(client, {})[live] = None
 
     def _first(
-        self, lines: Mapping[str, _Line], running: Mapping[str, int], most: float
+        self,
+        lines: Mapping[str, _Line],
+        running: Mapping[str, int],
+        is_within: Callable[[LiveRequest], bool],
     ) -> LiveRequest | None:
-        may_start = [next(iter(line)) for client, line in lines.items() if running.get(client, 0) < most]
+        may_start = [live for line in lines.values() if is_within(live := next(iter(line)))]
 
         def turn(live: LiveRequest) -> tuple[int, int, int]:
             client = live.request.client

@@ -53,6 +53,7 @@ class SchedulerConfig:
     max_queue             requests that may wait
     max_client_queue      of one client
     max_client_running    requests of one client that may run at once
+    max_client_kv         share of the pages that the worst cases of those may come to
     reserve               share of the pages by which running requests may still grow that a new one leaves
                           to them
     prefix_cache          keep full prompt pages for later requests
@@ -65,6 +66,7 @@ class SchedulerConfig:
     max_queue: int = 1024
     max_client_queue: float = math.inf
     max_client_running: float = math.inf
+    max_client_kv: float = math.inf
     reserve: float = 1.0
     prefix_cache: bool = True
 
@@ -130,11 +132,14 @@ class Scheduler:
             free_slots=self._free_slots,
             max_context=self.config.max_context,
         )
-        if live.worst_case_pages > self.pool.num_pages:
+        pages, whose = self.pool.num_pages, "there are"
+        if self._most_client_pages < pages:
+            pages, whose = int(self._most_client_pages), "a client may have"
+        if live.worst_case_pages > pages:
             raise RejectedError(
                 "KV_FULL",
                 f"the request may need {live.worst_case_pages} KV pages of {self.pool.page_size} tokens,"
-                f" and there are {self.pool.num_pages}: lower max_tokens or the number of branches",
+                f" and {whose} {pages}: lower max_tokens or the number of branches",
             )
         self._check_room(live, now)
         self._live[request.id] = live
@@ -329,8 +334,11 @@ class Scheduler:
     # --- starting and preempting -----------------------------------------------------------------------
 
     def _start_queued(self, start: float) -> None:
-        clients = Counter(live.request.client for live in self._running) if self._queue else Counter[str]()
-        while (live := self._next_to_start(start, clients)) is not None:
+        clients, pages = Counter[str](), Counter[str]()  # who runs, and what they may come to need
+        for live in self._running if self._queue else ():
+            clients[live.request.client] += 1
+            pages[live.request.client] += live.worst_case_pages
+        while (live := self._next_to_start(start, clients, pages)) is not None:
             if not self._may_start(live):
                 self._wait.waits(start)
                 break
@@ -338,6 +346,7 @@ class Scheduler:
             self._queue.start(live)
             self._leave(live)
             clients[live.request.client] += 1
+            pages[live.request.client] += live.worst_case_pages
             if live.pace.started is None:
                 live.age = self._starts
                 self._starts += 1
@@ -347,17 +356,29 @@ class Scheduler:
             self._wait.nobody_waits()
         self._free_starts = 0
 
-    def _next_to_start(self, start: float, clients: Mapping[str, int]) -> LiveRequest | None:
+    @property
+    def _most_client_pages(self) -> float:
+        return self.config.max_client_kv * self.pool.num_pages
+
+    def _next_to_start(
+        self, start: float, clients: Mapping[str, int], pages: Mapping[str, int]
+    ) -> LiveRequest | None:
         """Preempted requests first; then those that can still meet their TTFT target, then the others.
 
-        `clients`: how many requests of each are running.
+        clients  how many requests of each are running; pages, what these may need in all
         """
         if self._preempted:
             return self._preempted[0]
         turn = self.controller.LATE_TURN
+
+        def is_within(live: LiveRequest) -> bool:
+            client = live.request.client
+            few = clients.get(client, 0) < self.config.max_client_running
+            return few and pages.get(client, 0) + live.worst_case_pages <= self._most_client_pages
+
         return self._queue.next(
             clients,
-            self.config.max_client_running,
+            is_within,
             partial(self._can_make_it, start=start),
             missed_first=self._starts % turn == turn - 1,
         )

@@ -98,6 +98,9 @@ class ServerConfig:
     """Most requests of one client (one connection) waiting to start; no fewer than `max_queue` unless set."""
     max_client_running: int | None = None
     """Most requests of one client that run at once; its others wait. As many as can run unless set."""
+    max_client_kv: float | None = None
+    """The share of the KV pages that the running requests of one client may come to need; what may need more
+    by itself is refused. No limit unless set."""
 
     max_calls: int = 4096
     """Most calls in flight that bring or brought a prompt, and as many others."""
@@ -164,6 +167,7 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 raise ValueError(f"{name} must be from 0 to {most}, not {value}")
-        for name in ("rho", "reserve"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("rho", "reserve", "max_client_kv"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}")

@@ -145,6 +145,7 @@ def scheduler_config(config: ServerConfig, runner: RunnerConfig, max_context: in
         max_queue=config.max_queue,
         max_client_queue=config.max_client_queue or math.inf,
         max_client_running=config.max_client_running or math.inf,
+        max_client_kv=math.inf if config.max_client_kv is None else config.max_client_kv,
         reserve=config.reserve,
         prefix_cache=config.prefix_cache,
     )

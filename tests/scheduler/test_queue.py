@@ -39,7 +39,12 @@ def can_make_it(live: LiveRequest) -> bool:
 def following(
     queue: StartQueue, running: Mapping[str, int] = {}, most: float = math.inf, *, missed_first: bool = False
 ) -> LiveRequest | None:
-    return queue.next(running, most, can_make_it, missed_first=missed_first)
+    return queue.next(
+        running,
+        lambda live: running.get(live.request.client, 0) < most,
+        can_make_it,
+        missed_first=missed_first,
+    )
 
 
 def test_of_one_client_the_oldest_is_next() -> None:

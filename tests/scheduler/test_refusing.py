@@ -173,6 +173,21 @@ def test_a_client_may_queue_and_run_so_many() -> None:
     assert all(isinstance(world.events[name][-1], Finished) for name in ("a", "b", "c", "other"))
 
 
+def test_the_requests_of_a_client_may_need_so_many_pages_together() -> None:
+    """250 pages of four tokens; a request of 60 tokens may need 16."""
+    world = World(Setting(reserve=1.0), TALKS_ON)
+    world.scheduler.config = replace(world.scheduler.config, max_client_kv=0.1)
+    for name in "ab":
+        world.add(request(name, serial(60), client="large"))
+    error = refused(world, request("c", serial(97), client="large"))
+    assert error.reason == "KV_FULL"
+    world.add(request("other", serial(60), client="small"))
+    world.step()
+    assert world.running == ["a", "other"]
+    world.run([])
+    assert isinstance(world.events["b"][-1], Finished)
+
+
 def test_clients_take_turns_to_start() -> None:
     world = World(ONE_BY_ONE, TALKS_ON)
     for number in range(6):

@@ -59,6 +59,7 @@ ENGINE: dict[str, tuple[Any, Callable[[Started], Any]]] = {
     "min_tpot_slo_ms": (66.0, lambda s: 1e3 * s.model.min_tpot),
     "reject_late": (True, lambda s: s.model.default_slo.reject),
     "max_client_queue": (6, lambda s: s.engine.scheduler.config.max_client_queue),
+    "max_client_kv": (0.75, lambda s: s.engine.scheduler.config.max_client_kv),
     "max_client_running": (5, lambda s: s.engine.scheduler.config.max_client_running),
     "ttft_slo_ms": (900.0, lambda s: 1e3 * s.model.default_slo.ttft),
     "profile": ("measure", lambda s: s.ready.latency_source.split()[0].removesuffix("d")),
