@@ -80,6 +80,8 @@ class Calls:
         self._connections: Counter[str] = Counter()
         self._calls: set[Call] = set()
         self._told: dict[str, float] = {}  # by when all that a connection was refused would have been told
+        self._held = 0  # calls that wait to be told
+        self._over = asyncio.Event()
 
     @contextlib.contextmanager
     def one_more(self, call: Call) -> Iterator[None]:
@@ -103,16 +105,28 @@ class Calls:
         return self._connections[connection]
 
     async def refuse(self, connection: str, error: ServiceError) -> None:
-        """Wait for the moment to tell it of a refusal."""
+        """Wait for the moment to tell it of a refusal: for its turn, or until all calls are ended."""
         if error.reason not in EXCESSES:
             return
         now = asyncio.get_running_loop().time()
         self._told = {name: told for name, told in self._told.items() if told > now}
         told = self._told[connection] = self._told.get(connection, now) + 1 / _A_SECOND
-        await asyncio.sleep(max(0.0, told - now - _AT_ONCE / _A_SECOND))
+        self._held += 1
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, told - now - _AT_ONCE / _A_SECOND)):
+                    await self._over.wait()
+        finally:
+            self._held -= 1
+
+    @property
+    def is_empty(self) -> bool:
+        """Nobody waits for the end of a call, nor for a refusal."""
+        return not self._calls and not self._held
 
     def end(self, error: ServiceError) -> None:
-        """End all of them."""
+        """End all of them; what is refused is told at once from now on."""
+        self._over.set()
         for call in self._calls:
             call.end(error)
 

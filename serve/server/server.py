@@ -110,6 +110,8 @@ async def shut_down(server: grpc.aio.Server, service: Service, timeout: float) -
     while not service.is_idle and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
     service.end_calls()
+    while not (service.inference.is_empty and service.control.is_empty) and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
     await server.stop(grace=0.2)  # only readers that stopped reading are left
 
 

@@ -371,6 +371,20 @@ async def test_a_drain_tells_every_call_that_the_server_stops():
     await channel.close()
 
 
+@in_loop
+async def test_a_server_that_stops_tells_those_that_wait_for_a_refusal():
+    service = served_by(FakeEngine(), ServerConfig(port=0, max_calls=600, max_client_calls=300))
+    async with listening_to(service) as address:
+        channel = connection(address)
+        watches = [channel.unary_stream(WATCH)(b"") for _ in range(1000)]
+        assert all([await watch.read() for watch in watches[:300]])
+        ends = [asyncio.ensure_future(_code_and_reason(watch)) for watch in watches]
+        await asyncio.sleep(0.5)
+    assert {await end for end in ends[:300]} == {(grpc.StatusCode.UNAVAILABLE, "STOPPED")}
+    assert {await end for end in ends[300:]} == {(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS")}
+    await channel.close()
+
+
 async def _code_and_reason(call: grpc.aio.Call) -> tuple[grpc.StatusCode, str]:
     trailing = await call.trailing_metadata()
     error = grpc.aio.AioRpcError(await call.code(), await call.initial_metadata(), trailing)
