@@ -14,7 +14,7 @@ class Flight:
 
     sampling  the requests that it should give a token
     widths    for each request in it, how many branches advance, and how many were ready
-    prompt_rows  tokens of prompts that it reads
+    prompt_rows  tokens of prompts that it reads; all_read, whether it reads the last of them
     """
 
     step: Step
@@ -23,3 +23,4 @@ class Flight:
     sampling: set[LiveRequest]
     widths: dict[LiveRequest, tuple[int, int]]
     prompt_rows: int = 0
+    all_read: bool = False

@@ -296,7 +296,8 @@ class Scheduler:
         scheduled = draft.schedule(tuple(deferred))
         end = draft.start + scheduled.forecast.seconds
         rows = sum(draft.rows_of(live) for live in unread)
-        self._flights.append(Flight(scheduled.step, scheduled.forecast, end, draft.sampling, widths, rows))
+        read = rows, all(live.prompt_read for live in unread)
+        self._flights.append(Flight(scheduled.step, scheduled.forecast, end, draft.sampling, widths, *read))
         for live in unread:
             if live.prompt_read:
                 tokens = len(live.request.prompt)
@@ -311,7 +312,7 @@ class Scheduler:
         assert flight.step is result.step, "steps must be updated in the order in which they were scheduled"
         self.controller.learn(flight.forecast, result.seconds)
         if flight.prompt_rows:
-            self._wait.read(result.seconds, flight.prompt_rows)
+            self._wait.read(result.seconds, flight.prompt_rows, all_there_was=flight.all_read)
         events: list[Event] = []
         for live, (width, wanted) in flight.widths.items():
             if self._live.get(live.request.id) is live:

@@ -45,8 +45,11 @@ class WaitModel:
     def nobody_waits(self) -> None:
         self._since = None
 
-    def read(self, seconds: float, rows: int) -> None:
-        """A step of `seconds` computed so many tokens of prompts."""
+    def read(self, seconds: float, rows: int, *, all_there_was: bool = False) -> None:
+        """A step of `seconds` computed so many tokens of prompts; if there were no more, it says only that
+        reading is at least as fast."""
+        if all_there_was and rows * self._seconds < self._rows * seconds:
+            return
         self._seconds = self.KEPT * self._seconds + seconds
         self._rows = self.KEPT * self._rows + rows
 

@@ -108,6 +108,8 @@ class Calls:
         """Wait for the moment to tell it of a refusal: for its turn, or until all calls are ended."""
         if error.reason not in EXCESSES:
             return
+        if error.reason == "TOO_MANY_CALLS" and self._connections[connection] < self._per_connection:
+            return  # those of others are too many
         now = asyncio.get_running_loop().time()
         self._told = {name: told for name, told in self._told.items() if told > now}
         told = self._told[connection] = self._told.get(connection, now) + 1 / _A_SECOND

@@ -76,6 +76,17 @@ def test_prompts_that_are_given_up_do_not_make_reading_seem_slow() -> None:
     assert world.scheduler._wait.reading(64) < 2 * before
 
 
+def test_short_prompts_do_not_make_reading_seem_slow() -> None:
+    world = World(Setting(buckets=(4, 32), in_flight=0, max_chunk=32), TALKS_ON)
+    world.run([request("long", serial(1), prompt=150)])
+    before = world.scheduler._wait.reading(150)
+    for number in range(300):
+        world.add(request(f"r{number}", serial(1), prompt=1))
+        world.step()
+    world.run([])
+    assert world.scheduler._wait.reading(150) == pytest.approx(before)
+
+
 def test_who_would_be_late_is_refused_with_a_wait_that_is_right_within_a_factor_of_two() -> None:
     """Seven wait, for a little more than a service each."""
     world = World(ONE_BY_ONE, TALKS_ON)
