@@ -100,7 +100,7 @@ class Scheduler:
         self._most_running = largest
         self._live: dict[str, LiveRequest] = {}
         self._queue = StartQueue()
-        self._wait = WaitModel(largest / controller.latency.rows_seconds(largest))
+        self.wait = WaitModel(largest / controller.latency.rows_seconds(largest))
         self._free_starts = 0  # of those that have come since the last plan, who need not wait
         self._running: list[LiveRequest] = []  # oldest first
         self._preempted: list[LiveRequest] = []  # oldest first
@@ -164,14 +164,14 @@ class Scheduler:
         unread = sum(len(other.request.prompt) for other in queued)
         unread += sum(len(other.request.prompt) for other in self._running if not other.prompt_read)
         ahead = max(0, len(self._preempted) + len(queued) - self._free_starts)
-        at_once = not self._wait.is_blocked and ahead == 0 and self._may_start(live, queued)
+        at_once = not self.wait.is_blocked and ahead == 0 and self._may_start(live, queued)
         starts = 0 if at_once else ahead + 1
-        own, gap = self._wait.reading(len(live.request.prompt)), self.start_gap
+        own, gap = self.wait.reading(len(live.request.prompt)), self.start_gap
         step = max([0.0, *(flight.end - now for flight in self._flights)]) + self._step_seconds
-        others = self._wait.reading(unread)
-        expected = step + max(gap * self._wait.longest(starts), others) + own
+        others = self.wait.reading(unread)
+        expected = step + max(gap * self.wait.longest(starts), others) + own
         if expected > ttft and (starts or unread):  # if nobody is before it, it cannot come sooner
-            too_many = starts - self._wait.most_starts((ttft - own - step) / gap)
+            too_many = starts - self.wait.most_starts((ttft - own - step) / gap)
             retry = max(gap * too_many, others + own + step - ttft, step)
             text = f"the first token would come after about {expected:.3g} s, and the target is {ttft:.3g} s"
             raise RejectedError("SLO_UNATTAINABLE", text, retry)
@@ -180,7 +180,7 @@ class Scheduler:
     @property
     def start_gap(self) -> float:
         """Seconds between two starts while requests wait, as far as that is known."""
-        return self._wait.gap(self._guessed_gap)
+        return self.wait.gap(self._guessed_gap)
 
     def _guessed_gap(self) -> float:
         """As if all were to last as long as they may."""
@@ -301,7 +301,7 @@ class Scheduler:
         for live in unread:
             if live.prompt_read:
                 tokens = len(live.request.prompt)
-                self._wait.prompt(tokens, tokens - live.cached_tokens)
+                self.wait.prompt(tokens, tokens - live.cached_tokens)
         return scheduled
 
     # --- results ---------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ class Scheduler:
         assert flight.step is result.step, "steps must be updated in the order in which they were scheduled"
         self.controller.learn(flight.forecast, result.seconds)
         if flight.prompt_rows:
-            self._wait.read(result.seconds, flight.prompt_rows, all_there_was=flight.all_read)
+            self.wait.read(result.seconds, flight.prompt_rows, all_there_was=flight.all_read)
         events: list[Event] = []
         for live, (width, wanted) in flight.widths.items():
             if self._live.get(live.request.id) is live:
@@ -341,9 +341,9 @@ class Scheduler:
             pages[live.request.client] += live.worst_case_pages
         while (live := self._next_to_start(start, clients, pages)) is not None:
             if not self._may_start(live):
-                self._wait.waits(start)
+                self.wait.waits(start)
                 break
-            self._wait.started(start)
+            self.wait.started(start)
             self._queue.start(live)
             self._leave(live)
             clients[live.request.client] += 1
@@ -354,7 +354,7 @@ class Scheduler:
             live.resume(start)
             insort(self._running, live, key=_age)
         else:
-            self._wait.nobody_waits()
+            self.wait.nobody_waits()
         self._free_starts = 0
 
     @property
@@ -390,7 +390,7 @@ class Scheduler:
         Twice the mean time of reading is provided for, but half of the target at most: what is known of
         reading is learned from those that start.
         """
-        reading = min(2 * self._wait.reading(len(live.request.prompt)), live.request.slo.ttft / 2)
+        reading = min(2 * self.wait.reading(len(live.request.prompt)), live.request.slo.ttft / 2)
         return live.pace.ttft_deadline > start + reading
 
     def _may_start(self, live: LiveRequest, before: Sequence[LiveRequest] = ()) -> bool:
@@ -444,7 +444,7 @@ class Scheduler:
             if live in place:
                 place.remove(live)
         if not self._queue and not self._preempted:
-            self._wait.nobody_waits()
+            self.wait.nobody_waits()
 
 
 def _age(live: LiveRequest) -> int:

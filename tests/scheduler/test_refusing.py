@@ -67,24 +67,24 @@ def test_who_comes_to_a_server_whose_crowd_has_left_is_not_refused_for_the_crowd
 def test_prompts_that_are_given_up_do_not_make_reading_seem_slow() -> None:
     world = World(Setting(buckets=(4, 8), in_flight=0, max_chunk=8), TALKS_ON)
     world.run([request("first", serial(1), prompt=64)])
-    before = world.scheduler._wait.reading(64)
+    before = world.scheduler.wait.reading(64)
     for number in range(40):
         world.add(request(f"r{number}", serial(1), prompt=64))
         world.step()
         world.cancel(f"r{number}")
     world.run([])
-    assert world.scheduler._wait.reading(64) < 2 * before
+    assert world.scheduler.wait.reading(64) < 2 * before
 
 
 def test_short_prompts_do_not_make_reading_seem_slow() -> None:
     world = World(Setting(buckets=(4, 32), in_flight=0, max_chunk=32), TALKS_ON)
     world.run([request("long", serial(1), prompt=150)])
-    before = world.scheduler._wait.reading(150)
+    before = world.scheduler.wait.reading(150)
     for number in range(300):
         world.add(request(f"r{number}", serial(1), prompt=1))
         world.step()
     world.run([])
-    assert world.scheduler._wait.reading(150) == pytest.approx(before)
+    assert world.scheduler.wait.reading(150) == pytest.approx(before)
 
 
 def test_who_would_be_late_is_refused_with_a_wait_that_is_right_within_a_factor_of_two() -> None:
