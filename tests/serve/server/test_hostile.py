@@ -34,7 +34,7 @@ def load(config, on_step):
     model = ServedModel.of(config, model_config(config.model), model_tokenizer(config.model)[0])
     return Served(engine=FakeEngine(answer), model=model)
 
-run(ServerConfig(port=0, model=sys.argv[1], read_timeout=0.8), load)
+run(ServerConfig(port=0, model=sys.argv[1], read_timeout=0.8, read_memory_mb=500), load)
 """
 TEMPLATE = """
 {%- set c = messages[0].content -%}
@@ -43,6 +43,7 @@ TEMPLATE = """
 {%- endif -%}
 {%- if c == 'BIG' -%}{{ 'x' * 100000000 }}{%- endif -%}
 {%- if c == 'HUGE' -%}{{ 'x' * 100000000000 }}{%- endif -%}
+{%- if c == 'MUCH' -%}{{ c * 175000000 }}{%- endif -%}
 {%- if c == 'POW' -%}{{ 9 ** (9 ** (3 * (c | length))) }}{%- endif -%}
 {%- if c == 'ATTR' -%}{{ ''.__class__.__mro__ }}{%- endif -%}
 {%- if c == 'GLOB' -%}{{ raise_exception.__globals__['os'] }}{%- endif -%}
@@ -196,6 +197,7 @@ CASES = {
     "what the template may not touch": ("Generate", lambda: chat("ATTR"), "INVALID_FIELD"),
     "what the template may not reach": ("Generate", lambda: chat("GLOB"), "INVALID_FIELD"),
     "more memory than there is": ("Generate", lambda: chat("HUGE"), "PROMPT_TOO_COSTLY"),
+    "more memory than one message may take": ("Generate", lambda: chat("MUCH"), "PROMPT_TOO_COSTLY"),
     "a template that loops": ("Generate", lambda: chat("LOOP"), "PROMPT_TOO_COSTLY"),
     "a template that computes": ("Generate", lambda: chat("POW"), "PROMPT_TOO_COSTLY"),
 }
