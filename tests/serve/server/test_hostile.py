@@ -34,16 +34,16 @@ def load(config, on_step):
     model = ServedModel.of(config, model_config(config.model), model_tokenizer(config.model)[0])
     return Served(engine=FakeEngine(answer), model=model)
 
-run(ServerConfig(port=0, model=sys.argv[1], read_timeout=0.8, read_memory_mb=500), load)
+run(ServerConfig(port=0, model=sys.argv[1], read_timeout=0.8, read_memory_mb=250), load)
 """
 TEMPLATE = """
 {%- set c = messages[0].content -%}
 {%- if c == 'LOOP' -%}
   {%- for i in range(99999) -%}{%- for j in range(99999) -%}{%- endfor -%}{%- endfor -%}
 {%- endif -%}
-{%- if c == 'BIG' -%}{{ 'x' * 100000000 }}{%- endif -%}
+{%- if c == 'BIG' -%}{{ 'x' * 30000000 }}{%- endif -%}
 {%- if c == 'HUGE' -%}{{ 'x' * 100000000000 }}{%- endif -%}
-{%- if c == 'MUCH' -%}{{ c * 175000000 }}{%- endif -%}
+{%- if c == 'MUCH' -%}{{ c * 60000000 }}{%- endif -%}
 {%- if c == 'POW' -%}{{ 9 ** (9 ** (3 * (c | length))) }}{%- endif -%}
 {%- if c == 'ATTR' -%}{{ ''.__class__.__mro__ }}{%- endif -%}
 {%- if c == 'GLOB' -%}{{ raise_exception.__globals__['os'] }}{%- endif -%}
