@@ -22,6 +22,7 @@ class StartQueue:
         self._arrival: dict[LiveRequest, int] = {}
         self._arrivals = 0
         self._of_client = Counter[str]()
+        self.picky = 0  # those that would rather be refused than late
         self._last_turn: dict[str, int] = {}  # of clients of whom more requests wait
         self._turns = 0
         self._on_time: dict[str, _Line] = {}  # by client
@@ -62,6 +63,7 @@ class StartQueue:
         self._arrival[live] = self._arrivals
         self._arrivals += 1
         self._of_client[client] += 1
+        self.picky += live.request.slo.reject
         self._on_time.setdefault(client, {})[live] = None
 
     def start(self, live: LiveRequest) -> None:
@@ -76,6 +78,7 @@ class StartQueue:
             return
         client = live.request.client
         self._of_client[client] -= 1
+        self.picky -= live.request.slo.reject
         if not self._of_client[client]:
             del self._of_client[client]
             self._last_turn.pop(client, None)

@@ -197,11 +197,9 @@ class Scheduler:
 
     def give_up_late(self, now: float) -> list[str]:
         """Forget the requests that wait, would rather go elsewhere than be late, and will be; their ids."""
-        late = [
-            live.request.id
-            for live in self._queue
-            if live.request.slo.reject and not self._can_make_it(live, now)
-        ]
+        waiting = self._queue if self._queue.picky else ()
+        picky = [live for live in waiting if live.request.slo.reject]
+        late = [live.request.id for live in picky if not self._can_make_it(live, now)]
         for request_id in late:
             self.cancel(request_id)
         return late

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from scheduler.live_request import LiveRequest
 from scheduler.queue import StartQueue
+from scheduler.request import Slo
 from tests.scheduler.strategies import examples
 
 
 @dataclass(frozen=True)
 class Asked:
     client: str
+    slo: Slo = Slo()  # noqa: RUF009 - frozen
 
 
 @dataclass(eq=False)
