@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 
 class Command(argparse.ArgumentParser):
@@ -22,6 +23,11 @@ class Command(argparse.ArgumentParser):
     def typed(self, arguments: Sequence[str]) -> str:
         """The line that runs it with these arguments, as a shell takes it."""
         return shlex.join([*self.prog.split(), *arguments])
+
+
+def asked_for(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, as a result keeps it: all but where that goes."""
+    return {name: value for name, value in vars(options).items() if name != "json"}
 
 
 def floats(text: str) -> list[float]:

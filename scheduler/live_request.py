@@ -29,7 +29,7 @@ from scheduler.footprint import worst_case_pages
 from scheduler.pace import Pace
 from scheduler.pages import PagePool
 from scheduler.prefix import CachedPrefix
-from scheduler.program import TagProgram
+from scheduler.program import TagProgram, longest_chain
 from scheduler.race import outrun, settle
 from scheduler.request import Request
 from scheduler.search import Match, Search
@@ -71,6 +71,7 @@ class LiveRequest:
         self.branches: dict[int, Branch] = {}
         self.segments: dict[int, Segment] = {}
         self.worst_case_pages = worst_case_pages(request, pool.page_size, max_context)
+        self.longest_chain = longest_chain(request.program)
         self._pool = pool
         self._codec = codec
         self._free_slots = free_slots

@@ -25,7 +25,7 @@ from scheduler.events import Event
 from scheduler.flight import Flight
 from scheduler.live_request import LiveRequest
 from scheduler.pages import PagePool
-from scheduler.program import check_program, longest_chain, longest_first_prefix
+from scheduler.program import check_program, longest_first_prefix
 from scheduler.queue import StartQueue
 from scheduler.request import Request
 from scheduler.step import ScheduledStep, StepResult
@@ -185,7 +185,7 @@ class Scheduler:
     def _guessed_gap(self) -> float:
         """As if all were to last as long as they may."""
         served = [*self._running, *self._queue][: max(1, len(self._running) + self._free_starts)]
-        longest = sum(longest_chain(live.request.program) for live in served) or 1
+        longest = sum(live.longest_chain for live in served) or 1
         return self._step_seconds * longest / max(1, len(served)) ** 2
 
     @property

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import numpy as np
 
 from bench import result
-from bench.command import Command, floats
+from bench.command import Command, asked_for, floats
 from bench.host.processes import Setting
 from bench.host.serving import MODEL, PROGRAM, VOCABULARY
 from bench.load.driver import sleep_until
@@ -172,9 +172,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
             started(serving, program=PROGRAM) as server,
         ):
             measured = asyncio.run(measure(server.address, options))
-    asked = {name: value for name, value in vars(options).items() if name != "json"}
     head = result.head(command().typed(arguments))
-    found = {**head, "python_ms": python_ms(), "options": asked, **measured}
+    found = {**head, "python_ms": python_ms(), "options": asked_for(options), **measured}
     return result.conclude(found, text(**measured), options.json)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench import result
-from bench.command import Command, ints
+from bench.command import Command, asked_for, ints
 from bench.host.processes import Setting
 from bench.load.driver import Reply, connected, message, play
 from bench.load.workload import Item
@@ -165,8 +165,7 @@ def command() -> Command:
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = command().parse_args(arguments)
-    asked = {name: value for name, value in vars(options).items() if name != "json"}
-    found = {**result.head(command().typed(arguments)), "options": asked, **measure(options)}
+    found = {**result.head(command().typed(arguments)), "options": asked_for(options), **measure(options)}
     return result.conclude(found, text(found), options.json)
 
 

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import grpc
 
 from bench import result
-from bench.command import Command, names
+from bench.command import Command, asked_for, names
 from bench.host.attackers import CONNECTION, GENERATE, KINDS
 from bench.host.processes import Setting
 from bench.host.serving import PROGRAM
@@ -137,15 +137,14 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
             started([*MODEL, *LIMITS], program=PROGRAM) as server,
         ):
             beside(None, server.address, options)  # everybody is up
-            asked = [None, *options.kinds, None]
+            attackers = [None, *options.kinds, None]
             rows = list[dict[str, Any]]()
-            for kind in asked:
+            for kind in attackers:
                 rows.append(beside(kind, server.address, options))
                 print(rows[-1], file=sys.stderr, flush=True)
             rows = compared(rows)
-    asked_for = {name: value for name, value in vars(options).items() if name != "json"}
     head = result.head(command().typed(arguments))
-    found = {**head, "python_ms": python_ms(), "options": asked_for, "rows": rows}
+    found = {**head, "python_ms": python_ms(), "options": asked_for(options), "rows": rows}
     return result.conclude(found, text(rows), options.json)
 
 

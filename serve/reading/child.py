@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import os
 import pickle
-import resource
 import socket
 import traceback
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import Any
 from serve.api.errors import OverloadedError, ServiceError
 from serve.logs import log_to_stderr
 from serve.processes import belong_to
+from serve.reading import memory
 from serve.reading.frames import LENGTH, Begin, Ready, Told, pack
 from serve.reading.work import Job, Reader
 
@@ -34,8 +33,8 @@ def main(descriptor: int, server: int) -> None:
         reader = Reader.of(replace(begin.model, tokenizer=_tokenizer(begin)))
         gc.collect()
         gc.freeze()
-        base = _resident()
-        _limit_memory(begin.memory)
+        base = memory.resident()
+        memory.limit(begin.memory)
         end.sendall(pack(Ready()))
         while True:
             told = tell(reader.read, _receive(end))
@@ -94,32 +93,10 @@ def _exactly(end: socket.socket, size: int) -> bytearray:
     return data
 
 
-def _limit_memory(more: int) -> None:
-    """What exceeds it raises MemoryError, or ends the process; where the system says how large it is."""
-    if size := _memory(0):
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        most = size + more if hard == resource.RLIM_INFINITY else min(size + more, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-
-
-def _resident() -> int:
-    return _memory(1)
-
-
-def _memory(place: int) -> int:
-    """Bytes of the process: those that have addresses (0), those in memory (1). 0 outside of Linux."""
-    try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[place]) * resource.getpagesize()
-    except OSError:
-        return 0
-
-
 def _has_grown(base: int) -> bool:
     """Whether what one message took is not given back."""
-    if _resident() < base + _GROWN:
+    if memory.resident() < base + _GROWN:
         return False
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    return _resident() >= base + _GROWN
+    memory.give_back()
+    return memory.resident() >= base + _GROWN

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+
+from serve.reading.memory import give_back
 
 AT_ONCE = 8  # messages of one connection
 LARGE = 1 << 20  # bytes of a message whose memory is given back to the system
@@ -62,9 +63,4 @@ class Arrivals:
 
     def _give_back(self) -> None:
         self._trim = None
-        asyncio.get_running_loop().run_in_executor(None, _trim)
-
-
-def _trim() -> None:
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+        asyncio.get_running_loop().run_in_executor(None, give_back)
