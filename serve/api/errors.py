@@ -10,6 +10,9 @@ the status back into the same exception with `from_rpc`. The contract: every cal
                                                 wait; RetryInfo. KV_FULL: it never fits; SLOW_CONSUMER: read
                                                 faster; PROMPT_TOO_COSTLY: reading it takes too much
     UnavailableError        UNAVAILABLE         starting, draining or broken: go elsewhere; RetryInfo
+    UnauthenticatedError    UNAUTHENTICATED     NO_TOKEN: this server asks for a token, and none came;
+                                                WRONG_TOKEN: it is none of the server's
+    PermissionDeniedError   PERMISSION_DENIED   WRONG_ROLE: the token is not for this method
     DuplicateRequestError   ALREADY_EXISTS      a running request has this id
     CancelledError          CANCELLED           by the caller, or by Abort: ABORTED
     DeadlineExceededError   DEADLINE_EXCEEDED   the call's own deadline
@@ -65,6 +68,9 @@ RETRY_AFTER: Mapping[str, float | None] = {
     "PROMPT_TOO_LONG": None,
     "DUPLICATE": None,
     "ABORTED": None,
+    "NO_TOKEN": None,
+    "WRONG_TOKEN": None,
+    "WRONG_ROLE": None,
     "ENGINE_FAILED": None,
 }
 """Of each reason that a server gives: the seconds after which trying again makes sense, if nothing better is
@@ -158,6 +164,14 @@ class UnavailableError(ServiceError):
     code = grpc.StatusCode.UNAVAILABLE
 
 
+class UnauthenticatedError(ServiceError):
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDeniedError(ServiceError):
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class DuplicateRequestError(ServiceError):
     code = grpc.StatusCode.ALREADY_EXISTS
 
@@ -180,6 +194,8 @@ _BY_CODE = {
         InvalidRequestError,
         OverloadedError,
         UnavailableError,
+        UnauthenticatedError,
+        PermissionDeniedError,
         DuplicateRequestError,
         CancelledError,
         DeadlineExceededError,

@@ -44,6 +44,8 @@ def over_the_wire(error: ServiceError) -> ServiceError:
         ),
         OverloadedError("full", reason="QUEUE_FULL", retry_after=1.5),
         UnavailableError("starting", reason="STARTING", retry_after=1.0),
+        errors.UnauthenticatedError("who is this?", reason="NO_TOKEN"),
+        errors.PermissionDeniedError("not for this", reason="WRONG_ROLE"),
         errors.DuplicateRequestError("again", reason="DUPLICATE"),
         errors.CancelledError("aborted", reason="ABORTED", request_id="r1"),
         errors.InternalError("internal error", request_id="r1"),
@@ -119,6 +121,9 @@ FUTILE = {
     "PROMPT_TOO_LONG",
     "DUPLICATE",
     "ABORTED",
+    "NO_TOKEN",
+    "WRONG_TOKEN",
+    "WRONG_ROLE",
     "ENGINE_FAILED",
 }
 
