@@ -35,9 +35,19 @@ class ServerConfig:
     prefix; with a single bucket, tokens are the same under every schedule."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Loopback unless told otherwise: there is no authentication yet."""
+    """Address to listen on: loopback unless told otherwise."""
     port: int = 50051
     """Port to listen on; 0 picks a free one."""
+    tokens: str | None = None
+    """File of bearer tokens: who calls brings one of them, which says whose requests its are, and what it may
+    do. Read again when it changes."""
+    share_prefix_cache: bool = False
+    """Let tenants share the KV pages of equal prompt beginnings. By the time to its first token, one can
+    then tell whether another has sent a prompt."""
+    control_host: str = "127.0.0.1"
+    """Address for reflection and for what operators ask, if `control_port` gives them one of their own."""
+    control_port: int | None = None
+    """Port for reflection and for what operators ask: that of all else unless set. 0 picks a free one."""
     metrics_port: int | None = None
     """Serve Prometheus metrics on this port of the loopback interface; 0 picks a free one."""
     step_log: str | None = None
@@ -95,7 +105,8 @@ class ServerConfig:
     max_queue: int = 256
     """Most requests waiting to start."""
     max_client_queue: int | None = None
-    """Most requests of one client (one connection) waiting to start; no fewer than `max_queue` unless set."""
+    """Most requests of one client (one tenant, or one connection where nobody tells them apart) waiting to
+    start; as many as of all unless set."""
     max_client_running: int | None = None
     """Most requests of one client that run at once; its others wait. As many as can run unless set."""
     max_client_kv: float | None = None
@@ -105,7 +116,7 @@ class ServerConfig:
     max_calls: int = 4096
     """Most calls in flight that bring or brought a prompt, and as many others."""
     max_client_calls: int = 1024
-    """Of these, the most on one connection."""
+    """Of these, the most of one client."""
     max_message_bytes: int = 1 << 22
     """Largest message that brings a prompt."""
     readers: int = 2
@@ -163,7 +174,12 @@ class ServerConfig:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a number that is not negative, not {value}")
-        for name, most in (("port", 65535), ("metrics_port", 65535), ("seed", 2**32 - 1)):
+        for name, most in (
+            ("port", 65535),
+            ("control_port", 65535),
+            ("metrics_port", 65535),
+            ("seed", 2**32 - 1),
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 raise ValueError(f"{name} must be from 0 to {most}, not {value}")

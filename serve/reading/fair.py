@@ -1,4 +1,4 @@
-"""What waits to be read: a queue for each connection, of which each has its turn."""
+"""What waits to be read: a queue for each client, of which each has its turn."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Line(Generic[T]):
-    """What waits of one connection, each with its weight."""
+    """What waits of one client, each with its weight."""
 
     waiting: deque[tuple[T, int]]
     weight: int = 0
 
 
 class FairQueue(Generic[T]):
-    """Items of many connections, taken in turns. Used in one event loop.
+    """Items of many clients, taken in turns. Used in one event loop.
 
-    share  items of one connection that may be at work at once
+    share  items of one client that may be at work at once
     room   the most that waiting items may weigh together
     """
 
@@ -35,9 +35,9 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return sum(len(line.waiting) for line in self._lines.values())
 
-    def put(self, connection: str, item: T, weight: int) -> list[T]:
-        """Returns what there is no room for: the newest of those connections that have most."""
-        line = self._lines.setdefault(connection, _Line(deque()))
+    def put(self, client: str, item: T, weight: int) -> list[T]:
+        """Returns what there is no room for: the newest of those clients that have most."""
+        line = self._lines.setdefault(client, _Line(deque()))
         line.waiting.append((item, weight))
         line.weight += weight
         self._weight += weight
@@ -49,7 +49,7 @@ class FairQueue(Generic[T]):
         return dropped
 
     async def take(self) -> tuple[str, T]:
-        """The next item and its connection, for which `done` is to be called."""
+        """The next item and its client, for which `done` is to be called."""
         while True:
             for name, line in self._lines.items():
                 if self._working[name] < self._share:
@@ -60,11 +60,11 @@ class FairQueue(Generic[T]):
             self._change.clear()
             await self._change.wait()
 
-    def done(self, connection: str) -> None:
+    def done(self, client: str) -> None:
         """An item that was taken is at work no more."""
-        self._working[connection] -= 1
-        if not self._working[connection]:
-            del self._working[connection]
+        self._working[client] -= 1
+        if not self._working[client]:
+            del self._working[client]
         self._change.set()
 
     def _pop(self, name: str, line: _Line[T], *, last: bool) -> T:

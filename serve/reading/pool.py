@@ -36,7 +36,7 @@ class _Waiting:
 class ReaderPool:
     """Reads in processes of their own; made and used in one event loop, whose thread lasts.
 
-    size     readers; half of them may read for one connection at a time
+    size     readers; half of them may read for one client at a time
     seconds  that one message may take
     """
 
@@ -59,10 +59,10 @@ class ReaderPool:
             for place in range(len(self._processes))
         ]
 
-    def read(self, job: Job, connection: str) -> asyncio.Future[Answer]:
+    def read(self, job: Job, client: str) -> asyncio.Future[Answer]:
         """`Readers.read`."""
         waiting = _Waiting(job, asyncio.get_running_loop().create_future())
-        self._put(connection, waiting)
+        self._put(client, waiting)
         return waiting.answer
 
     async def close(self) -> None:
@@ -76,17 +76,17 @@ class ReaderPool:
         """One reader after the other, at the same place."""
         process = self._processes[place] or await self._started(place)
         while True:
-            connection, waiting = await self._queue.take()
+            client, waiting = await self._queue.take()
             try:
                 if not waiting.answer.done() and not await self._read(process, waiting):
                     self._processes[place] = None
                     await process.end()
-                    # Until there is another, the connection counts as being read: it used this one up.
+                    # Until there is another, the client counts as being read: it used this one up.
                     process = await self._started(place)
             finally:
-                self._queue.done(connection)
+                self._queue.done(client)
             if not waiting.answer.done():
-                self._put(connection, waiting)
+                self._put(client, waiting)
 
     async def _read(self, process: ReaderProcess, waiting: _Waiting) -> bool:
         """Have one message read; returns whether the process can go on. A message whose reader ended without
@@ -114,8 +114,8 @@ class ReaderPool:
             log.error("bug", method=waiting.job.method, request_id=waiting.job.id, where=told.bug)
         _settle(waiting, InternalError("internal error") if told.outcome is None else told.outcome)
 
-    def _put(self, connection: str, waiting: _Waiting) -> None:
-        for left_out in self._queue.put(connection, waiting, max(len(waiting.job.data), LEAST)):
+    def _put(self, client: str, waiting: _Waiting) -> None:
+        for left_out in self._queue.put(client, waiting, max(len(waiting.job.data), LEAST)):
             full = OverloadedError.because("QUEUE_FULL", "too many messages are waiting to be read")
             _settle(left_out, full)
 

@@ -41,8 +41,8 @@ Answer = Prompted | bytes
 class Readers(Protocol):
     """Whoever reads messages for the server, in its event loop."""
 
-    def read(self, job: Job, connection: str) -> asyncio.Future[Answer]:
-        """Read a message that came over a connection. Cancelling the future gives the job up.
+    def read(self, job: Job, client: str) -> asyncio.Future[Answer]:
+        """Read a client's message. Cancelling the future gives the job up.
 
         The future raises ServiceError: of what is wrong with the message, or because it cannot be read in
         bounds.
@@ -98,7 +98,7 @@ class ReadHere:
     def __init__(self, model: ServedModel) -> None:
         self._reader = Reader.of(model)
 
-    def read(self, job: Job, connection: str) -> asyncio.Future[Answer]:
+    def read(self, job: Job, client: str) -> asyncio.Future[Answer]:
         return asyncio.ensure_future(asyncio.to_thread(self._reader.read, job))
 
 

@@ -1,7 +1,7 @@
-"""A call, from its arrival to its end: its connection, its id and its messages, which are looked at by size.
+"""A call, from its arrival to its end: its caller, its id and its messages, which are looked at by size.
 
-Calls in flight are bounded, by connection and in all. What is refused learns why; a connection that has too
-many and does not stop learns it more and more slowly, so that refusing it costs the others nothing.
+Calls in flight are bounded, by client and in all. What is refused learns why; a client that has too many and
+does not stop learns it more and more slowly, so that refusing it costs the others nothing.
 """
 
 from __future__ import annotations
@@ -10,31 +10,46 @@ import asyncio
 import contextlib
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Set
 from typing import Any
 
 import grpc
 
 from serve.api.errors import InvalidRequestError, OverloadedError, ServiceError, Violation
 from serve.reading.work import malformed, parse
+from serve.server.callers import Caller, Callers
+from serve.server.tokens import Role
 
-EXCESSES = ("CLIENT_LIMIT", "TOO_MANY_CALLS")  # reasons that are the connection's own doing
+EXCESSES = (  # reasons that are the client's own doing
+    "CLIENT_LIMIT",
+    "TOO_MANY_CALLS",
+    "NO_TOKEN",
+    "WRONG_TOKEN",
+    "WRONG_ROLE",
+)
 _AT_ONCE, _A_SECOND = 20, 20.0  # refusals for these reasons: so many at once, then so many a second
 
 
 class Call:
     """One call, in the task that handles it.
 
-    id     of its request, or one that stands for the call in an error and in the log
-    error  with which it was ended from outside
+    caller  who makes it, as far as it has been asked
+    id      of its request, or one that stands for the call in an error and in the log
+    error   with which it was ended from outside
     """
 
     def __init__(self, context: grpc.aio.ServicerContext, max_bytes: int) -> None:
         self._context, self._max_bytes = context, max_bytes
         self._task = asyncio.current_task()
-        self.connection = context.peer()
+        self.caller = Caller(context.peer())
         self.id = uuid.uuid4().hex
         self.error: ServiceError | None = None
+
+    def identify(self, callers: Callers, roles: Set[Role]) -> None:
+        """Ask who makes it. Raises UnauthenticatedError, and PermissionDeniedError for who has none of the
+        roles."""
+        self.caller = callers.of(self._context)
+        self.caller.check(roles)
 
     def end(self, error: ServiceError) -> None:
         """Let it end with an error, whatever it waits for."""
@@ -73,46 +88,47 @@ class Call:
 
 
 class Calls:
-    """The calls of one kind that are in flight: at most `total`, and `per_connection` of one connection."""
+    """The calls of one kind that are in flight: at most `total`, and `per_client` of one client."""
 
-    def __init__(self, *, total: int, per_connection: int) -> None:
-        self._total, self._per_connection = total, per_connection
-        self._connections: Counter[str] = Counter()
+    def __init__(self, *, total: int, per_client: int) -> None:
+        self._total, self._per_client = total, per_client
+        self._clients: Counter[str] = Counter()
         self._calls: set[Call] = set()
-        self._told: dict[str, float] = {}  # by when all that a connection was refused would have been told
+        self._told: dict[str, float] = {}  # by when all that a client was refused would have been told
         self._held = 0  # calls that wait to be told
         self._over = asyncio.Event()
 
     @contextlib.contextmanager
     def one_more(self, call: Call) -> Iterator[None]:
         """While the call runs. Raises OverloadedError if there are too many."""
-        if self._connections[call.connection] >= self._per_connection:
-            raise _too_many(self._per_connection, "on this connection")
+        client = call.caller.client
+        if self._clients[client] >= self._per_client:
+            raise _too_many(self._per_client, "of this client")
         if len(self._calls) >= self._total:
             raise _too_many(self._total, "on this server")
         self._calls.add(call)
-        self._connections[call.connection] += 1
+        self._clients[client] += 1
         try:
             yield
         finally:
             self._calls.discard(call)
-            self._connections[call.connection] -= 1
-            if not self._connections[call.connection]:
-                del self._connections[call.connection]
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
 
-    def of(self, connection: str) -> int:
-        """How many there are of one connection."""
-        return self._connections[connection]
+    def of(self, client: str) -> int:
+        """How many there are of one client."""
+        return self._clients[client]
 
-    async def refuse(self, connection: str, error: ServiceError) -> None:
+    async def refuse(self, client: str, error: ServiceError) -> None:
         """Wait for the moment to tell it of a refusal: for its turn, or until all calls are ended."""
         if error.reason not in EXCESSES:
             return
-        if error.reason == "TOO_MANY_CALLS" and self._connections[connection] < self._per_connection:
+        if error.reason == "TOO_MANY_CALLS" and self._clients[client] < self._per_client:
             return  # those of others are too many
         now = asyncio.get_running_loop().time()
         self._told = {name: told for name, told in self._told.items() if told > now}
-        told = self._told[connection] = self._told.get(connection, now) + 1 / _A_SECOND
+        told = self._told[client] = self._told.get(client, now) + 1 / _A_SECOND
         self._held += 1
         try:
             with contextlib.suppress(TimeoutError):

@@ -15,7 +15,9 @@ import structlog
 from google.protobuf.message import Message
 
 from serve.api.errors import InternalError, ServiceError, abort
+from serve.server.callers import Callers
 from serve.server.calls import Call, Calls
+from serve.server.tokens import ROLES, Role
 
 log = structlog.get_logger("taper")
 
@@ -28,13 +30,15 @@ class Method(NamedTuple):
 
     max_bytes  of its message
     calls      its calls in flight, with those of other methods
-    ended      is told the code of every call's end
+    roles      it may be called by who has one of them; none: by everybody, and nobody is asked who it is
+    ended      is told the code of every call's end, and the caller's tenant
     """
 
     behave: Behaviour
     max_bytes: int
     calls: Calls
-    ended: Callable[[str], object] = lambda code: None
+    roles: frozenset[Role] = ROLES
+    ended: Callable[[str, str], object] = lambda code, tenant: None
 
 
 def full_name(module: Any) -> str:
@@ -43,38 +47,42 @@ def full_name(module: Any) -> str:
     return descriptor.full_name
 
 
-def add_service(server: grpc.aio.Server, module: Any, methods: Mapping[str, Method]) -> None:
-    """Let the server answer the one service of a module of stubs, all of whose methods are given."""
+def add_service(
+    server: grpc.aio.Server, module: Any, methods: Mapping[str, Method], callers: Callers
+) -> None:
+    """Let the server answer these methods of the one service of a module of stubs."""
     (descriptor,) = module.DESCRIPTOR.services_by_name.values()
     handlers = {
-        method.name: _handler(method.name, methods[method.name], streams=method.server_streaming)
-        for method in descriptor.methods
+        name: _handler(name, method, callers, streams=descriptor.methods_by_name[name].server_streaming)
+        for name, method in methods.items()
     }
     generic = grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
     server.add_generic_rpc_handlers((generic,))
 
 
-def _handler(name: str, method: Method, *, streams: bool) -> grpc.RpcMethodHandler:
+def _handler(name: str, method: Method, callers: Callers, *, streams: bool) -> grpc.RpcMethodHandler:
     """To gRPC the requests are a stream, so that the handler runs before its one message has come."""
 
     async def answer(_: Any, context: grpc.aio.ServicerContext) -> bytes | None:
         call, code = Call(context, method.max_bytes), "CANCELLED"
         try:
-            outcome = await _outcome(name, method, call)
+            outcome = await _outcome(name, method, call, callers)
             if isinstance(outcome, ServiceError):
-                await method.calls.refuse(call.connection, outcome)
+                await method.calls.refuse(call.caller.client, outcome)
             code = outcome.code.name if isinstance(outcome, ServiceError) else "OK"
         finally:
-            method.ended(code)
+            method.ended(code, call.caller.tenant or "")
         return await abort(context, outcome) if isinstance(outcome, ServiceError) else outcome
 
     make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
     return make(answer)
 
 
-async def _outcome(name: str, method: Method, call: Call) -> bytes | ServiceError | None:
+async def _outcome(name: str, method: Method, call: Call, callers: Callers) -> bytes | ServiceError | None:
     """The response, or why there is none. What is not a ServiceError is a bug, and told to the log alone."""
     try:
+        if method.roles:
+            call.identify(callers, method.roles)
         with method.calls.one_more(call):
             response = await method.behave(call)
             return response.SerializeToString() if isinstance(response, Message) else response

@@ -59,9 +59,9 @@ class Metrics:
             registry.register(made)
             return made
 
-        self._requests = counter("requests", "Requests that ended, by gRPC status code", "code")
+        self._requests = counter("requests", "Requests that ended, by gRPC status code", "code", "tenant")
         self._tokens = counter(
-            "tokens", "Tokens: prompt (read), cached (reused), completion (sampled)", "kind"
+            "tokens", "Tokens: prompt (read), cached (reused), completion (sampled)", "kind", "tenant"
         )
         self._slo = counter("slo", "Finished requests by target and whether they met it", "target", "met")
         self._ttft = histogram("ttft_seconds", "Arrival to first token", _SECONDS)
@@ -105,18 +105,22 @@ class Metrics:
         if cause:
             self._late.labels(cause).inc()
 
-    def observe_finished(self, event: Finished) -> None:
+    def observe_finished(self, event: Finished, tenant: str = "") -> None:
         usage, timing = event.usage, event.timing
-        self._tokens.labels("prompt").inc(usage.prompt_tokens - usage.cached_tokens)
-        self._tokens.labels("cached").inc(usage.cached_tokens)
-        self._tokens.labels("completion").inc(usage.completion_tokens)
+        read = usage.prompt_tokens - usage.cached_tokens
+        for kind, count in (
+            ("prompt", read),
+            ("cached", usage.cached_tokens),
+            ("completion", usage.completion_tokens),
+        ):
+            self._tokens.labels(kind, tenant).inc(count)
         self._ttft.observe(timing.ttft)
         self._tpot.observe(timing.tpot)
         self._slo.labels("tpot", str(timing.tpot_slo_met).lower()).inc()
         self._slo.labels("ttft", str(timing.ttft_slo_met).lower()).inc()
 
-    def count_request(self, code: str) -> None:
-        self._requests.labels(code).inc()
+    def count_request(self, code: str, tenant: str = "") -> None:
+        self._requests.labels(code, tenant).inc()
 
     def describe_devices(self, kind: str, count: int) -> None:
         """Report that the model is divided over `count` devices of this kind."""

@@ -132,7 +132,7 @@ class ResponseWriter:
     def _started(self, event: Started) -> None:
         echoed = self._request.prompt if self._options.prompt_token_ids else ()
         started = pb.Started(
-            request_id=event.request_id,
+            request_id=self._request.id,
             prompt_tokens=event.prompt_tokens,
             cached_tokens=event.cached_tokens,
             prompt_token_ids=echoed,

@@ -14,30 +14,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import grpc
 import structlog
-from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection_pb2
 
-from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.config import ServerConfig
 from serve.logs import STDERR, log_to_stderr
 from serve.reading.frames import begin
 from serve.reading.pool import ReaderPool
 from serve.served import Loader, Served
-from serve.server.health import Health
-from serve.server.methods import Behaviour, Method, add_service, full_name
-from serve.server.reflection import Reflection
+from serve.server.ports import Ports
 from serve.server.service import Service
-from serve.server.servicers import ControlServicer, InferenceServicer
 
 log = structlog.get_logger("taper")
 
-SERVICES = (full_name(pb), full_name(control_pb))
-MAX_CONTROL_BYTES = 1 << 16  # of every message but those that bring a prompt
-MAX_METADATA_BYTES = 1 << 13  # of one call's headers
-MAX_ARRIVALS = 1 << 14  # calls that come at one moment: gRPC ends some of more than that, whosever they are
 _LOADER = "taper-load"
 _LOOK_SECONDS = 0.1  # between two looks at whether the engine has died
 _FLUSH_SECONDS = 5.0  # for last messages, once the engine has stopped
@@ -47,63 +35,7 @@ class EngineFailedError(Exception):
     """The engine died while it served."""
 
 
-def listen(service: Service) -> tuple[grpc.aio.Server, str]:
-    """A server that is bound to the config's address, but not started; and that address. Raises OSError."""
-    server = grpc.aio.server(options=_options(service.config))
-    _add_methods(server, service)
-    host = f"[{service.config.host}]" if ":" in service.config.host else service.config.host
-    try:
-        port = server.add_insecure_port(f"{host}:{service.config.port}")
-    except RuntimeError as error:
-        raise OSError(f"cannot listen on {host}:{service.config.port}: {error}") from error
-    return server, f"{host}:{port}"
-
-
-def _options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
-    """gRPC's own limits lie beyond those of the server, which says why it refuses something."""
-    return (
-        ("grpc.so_reuseport", 0),  # or a second server could take half of the first one's calls
-        ("grpc.max_receive_message_length", 4 * config.max_message_bytes),
-        ("grpc.max_concurrent_streams", 4 * config.max_client_calls),
-        ("grpc.server.max_pending_requests", MAX_ARRIVALS),
-        ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_ARRIVALS),
-        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-        ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
-        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a few bytes could become any number
-    )
-
-
-def _add_methods(server: grpc.aio.Server, service: Service) -> None:
-    def large(behave: Behaviour) -> Method:
-        return Method(behave, service.config.max_message_bytes, service.inference)
-
-    def small(behave: Behaviour) -> Method:
-        return Method(behave, MAX_CONTROL_BYTES, service.control)
-
-    inference, control = InferenceServicer(service), ControlServicer(service)
-    health = Health(SERVICES, lambda: service.state == "SERVING")
-    reflection = Reflection((*SERVICES, full_name(health_pb2)))
-    methods = {
-        pb: {
-            "Generate": large(inference.generate)._replace(ended=service.metrics.count_request),
-            "Tokenize": large(inference.tokenize),
-            "Detokenize": large(inference.detokenize),
-        },
-        control_pb: {
-            "GetModelInfo": small(control.get_model_info),
-            "GetServerInfo": small(control.get_server_info),
-            "GetLoad": small(control.get_load),
-            "Abort": small(control.abort),
-            "SetPolicy": small(control.set_policy),
-        },
-        health_pb2: {"Check": small(health.check), "Watch": small(health.watch)},
-        reflection_pb2: {"ServerReflectionInfo": small(reflection.info)},
-    }
-    for module, named in methods.items():
-        add_service(server, module, named)
-
-
-async def shut_down(server: grpc.aio.Server, service: Service, timeout: float) -> None:
+async def shut_down(ports: Ports, service: Service, timeout: float) -> None:
     """Drain, let the calls that are left write their last messages, and close."""
     await service.drain(timeout)
     deadline = time.monotonic() + _FLUSH_SECONDS
@@ -112,7 +44,7 @@ async def shut_down(server: grpc.aio.Server, service: Service, timeout: float) -
     service.end_calls()
     while not (service.inference.is_empty and service.control.is_empty) and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
-    await server.stop(grace=0.2)  # only readers that stopped reading are left
+    await ports.stop(grace=0.2)  # only readers that stopped reading are left
 
 
 async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], None] = print) -> None:
@@ -121,14 +53,14 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
     Raises what kept the engine from starting, and EngineFailedError when it dies, once everybody is told.
     """
     service = Service(config)
-    server, address = listen(service)
+    ports = Ports(service)
     # The processes import what they need while the engine starts.
     in_process = config.engine_in_process or config.explain or not config.readers
     pool = None if in_process else ReaderPool(size=config.readers, seconds=config.read_timeout)
     stop_metrics = _serve_metrics(service)
     stop = _on_signals(service)
 
-    await server.start()
+    await ports.start()
     try:
         loading = _in_thread(functools.partial(load, config, service.metrics.observe_step))
         signalled = asyncio.ensure_future(stop.wait())
@@ -142,11 +74,13 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
                 announce(served.platform.summary)
                 return
             print(served.platform.summary, file=STDERR, flush=True)
-            announce(f"taper-serve ready on {address}")
+            if ports.control != ports.address:
+                log.info("operators", address=ports.control)
+            announce(f"taper-serve ready on {ports.address}")
         await _until_failed(service, signalled)
         log.info("draining", seconds=config.drain_timeout)
     finally:
-        await shut_down(server, service, config.drain_timeout)
+        await shut_down(ports, service, config.drain_timeout)
         if pool is not None:
             await pool.close()
         stop_metrics()

@@ -11,7 +11,7 @@ import functools
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -29,9 +29,11 @@ from serve.door import Failed, Refused
 from serve.reading.work import Answer, Job, Readers, ReadHere
 from serve.served import Served
 from serve.server.arrivals import Arrivals
+from serve.server.callers import Caller, Callers
 from serve.server.calls import Calls
 from serve.server.metrics import Metrics
 from serve.server.stream import Doorbell, Stream
+from serve.server.tokens import Tokens
 from serve.text.reader import Speller
 
 log = structlog.get_logger("taper")
@@ -55,16 +57,18 @@ class Service:
     """What the servicers share: what is served, once it is loaded, and the calls that run."""
 
     def __init__(self, config: ServerConfig, *, waiting_events: int = WAITING_EVENTS) -> None:
-        """`waiting_events`: the most events of a stream that wait for its reader."""
+        """`waiting_events`: the most events of a stream that wait for its reader. Raises ValueError
+        where the file of tokens is none."""
         self.config = config
         self._waiting_events = waiting_events
+        self.callers = Callers(Tokens(config.tokens) if config.tokens else None)
         self.metrics = Metrics()
         self.instance_id = uuid.uuid4().hex
         self.started = time.monotonic()
         self.draining = False
         self.arrivals = Arrivals()
-        self.inference = Calls(total=config.max_calls, per_connection=config.max_client_calls)
-        self.control = Calls(total=config.max_calls, per_connection=config.max_client_calls)
+        self.inference = Calls(total=config.max_calls, per_client=config.max_client_calls)
+        self.control = Calls(total=config.max_calls, per_client=config.max_client_calls)
         self._served: Served | None = None
         self._readers: Readers | None = None
         self._readings: dict[str, _Reading] = {}
@@ -113,74 +117,80 @@ class Service:
             raise UnavailableError.because(state, f"the server is {state.lower()}")
         return self.served()
 
-    def check_queue(self, connection: str) -> None:
+    def check_queue(self, client: str) -> None:
         """Raises OverloadedError if the engine's queue is full by all that is known here (what the engine has
-        said last, and what is on its way there), or if its connection has as many requests as it may have."""
+        said last, and what is on its way there), or if the client has as many requests as it may have."""
         load, config = self.accepting().engine.load(), self.config
         waiting = load.scheduler.queued_requests + self._prompts
         if waiting >= config.max_queue:
             raise refused("QUEUE_FULL", f"{waiting} requests are waiting already", load.start_gap or None)
         if config.max_client_queue is not None and config.max_client_running is not None:
-            most, calls = config.max_client_queue + config.max_client_running, self.inference.of(connection)
+            most, calls = config.max_client_queue + config.max_client_running, self.inference.of(client)
             if calls > most:  # with the one that asks
                 raise refused("CLIENT_LIMIT", f"{most} requests of this client wait or run already")
 
-    async def read(self, job: Job, connection: str) -> Answer:
+    async def read(self, job: Job, caller: Caller) -> Answer:
         """Have the message of a call read. The call can be aborted meanwhile. Raises ServiceError."""
         self.served()
         assert self._readers is not None
-        self._check_new(job.id)
-        reading = self._readings[job.id] = _Reading(self._readers.read(job, connection))
+        key = self._new_key(job.id, caller)
+        reading = self._readings[key] = _Reading(self._readers.read(job, caller.client))
         prompts = int(job.method == "Generate")
         self._prompts += prompts
         try:
             await asyncio.wait({reading.answer})
         finally:
             self._prompts -= prompts
-            del self._readings[job.id]
+            del self._readings[key]
             reading.answer.cancel()  # if the client has left
         if reading.error is not None:
             raise reading.error
         return reading.answer.result()
 
-    def _check_new(self, request_id: str) -> None:
-        if request_id in self._streams or request_id in self._readings:
+    def _new_key(self, request_id: str, caller: Caller) -> str:
+        """The id among those of all callers. Raises DuplicateRequestError if the caller has it in use."""
+        key = caller.key(request_id)
+        if key in self._streams or key in self._readings:
             raise DuplicateRequestError.because("DUPLICATE", f"request {request_id!r} is running")
+        return key
 
     def speller(self, *, skip_special_tokens: bool) -> Speller:
         return self._spellers[skip_special_tokens]
 
-    def open(self, request: Request, *, interval: float = 0.0) -> Stream:
-        """Submit a request; `interval` is its stream's. Raises ServiceError while no requests are taken; what
-        the engine refuses is said by the stream."""
+    def open(self, request: Request, caller: Caller, *, interval: float = 0.0) -> Stream:
+        """Submit a caller's request; `interval` is its stream's. Raises ServiceError while no requests are
+        taken; what the engine refuses is said by the stream."""
         engine = self.accepting().engine
-        self._check_new(request.id)
+        key = self._new_key(request.id, caller)
         if self._doorbell is None:
             self._doorbell = Doorbell()
         stream = Stream(
             self._doorbell,
             bound=self._waiting_events,
-            on_overflow=functools.partial(engine.cancel, request.id),
+            on_overflow=functools.partial(engine.cancel, key),
             explain=functools.partial(self._explain, request.id),
             interval=interval,
         )
-        engine.submit(request, stream.put)
-        self._streams[request.id] = stream
+        salt = caller.salt(request.cache_salt, shared=self.config.share_prefix_cache)
+        engine.submit(replace(request, id=key, client=caller.client, cache_salt=salt), stream.put)
+        self._streams[key] = stream
         return stream
 
-    def close(self, request_id: str, *, finished: bool) -> None:
+    def close(self, request_id: str, caller: Caller, *, finished: bool) -> None:
         """The call has ended. What it had asked for is forgotten, if it runs still."""
-        stream = self._streams.pop(request_id)
+        key = caller.key(request_id)
+        stream = self._streams.pop(key)
         if not (finished or stream.given_up):
-            self.served().engine.cancel(request_id)
+            self.served().engine.cancel(key)
 
-    def abort(self, request_id: str) -> bool:
-        """End a call from outside of it; False if there is none."""
-        call = self._streams.get(request_id) or self._readings.get(request_id)
+    def abort(self, request_id: str, caller: Caller) -> bool:
+        """End a call of the caller's tenant from outside of it; False if there is none."""
+        key = caller.key(request_id)
+        call = self._streams.get(key) or self._readings.get(key)
         if call is None:
             return False
         if isinstance(call, Stream):
-            self.served().engine.cancel(request_id)
+            self.served().engine.cancel(key)
         call.end(CancelledError.because("ABORTED", "aborted", request_id=request_id))
         return True
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -40,13 +39,12 @@ class InferenceServicer:
     async def generate(self, call: Call) -> None:
         """What needs no prompt is refused before there is one to read."""
         service = self.service
-        service.check_queue(call.connection)
+        service.check_queue(call.caller.client)
         request, output = await self._prompted(call)
-        request = replace(request, client=call.connection)
         options = pb.OutputOptions.FromString(output)
         speller = service.speller(skip_special_tokens=not options.keep_special_tokens)
         writer = ResponseWriter(request, options, speller)
-        stream = service.open(request, interval=options.interval_ms / 1e3)
+        stream = service.open(request, call.caller, interval=options.interval_ms / 1e3)
         finished = False
         try:
             while not finished:
@@ -54,10 +52,10 @@ class InferenceServicer:
                 last = events[-1]
                 finished = isinstance(last, Finished)
                 if isinstance(last, Finished):
-                    service.metrics.observe_finished(last)
+                    service.metrics.observe_finished(last, call.caller.tenant or "")
                 await call.write(writer.write(events).SerializeToString())
         finally:
-            service.close(request.id, finished=finished)
+            service.close(request.id, call.caller, finished=finished)
 
     async def _prompted(self, call: Call) -> Prompted:
         """The request that the call brings. From the moment its message is here, its id is known."""
@@ -67,7 +65,7 @@ class InferenceServicer:
             call.id = request_id
         if violations := [*check_model(model, self.service.accepting().model)]:
             raise InvalidRequestError.of(violations)
-        prompted = await self.service.read(Job("Generate", data, call.id), call.connection)
+        prompted = await self.service.read(Job("Generate", data, call.id), call.caller)
         assert isinstance(prompted, Prompted)
         return prompted
 
@@ -82,13 +80,13 @@ class InferenceServicer:
         return await self._read(job, call)
 
     async def _message(self, call: Call) -> bytes:
-        async with self.service.arrivals.one_more(call.connection):
+        async with self.service.arrivals.one_more(call.caller.connection):
             data = await call.message()
         self.service.arrivals.came(len(data))
         return data
 
     async def _read(self, job: Job, call: Call) -> bytes:
-        response = await self.service.read(job, call.connection)
+        response = await self.service.read(job, call.caller)
         assert isinstance(response, bytes)
         return response
 
@@ -161,11 +159,11 @@ class ControlServicer:
         request = await call.read(control_pb.AbortRequest)
         _check(request)
         names = dict.fromkeys(request.request_ids)
-        ended = {name for name in names if self.service.abort(name)}
+        ended = {name for name in names if self.service.abort(name, call.caller)}
         if len(ended) < len(names):  # some may be of calls that this one has overtaken
             await asyncio.sleep(_OVERTAKEN_SECONDS)
             await self.service.arrivals.all_here(_ARRIVAL_SECONDS)
-            ended |= {name for name in names if self.service.abort(name)}
+            ended |= {name for name in names if self.service.abort(name, call.caller)}
         ended = [name for name in names if name in ended]
         return control_pb.AbortResponse(aborted_request_ids=ended)
 

@@ -15,7 +15,8 @@ from scheduler.step import Sample, Step
 from serve.config import ServerConfig
 from serve.engine.engine import InProcessEngine
 from serve.served import Served
-from serve.server.server import listen, shut_down
+from serve.server.ports import Ports
+from serve.server.server import shut_down
 from serve.server.service import Service
 from serve.text.codec import TextCodec
 from tests.serve.fakes import ByteTokenizer, served_model
@@ -65,13 +66,13 @@ def serving() -> Iterator[Listening]:
         engine = InProcessEngine(scheduler, Runner(), watch=service.metrics.observe_step)
         engine.start()
         service.serve(Served(engine=engine, model=served_model(max_context=MAX_CONTEXT)))
-        server, address = listen(service)
-        await server.start()
+        ports = Ports(service)
+        await ports.start()
         port, stop_metrics = service.metrics.listen(0)
-        found.append(Listening(address, f"http://127.0.0.1:{port}/metrics", engine))
+        found.append(Listening(ports.address, f"http://127.0.0.1:{port}/metrics", engine))
         up.set()
         await asyncio.to_thread(stop.wait)
-        await shut_down(server, service, timeout=0.0)
+        await shut_down(ports, service, timeout=0.0)
         stop_metrics()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))

@@ -29,7 +29,8 @@ from scheduler.stopping import FinishReason
 from serve.config import ServerConfig
 from serve.door import Engine, Failed, Load, Refused, Sink, State, StepRecord, is_last
 from serve.served import Served, ServedModel
-from serve.server.server import listen, shut_down
+from serve.server.ports import Ports
+from serve.server.server import shut_down
 from serve.server.service import Service
 
 EOS = 256
@@ -194,12 +195,12 @@ def listening(engine: Engine, model: ServedModel | None = None, **changes) -> It
     async def serve() -> None:
         service = Service(ServerConfig(port=0))
         service.serve(Served(engine=engine, model=model or served_model(**changes)))
-        server, address = listen(service)
-        await server.start()
-        addresses.append(address)
+        ports = Ports(service)
+        await ports.start()
+        addresses.append(ports.address)
         up.set()
         await asyncio.to_thread(stop.wait)
-        await shut_down(server, service, timeout=0.0)
+        await shut_down(ports, service, timeout=0.0)
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()

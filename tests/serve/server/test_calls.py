@@ -27,7 +27,7 @@ from serve.door import Load
 from serve.reading.work import Job, ReadHere
 from serve.served import Served
 from serve.server.calls import Calls
-from serve.server.server import MAX_CONTROL_BYTES
+from serve.server.ports import MAX_CONTROL_BYTES
 from serve.server.service import Service
 from tests.serve.fakes import FakeEngine, served_model
 from tests.serve.server.test_server import answer, in_loop, listening_to, until
@@ -282,7 +282,7 @@ async def test_who_asks_for_too_much_again_and_again_is_told_so_slowly_and_nobod
 
 @in_loop
 async def test_whoever_is_refused_for_the_calls_of_others_is_told_at_once():
-    calls = Calls(total=1, per_connection=1)
+    calls = Calls(total=1, per_client=1)
     error = OverloadedError.because("TOO_MANY_CALLS", "those of others")
     async with asyncio.timeout(0.5):
         for _ in range(50):

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from serve.server.callers import Callers
 from serve.server.calls import Calls
 from serve.server.health import Health
 from serve.server.methods import Method, add_service
@@ -29,9 +30,9 @@ class Server:
     async def __aenter__(self) -> health_pb2_grpc.HealthStub:
         self._server = grpc.aio.server()
         health = Health(["one"], self.look)
-        calls = Calls(total=1000, per_connection=1000)
+        calls = Calls(total=1000, per_client=1000)
         methods = {"Check": Method(health.check, 1024, calls), "Watch": Method(health.watch, 1024, calls)}
-        add_service(self._server, health_pb2, methods)
+        add_service(self._server, health_pb2, methods, Callers())
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")

@@ -86,9 +86,8 @@ def test_finished_requests_add_up():
     for _ in range(2):
         metrics.observe_finished(finished("r", 5))
     value = metrics.registry.get_sample_value
-    tokens = {
-        kind: value("taper_tokens_total", {"kind": kind}) for kind in ("prompt", "cached", "completion")
-    }
+    kinds = ("prompt", "cached", "completion")
+    tokens = {kind: value("taper_tokens_total", {"kind": kind, "tenant": ""}) for kind in kinds}
     assert tokens == {"prompt": 4, "cached": 2, "completion": 10}
     assert value("taper_slo_total", {"target": "tpot", "met": "true"}) == 2
     assert value("taper_slo_total", {"target": "ttft", "met": "false"}) == 2
@@ -155,7 +154,7 @@ def test_they_are_served_on_a_port_of_their_own_until_that_is_closed():
     listening = {*threading.enumerate()} - before
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-            assert b'taper_requests_total{code="OK"} 1.0' in response.read()
+            assert b'taper_requests_total{code="OK",tenant=""} 1.0' in response.read()
     finally:
         stop()
     assert [thread.is_alive() for thread in listening] == [False]

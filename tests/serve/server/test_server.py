@@ -44,7 +44,8 @@ from serve.client.answer import Completion, Finished, events_of
 from serve.config import ServerConfig
 from serve.door import Failed, Load, Refused, Sink
 from serve.served import Platform, Served
-from serve.server.server import SERVICES, listen, shut_down
+from serve.server.ports import SERVICES, Ports
+from serve.server.server import shut_down
 from serve.server.service import Service
 from tests.serve.fakes import ByteTokenizer, FakeEngine, finished, served_model
 
@@ -74,12 +75,12 @@ async def serving(engine: FakeEngine | None = None, **options: int) -> AsyncIter
 @contextlib.asynccontextmanager
 async def listening_to(service: Service) -> AsyncIterator[str]:
     """The address of a server in this loop."""
-    server, address = listen(service)
-    await server.start()
+    ports = Ports(service)
+    await ports.start()
     try:
-        yield address
+        yield ports.address
     finally:
-        await shut_down(server, service, timeout=0.0)
+        await shut_down(ports, service, timeout=0.0)
 
 
 @contextlib.asynccontextmanager
@@ -153,8 +154,9 @@ async def test_a_call_cancelled_in_the_queue_cancels_its_request():
         await until(engine, lambda e: e.cancelled == ["r"])
         with pytest.raises(asyncio.CancelledError):
             await waiting
-    count = functools.partial(service.metrics.registry.get_sample_value, "taper_requests_total")
-    assert (count({"code": "CANCELLED"}), count({"code": "OK"})) == (1, None)
+    value, name = service.metrics.registry.get_sample_value, "taper_requests_total"
+    assert value(name, {"code": "CANCELLED", "tenant": ""}) == 1
+    assert value(name, {"code": "OK", "tenant": ""}) is None
 
 
 @in_loop
@@ -346,9 +348,9 @@ async def test_an_interval_is_in_milliseconds_outside_and_in_seconds_inside():
     async with serving(engine) as (service, address), AsyncClient(address) as client:
         open_stream = service.open
 
-        def noted(request, *, interval: float = 0.0):
+        def noted(request, caller, *, interval: float = 0.0):
             intervals.append(interval)
-            return open_stream(request, interval=interval)
+            return open_stream(request, caller, interval=interval)
 
         service.open = noted
         await client.complete("go", interval_ms=250.0)
@@ -720,7 +722,7 @@ async def test_a_second_server_does_not_share_the_port():
     async with serving(FakeEngine()) as (_, address):
         config = ServerConfig(port=int(address.rpartition(":")[2]))
         with pytest.raises(OSError, match=f"cannot listen on {address}"):
-            listen(Service(config))
+            Ports(Service(config))
 
 
 @in_loop
@@ -733,10 +735,10 @@ async def test_requests_are_counted_by_how_they_ended():
             await client.complete([999])
         with pytest.raises(ServiceError):
             await client.set_policy("fast")
-    count = functools.partial(service.metrics.registry.get_sample_value, "taper_requests_total")
-    assert count({"code": "OK"}) == 1
-    assert count({"code": "INVALID_ARGUMENT"}) == 1
-    assert service.metrics.registry.get_sample_value("taper_tokens_total", {"kind": "completion"}) == 2
+    value = service.metrics.registry.get_sample_value
+    assert value("taper_requests_total", {"code": "OK", "tenant": ""}) == 1
+    assert value("taper_requests_total", {"code": "INVALID_ARGUMENT", "tenant": ""}) == 1
+    assert value("taper_tokens_total", {"kind": "completion", "tenant": ""}) == 2
 
 
 # --- the process -------------------------------------------------------------------------------------------

@@ -14,8 +14,11 @@ from serve.api.errors import CancelledError, DuplicateRequestError, OverloadedEr
 from serve.config import ServerConfig
 from serve.door import Refused
 from serve.served import Served
+from serve.server.callers import Caller
 from serve.server.service import Service
 from tests.serve.fakes import FakeEngine, begin, finished, say, served_model
+
+SOMEBODY = Caller("ipv4:127.0.0.1:1")
 
 
 def service(engine: FakeEngine) -> Service:
@@ -46,7 +49,7 @@ def test_a_drain_takes_nothing_new_even_before_the_engine_knows_of_it() -> None:
         try:
             assert shared.state == "DRAINING"
             with pytest.raises(UnavailableError) as caught:
-                shared.open(request("r"))
+                shared.open(request("r"), SOMEBODY)
             assert caught.value.reason == "DRAINING"
         finally:
             go_on.set()
@@ -67,7 +70,7 @@ def test_a_drain_ends_every_stream_whatever_its_engine_says() -> None:
 
     async def use() -> None:
         shared = service(Silent())
-        streams = [shared.open(request(name)) for name in "ab"]
+        streams = [shared.open(request(name), SOMEBODY) for name in "ab"]
         await shared.drain(7.0)
         for stream in streams:
             with pytest.raises(UnavailableError) as caught:
@@ -89,7 +92,7 @@ def test_a_step_wakes_the_loop_once_for_all_requests() -> None:
     async def use() -> None:
         engine = FakeEngine()
         shared = service(engine)
-        streams = {name: shared.open(request(name)) for name in ("a", "b", "c")}
+        streams = {name: shared.open(request(name), SOMEBODY) for name in ("a", "b", "c")}
         loop, woken = asyncio.get_running_loop(), []
         wake = loop.call_soon_threadsafe
         loop.call_soon_threadsafe = lambda call, *more, **context: (
@@ -116,19 +119,19 @@ def test_an_id_that_was_refused_is_free_and_one_that_runs_is_not() -> None:
         engine = FakeEngine()
         shared = service(engine)
         engine.refusal = Refused("QUEUE_FULL", "not now")
-        stream = shared.open(request("r"))
+        stream = shared.open(request("r"), SOMEBODY)
         with pytest.raises(OverloadedError, match="not now"):
             await stream.take()
-        shared.close("r", finished=False)
+        shared.close("r", SOMEBODY, finished=False)
         assert shared.is_idle
         assert not engine.cancelled, "who was never taken is not cancelled"
         engine.refusal = None
-        stream = shared.open(request("r"))
+        stream = shared.open(request("r"), SOMEBODY)
         with pytest.raises(DuplicateRequestError):
-            shared.open(request("r"))
+            shared.open(request("r"), SOMEBODY)
         engine.tell("r", begin("r", 0), finished("r"))
         assert len(await stream.take()) == 2
-        shared.close("r", finished=True)
+        shared.close("r", SOMEBODY, finished=True)
         assert (shared.is_idle, engine.cancelled) == (True, [])
 
     asyncio.run(use())
@@ -138,8 +141,8 @@ def test_an_abort_stops_the_request_at_once_and_its_call_is_told() -> None:
     async def use() -> None:
         engine = FakeEngine()
         shared = service(engine)
-        stream = shared.open(request("r"))
-        assert (shared.abort("r"), shared.abort("another")) == (True, False)
+        stream = shared.open(request("r"), SOMEBODY)
+        assert (shared.abort("r", SOMEBODY), shared.abort("another", SOMEBODY)) == (True, False)
         assert engine.cancelled == ["r"], "before its call comes to its turn"
         with pytest.raises(CancelledError) as caught:
             await stream.take()

@@ -1,0 +1,125 @@
+"""The addresses at which a service is called: its methods, who may call each, and gRPC's own limits.
+
+All are at one address, unless reflection and what operators ask have one of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+
+from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
+from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from serve.config import ServerConfig
+from serve.server.health import Health
+from serve.server.methods import Behaviour, Method, add_service, full_name
+from serve.server.reflection import Reflection
+from serve.server.service import Service
+from serve.server.servicers import ControlServicer, InferenceServicer
+from serve.server.tokens import ROLES, Role
+
+SERVICES = (full_name(pb), full_name(control_pb))
+MAX_CONTROL_BYTES = 1 << 16  # of every message but those that bring a prompt
+MAX_METADATA_BYTES = 1 << 13  # of one call's headers
+MAX_ARRIVALS = 1 << 14  # calls that come at one moment: gRPC ends some of more than that, whosever they are
+
+_OF_CALLERS = ("GetModelInfo", "Abort")  # of the control service, what those who ask the model need
+
+Methods = Mapping[Any, Mapping[str, Method]]
+"""By the module of a service's stubs, and by name."""
+
+
+class Ports:
+    """A service's gRPC servers, bound to their addresses.
+
+    address  where the model is asked
+    control  where the operators' methods are; the same, unless they have an address of their own
+    """
+
+    def __init__(self, service: Service) -> None:
+        """Raises OSError if it cannot listen there."""
+        config, methods = service.config, _methods(service)
+        self._servers: list[grpc.aio.Server] = []
+        if config.control_port is None:
+            self.address = self.control = self._bind(service, config.host, config.port, methods)
+        else:
+            self.address = self._bind(service, config.host, config.port, _asked_by_all(methods))
+            operators = _of_operators(methods)
+            self.control = self._bind(service, config.control_host, config.control_port, operators)
+
+    async def start(self) -> None:
+        for server in self._servers:
+            await server.start()
+
+    async def stop(self, grace: float) -> None:
+        """Take no more calls, and end those that are left after `grace` seconds."""
+        for server in self._servers:
+            await server.stop(grace)
+
+    def _bind(self, service: Service, host: str, port: int, methods: Methods) -> str:
+        server = grpc.aio.server(options=_options(service.config))
+        for module, named in methods.items():
+            add_service(server, module, named, service.callers)
+        host = f"[{host}]" if ":" in host else host
+        try:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+        self._servers.append(server)
+        return f"{host}:{bound}"
+
+
+def _options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
+    """gRPC's own limits lie beyond those of the server, which says why it refuses something."""
+    return (
+        ("grpc.so_reuseport", 0),  # or a second server could take half of the first one's calls
+        ("grpc.max_receive_message_length", 4 * config.max_message_bytes),
+        ("grpc.max_concurrent_streams", 4 * config.max_client_calls),
+        ("grpc.server.max_pending_requests", MAX_ARRIVALS),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_ARRIVALS),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a few bytes could become any number
+    )
+
+
+def _methods(service: Service) -> Methods:
+    def large(behave: Behaviour) -> Method:
+        return Method(behave, service.config.max_message_bytes, service.inference, frozenset({"generate"}))
+
+    def small(behave: Behaviour, *roles: Role) -> Method:
+        return Method(behave, MAX_CONTROL_BYTES, service.control, frozenset(roles))
+
+    inference, control = InferenceServicer(service), ControlServicer(service)
+    health = Health(SERVICES, lambda: service.state == "SERVING")
+    reflection = Reflection((*SERVICES, full_name(health_pb2)))
+    return {
+        pb: {
+            "Generate": large(inference.generate)._replace(ended=service.metrics.count_request),
+            "Tokenize": large(inference.tokenize),
+            "Detokenize": large(inference.detokenize),
+        },
+        control_pb: {
+            "GetModelInfo": small(control.get_model_info, *ROLES),
+            "GetServerInfo": small(control.get_server_info, "control", "metrics"),
+            "GetLoad": small(control.get_load, "control", "metrics"),
+            "Abort": small(control.abort, "generate"),
+            "SetPolicy": small(control.set_policy, "control"),
+        },
+        health_pb2: {"Check": small(health.check), "Watch": small(health.watch)},  # for everybody
+        reflection_pb2: {"ServerReflectionInfo": small(reflection.info, *ROLES)},
+    }
+
+
+def _asked_by_all(methods: Methods) -> Methods:
+    """Without what only operators need."""
+    control = {name: methods[control_pb][name] for name in _OF_CALLERS}
+    return {pb: methods[pb], control_pb: control, health_pb2: methods[health_pb2]}
+
+
+def _of_operators(methods: Methods) -> Methods:
+    return {module: named for module, named in methods.items() if module is not pb}
