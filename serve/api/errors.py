@@ -14,8 +14,6 @@ the status back into the same exception with `from_rpc`. The contract: every cal
                                                 WRONG_TOKEN: it is none of the server's
     PermissionDeniedError   PERMISSION_DENIED   WRONG_ROLE: the token is not for this method
     DuplicateRequestError   ALREADY_EXISTS      a running request has this id
-    UnauthenticatedError    UNAUTHENTICATED     NO_TOKEN, WRONG_TOKEN
-    PermissionDeniedError   PERMISSION_DENIED   WRONG_ROLE: the token is not for this method
     CancelledError          CANCELLED           by the caller, or by Abort: ABORTED
     DeadlineExceededError   DEADLINE_EXCEEDED   the call's own deadline
     InternalError           INTERNAL            a bug of the server's; RequestInfo, nothing of the inside. The
@@ -178,14 +176,6 @@ class DuplicateRequestError(ServiceError):
     code = grpc.StatusCode.ALREADY_EXISTS
 
 
-class UnauthenticatedError(ServiceError):
-    code = grpc.StatusCode.UNAUTHENTICATED
-
-
-class PermissionDeniedError(ServiceError):
-    code = grpc.StatusCode.PERMISSION_DENIED
-
-
 class CancelledError(ServiceError):
     code = grpc.StatusCode.CANCELLED
 
@@ -207,8 +197,6 @@ _BY_CODE = {
         UnauthenticatedError,
         PermissionDeniedError,
         DuplicateRequestError,
-        UnauthenticatedError,
-        PermissionDeniedError,
         CancelledError,
         DeadlineExceededError,
         InternalError,
