@@ -29,7 +29,7 @@ from serve.served import Served
 from serve.server.calls import Calls
 from serve.server.ports import MAX_CONTROL_BYTES
 from serve.server.service import Service
-from tests.serve.fakes import FakeEngine, served_model
+from tests.serve.fakes import FakeEngine, begin, finished, served_model
 from tests.serve.server.test_server import answer, in_loop, listening_to, until
 
 GENERATE, TOKENIZE, DETOKENIZE = (
@@ -278,6 +278,32 @@ async def test_who_asks_for_too_much_again_and_again_is_told_so_slowly_and_nobod
         for call in held:
             call.cancel()
         await soon(lambda: service.is_idle)
+
+
+@in_loop
+async def test_ten_thousand_streams_on_one_connection_leave_the_others_theirs():
+    engine = FakeEngine()
+    service = served_by(engine, ServerConfig(port=0))
+    message = generate_request("go").SerializeToString()
+    async with listening_to(service) as address, connection(address) as other:
+        many = connection(address)
+        held = [many.unary_stream(GENERATE)(message) for _ in range(10_000)]
+        await soon(lambda: len(engine.requests) == service.config.max_client_calls)
+        for _ in range(5):
+            began = asyncio.get_running_loop().time()
+            assert await end_of(other.unary_unary(CHECK)(b"")) is None
+            call = other.unary_stream(GENERATE)(
+                generate_request("go", request_id="other").SerializeToString()
+            )
+            await soon(lambda: "other" in engine.requests)
+            engine.tell("other", begin("other", 0), finished("other"))
+            assert [message async for message in call]
+            assert asyncio.get_running_loop().time() - began < 2.0
+            del engine.requests["other"]
+        assert len(engine.requests) == service.config.max_client_calls
+        await many.close()
+        await soon(lambda: service.is_idle and service.inference.is_empty)
+        assert all(call.done() for call in held)
 
 
 @in_loop
