@@ -10,13 +10,11 @@ from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as taper-serve does, before JAX starts
 
-import tyro
-
 from model.sharding import ask_for_devices
 from scheduler.events import Event, Finished
 from scheduler.request import Request
 from scheduler.step import FinishedStep
-from serve.config import ServerConfig
+from serve.config import ServerConfig, command_line
 from serve.engine import startup
 from serve.engine.engine import InProcessEngine
 from serve.engine.runner import Runner
@@ -44,7 +42,7 @@ class Inside:
 
 def configured(arguments: Sequence[str]) -> ServerConfig:
     """What taper-serve would make of these arguments. Call it before anything asks for a device."""
-    config = tyro.cli(ServerConfig, prog="taper-serve", args=[*arguments])
+    config = command_line.configured(arguments)
     ask_for_devices(config.tensor_parallel)
     return config
 

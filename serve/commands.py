@@ -7,10 +7,9 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NoReturn
 
-import tyro
-
 from model.settings import one_line, out_of_memory
 from serve.config import ServerConfig
+from serve.config.command_line import configured
 from serve.logs import STDERR
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 def serve(args: list[str] | None = None) -> None:
     """Serve a model over gRPC until SIGTERM."""
-    config = tyro.cli(ServerConfig, prog="taper-serve", description=serve.__doc__, args=args)
+    config = configured(args)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU: the server owns it
     with _engine(config) as load:
         from serve.server.server import EngineFailedError, run

@@ -49,7 +49,7 @@ ABSENT = {
     "serve/api": (*DEVICE, "model", "scheduler"),
     "serve/client": (*DEVICE, "model", "scheduler"),
     "serve/text": DEVICE,
-    "serve/config.py": DEVICE,
+    "serve/config": DEVICE,
     "serve/door.py": DEVICE,
     "serve/lateness.py": DEVICE,
     "serve/logs.py": (*DEVICE, "model", "scheduler"),

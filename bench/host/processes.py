@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import tyro
 
 from serve.config import ServerConfig
+from serve.config.command_line import configured
 from serve.door import StepRecord, Watcher
 from serve.engine.pauses import Pauses
 from serve.served import Loader, Served, ServedModel
@@ -272,7 +272,7 @@ def serve(arguments: Sequence[str]) -> None:
     from serve.remote.spawn import spawned
     from serve.server.server import run
 
-    config, setting = tyro.cli(ServerConfig, args=[*arguments]), Setting.here()
+    config, setting = configured(arguments), Setting.here()
     counts, folder = Counts(setting), Path(setting.folder)
 
     def inside(config: ServerConfig, watch: Watcher) -> Served:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import fields
 from types import ModuleType
 
 import pytest
 
 from serve import commands
-from serve.config import ServerConfig
+from serve.config import GROUPS, ServerConfig
 from serve.server.server import EngineFailedError
 
 
@@ -78,7 +79,10 @@ def test_the_command_explains_itself(capsys):
     with pytest.raises(SystemExit) as caught:
         commands.serve(["--help"])
     assert caught.value.code == 0
-    assert "--" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    places = [told.index(f"{group} options") for group in GROUPS if fields(GROUPS[group])]
+    assert places == sorted(places)
+    assert told.index("listening options") < told.index("--port") < told.index("scheduling options")
 
 
 @pytest.mark.parametrize(
@@ -89,3 +93,10 @@ def test_an_option_that_cannot_work_is_refused_before_anything_is_loaded(option,
         commands.serve([*option])
     assert caught.value.code == 2
     assert option[1] in capsys.readouterr().err
+
+
+def test_a_value_that_cannot_work_is_told_in_a_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        commands.serve(["--port", "70000"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "taper-serve: --port must be from 0 to 65535, not 70000\n"

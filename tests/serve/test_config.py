@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import fields
+
 import pytest
 
-from serve.config import ServerConfig
+from serve.config import GROUPS, OptionError, ServerConfig
 
 
 def test_the_defaults_are_loopback_and_valid():
@@ -63,7 +66,7 @@ def test_what_is_left_open_follows_the_platform():
     ],
 )
 def test_what_cannot_work_is_refused_by_name(option, value):
-    with pytest.raises(ValueError, match=option):
+    with pytest.raises(OptionError, match=f"^--{option.replace('_', '-')}[ :]"):
         ServerConfig(**{option: value})
 
 
@@ -86,3 +89,16 @@ def test_what_cannot_work_is_refused_by_name(option, value):
 )
 def test_what_just_works_is_taken(option, value):
     assert getattr(ServerConfig(**{option: value}), option) == value
+
+
+def test_options_are_grouped_each_once():
+    grouped = [option.name for group in GROUPS.values() for option in fields(group)]
+    assert sorted(grouped) == sorted(option.name for option in fields(ServerConfig))
+    assert all(group.__doc__ for group in GROUPS.values())
+
+
+def test_a_config_and_its_faults_travel_between_processes():
+    config = ServerConfig(port=1, buckets=(4, 8))
+    fault = OptionError.must_be("port", "odd", 2)
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert str(pickle.loads(pickle.dumps(fault))) == str(fault) == "--port must be odd, not 2"
