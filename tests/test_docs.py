@@ -36,6 +36,7 @@ RECIPES = (
     "An admission policy",
     "A sampling option",
     "An option of a stage",
+    "An option of the server",
     "A model family",
     "A metric",
 )

@@ -3,43 +3,110 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import field, fields, make_dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import tyro
 
+from model.version import versions
 from serve.config import GROUPS, OptionError, ServerConfig
+from serve.config.file import ConfigFileError, read
 
 PROG = "taper-serve"
 WRONG = 2  # exit status for a wrong option, as tyro's own
 
-# A group of --help each. They are checked when they are put together.
-_Options = make_dataclass(
-    "_Options",
+EXAMPLES = """
+examples:
+  The embedded tiny model, for this machine alone:
+    taper-serve
+  A model folder, for others too, with metrics:
+    taper-serve --model PATH/TO/Qwen3-0.6B --host 0.0.0.0 --metrics-port 9090
+  How the memory of a GPU would be divided:
+    taper-serve --model qwen3-32b --load-format random --explain
+  Options from a file, and one of them from here:
+    taper-serve --config server.toml --port 50052
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """What is asked beside the options of the server."""
+
+    config: str | None = None
+    """TOML file of options, by the names below: `max-queue = 64`. What is typed here counts before it."""
+    version: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Say the versions of taper, JAX and Python, and leave."""
+
+
+# Each group is one of --help. What they hold is checked when all of it is together, in a ServerConfig.
+_Typed = make_dataclass(
+    "_Typed",
     [(name, group, field(default_factory=group)) for name, group in GROUPS.items()],
+    bases=(_About,),
     frozen=True,
     kw_only=True,
 )
 
 
 def configured(args: Sequence[str] | None = None) -> ServerConfig:
-    """What these arguments ask for, or those of this process. Leaves with status 2 if they cannot work."""
-    typed: Any = tyro.cli(
-        _Options,
-        prog=PROG,
-        description="Serve a model over gRPC until SIGTERM.",
-        args=args,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    """What these arguments ask for, or those of this process, and the file that they name.
+
+    Leaves with status 2 if they cannot work.
+    """
+    given = sys.argv[1:] if args is None else args
+    typed = _parsed(given, {})
+    if typed.version:
+        print(versions())
+        sys.exit(0)
+    if typed.config is None:
+        return _checked(_values(typed), {}, "")
     try:
-        return ServerConfig(**_values(typed))
-    except OptionError as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        sys.exit(WRONG)
+        filed = read(Path(typed.config))
+    except ConfigFileError as error:
+        _leave(str(error))
+    return _checked(_values(_parsed(given, filed)), filed, typed.config)
+
+
+def _parsed(args: Sequence[str], defaults: Mapping[str, Any]) -> Any:
+    """A _Typed. Options that are not among the arguments are as in `defaults`, or their own."""
+    groups = {
+        name: group(
+            **{option.name: defaults[option.name] for option in fields(group) if option.name in defaults}
+        )
+        for name, group in GROUPS.items()
+    }
+    try:
+        return tyro.cli(
+            _Typed,
+            prog=PROG,
+            description="Serve a model over gRPC until SIGTERM.",
+            args=args,
+            default=_Typed(**groups),
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except SystemExit as left:
+        if not left.code and {"-h", "--help"} & {*args}:
+            print(EXAMPLES)
+        raise
 
 
 def _values(typed: Any) -> dict[str, Any]:
     """Of every option, by its name."""
     groups = (getattr(typed, name) for name in GROUPS)
     return {option.name: getattr(group, option.name) for group in groups for option in fields(group)}
+
+
+def _checked(values: Mapping[str, Any], filed: Mapping[str, Any], file: str) -> ServerConfig:
+    """`filed` are the options that `file` gives: what is wrong with one of them names it."""
+    try:
+        return ServerConfig(**values)
+    except OptionError as error:
+        in_file = any(option in filed and values[option] in (filed[option],) for option in error.options)
+        _leave(f"{file}: {error}" if in_file else str(error))
+
+
+def _leave(why: str) -> NoReturn:
+    print(f"{PROG}: {why}", file=sys.stderr)
+    sys.exit(WRONG)

@@ -14,6 +14,7 @@ from serve.config.errors import OptionError
 from serve.config.ranges import NotNegative, Port, Positive, Seed, Share
 
 
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """What all groups have."""
 

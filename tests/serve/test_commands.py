@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from serve import commands
 from serve.config import GROUPS, ServerConfig
+from serve.config.command_line import EXAMPLES, configured
 from serve.server.server import EngineFailedError
+from tests.absent import DEVICE
+from tests.test_rooms import run_python, without
 
 
 @pytest.fixture(autouse=True)
@@ -82,21 +88,58 @@ def test_the_command_explains_itself(capsys):
     told = capsys.readouterr().out
     places = [told.index(f"{group} options") for group in GROUPS if fields(GROUPS[group])]
     assert places == sorted(places)
+    assert told.index("--config") < places[0], "what stands for many options comes first"
     assert told.index("listening options") < told.index("--port") < told.index("scheduling options")
+    assert told.endswith(EXAMPLES + "\n")
+
+
+@pytest.mark.parametrize("line", re.findall("^    taper-serve(.*)", EXAMPLES, re.MULTILINE))
+def test_the_examples_are_taken(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("server.toml").write_text("max-queue = 64")
+    assert (configured(line.split()) == ServerConfig()) == (line == "")
+
+
+def test_versions_and_help_are_told_without_jax():
+    for asked, wanted in (
+        ("--version", rf"taper {version('taper')} \(jax {version('jax')}, Python 3"),
+        ("-h", "usage"),
+    ):
+        script = f"from serve import commands; commands.serve([{asked!r}, '--config', 'missing'])"
+        ran = run_python(without(DEVICE) + script)
+        assert re.match(wanted, ran)
+
+
+@pytest.mark.parametrize("arguments", ["--load-format telepathy", "--port x", "--prot 1", "--port", "x"])
+def test_what_is_no_option_is_refused_before_anything_is_loaded(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        commands.serve(arguments.split())
+    assert caught.value.code == 2
+    assert arguments.split()[-1] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "option", [("--load-format", "telepathy"), ("--policy", "fast"), ("--page-size", "0")]
+    ("arguments", "content", "line"),
+    [
+        ("--port 70000", None, "--port must be from 0 to 65535, not 70000"),
+        ("--min-tpot-slo-ms 0", None, "--min-tpot-slo-ms must be more than 0, not 0.0"),
+        ("--policy fast", None, "--policy: unknown policy 'fast': choose .*"),
+        ("--config FILE", "port = 70000", "FILE: --port must be from 0 to 65535, not 70000"),
+        ("--config FILE", "rho = nan", "FILE: --rho must be a share between 0 and 1, not nan"),
+        ("--config FILE", "policy = 'fast'", "FILE: --policy: unknown policy 'fast': choose .*"),
+        ("--config FILE --port 70000", "port = 5", "--port must be from 0 to 65535, not 70000"),
+        ("--config FILE --port 5", "port = 70000\nrho = 2", "FILE: --rho must be a share .*"),
+        ("--config FILE --port 5", "port = 'a'", 'FILE: --port must be a whole number, not "a"'),
+        ("--config FILE", "prot = 1", 'FILE: unknown option "prot" [(]is it port[?][)]'),
+        ("--config FILE", "prot", "--config: FILE is not TOML: .*"),
+        ("--config FILE", None, "--config: cannot read FILE: No such file or directory"),
+    ],
 )
-def test_an_option_that_cannot_work_is_refused_before_anything_is_loaded(option, capsys):
+def test_what_cannot_work_is_told_in_a_line_with_flag_and_file(arguments, content, line, tmp_path, capsys):
+    file = str(tmp_path / "server.toml")
+    if content is not None:
+        Path(file).write_text(content)
     with pytest.raises(SystemExit) as caught:
-        commands.serve([*option])
+        commands.serve(arguments.replace("FILE", file).split())
     assert caught.value.code == 2
-    assert option[1] in capsys.readouterr().err
-
-
-def test_a_value_that_cannot_work_is_told_in_a_line(capsys):
-    with pytest.raises(SystemExit) as caught:
-        commands.serve(["--port", "70000"])
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == "taper-serve: --port must be from 0 to 65535, not 70000\n"
+    assert re.fullmatch(f"taper-serve: {line.replace('FILE', re.escape(file))}\n", capsys.readouterr().err)
