@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scheduler.policy import policy
-from serve.config.errors import OptionError
+from serve.config.errors import OptionError, flag
 from serve.config.ranges import NotNegative, Port, Positive, Seed, Share
 
 
@@ -68,9 +68,23 @@ class Security(Group):
     tokens: str | None = None
     """File of bearer tokens: who calls brings one of them, which says whose requests its are, and what it may
     do. Read again when it changes."""
+    tls_cert_path: str | None = None
+    """PEM file of the server's certificate, and of those that lead from it to its authority. With it and its
+    key, every port speaks TLS. Read again when it changes."""
+    tls_key_path: str | None = None
+    """PEM file of the certificate's key, without a password."""
+    tls_client_ca_cert_path: str | None = None
+    """PEM file of the authorities that clients' certificates may come from: each client needs one. Without
+    `tokens`, the name in it says whose requests its are."""
     share_prefix_cache: bool = False
     """Let tenants share the KV pages of equal prompt beginnings. By the time to its first token, one can
     then tell whether another has sent a prompt."""
+
+    def check(self) -> None:
+        cert, key, authorities = "tls_cert_path", "tls_key_path", "tls_client_ca_cert_path"
+        for option, needed in ((cert, key), (key, cert), (authorities, cert)):
+            if getattr(self, option) is not None and getattr(self, needed) is None:
+                raise OptionError(f"{flag(option)} needs {flag(needed)}, too", option, needed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +204,9 @@ class Observing(Group):
     """What the server says about itself."""
 
     metrics_port: Port[int | None] = None
-    """Serve Prometheus metrics on this port of the loopback interface; 0 picks a free one."""
+    """Serve Prometheus metrics on this port, by HTTP or, with a certificate, by HTTPS; 0 picks a free one."""
+    metrics_host: str = "127.0.0.1"
+    """Address of that port: loopback unless told otherwise."""
     step_log: str | None = None
     """Write a line of JSON about every step to this file: what it held, its predicted and measured time."""
 

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
@@ -134,17 +134,6 @@ class Metrics:
     def watch_load(self, load: Callable[[], Load]) -> None:
         """Report `load()` whenever the metrics are scraped."""
         self.registry.register(_LoadCollector(load))
-
-    def listen(self, port: int) -> tuple[int, Callable[[], None]]:
-        """Serve /metrics on the loopback interface; returns the port and what stops it."""
-        server, thread = start_http_server(port, addr="127.0.0.1", registry=self.registry)
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        return server.server_port, stop
 
 
 class _LoadCollector:

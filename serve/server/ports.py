@@ -20,6 +20,7 @@ from serve.server.methods import Behaviour, Method, add_service, full_name
 from serve.server.reflection import Reflection
 from serve.server.service import Service
 from serve.server.servicers import ControlServicer, InferenceServicer
+from serve.server.tls import Certificates
 from serve.server.tokens import ROLES, Role
 
 SERVICES = (full_name(pb), full_name(control_pb))
@@ -40,9 +41,10 @@ class Ports:
     control  where the operators' methods are; the same, unless they have an address of their own
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, certificates: Certificates | None = None) -> None:
         """Raises OSError if it cannot listen there."""
         config, methods = service.config, _methods(service)
+        self._certificates = certificates
         self._servers: list[grpc.aio.Server] = []
         if config.control_port is None:
             self.address = self.control = self._bind(service, config.host, config.port, methods)
@@ -66,7 +68,10 @@ class Ports:
             add_service(server, module, named, service.callers)
         host = f"[{host}]" if ":" in host else host
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            if self._certificates is None:
+                bound = server.add_insecure_port(f"{host}:{port}")
+            else:
+                bound = server.add_secure_port(f"{host}:{port}", self._certificates.credentials())
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error}") from error
         self._servers.append(server)

@@ -16,13 +16,17 @@ from typing import Any
 
 import structlog
 
+from serve.api.certificates import Paths
 from serve.config import ServerConfig
 from serve.logs import STDERR, log_to_stderr
 from serve.reading.frames import begin
 from serve.reading.pool import ReaderPool
 from serve.served import Loader, Served
+from serve.server import scraping
+from serve.server.exposure import warn_of_exposure
 from serve.server.ports import Ports
 from serve.server.service import Service
+from serve.server.tls import Certificates
 
 log = structlog.get_logger("taper")
 
@@ -53,11 +57,13 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
     Raises what kept the engine from starting, and EngineFailedError when it dies, once everybody is told.
     """
     service = Service(config)
-    ports = Ports(service)
+    certificates = _certificates(config)
+    _warn_of_exposure(config)
+    ports = Ports(service, certificates)
     # The processes import what they need while the engine starts.
     in_process = config.engine_in_process or config.explain or not config.readers
     pool = None if in_process else ReaderPool(size=config.readers, seconds=config.read_timeout)
-    stop_metrics = _serve_metrics(service)
+    stop_metrics = _serve_metrics(service, certificates)
     stop = _on_signals(service)
 
     await ports.start()
@@ -107,11 +113,39 @@ async def _until_failed(service: Service, signalled: asyncio.Task[Any]) -> None:
         await asyncio.wait({signalled}, timeout=_LOOK_SECONDS)
 
 
-def _serve_metrics(service: Service) -> Callable[[], None]:
-    if service.config.metrics_port is None:
+def _certificates(config: ServerConfig) -> Certificates | None:
+    """None: the server speaks no TLS."""
+    if config.tls_cert_path is None:
+        return None
+    return Certificates(Paths(config.tls_cert_path, config.tls_key_path, config.tls_client_ca_cert_path))
+
+
+def _warn_of_exposure(config: ServerConfig) -> None:
+    hosts = [
+        host
+        for host, port in (
+            (config.host, config.port),
+            (config.control_host, config.control_port),
+            (config.metrics_host, config.metrics_port),
+        )
+        if port is not None
+    ]
+    warn_of_exposure(
+        hosts,
+        encrypted=config.tls_cert_path is not None,
+        tokens=config.tokens is not None,
+        client_certificates=config.tls_client_ca_cert_path is not None,
+    )
+
+
+def _serve_metrics(service: Service, certificates: Certificates | None) -> Callable[[], None]:
+    config = service.config
+    if config.metrics_port is None:
         return lambda: None
-    port, stop = service.metrics.listen(service.config.metrics_port)
-    log.info("metrics", url=f"http://127.0.0.1:{port}/metrics")
+    pages = {"/metrics": scraping.metrics_page(service.metrics.registry)}
+    authorize = functools.partial(service.callers.check, roles={"metrics"})
+    url, stop = scraping.listen(config.metrics_host, config.metrics_port, pages, authorize, certificates)
+    log.info("metrics", url=f"{url}/metrics")
     return stop
 
 

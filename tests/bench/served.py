@@ -15,6 +15,7 @@ from scheduler.step import Sample, Step
 from serve.config import ServerConfig
 from serve.engine.engine import InProcessEngine
 from serve.served import Served
+from serve.server import scraping
 from serve.server.ports import Ports
 from serve.server.server import shut_down
 from serve.server.service import Service
@@ -68,8 +69,10 @@ def serving() -> Iterator[Listening]:
         service.serve(Served(engine=engine, model=served_model(max_context=MAX_CONTEXT)))
         ports = Ports(service)
         await ports.start()
-        port, stop_metrics = service.metrics.listen(0)
-        found.append(Listening(ports.address, f"http://127.0.0.1:{port}/metrics", engine))
+        url, stop_metrics = scraping.listen(
+            "127.0.0.1", 0, {"/metrics": scraping.metrics_page(service.metrics.registry)}
+        )
+        found.append(Listening(ports.address, f"{url}/metrics", engine))
         up.set()
         await asyncio.to_thread(stop.wait)
         await shut_down(ports, service, timeout=0.0)

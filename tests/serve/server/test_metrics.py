@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import urllib.error
-import urllib.request
-
-import pytest
-
 from scheduler.predictor import PredictionAccuracy
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request
@@ -145,18 +139,3 @@ def test_load_is_read_when_it_is_scraped():
     assert metrics.registry.get_sample_value("taper_running_requests") == 1
     assert metrics.registry.get_sample_value("taper_kv_used_tokens") == 10
     assert metrics.registry.get_sample_value("taper_prediction_coverage") == 1.0
-
-
-def test_they_are_served_on_a_port_of_their_own_until_that_is_closed():
-    metrics, before = Metrics(), {*threading.enumerate()}
-    metrics.count_request("OK")
-    port, stop = metrics.listen(0)
-    listening = {*threading.enumerate()} - before
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-            assert b'taper_requests_total{code="OK",tenant=""} 1.0' in response.read()
-    finally:
-        stop()
-    assert [thread.is_alive() for thread in listening] == [False]
-    with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
