@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from serve.config.errors import OptionError, flag
+from serve.config.errors import OptionError, flag, naming
 from serve.config.groups import (
     Clients,
     Group,
@@ -20,7 +20,7 @@ from serve.config.groups import (
 )
 from serve.config.ranges import check_ranges
 
-__all__ = ["GROUPS", "OptionError", "ServerConfig", "flag"]
+__all__ = ["GROUPS", "OptionError", "ServerConfig", "flag", "naming"]
 
 CPU_BUCKETS = (8, 16, 32, 64)
 ACCELERATOR_BUCKETS = (8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -24,7 +26,16 @@ class OptionError(ValueError):
     def must_be(cls, option: str, what: str, value: Any) -> OptionError:
         return cls(f"{flag(option)} must be {what}, not {value!r}", option)
 
-    @classmethod
-    def because(cls, option: str, error: Exception) -> OptionError:
-        """What somebody else found wrong with its value."""
-        return cls(f"{flag(option)}: {error}", option)
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """A ValueError or OSError inside is raised as an OptionError, told with the option's flag."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}" if error.filename else error
+        raise OptionError(f"{flag(option)}: {why}", option) from error
+    except ValueError as error:
+        raise OptionError(f"{flag(option)}: {error}", option) from error

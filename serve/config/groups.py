@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scheduler.policy import policy
-from serve.config.errors import OptionError, flag
+from serve.config.errors import OptionError, flag, naming
 from serve.config.ranges import NotNegative, Port, Positive, Seed, Share
 
 
@@ -119,10 +119,14 @@ class Scheduling(Group):
     """Form of the step-time predictor; all but the default are for comparison, and need a profile."""
 
     def check(self) -> None:
-        try:
+        with naming("policy"):
             policy(self.policy)
-        except ValueError as error:
-            raise OptionError.because("policy", error) from error
+        if self.predictor != "staircase" and self.profile == "measure":
+            raise OptionError(
+                f"--predictor {self.predictor} needs a --profile: it cannot be measured",
+                "predictor",
+                "profile",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,13 @@ def load_profile(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if not path.exists():
         raise ValueError(f"there is no profile {name!r}: give a .json file, or one of {', '.join(shipped())}")
-    return json.loads(path.read_text())
+    try:
+        profile = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not (isinstance(profile, dict) and {"name", "forms"} <= profile.keys()):
+        raise ValueError(f"{path} is no profile: python -m bench.device.calibrate writes them")
+    return profile
 
 
 def shipped() -> list[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from scheduler.controller import Controller, ControllerConfig
 from scheduler.predictor import StepLatencyModel
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import FinishedStep
-from serve.config import ServerConfig
+from serve.config import OptionError, ServerConfig, naming
 from serve.door import Watcher
 from serve.engine.calibration import MOST_OFF, conditions, load_profile, matching, misses
 from serve.engine.collector import Collector
@@ -87,12 +88,16 @@ def start(
     ask_for_devices(config.tensor_parallel)
     config = config.for_platform(jax.default_backend())
     programs = keep_compiled_programs(config.compilation_cache)
-    step_log = StepLog(Path(config.step_log)) if config.step_log else None  # before anything takes long
-    tokenizer, known, found = _find(config)
-    placement = Placement.over(found.config, config.tensor_parallel, peer_memory=config.peer_memory)
+    with naming("step_log"):
+        step_log = StepLog(Path(config.step_log)) if config.step_log else None  # before anything takes long
+    with naming("model"):
+        tokenizer, known, found = _find(config)
+    with naming("tensor_parallel"):
+        placement = Placement.over(found.config, config.tensor_parallel, peer_memory=config.peer_memory)
     began, dtype = time.perf_counter(), jnp.dtype(config.dtype)
     with jax.enable_x64(config.dtype == "float64"), ThreadPoolExecutor(max_workers=1) as compiler:
         shapes = found.abstract(dtype, placement)
+        _check_names(config, shapes, placement)
         compiling = compiler.submit(_compiled_runner, config, shapes, placement, programs)
         model = found.load(dtype, placement, seed=config.seed)
         jax.block_until_ready(model.split()[1])
@@ -205,20 +210,39 @@ def _compiled_runner(
         return runner, runner.compile(), memory
 
 
+def _check_names(config: ServerConfig, model: Decoder, placement: Placement) -> None:
+    """Raises OptionError for what would be found wrong once the model is loaded."""
+    backend, device = _attention(config, model), placement.devices[0].device_kind
+    wanted = conditions(device, model.config, model.dtype.name, backend.name, placement.count)
+    if (profile := _profile(config, wanted)) is not None:
+        with naming("profile"):
+            StepLatencyModel.from_profile(profile, config.buckets, config.predictor)
+
+
+def _profile(config: ServerConfig, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The profile to start from, if there is one; `wanted` are the conditions of one that fits.
+
+    Raises OptionError for one that cannot be used, and where one is needed.
+    """
+    if config.profile == "auto":
+        profile = next(matching(wanted), None)
+    else:
+        with naming("profile"):
+            profile = None if config.profile == "measure" else load_profile(config.profile)
+    if profile is None and config.predictor != "staircase":
+        why = f"--predictor {config.predictor} needs a --profile, and none fits this server"
+        raise OptionError(why, "predictor", "profile")
+    return profile
+
+
 def predictor_for(config: ServerConfig, runner: Runner, device: str) -> tuple[StepLatencyModel, str]:
     """The step-time predictor, and where its figures are from. Warms every program up."""
     measured = runner.measure()
     if 1e3 * measured.rows_seconds(1) > config.tpot_slo_ms:  # or was the machine busy?
         measured = min(measured, runner.measure(), key=lambda each: each.rows_seconds(1))
     measured_on = runner.dtype.name, runner.config.backend.name, runner.config.placement.count
-    wanted = conditions(device, runner.model_config, *measured_on)
-    if config.profile == "auto":
-        profile = next(matching(wanted), None)
-    else:
-        profile = None if config.profile == "measure" else load_profile(config.profile)
+    profile = _profile(config, conditions(device, runner.model_config, *measured_on))
     if profile is None:
-        if config.predictor != "staircase":
-            raise ValueError(f"the {config.predictor} predictor needs a profile, and none fits this server")
         return measured, "measured at start"
     model = StepLatencyModel.from_profile(profile, runner.buckets, config.predictor)
     if config.profile == "auto":
@@ -232,6 +256,7 @@ def predictor_for(config: ServerConfig, runner: Runner, device: str) -> tuple[St
 
 
 def _attention(config: ServerConfig, model: Decoder) -> Backend:
-    auto = config.attention == "auto"
-    backend = default_backend(model.config.head_dim, model.dtype) if auto else backend_named(config.attention)
+    with naming("attention"):
+        named = None if config.attention == "auto" else backend_named(config.attention)
+    backend = named or default_backend(model.config.head_dim, model.dtype)
     return backend.deterministic() if config.deterministic else backend

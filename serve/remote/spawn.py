@@ -34,6 +34,7 @@ def spawned(main: str = "serve.remote.child.main") -> Iterator[Loader]:
         """Raises what kept the engine from starting."""
         # Imported while the other process imports its own, which takes longer.
         from model.find import model_tokenizer
+        from serve.config import naming
         from serve.remote.channel import Channel
         from serve.remote.engine import RemoteEngine
         from serve.served import Served, ServedModel
@@ -41,7 +42,8 @@ def spawned(main: str = "serve.remote.child.main") -> Iterator[Loader]:
         patience = config.step_timeout or math.inf
         engine = RemoteEngine(Channel(ours.dup()), watch, process.kill, patience=patience)
         engine.begin(config)
-        tokenizer, _ = model_tokenizer(config.model)
+        with naming("model"):
+            tokenizer, _ = model_tokenizer(config.model)
         up = engine.up()
         model = ServedModel.of(config, up.model, tokenizer, up.platform.unloaded_step)
         return Served(engine=engine, model=model, platform=up.platform)

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from serve.config import GROUPS, OptionError, ServerConfig
+from serve.config import GROUPS, OptionError, ServerConfig, naming
 
 
 def test_the_defaults_are_loopback_and_valid():
@@ -102,3 +102,24 @@ def test_a_config_and_its_faults_travel_between_processes():
     fault = OptionError.must_be("port", "odd", 2)
     assert pickle.loads(pickle.dumps(config)) == config
     assert str(pickle.loads(pickle.dumps(fault))) == str(fault) == "--port must be odd, not 2"
+
+
+def test_a_form_that_cannot_be_measured_needs_a_profile():
+    with pytest.raises(OptionError, match=r"^--predictor linear needs a --profile") as caught:
+        ServerConfig(predictor="linear", profile="measure")
+    assert caught.value.options == ("predictor", "profile")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("what is wrong"), "--step-log: what is wrong"),
+        (OSError("what is wrong"), "--step-log: what is wrong"),
+        (FileNotFoundError(2, "No such file", "steps"), "--step-log: steps: No such file"),
+        (OptionError("--port is odd", "port"), "--port is odd"),
+    ],
+)
+def test_what_is_found_wrong_elsewhere_is_told_with_the_flag(error, line):
+    with pytest.raises(OptionError) as caught, naming("step_log"):
+        raise error
+    assert str(caught.value) == line

@@ -151,7 +151,7 @@ def test_a_profile_that_was_asked_for_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_form_for_comparison_needs_a_profile() -> None:
-    with pytest.raises(ValueError, match="linear predictor needs a profile"):
+    with pytest.raises(ValueError, match="--predictor linear needs a --profile, and none fits"):
         started_with(0.0166, device="any", predictor="linear")
 
 

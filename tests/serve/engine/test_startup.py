@@ -21,7 +21,7 @@ from model.config import PRESETS
 from model.sharding import ON_ONE_DEVICE, Placement
 from model.tokenizer import Tokenizer
 from scheduler.request import Slo
-from serve.config import ServerConfig
+from serve.config import OptionError, ServerConfig
 from serve.door import StepRecord, Watcher
 from serve.engine import startup
 from serve.engine.collector import NEVER
@@ -317,8 +317,36 @@ def test_a_form_that_the_backend_lacks_is_refused(attention: str) -> None:
         startup.start(ServerConfig(attention=attention, deterministic=True, compilation_cache=None))
 
 
-def test_a_step_log_that_cannot_be_written_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="steps"):
-        startup.start(
-            ServerConfig(step_log=str(tmp_path / "missing" / "steps"), model=str(tmp_path / "model"))
-        )
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"model": "nowhere"}, "--model: no model 'nowhere'"),
+        ({"model": "qwen3-8b"}, "--model: the preset qwen3-8b comes without weights"),
+        ({"attention": "nobody"}, "--attention: no attention backend 'nobody'"),
+        ({"tensor_parallel": 99}, "--tensor-parallel: cannot divide a model over 99 devices"),
+        ({"tensor_parallel": 3}, "--tensor-parallel: cannot divide taper-tiny over 3 devices"),
+        ({"profile": "nowhere"}, "--profile: there is no profile 'nowhere'"),
+        ({"profile": "FOLDER/text.json"}, "--profile: FOLDER/text.json is not JSON"),
+        ({"profile": "FOLDER/other.json"}, "--profile: FOLDER/other.json is no profile"),
+        ({"profile": "cpu-taper-tiny", "buckets": (4096,)}, "--profile: 4096 rows do not fit"),
+        ({"predictor": "linear"}, "--predictor linear needs a --profile, and none fits this server"),
+        ({"step_log": "FOLDER/missing/steps"}, "--step-log: FOLDER/missing/steps: No such file"),
+        ({"step_log": "FOLDER", "model": "nowhere"}, "--step-log: FOLDER: Is a directory"),
+    ],
+)
+def test_what_an_option_names_is_looked_for_before_anything_is_loaded(
+    options: dict[str, Any], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("it is being loaded")
+
+    monkeypatch.setattr(startup.ModelSource, "load", load)
+    (tmp_path / "text.json").write_text("a profile")
+    (tmp_path / "other.json").write_text('{"name": "other"}')
+    given = {
+        option: value.replace("FOLDER", str(tmp_path)) if isinstance(value, str) else value
+        for option, value in options.items()
+    }
+    with pytest.raises(OptionError) as caught:
+        startup.start(ServerConfig(**given, compilation_cache=None))
+    assert str(caught.value).startswith(line.replace("FOLDER", str(tmp_path)))

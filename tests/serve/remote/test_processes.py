@@ -21,6 +21,7 @@ from serve.api.errors import InternalError, UnavailableError, from_rpc
 from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
 from serve.client import Client, branch, generate_request, parallel
 from serve.client.answer import Finished
+from serve.config import OptionError, ServerConfig
 from serve.remote.spawn import spawned
 from tests.serve.remote.slow import GREEDY, LEAVING, STUCK, UNLUCKY
 from tests.serve.waiting import until
@@ -347,3 +348,11 @@ def test_a_process_that_nobody_uses_ends_with_its_context() -> None:
         pass
     with pytest.raises(KeyError), spawned("tests.serve.remote.slow.main"):
         raise KeyError("what else went wrong is told")
+
+
+def test_a_model_that_is_not_there_is_told_with_its_flag() -> None:
+    with (
+        spawned("tests.serve.remote.slow.main") as load,
+        pytest.raises(OptionError, match=r"^--model: no model 'nowhere'"),
+    ):
+        load(ServerConfig(model="nowhere"), print)
