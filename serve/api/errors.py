@@ -115,6 +115,12 @@ class ServiceError(Exception):
         self.retry_after = retry_after
         self.request_id = request_id
 
+    def hinted(self, hint: str) -> Self:
+        """With what may help against it, in its message."""
+        self.message = f"{hint}; {self.message}"
+        self.args = (self.message,)
+        return self
+
     @classmethod
     def because(
         cls, reason: str, message: str, *, request_id: str = "", retry_after: float | None = None

@@ -2,6 +2,7 @@
 
 from .answer import Completion
 from .client import AsyncClient, Client
+from .credentials import Tls, token_file
 from .options import Options, sampling, stopping
 from .plan import Join, branch, model_driven, parallel, serial
 from .request import Prompt, generate_request
@@ -13,6 +14,7 @@ __all__ = [
     "Join",
     "Options",
     "Prompt",
+    "Tls",
     "branch",
     "generate_request",
     "model_driven",
@@ -20,4 +22,5 @@ __all__ = [
     "sampling",
     "serial",
     "stopping",
+    "token_file",
 ]

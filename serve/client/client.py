@@ -16,12 +16,13 @@ from typing import Any, Unpack
 
 import grpc
 
-from ..api.errors import CancelledError, from_rpc
+from ..api.errors import CancelledError, ServiceError
 from ..api.protos.taper.v1 import control_service_pb2 as control_pb
 from ..api.protos.taper.v1 import control_service_pb2_grpc as control_grpc
 from ..api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
 from .answer import Completion, Event, events_of
-from .arguments import seconds, target
+from .arguments import seconds
+from .credentials import Access, Tls, Token
 from .options import Options
 from .request import (
     Prompt,
@@ -40,15 +41,15 @@ _COMPLETE_INTERVAL_MS = 200.0
 class Stream:
     """The events of a running request. Leaving the `with` block, or `cancel`, ends it on the server too."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, call: Any, explained: Callable[[Any], ServiceError]) -> None:
+        self._call, self._explained = call, explained
 
     def __iter__(self) -> Iterator[Event]:
         try:
             for response in self._call:
                 yield from events_of(response)
         except grpc.RpcError as error:
-            raise from_rpc(error) from None
+            raise self._explained(error) from None
         finally:
             self.cancel()
 
@@ -66,8 +67,8 @@ class Stream:
 class AsyncStream:
     """`Stream` for asyncio."""
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
+    def __init__(self, call: Any, explained: Callable[[Any], ServiceError]) -> None:
+        self._call, self._explained = call, explained
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
@@ -75,7 +76,7 @@ class AsyncStream:
                 for event in events_of(response):
                     yield event
         except grpc.RpcError as error:
-            raise from_rpc(error) from None
+            raise self._explained(error) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._call.cancelled() and not (task and task.cancelling()):
@@ -98,9 +99,9 @@ class AsyncStream:
 class _Connection:
     """A channel to one server, its methods, and the timeout of its calls: what both clients have."""
 
-    def __init__(self, channel: Callable[[str], Any], address: str, timeout: float | None) -> None:
-        self._timeout = seconds("timeout", timeout)
-        self._channel = channel(target("address", address))
+    def __init__(self, kind: Any, access: Access, timeout: float | None) -> None:
+        self._access, self._timeout = access, seconds("timeout", timeout)
+        self._channel = access.channel(kind)
         self._inference = inference_grpc.InferenceServiceStub(self._channel)
         self._control = control_grpc.ControlServiceStub(self._channel)
         self._closed = False
@@ -110,7 +111,7 @@ class _Connection:
         limit = seconds("timeout", timeout) or self._timeout
         if self._closed:
             raise RuntimeError("the client is closed: call it inside its `with` block, or make another one")
-        return method(request, timeout=limit)
+        return method(request, timeout=limit, metadata=self._access.metadata())
 
 
 class Client(_Connection):
@@ -118,10 +119,21 @@ class Client(_Connection):
 
     address   host:port, or a target as gRPC writes them, such as unix:/path or ipv4:HOST:PORT,HOST:PORT
     timeout   seconds after which a call ends with DeadlineExceededError; None waits as long as it takes
+    tls       encrypt the connection; `Tls` says whom to trust, if not whom the system trusts
+    token     a bearer token, or what returns one for each call, such as `token_file(path)`
+    plaintext_token   send the token without TLS, too, to where others could read it on its way
     """
 
-    def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
-        super().__init__(grpc.insecure_channel, address, timeout)
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        timeout: float | None = None,
+        tls: Tls | bool | None = None,
+        token: Token | None = None,
+        plaintext_token: bool = False,
+    ) -> None:
+        super().__init__(grpc, Access(address, tls, token, plaintext_token), timeout)
 
     def __enter__(self) -> Client:
         return self
@@ -137,7 +149,7 @@ class Client(_Connection):
     def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]) -> Stream:
         """Start a request and stream its events; `timeout` in seconds is its deadline."""
         request = generate_request(prompt, **options)
-        return Stream(self._start(self._inference.Generate, request, timeout))
+        return Stream(self._start(self._inference.Generate, request, timeout), self._access.explained)
 
     def complete(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]
@@ -179,14 +191,22 @@ class Client(_Connection):
         try:
             return self._start(method, request)
         except grpc.RpcError as error:
-            raise from_rpc(error) from None
+            raise self._access.explained(error) from None
 
 
 class AsyncClient(_Connection):
     """`Client` for asyncio."""
 
-    def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
-        super().__init__(grpc.aio.insecure_channel, address, timeout)
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        timeout: float | None = None,
+        tls: Tls | bool | None = None,
+        token: Token | None = None,
+        plaintext_token: bool = False,
+    ) -> None:
+        super().__init__(grpc.aio, Access(address, tls, token, plaintext_token), timeout)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -204,7 +224,7 @@ class AsyncClient(_Connection):
     ) -> AsyncStream:
         """Start a request and stream its events; `timeout` in seconds is its deadline."""
         request = generate_request(prompt, **options)
-        return AsyncStream(self._start(self._inference.Generate, request, timeout))
+        return AsyncStream(self._start(self._inference.Generate, request, timeout), self._access.explained)
 
     async def complete(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]
@@ -247,4 +267,4 @@ class AsyncClient(_Connection):
         try:
             return await self._start(method, request)
         except grpc.RpcError as error:
-            raise from_rpc(error) from None
+            raise self._access.explained(error) from None

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from ..api.errors import ServiceError
 from .client import Client
+from .credentials import Tls, token_file
 from .options import Options, SamplingOptions
 from .plan import branch, model_driven, parallel, serial
 from .request import Prompt
@@ -55,6 +56,35 @@ class Ask:
     """Print one JSON object: the answer, its branches, its usage and its timing."""
     address: str = "127.0.0.1:50051"
     """Where the server listens."""
+    tls: bool = False
+    """Encrypt the connection; the server's certificate comes from an authority that the system trusts."""
+    tls_ca_cert_path: str | None = None
+    """PEM file of the authorities that its certificate may come from instead."""
+    tls_cert_path: str | None = None
+    """PEM file of the client's own certificate, where the server asks for one."""
+    tls_key_path: str | None = None
+    """PEM file of its key."""
+    tls_server_name: str | None = None
+    """The name in the server's certificate, where the address is another."""
+    token_file: str | None = None
+    """File that holds the bearer token, where the server asks for one."""
+    plaintext_token: bool = False
+    """Send the token without TLS, too, to where others could read it on its way."""
+
+    def connect(self) -> Client:
+        tls = Tls(
+            ca_cert_path=self.tls_ca_cert_path,
+            cert_path=self.tls_cert_path,
+            key_path=self.tls_key_path,
+            server_name=self.tls_server_name,
+        )
+        return Client(
+            self.address,
+            timeout=self.timeout,
+            tls=self.tls if tls == Tls() else tls,
+            token=None if self.token_file is None else token_file(self.token_file),
+            plaintext_token=self.plaintext_token,
+        )
 
 
 def main(args: list[str] | None = None) -> None:
@@ -62,7 +92,7 @@ def main(args: list[str] | None = None) -> None:
     flags = (tyro.conf.FlagCreatePairsOff,)
     ask = tyro.cli(Ask, prog="taper-client", description=Ask.__doc__, args=args, config=flags)
     try:
-        with _left_at_once_when_interrupted(), Client(ask.address, timeout=ask.timeout) as client:
+        with _left_at_once_when_interrupted(), ask.connect() as client:
             _answer(client, ask)
             sys.stdout.flush()
     except ServiceError as error:

@@ -32,6 +32,7 @@ from serve.served import Served, ServedModel
 from serve.server.ports import Ports
 from serve.server.server import shut_down
 from serve.server.service import Service
+from serve.server.tls import Certificates
 
 EOS = 256
 VOCAB = 300
@@ -184,7 +185,14 @@ def finished(request_id: str, tokens: int = 1) -> Finished:
 
 
 @contextlib.contextmanager
-def listening(engine: Engine, model: ServedModel | None = None, **changes) -> Iterator[str]:
+def listening(
+    engine: Engine,
+    model: ServedModel | None = None,
+    *,
+    certificates: Certificates | None = None,
+    tokens: str | None = None,
+    **changes,
+) -> Iterator[str]:
     """The address of a server whose loop has a thread of its own, as blocking clients need it.
 
     It serves `model`, or what `served_model` makes of `changes`.
@@ -193,9 +201,9 @@ def listening(engine: Engine, model: ServedModel | None = None, **changes) -> It
     up, stop = threading.Event(), threading.Event()
 
     async def serve() -> None:
-        service = Service(ServerConfig(port=0))
+        service = Service(ServerConfig(port=0, tokens=tokens))
         service.serve(Served(engine=engine, model=model or served_model(**changes)))
-        ports = Ports(service)
+        ports = Ports(service, certificates)
         await ports.start()
         addresses.append(ports.address)
         up.set()
