@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import grpc
 import pytest
 
 from serve.api.errors import PermissionDeniedError, ServiceError, UnauthenticatedError, UnavailableError
@@ -18,7 +17,6 @@ from serve.client import AsyncClient, Client, Tls, token_file
 from serve.client import credentials as credentials_module
 from serve.client.command import main
 from serve.client.credentials import MAX_TOKEN, Access
-from serve.client.hints import hint
 from serve.server.tls import Certificates
 from tests.serve.authorities import Authority, put, without_authorities
 from tests.serve.fakes import FakeEngine, fork_and_join, listening
@@ -188,22 +186,6 @@ def test_who_shows_no_certificate_or_one_that_does_not_count_is_told(mutual, aut
 def test_a_server_that_is_not_there_is_no_matter_of_tls(authority):
     for tls in (None, Tls(ca_cert_path=authority.path)):
         assert failures("127.0.0.1:1", tls=tls) == {"failed to connect to all addresses"}
-
-
-@pytest.mark.parametrize(
-    ("code", "reason", "message"),
-    [
-        (grpc.StatusCode.UNAVAILABLE, "", "Socket closed"),  # after it has stood
-        (grpc.StatusCode.UNAVAILABLE, "DRAINING", "failed to connect: Socket closed"),
-        (grpc.StatusCode.INTERNAL, "", "failed to connect: Socket closed"),
-        (grpc.StatusCode.UNAUTHENTICATED, "WRONG_TOKEN", "this server does not know the token"),
-    ],
-)
-def test_what_has_other_causes_has_no_hint(code, reason, message):
-    failure = ServiceError(message, reason=reason)
-    failure.code = code
-    for encrypted in (False, True):
-        assert hint(failure, "a:1", encrypted=encrypted, certified=False) == ""
 
 
 WRONG_FILES = [
