@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +15,7 @@ import tyro
 from model.version import versions
 from serve.config import GROUPS, OptionError, ServerConfig
 from serve.config.file import ConfigFileError, read
+from serve.config.help import shown
 
 PROG = "taper-serve"
 WRONG = 2  # exit status for a wrong option, as tyro's own
@@ -41,9 +44,10 @@ class _About:
 
 
 # Each group is one of --help. What they hold is checked when all of it is together, in a ServerConfig.
+_SHOWN = {name: shown(group) for name, group in GROUPS.items()}
 _Typed = make_dataclass(
     "_Typed",
-    [(name, group, field(default_factory=group)) for name, group in GROUPS.items()],
+    [(name, group, field(default_factory=group)) for name, group in _SHOWN.items()],
     bases=(_About,),
     frozen=True,
     kw_only=True,
@@ -56,10 +60,11 @@ def configured(args: Sequence[str] | None = None) -> ServerConfig:
     Leaves with status 2 if they cannot work.
     """
     given = sys.argv[1:] if args is None else args
-    typed = _parsed(given, {})
-    if typed.version:
-        print(versions())
-        sys.exit(0)
+    with _left_when_nobody_reads():
+        typed = _parsed(given, {})
+        if typed.version:
+            print(versions(), flush=True)
+            sys.exit(0)
     if typed.config is None:
         return _checked(_values(typed), {}, "")
     try:
@@ -71,11 +76,11 @@ def configured(args: Sequence[str] | None = None) -> ServerConfig:
 
 def _parsed(args: Sequence[str], defaults: Mapping[str, Any]) -> Any:
     """A _Typed. Options that are not among the arguments are as in `defaults`, or their own."""
-    groups = {
+    chosen = {
         name: group(
             **{option.name: defaults[option.name] for option in fields(group) if option.name in defaults}
         )
-        for name, group in GROUPS.items()
+        for name, group in _SHOWN.items()
     }
     try:
         return tyro.cli(
@@ -83,19 +88,19 @@ def _parsed(args: Sequence[str], defaults: Mapping[str, Any]) -> Any:
             prog=PROG,
             description="Serve a model over gRPC until SIGTERM.",
             args=args,
-            default=_Typed(**groups),
+            default=_Typed(**chosen),
             config=(tyro.conf.OmitArgPrefixes,),
         )
     except SystemExit as left:
         if not left.code and {"-h", "--help"} & {*args}:
-            print(EXAMPLES)
+            print(EXAMPLES, flush=True)
         raise
 
 
 def _values(typed: Any) -> dict[str, Any]:
     """Of every option, by its name."""
-    groups = (getattr(typed, name) for name in GROUPS)
-    return {option.name: getattr(group, option.name) for group in groups for option in fields(group)}
+    told = (getattr(typed, name) for name in GROUPS)
+    return {option.name: getattr(group, option.name) for group in told for option in fields(group)}
 
 
 def _checked(values: Mapping[str, Any], filed: Mapping[str, Any], file: str) -> ServerConfig:
@@ -105,6 +110,16 @@ def _checked(values: Mapping[str, Any], filed: Mapping[str, Any], file: str) -> 
     except OptionError as error:
         in_file = any(option in filed and values[option] in (filed[option],) for option in error.options)
         _leave(f"{file}: {error}" if in_file else str(error))
+
+
+@contextmanager
+def _left_when_nobody_reads() -> Iterator[None]:
+    """As in `taper-serve --help | head`: the interpreter would complain that it cannot write the rest."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _leave(why: str) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import fields
@@ -91,6 +92,30 @@ def test_the_command_explains_itself(capsys):
     assert told.index("--config") < places[0], "what stands for many options comes first"
     assert told.index("listening options") < told.index("--port") < told.index("scheduling options")
     assert told.endswith(EXAMPLES + "\n")
+
+
+@pytest.mark.parametrize("asked", ["--help", "--version"])
+def test_nobody_need_read_what_was_asked_for(asked):
+    script = f"from serve import commands; commands.serve([{asked!r}])"
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (1, b"")
+
+
+def test_help_is_not_broken_where_the_source_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        commands.serve(["--help"])
+    told = capsys.readouterr().out
+    for text in (
+        "they can reach it, in place of by NCCL",
+        "unless set. float64",
+        "if --control-port gives them",
+    ):
+        assert text in told
 
 
 @pytest.mark.parametrize("line", re.findall("^    taper-serve(.*)", EXAMPLES, re.MULTILINE))
