@@ -9,6 +9,7 @@ import pytest
 
 from serve.client import Client, Completion
 from serve.client.options import Options
+from tests.serve.authorities import Authority
 from tests.serve.client.test_answer import FINISHED, STARTED
 from tests.serve.fakes import FakeEngine, fork_and_join, listening
 
@@ -38,13 +39,20 @@ def test_every_field_of_the_json_is_in_the_table():
         assert told[part].keys() <= {*re.findall(r"`(\w+)`", line)}
 
 
-def test_the_examples_run(capsys):
+def test_the_examples_run(capsys, tmp_path):
+    (tmp_path / "token").write_text("a-secret-of-some-length")
+    files = {"/run/secrets/taper": str(tmp_path / "token"), "ca.crt": Authority(tmp_path).path}
     with listening(FakeEngine(fork_and_join)) as address:
         names: dict[str, object] = {}
         for example in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
-            exec(example.replace("127.0.0.1:50051", address), names)
-        client = names["client"]
+            for shown, real in {"127.0.0.1:50051": address, **files}.items():
+                example = example.replace(shown, real)
+            exec(example, names)
+        client, remote, nearby = (names[name] for name in ("client", "remote", "nearby"))
         assert isinstance(client, Client)
+        for other in (remote, nearby):
+            assert isinstance(other, Client)
+            other.close()
         printed = capsys.readouterr().out
         assert "Hi. Tea: good" in printed
         errors = re.findall(r">>> (.*)\n(\w+): (.*)\n", PAGE)
