@@ -189,6 +189,7 @@ def listening(
     engine: Engine,
     model: ServedModel | None = None,
     *,
+    config: ServerConfig | None = None,
     certificates: Certificates | None = None,
     tokens: str | None = None,
     **changes,
@@ -197,11 +198,12 @@ def listening(
 
     It serves `model`, or what `served_model` makes of `changes`.
     """
+    config = config or ServerConfig(port=0, tokens=tokens)
     addresses: list[str] = []
     up, stop = threading.Event(), threading.Event()
 
     async def serve() -> None:
-        service = Service(ServerConfig(port=0, tokens=tokens))
+        service = Service(config)
         service.serve(Served(engine=engine, model=model or served_model(**changes)))
         ports = Ports(service, certificates)
         await ports.start()
