@@ -1,0 +1,157 @@
+"""What encryption and tokens cost a call: `python -m bench.host.secured`.
+
+    python -m bench.host.secured --json OUT
+
+The server is the real one over a device that is none; its only client has one connection. A row for each way
+to call, in turns: milliseconds until a new connection has its first answer, until a request has its first
+token, and the messages in a second of streams that get one at every step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import grpc
+import trustme
+
+from bench import result
+from bench.command import Command, asked_for
+from bench.host.attackers import CONNECTION, GENERATE
+from bench.host.processes import Setting
+from bench.host.serving import PROGRAM
+from bench.load.measures import quantile
+from bench.server import started
+from bench.timing import clock, python_ms
+from serve.client import generate_request
+
+MODEL = ("--model", "default", "--num-pages", "4000", "--buckets", "8", "64")
+MODEL_INFO = "/taper.v1.ControlService/GetModelInfo"
+TOKEN = "a-token-of-the-benchmark"
+FIGURES = ("connect_ms", "ttft_ms", "messages_per_second")
+
+Dial = Callable[[str], grpc.aio.Channel]
+
+
+class Way(NamedTuple):
+    """How the server listens, and how it is called."""
+
+    options: tuple[str, ...]
+    dial: Dial
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+def ways(folder: Path) -> Mapping[str, Way]:
+    authority = trustme.CA()
+    of_server, of_client = authority.issue_cert("127.0.0.1"), authority.issue_cert("client")
+    certificate, key, root, tokens = (
+        folder / name for name in ("cert.pem", "key.pem", "ca.pem", "tokens.toml")
+    )
+    of_server.private_key_pem.write_to_path(key)
+    for number, blob in enumerate(of_server.cert_chain_pems):
+        blob.write_to_path(certificate, append=number > 0)
+    authority.cert_pem.write_to_path(root)
+    tokens.write_text(f'[[token]]\ntenant = "bench"\nroles = ["generate"]\ntoken = "{TOKEN}"\n')
+
+    def secure(*pair: bytes) -> Dial:
+        credentials = grpc.ssl_channel_credentials(authority.cert_pem.bytes(), *pair)
+        return lambda address: grpc.aio.secure_channel(address, credentials, options=CONNECTION)
+
+    def plain(address: str) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(address, options=CONNECTION)
+
+    encrypted = ("--tls-cert-path", str(certificate), "--tls-key-path", str(key))
+    mutual = (*encrypted, "--tls-client-ca-cert-path", str(root))
+    asked, bearer = ("--tokens", str(tokens)), (("authorization", f"Bearer {TOKEN}"),)
+    chain = b"".join(blob.bytes() for blob in of_client.cert_chain_pems)
+    return {
+        "plain": Way((), plain),
+        "tokens": Way(asked, plain, bearer),
+        "TLS": Way(encrypted, secure()),
+        "mTLS, tokens": Way((*mutual, *asked), secure(of_client.private_key_pem.bytes(), chain), bearer),
+    }
+
+
+async def calls(address: str, way: Way, options: Any) -> dict[str, Any]:
+    """One row."""
+    connecting, first = list[float](), list[float]()
+    for _ in range(options.connections):
+        began = clock()
+        async with way.dial(address) as channel:
+            await channel.unary_unary(MODEL_INFO)(b"", metadata=way.metadata)
+        connecting.append(1e3 * (clock() - began))
+    async with way.dial(address) as channel:
+        for _ in range(options.requests):
+            began = clock()
+            stream = answered(channel, way, 1)
+            await anext(stream)
+            first.append(1e3 * (clock() - began))
+            async for _ in stream:
+                pass
+        began = clock()
+        counts = await asyncio.gather(*(count(channel, way, options.tokens) for _ in range(options.streams)))
+        return {
+            "connect_ms": quantile(connecting, 0.5),
+            "ttft_ms": quantile(first, 0.5),
+            "ttft_p99_ms": quantile(first, 0.99),
+            "messages_per_second": sum(counts) / (clock() - began),
+        }
+
+
+def answered(channel: grpc.aio.Channel, way: Way, tokens: int) -> Any:
+    request = generate_request("Name three rivers.", max_tokens=tokens, ignore_eos=True)
+    call: Any = channel.unary_stream(GENERATE)(request.SerializeToString(), metadata=way.metadata)
+    return aiter(call)
+
+
+async def count(channel: grpc.aio.Channel, way: Way, tokens: int) -> int:
+    return sum([1 async for _ in answered(channel, way, tokens)])
+
+
+def text(rows: Sequence[dict[str, Any]]) -> str:
+    """With each figure's ratio to the plain ones beside it."""
+    base = {name: quantile([row[name] for row in rows if row["way"] == "plain"], 0.5) for name in FIGURES}
+    lines = [f"{'':<16}" + "".join(f"{name:>28}" for name in FIGURES)]
+    for row in rows:
+        cells = [f"{row[name]:.2f} ({row[name] / base[name]:.2f})" for name in FIGURES]
+        lines.append(f"{row['way']:<16}" + "".join(f"{cell:>28}" for cell in cells))
+    return "\n".join(lines)
+
+
+def command() -> Command:
+    parser = Command("bench.host.secured", "Encryption and tokens beside neither.")
+    add = parser.add_argument
+    add("--rounds", type=int, default=3, help="of all ways, one after the other")
+    add("--connections", type=int, default=30, help="that are opened one after the other")
+    add("--requests", type=int, default=200, help="one after the other")
+    add("--streams", type=int, default=32, help="at once")
+    add("--tokens", type=int, default=200, help="of each stream")
+    add("--device-ms", type=float, default=1.0, help="a step of the device")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    options = command().parse_args(arguments)
+    rows = list[dict[str, Any]]()
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(device_ms=options.device_ms, launch_ms=0.2, folder=folder, requests=options.streams)
+        possible = ways(Path(folder))
+        with patch.dict(os.environ, setting.environment):
+            for _ in range(options.rounds):
+                for name, way in possible.items():
+                    with started([*MODEL, *way.options], program=PROGRAM) as server:
+                        rows.append({"way": name, **asyncio.run(calls(server.address, way, options))})
+                    print(rows[-1], file=sys.stderr, flush=True)
+    head = result.head(command().typed(arguments))
+    found = {**head, "python_ms": python_ms(), "options": asked_for(options), "rows": rows}
+    return result.conclude(found, text(rows), options.json)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
