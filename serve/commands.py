@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from model.settings import one_line, out_of_memory
 from serve.config import ServerConfig
 from serve.config.command_line import configured
-from serve.logs import STDERR
+from serve.logs import STDERR, say
 
 if TYPE_CHECKING:
     from serve.served import Loader
@@ -35,7 +35,7 @@ def serve(args: list[str] | None = None) -> None:
 
 def _leave(why: str) -> NoReturn:
     """End with status 1, whether anybody reads why or not."""
-    print(f"taper-serve: {why}", file=STDERR)
+    say(f"taper-serve: {why}")
     STDERR.drain()
     sys.exit(1)
 

@@ -39,9 +39,9 @@ PARTS = {
     "processes": {"processes"},
     "rate": {"rate"},
     "served": {"served", "door", "config", "text"},
-    "reading": {"reading", "api", "text", "served", "processes", "logs"},
+    "reading": {"reading", "api", "text", "served", "processes", "logs", "config"},
     "server": {"server", "reading", "api", "text", "door", "served", "config", "lateness", "logs"},
-    "engine": {"engine", "text", "door", "served", "config", "rate"},
+    "engine": {"engine", "text", "door", "served", "config", "rate", "logs"},
     "remote": {"remote", "engine", "text", "door", "served", "config", "rate", "logs", "processes"},
 }
 
@@ -52,7 +52,7 @@ ABSENT = {
     "serve/config": DEVICE,
     "serve/door.py": DEVICE,
     "serve/lateness.py": DEVICE,
-    "serve/logs.py": (*DEVICE, "model", "scheduler"),
+    "serve/logs": (*DEVICE, "model", "scheduler"),
     "serve/processes.py": (*DEVICE, "model", "scheduler"),
     "serve/rate.py": DEVICE,
     "serve/reading": DEVICE,

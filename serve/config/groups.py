@@ -207,6 +207,12 @@ class Requests(Group):
 class Observing(Group):
     """What the server says about itself."""
 
+    log_format: Literal["console", "json"] = "console"
+    """Lines of the log for people, or a JSON object each."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important lines that are written. At debug, what a bug's exception says is shown, which may
+    be a part of a prompt."""
+
     metrics_port: Port[int | None] = None
     """Serve Prometheus metrics on this port, by HTTP or, with a certificate, by HTTPS; 0 picks a free one."""
     metrics_host: str = "127.0.0.1"

@@ -30,6 +30,7 @@ from serve.engine.collector import Collector
 from serve.engine.launcher import Launch, Launcher, StepRunner
 from serve.engine.pauses import Pauses
 from serve.engine.step_log import Moments, StepLog, record
+from serve.logs.bugs import what
 from serve.rate import TokenRate
 
 log = structlog.get_logger("taper")
@@ -40,7 +41,7 @@ def why_failed(crash: BaseException) -> str:
     if out_of_memory(crash):
         todo = "start again with fewer --num-pages or smaller --buckets"
         return f"a step found no memory: {todo} ({one_line(crash)})"
-    return f"a step failed: {type(crash).__name__}: {one_line(crash)}"
+    return f"a step failed: {' '.join(what(crash).split())}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class InProcessEngine:
         except RejectedError as rejected:
             return Refused(rejected.reason, str(rejected), rejected.retry_after)
         except ValueError as fault:
-            return Failed(str(fault))
+            return Failed(what(fault))
         return None
 
     def cancel(self, request_id: str) -> None:

@@ -43,6 +43,7 @@ from scheduler.sampling import SamplingParams
 from scheduler.step import Entry, Sample, SegmentRead, SlotSetup, Step
 from serve.engine.memory import MemoryPlan
 from serve.engine.packing import step_inputs
+from serve.logs.bugs import OperatorError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,7 @@ class RunnerConfig:
     placement: Placement = ON_ONE_DEVICE
 
 
-class GarbageError(Exception):
+class GarbageError(OperatorError):
     """The device sampled a token that there is not."""
 
     def __init__(self, token: int) -> None:

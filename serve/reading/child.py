@@ -8,13 +8,13 @@ import importlib
 import os
 import pickle
 import socket
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from serve.api.errors import OverloadedError, ServiceError
-from serve.logs import log_to_stderr
+from serve.logs import expect_prompts, log_to_stderr
+from serve.logs.bugs import trace
 from serve.processes import belong_to
 from serve.reading import memory
 from serve.reading.frames import LENGTH, Begin, Ready, Told, pack
@@ -30,11 +30,13 @@ def main(descriptor: int, server: int) -> None:
     end = socket.socket(fileno=descriptor)
     with contextlib.suppress(EOFError, OSError):  # the server is gone
         begin = _receive(end)
+        log_to_stderr(*begin.log)
         reader = Reader.of(replace(begin.model, tokenizer=_tokenizer(begin)))
         gc.collect()
         gc.freeze()
         base = memory.resident()
         memory.limit(begin.memory)
+        expect_prompts()
         end.sendall(pack(Ready()))
         while True:
             told = tell(reader.read, _receive(end))
@@ -55,9 +57,7 @@ def tell(read: Callable[[Job], Any], job: Job) -> Told:
     except MemoryError:
         return Told(too_costly("memory"), leaves=True)
     except Exception as bug:
-        # Where it happened and what it is, without what it says: that may be the prompt.
-        frames = traceback.format_tb(bug.__traceback__)
-        return Told(None, bug=f"{''.join(frames)}{type(bug).__name__}")
+        return Told(None, bug=trace(bug))
 
 
 def too_costly(what: str) -> OverloadedError:

@@ -8,9 +8,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from serve.api.errors import ServiceError
+from serve.config import ServerConfig
+from serve.logs import LogForm, LogLevel
 from serve.reading.work import Answer
 from serve.served import ServedModel
 
+TOKENIZER = "serve.reading.child.model_tokenizer"
 LENGTH = struct.Struct("!Q")  # of the pickle that follows
 
 
@@ -19,19 +22,21 @@ class Begin(NamedTuple):
 
     model   what it reads for, without its tokenizer: that is what the function `tokenizer` gives for `name`
     memory  bytes of address space that reading may add to those of a reader that has read nothing
+    log     the form and the level of what it writes to the log
     """
 
     model: Any
     tokenizer: str
     name: str
     memory: int
+    log: tuple[LogForm, LogLevel] = ("console", "info")
 
 
-def begin(
-    model: ServedModel, name: str, memory: int, tokenizer: str = "serve.reading.child.model_tokenizer"
-) -> Begin:
+def begin(model: ServedModel, config: ServerConfig, tokenizer: str = TOKENIZER) -> Begin:
+    """As the config says; `tokenizer` is the function that makes the model's."""
     tokenless: Any = {"tokenizer": None}
-    return Begin(replace(model, **tokenless), tokenizer, name, memory)
+    log = (config.log_format, config.log_level)
+    return Begin(replace(model, **tokenless), tokenizer, config.model, config.read_memory_mb << 20, log)
 
 
 class Ready(NamedTuple):

@@ -111,7 +111,7 @@ class ReaderPool:
 
     def _tell(self, waiting: _Waiting, told: Told) -> None:
         if told.bug:
-            log.error("bug", method=waiting.job.method, request_id=waiting.job.id, where=told.bug)
+            log.error("bug", method=waiting.job.method, request_id=waiting.job.id, exception=told.bug)
         _settle(waiting, InternalError("internal error") if told.outcome is None else told.outcome)
 
     def _put(self, client: str, waiting: _Waiting) -> None:

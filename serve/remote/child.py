@@ -21,7 +21,8 @@ from model.config import ModelConfig
 from model.settings import one_line, out_of_memory
 from serve.config import ServerConfig
 from serve.door import Engine, Failed, News, StepRecord, Watcher, is_last
-from serve.logs import STDERR, log_to_stderr
+from serve.logs import STDERR, expect_prompts, log_to_stderr
+from serve.logs.bugs import what
 from serve.processes import belong_to
 from serve.remote.channel import Channel
 from serve.remote.messages import (
@@ -127,7 +128,7 @@ class EngineHost:
             engine.submit(request, partial(self._news, handle))
         except Exception as bug:
             log.exception("bug", request_id=request.id)
-            self._news(handle, [Failed(repr(bug))])
+            self._news(handle, [Failed(what(bug))])
 
     def _news(self, handle: int, news: Sequence[News]) -> None:
         if is_last(news[-1]):
@@ -169,7 +170,14 @@ def main(descriptor: int, server: int, starter: Callable[[], Starter] = own_engi
     """The process: its end of the socket, and the server's process id."""
     belong_to(server)
     log_to_stderr()
-    channel = Channel(socket.socket(fileno=descriptor))
-    status = EngineHost(channel, starter(), partial(os._exit, 1)).run()
+    channel, start = Channel(socket.socket(fileno=descriptor)), starter()
+
+    def logged(config: ServerConfig, watch: Watcher, before_plan: Callable[[], None]) -> Started:
+        log_to_stderr(config.log_format, config.log_level)
+        started = start(config, watch, before_plan)
+        expect_prompts()
+        return started
+
+    status = EngineHost(channel, logged, partial(os._exit, 1)).run()
     STDERR.drain()
     os._exit(status)  # a compilation cannot be interrupted, and crashes under an interpreter that finalizes

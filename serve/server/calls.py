@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Set
+from collections.abc import AsyncIterator, Iterator, Mapping, Set
 from typing import Any
 
 import grpc
@@ -36,6 +37,7 @@ class Call:
     caller  who makes it, as far as it has been asked
     id      of its request, or one that stands for the call in an error and in the log
     error   with which it was ended from outside
+    facts   what the log says of its request, which has come to its end
     """
 
     def __init__(self, context: grpc.aio.ServicerContext, max_bytes: int) -> None:
@@ -44,6 +46,13 @@ class Call:
         self.caller = Caller(context.peer())
         self.id = uuid.uuid4().hex
         self.error: ServiceError | None = None
+        self.facts: Mapping[str, object] = {}
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since it came."""
+        return round(time.monotonic() - self._began, 6)
 
     def identify(self, callers: Callers, roles: Set[Role]) -> None:
         """Ask who makes it. Raises UnauthenticatedError, and PermissionDeniedError for who has none of the

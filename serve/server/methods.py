@@ -31,14 +31,14 @@ class Method(NamedTuple):
     max_bytes  of its message
     calls      its calls in flight, with those of other methods
     roles      it may be called by who has one of them; none: by everybody, and nobody is asked who it is
-    ended      is told the code of every call's end, and the caller's tenant
+    ended      is told of every call's end: its code, and the reason if there is one
     """
 
     behave: Behaviour
     max_bytes: int
     calls: Calls
     roles: frozenset[Role] = ROLES
-    ended: Callable[[str, str], object] = lambda code, tenant: None
+    ended: Callable[[Call, str, str], object] = lambda call, code, reason: None
 
 
 def full_name(module: Any) -> str:
@@ -64,14 +64,16 @@ def _handler(name: str, method: Method, callers: Callers, *, streams: bool) -> g
     """To gRPC the requests are a stream, so that the handler runs before its one message has come."""
 
     async def answer(_: Any, context: grpc.aio.ServicerContext) -> bytes | None:
-        call, code = Call(context, method.max_bytes), "CANCELLED"
+        call, code, reason = Call(context, method.max_bytes), "CANCELLED", ""
         try:
             outcome = await _outcome(name, method, call, callers)
             if isinstance(outcome, ServiceError):
+                reason = outcome.reason
                 await method.calls.refuse(call.caller.client, outcome)
             code = outcome.code.name if isinstance(outcome, ServiceError) else "OK"
         finally:
-            method.ended(code, call.caller.tenant or "")
+            method.ended(call, code, reason)
+            log.debug("call", method=name, peer=call.caller.connection, code=code, seconds=call.seconds)
         return await abort(context, outcome) if isinstance(outcome, ServiceError) else outcome
 
     make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler

@@ -104,7 +104,7 @@ def _methods(service: Service) -> Methods:
     reflection = Reflection((*SERVICES, full_name(health_pb2)))
     return {
         pb: {
-            "Generate": large(inference.generate)._replace(ended=service.metrics.count_request),
+            "Generate": large(inference.generate)._replace(ended=service.request_ended),
             "Tokenize": large(inference.tokenize),
             "Detokenize": large(inference.detokenize),
         },

@@ -71,7 +71,11 @@ def _stoppings(stages: Sequence[Stage]) -> list[Stopping]:
 
 
 class ResponseWriter:
-    """Writes the messages of one request. Not thread-safe: it belongs to the request's call."""
+    """Writes the messages of one request. Not thread-safe: it belongs to the request's call.
+
+    branches  how many it has had, beside the trunk
+    finish    why the last of its branches, or its trunk, ended
+    """
 
     def __init__(self, request: Request, options: pb.OutputOptions, speller: Speller) -> None:
         self._request = request
@@ -83,6 +87,7 @@ class ResponseWriter:
         self._counts: dict[int, int] = {}  # tokens of branches between two stages
         self._deltas: dict[int, pb.BranchDelta] = {}  # by branch, in the message being written
         self._response = pb.GenerateResponse()
+        self.branches, self.finish = 0, ""
 
     def write(self, events: Sequence[Event]) -> pb.GenerateResponse:
         """The message that tells `events`, in their order."""
@@ -158,6 +163,7 @@ class ResponseWriter:
             delta.completion_tokens = self._counts[branch]
 
     def _branch(self, info: BranchInfo) -> pb.Branch:
+        self.branches = max(self.branches, info.branch)
         if info.branch not in self._texts:
             parent = self._texts.get(info.parent)
             self._texts[info.branch] = parent.fork() if parent else self._trunk()
@@ -189,6 +195,7 @@ class ResponseWriter:
             delta.completion_tokens = event.completion_tokens
         self._counts[event.branch] = event.completion_tokens
         if event.final:
+            self.finish = event.reason.value
             self._texts.pop(event.branch, None)
             del self._counts[event.branch]
             finished = pb.BranchFinished(

@@ -18,7 +18,8 @@ import structlog
 
 from serve.api.certificates import Paths
 from serve.config import ServerConfig
-from serve.logs import STDERR, log_to_stderr
+from serve.logs import STDERR, log_loop, log_to_stderr, say
+from serve.logs.bugs import OperatorError
 from serve.reading.frames import begin
 from serve.reading.pool import ReaderPool
 from serve.served import Loader, Served
@@ -35,7 +36,7 @@ _LOOK_SECONDS = 0.1  # between two looks at whether the engine has died
 _FLUSH_SECONDS = 5.0  # for last messages, once the engine has stopped
 
 
-class EngineFailedError(Exception):
+class EngineFailedError(OperatorError):
     """The engine died while it served."""
 
 
@@ -56,6 +57,7 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
 
     Raises what kept the engine from starting, and EngineFailedError when it dies, once everybody is told.
     """
+    log_loop()
     service = Service(config)
     certificates = _certificates(config)
     _warn_of_exposure(config)
@@ -74,12 +76,12 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
         if loading.done():
             served = loading.result()
             if pool is not None:
-                await pool.begin(begin(served.model, config.model, config.read_memory_mb << 20))
+                await pool.begin(begin(served.model, config))
             service.serve(served, pool)
             if config.explain:
                 announce(served.platform.summary)
                 return
-            print(served.platform.summary, file=STDERR, flush=True)
+            say(served.platform.summary)
             if ports.control != ports.address:
                 log.info("operators", address=ports.control)
             announce(f"taper-serve ready on {ports.address}")
@@ -96,7 +98,7 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
 
 def run(config: ServerConfig, load: Loader) -> None:
     """`serve` in a process of its own: returns after a drain, raises what kept it from starting."""
-    log_to_stderr()
+    log_to_stderr(config.log_format, config.log_level)
     try:
         asyncio.run(serve(config, load, functools.partial(print, flush=True)))
     finally:

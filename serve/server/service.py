@@ -26,12 +26,14 @@ from serve.api.errors import (
 )
 from serve.config import ServerConfig
 from serve.door import Failed, Refused
+from serve.logs import expect_prompts
 from serve.reading.work import Answer, Job, Readers, ReadHere
 from serve.served import Served
 from serve.server.arrivals import Arrivals
 from serve.server.callers import Caller, Callers
-from serve.server.calls import Calls
+from serve.server.calls import Call, Calls
 from serve.server.metrics import Metrics
+from serve.server.request_log import RequestLog
 from serve.server.stream import Doorbell, Stream
 from serve.server.tokens import Tokens
 from serve.text.reader import Speller
@@ -63,6 +65,7 @@ class Service:
         self._waiting_events = waiting_events
         self.callers = Callers(Tokens(config.tokens) if config.tokens else None)
         self.metrics = Metrics()
+        self._request_log = RequestLog()
         self.instance_id = uuid.uuid4().hex
         self.started = time.monotonic()
         self.draining = False
@@ -95,6 +98,7 @@ class Service:
 
     def serve(self, served: Served, readers: Readers | None = None) -> None:
         """From here on, requests are taken, and read by `readers`: in this process unless given."""
+        expect_prompts()
         self._served = served
         self._readers = readers or ReadHere(served.model)
         self._spellers = {
@@ -153,6 +157,11 @@ class Service:
         if key in self._streams or key in self._readings:
             raise DuplicateRequestError.because("DUPLICATE", f"request {request_id!r} is running")
         return key
+
+    def request_ended(self, call: Call, code: str, reason: str) -> None:
+        """A call of Generate has ended, with a gRPC status."""
+        self.metrics.count_request(code, call.caller.tenant or "")
+        self._request_log.ended(call, code, reason)
 
     def speller(self, *, skip_special_tokens: bool) -> Speller:
         return self._spellers[skip_special_tokens]

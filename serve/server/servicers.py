@@ -17,6 +17,7 @@ from serve.reading.requests import is_id
 from serve.reading.work import Job, Prompted
 from serve.served import ServedModel
 from serve.server.calls import Call
+from serve.server.request_log import facts
 from serve.server.responses import ResponseWriter, duration
 from serve.server.service import Service
 
@@ -53,7 +54,9 @@ class InferenceServicer:
                 finished = isinstance(last, Finished)
                 if isinstance(last, Finished):
                     service.metrics.observe_finished(last, call.caller.tenant or "")
+                    call.facts = facts(last)
                 await call.write(writer.write(events).SerializeToString())
+            call.facts = {"branches": writer.branches, "finish": writer.finish, **call.facts}
         finally:
             service.close(request.id, call.caller, finished=finished)
 

@@ -6,10 +6,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from serve.logs.bugs import show_everything
+
 if TYPE_CHECKING:
     from serve.engine.runner import Runner
 
 BUCKETS = (3, 32)
+
+
+@pytest.fixture(autouse=True)
+def no_prompts_yet() -> None:
+    """As in a server that has just begun: the log may show what an exception says."""
+    show_everything(True)
 
 
 @pytest.fixture(scope="session")

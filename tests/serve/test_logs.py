@@ -1,42 +1,250 @@
-"""Nobody has to read the log."""
+"""The log: lines for people and for machines, which show no prompt, and which nobody has to read."""
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import os
 import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 
-from serve.logs import STDERR, Stderr, log_to_stderr
+from serve.logs import STDERR, expect_prompts, log_to_stderr, say
+from serve.logs.bugs import show_everything, trace, what
+from serve.logs.stderr import Stderr
+
+SECRET = "a secret " + "prompt"
+log = structlog.get_logger("taper")
 
 
-def test_the_log_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        log_to_stderr()
-        structlog.get_logger("taper").info("a word")
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    show_everything(False)
+    hooks, root = (sys.excepthook, threading.excepthook, sys.unraisablehook), logging.getLogger()
+    handlers, level = [*root.handlers], root.level
+    yield
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+    root.handlers[:], root.level = handlers, level
+    logging.captureWarnings(False)
+    show_everything(False)
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    def read() -> str:
         STDERR.drain()
-    finally:
-        structlog.reset_defaults()
-    said = capsys.readouterr()
-    assert "a word" in said.err
-    assert not said.out
+        out, err = capsys.readouterr()
+        assert not out
+        return err
+
+    return read
 
 
-def test_a_traceback_tells_nothing_of_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def failed(error: BaseException, message: Any = None) -> BaseException:
+    """An exception that was raised, with what its raiser knew."""
     try:
-        log_to_stderr()
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+# --- lines -------------------------------------------------------------------------------------------------
+
+
+def test_a_line_for_people_goes_to_standard_error(said: Callable[[], str]) -> None:
+    log_to_stderr()
+    log.info("a word", size=3)
+    say("a table\nof two lines")
+    text = said()
+    assert "a word" in text
+    assert "size=3" in text
+    assert text.endswith("a table\nof two lines\n")
+
+
+def test_a_line_for_machines_is_an_object(said: Callable[[], str]) -> None:
+    log_to_stderr("json")
+    expect_prompts()
+    log.info("a word", size=3, names=["a", "b"], left=None)
+    say("a table\nof two lines")
+    log.error("a bug", exc_info=failed(KeyError(SECRET)))
+    logging.getLogger("library").warning("of %d", 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+    first, table, bug, library, warning = map(json.loads, said().splitlines())
+    assert first.pop("timestamp").endswith("Z")
+    assert first == {"level": "info", "event": "a word", "size": 3, "names": "['a', 'b']", "left": None}
+    assert table["text"] == "a table\nof two lines"
+    assert (bug["level"], bug["exception"].splitlines()[-1]) == (
+        "error",
+        f"KeyError: ({len(SECRET) + 2} characters)",
+    )
+    assert (library["logger"], library["event"]) == ("library", "of 5")
+    assert "DeprecationWarning: old" in warning["event"]
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_lines_that_matter_less_are_left_out(form: Any, said: Callable[[], str]) -> None:
+    names = ("debug", "info", "warning", "error")
+    for least, level in enumerate(names):
+        log_to_stderr(form, level)
+        for name in names:
+            getattr(log, name)(f"a {name}")
+            logging.getLogger("library").log(logging.getLevelNamesMapping()[name.upper()], f"of {name}")
+        text = said()
+        assert [name for name in names if f"a {name}" in text] == [*names[least:]]
+        assert [name for name in names if f"of {name}" in text] == [*names[max(2, least) :]]
+
+
+CHOSEN = st.text(st.characters(categories=["Cc", "Cf", "Zl", "Zp", "Lu"]), min_size=1)
+
+
+@given(CHOSEN)
+def test_what_a_client_chooses_neither_breaks_a_line_nor_steers_a_terminal(chosen: str) -> None:
+    whole = f"a{chosen}b"
+    for form in ("console", "json"):
+        log_to_stderr(form)
+        line = {"event": whole, "name": whole, "level": "info", "timestamp": ""}
+        for process in structlog.get_config()["processors"]:
+            line = process(None, "info", line)
+        assert isinstance(line, str)
+        assert line.replace(" ", "").isprintable(), line
+        assert len(line.splitlines()) == 1
+
+
+def test_no_value_is_endless(said: Callable[[], str]) -> None:
+    log_to_stderr("json")
+    log.info("a word", name="x" * 100_000)
+    line = json.loads(said())
+    assert len(line["name"]) < 2100
+    assert line["name"].endswith("x... (100000 characters)")
+
+
+# --- bugs --------------------------------------------------------------------------------------------------
+
+
+def test_a_traceback_tells_nothing_of_what_was_asked_for(said: Callable[[], str]) -> None:
+    log_to_stderr()
+    expect_prompts()
+    try:
+        prompt = SECRET.upper()
+        raise RuntimeError(prompt)
+    except RuntimeError:
+        log.exception("a bug")
+    text = said()
+    assert "RuntimeError: (15 characters)" in text
+    assert "raise RuntimeError(prompt)" in text
+    assert SECRET.upper() not in text
+
+
+class BadError(Exception):
+    def __str__(self) -> str:
+        raise ValueError(SECRET)
+
+
+def chained() -> BaseException:
+    try:
         try:
-            prompt = "a " + "secret"
-            raise RuntimeError(len(prompt))
-        except RuntimeError:
-            structlog.get_logger("taper").exception("a bug")
-        STDERR.drain()
-    finally:
-        structlog.reset_defaults()
-    said = capsys.readouterr().err
-    assert "RuntimeError: 8" in said
-    assert "a secret" not in said
+            raise KeyError(SECRET)
+        except KeyError as error:
+            raise ValueError(SECRET) from error
+    except ValueError as error:
+        error.add_note(SECRET)
+        return failed(ExceptionGroup(SECRET, [error, ExceptionGroup(SECRET, [failed(BadError())])]))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError(SECRET),
+        UnicodeDecodeError("utf-8", SECRET.encode(), 2, 3, SECRET),
+        SyntaxError(SECRET, (SECRET, 1, 1, SECRET)),
+        OSError(SECRET),
+        BadError(),
+        SystemExit(SECRET),
+        chained(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_an_exception_says_is_left_out(error: BaseException) -> None:
+    shown = trace(failed(error))
+    assert type(error).__name__ in shown
+    assert SECRET not in shown
+    assert "secret" not in shown
+
+
+def test_those_that_led_to_it_are_shown() -> None:
+    shown = trace(chained())
+    parts = ("\nKeyError", "which caused:", "\nValueError", "2 of 2:", "1 of 1:", "BadError: (1 char")
+    assert [shown.count(part) for part in parts] == [1] * len(parts)
+
+
+def test_an_exception_that_is_its_own_cause_has_an_end() -> None:
+    error = ValueError()
+    error.__cause__ = KeyError()
+    error.__cause__.__cause__ = error
+    assert trace(error).count("ValueError") == 1
+
+
+def test_what_cannot_be_a_prompt_is_shown() -> None:
+    class DeviceError(RuntimeError):
+        __module__ = "jaxlib.any"
+
+    assert what(failed(DeviceError("no memory"))) == f"{DeviceError.__qualname__}: no memory"
+    assert what(OSError(28, "No space left", "/disk")) == "OSError: [Errno 28] No space left: '/disk'"
+    with pytest.raises(RuntimeError) as caught:
+        raise RuntimeError("words of the code itself")
+    assert what(caught.value) == "RuntimeError: words of the code itself"
+    assert what(ValueError()) == "ValueError"
+
+
+def test_all_is_shown_to_whoever_asks_for_everything(said: Callable[[], str]) -> None:
+    log_to_stderr("console", "debug")
+    expect_prompts()
+    log.error("a bug", exc_info=failed(KeyError(SECRET)))
+    assert SECRET in said()
+
+
+def test_all_is_shown_until_there_may_be_prompts(said: Callable[[], str]) -> None:
+    log_to_stderr()
+    log.error("a bug", exc_info=failed(KeyError("no such model")))
+    assert "no such model" in said()
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_what_nobody_catches_is_told_in_the_same_way(form: Any, said: Callable[[], str]) -> None:
+    log_to_stderr(form)
+    expect_prompts()
+    sys.excepthook(KeyError, failed(KeyError(SECRET)), None)
+
+    class Destroyed:
+        def __del__(self) -> None:
+            raise KeyError(SECRET)
+
+    def run() -> None:
+        Destroyed()
+        raise KeyError(SECRET)
+
+    thread = threading.Thread(target=run, name="worker")
+    thread.start()
+    thread.join()
+    text = said()
+    assert text.count("KeyError: (") == 3
+    assert "worker" in text
+    assert SECRET not in text
+
+
+# --- standard error ----------------------------------------------------------------------------------------
 
 
 def test_what_nobody_reads_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,18 +263,30 @@ def test_what_nobody_reads_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_waits_for_a_log_that_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     monkeypatch.setattr(Stderr, "MOST_WAITING", 300_000)
-    log = Stderr()
+    log, dropped = Stderr(), list[int]()
+    log.on_dropped = dropped.append
     with open(reader) as read, open(writer, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         for count in range(1000):
-            print(f"line {count} of {'x' * 1000}", file=log)
+            log.write(f"line {count} of {'x' * 1000}\n")
         log.drain(0.01)
         heard = [read.readline().split()[1] for _ in range(250)]
         assert heard == [str(count) for count in range(250)], "what was taken comes in order and whole"
         log.drain(10)
-        print("goes on", file=log)
+        log.write("goes on\n")
         log.drain(10)
         os.set_blocking(reader, False)
         rest = read.read()
         assert rest.endswith("goes on\n")
         assert "line 999" not in rest, "what was too much is dropped"
+    assert sum(dropped) == 1000 - 250 - rest.count("line")
+
+
+def test_lines_of_many_threads_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    log_to_stderr("json")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: log.info("a word", number=number), range(500)))
+    STDERR.drain(10)
+    assert sorted(json.loads(line)["number"] for line in stream.getvalue().splitlines()) == [*range(500)]

@@ -80,6 +80,8 @@ SHOWN_ELSEWHERE = {
     "control_host": "test_callers",
     "control_port": "test_callers",
     "metrics_port": "test_server",
+    "log_format": "test_logs",
+    "log_level": "test_logs",
     "drain_timeout": "test_server",
     "step_timeout": "test_processes",
     "max_calls": "test_calls",

@@ -11,6 +11,7 @@ import pytest
 from serve.api.errors import InternalError, InvalidRequestError, OverloadedError, ServiceError
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client import generate_request
+from serve.config import ServerConfig
 from serve.reading.frames import begin
 from serve.reading.pool import LEAST, ROOM, ReaderPool
 from serve.reading.work import Job, Prompted, Readers, ReadHere
@@ -41,7 +42,7 @@ def run() -> Iterator[Run]:
 def pool(run: Run) -> Iterator[ReaderPool]:
     async def make() -> ReaderPool:
         made = ReaderPool(size=2, seconds=SECONDS)
-        await made.begin(begin(served_model(), "", 1 << 30, tokenizer=HOSTILE))
+        await made.begin(begin(served_model(), ServerConfig(), tokenizer=HOSTILE))
         return made
 
     made = run(make())
@@ -205,7 +206,7 @@ def test_a_reader_that_cannot_start_is_an_error_of_the_start(capfd: pytest.Captu
     async def use() -> None:
         pool = ReaderPool(size=1, seconds=SECONDS)
         with pytest.raises(RuntimeError, match="ended with 1"):
-            await pool.begin(begin(served_model(), "none", 1 << 30, tokenizer=HOSTILE))
+            await pool.begin(begin(served_model(), ServerConfig(model="none"), tokenizer=HOSTILE))
         await pool.close()
 
     asyncio.run(asyncio.wait_for(use(), 30))

@@ -186,7 +186,7 @@ def test_a_bug_that_one_request_meets_is_told_to_its_caller_alone(
     with monkeypatch.context() as patched:
         patched.setattr(back.engine, "submit", submit)
         back.other.channel.send(Submit(0, request("r")))
-        assert back.news({0: "r"})[0] == [Failed("KeyError('a bug')")]
+        assert back.news({0: "r"})[0] == [Failed("KeyError: 'a bug'")]
     back.other.channel.send(Submit(1, request("s")))
     back.engine.wait_for(lambda engine: "s" in engine.requests)
     assert not back.gone.is_set()

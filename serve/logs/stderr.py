@@ -8,19 +8,25 @@ import os
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 
 import structlog
 
 
 class Stderr(io.TextIOBase):
-    """Standard error. What it does not take, as its reader is gone or far behind, is dropped."""
+    """Standard error. What it does not take, as its reader is gone or far behind, is dropped.
+
+    on_dropped  is told how many lines were, once there is room again
+    """
 
     MOST_WAITING = 1 << 20  # characters
 
     def __init__(self) -> None:
+        self.on_dropped: Callable[[int], object] = lambda count: None
         self._change = threading.Condition()
         self._waiting: deque[str] = deque()
         self._size = 0  # of what waits and of what is being written
+        self._dropped = 0
         self._thread: threading.Thread | None = None
 
     def write(self, text: str, /) -> int:
@@ -28,6 +34,8 @@ class Stderr(io.TextIOBase):
             if self._size + len(text) <= self.MOST_WAITING:
                 self._waiting.append(text)
                 self._size += len(text)
+            else:
+                self._dropped += 1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="taper-log", daemon=True)
                 self._thread.start()
@@ -45,11 +53,14 @@ class Stderr(io.TextIOBase):
                 self._change.wait_for(lambda: self._waiting)
                 text = "".join(self._waiting)
                 self._waiting.clear()
+                dropped, self._dropped = self._dropped, 0
             with contextlib.suppress(OSError, ValueError):  # or it is closed
                 _put(text)
             with self._change:
                 self._size -= len(text)
                 self._change.notify_all()
+            if dropped:
+                self.on_dropped(dropped)
 
 
 def _put(text: str) -> None:
