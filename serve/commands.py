@@ -20,6 +20,7 @@ def serve(args: list[str] | None = None) -> None:
     """Serve a model over gRPC until SIGTERM."""
     config = configured(args)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of a GPU: the server owns it
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # or it logs each handshake that fails, in its own form
     with _engine(config) as load:
         from serve.server.server import EngineFailedError, run
 

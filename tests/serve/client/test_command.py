@@ -188,7 +188,7 @@ def test_the_command_explains_itself(capsys):
 # --- as a process ------------------------------------------------------------------------------------------
 
 
-PROGRAM = "from serve.client.command import main; main()"
+PROGRAM = "from serve.client.__main__ import main; main()"
 # What an interrupt that is raised inside of gRPC can do: it becomes nobody's, and the channel never closes.
 STUCK = f"""
 import contextlib, threading

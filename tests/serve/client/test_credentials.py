@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -415,6 +418,17 @@ def test_the_command_says_what_is_missing_in_a_line(encrypted, guarded, tmp_path
             main(["go", *args])
         assert str(caught.value).startswith(f"taper-client: {said}")
         assert "\n" not in str(caught.value)
+
+
+def test_a_process_of_the_command_says_one_line(encrypted, foreign):
+    """gRPC would say more about a handshake that fails."""
+    command = [sys.executable, "-m", "serve.client", "go", "--address", encrypted]
+    env = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    ran = subprocess.run(
+        [*command, "--tls-ca-cert-path", foreign.path], env=env, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
+    assert ran.stderr.startswith("taper-client: UNAVAILABLE: the certificate of")
 
 
 def test_the_command_encrypts_by_tls_alone_and_sends_a_token_in_the_open_if_told_to(monkeypatch, tmp_path):
