@@ -10,6 +10,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from model import checkpoint
+from model.version import versions
 
 app = SubcommandApp()
 
@@ -44,6 +45,9 @@ def smollm2(out: Out) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--version"]:
+        print(versions())
+        return
     try:
         app.cli(prog="taper-convert", description=__doc__)
     except (OSError, ValueError) as error:

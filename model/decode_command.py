@@ -18,6 +18,7 @@ from model.find import model_tokenizer
 from model.settings import one_line, out_of_memory
 from model.sharding import Placement, ask_for_devices
 from model.tokenizer import Tokenizer
+from model.version import versions
 from scheduler.sampling import SamplingParams, faults_of_sampling
 
 
@@ -64,10 +65,15 @@ class Decode:
     """KV positions in a page."""
     json: bool = False
     """Print one JSON object instead of text."""
+    version: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Say the versions of taper, JAX and Python, and leave."""
 
 
 def main(args: list[str] | None = None) -> None:
     command = tyro.cli(Decode, prog="taper-decode", description=Decode.__doc__, args=args)
+    if command.version:
+        print(versions())
+        return
     ask_for_devices(command.tensor_parallel)
     try:
         with jax.enable_x64(command.dtype == "float64"):

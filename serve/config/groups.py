@@ -212,7 +212,6 @@ class Observing(Group):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least important lines that are written. At debug, what a bug's exception says is shown, which may
     be a part of a prompt."""
-
     metrics_port: Port[int | None] = None
     """Serve Prometheus metrics on this port, by HTTP or, with a certificate, by HTTPS; 0 picks a free one."""
     metrics_host: str = "127.0.0.1"

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.config import ServerConfig
+from serve.config import ServerConfig, naming
 from serve.server.health import Health
 from serve.server.methods import Behaviour, Method, add_service, full_name
 from serve.server.reflection import Reflection
@@ -42,16 +42,17 @@ class Ports:
     """
 
     def __init__(self, service: Service, certificates: Certificates | None = None) -> None:
-        """Raises OSError if it cannot listen there."""
+        """Raises OptionError if it cannot listen there."""
         config, methods = service.config, _methods(service)
         self._certificates = certificates
         self._servers: list[grpc.aio.Server] = []
-        if config.control_port is None:
-            self.address = self.control = self._bind(service, config.host, config.port, methods)
-        else:
-            self.address = self._bind(service, config.host, config.port, _asked_by_all(methods))
-            operators = _of_operators(methods)
-            self.control = self._bind(service, config.control_host, config.control_port, operators)
+        asked = methods if config.control_port is None else _asked_by_all(methods)
+        with naming("port"):
+            self.address = self.control = self._bind(service, config.host, config.port, asked)
+        if config.control_port is not None:
+            with naming("control_port"):
+                operators = _of_operators(methods)
+                self.control = self._bind(service, config.control_host, config.control_port, operators)
 
     async def start(self) -> None:
         for server in self._servers:

@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 
 from serve.api.certificates import Paths
-from serve.config import ServerConfig
+from serve.config import ServerConfig, naming
 from serve.logs import STDERR, log_loop, log_to_stderr, say
 from serve.logs.bugs import OperatorError
 from serve.reading.frames import begin
@@ -146,7 +146,8 @@ def _serve_metrics(service: Service, certificates: Certificates | None) -> Calla
         return lambda: None
     pages = {"/metrics": scraping.metrics_page(service.metrics.registry)}
     authorize = functools.partial(service.callers.check, roles={"metrics"})
-    url, stop = scraping.listen(config.metrics_host, config.metrics_port, pages, authorize, certificates)
+    with naming("metrics_port"):
+        url, stop = scraping.listen(config.metrics_host, config.metrics_port, pages, authorize, certificates)
     log.info("metrics", url=f"{url}/metrics")
     return stop
 

@@ -24,6 +24,7 @@ from model.checkpoint import (
 )
 from model.config import PRESETS
 from model.find import model_config, model_folder
+from model.version import versions
 from model.weights import WeightsError, hf_tensors
 from tests.model.checkpoints import CHECKPOINTS
 
@@ -157,6 +158,14 @@ def test_the_convert_command_converts(
     tensors = CHECKPOINTS[name].tensors()
     for key, tensor in hf_tensors(model).items():
         np.testing.assert_array_equal(tensor, tensors[key].astype(np.float32), err_msg=key)
+
+
+def test_the_convert_command_tells_its_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["taper-convert", "--version"])
+    convert.main()
+    assert capsys.readouterr().out == f"{versions()}\n"
 
 
 def test_a_folder_that_cannot_be_converted_is_said_in_a_line(

@@ -10,6 +10,7 @@ import pytest
 import tyro
 
 from model.decode_command import Decode, _continuation, main
+from model.version import versions
 from scheduler.sampling import OPTIONS, SamplingParams
 from tests.families import FAMILIES, family
 from tests.model.checkpoints import CHECKPOINTS, GREEDY_TOKENS, Golden
@@ -91,6 +92,11 @@ def test_a_continuation_is_what_its_ids_add_to_the_text_of_the_prompt(name: str)
 def test_the_command_says_what_is_wrong(options: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         main(options)
+
+
+def test_the_command_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"{versions()}\n"
 
 
 def test_a_folder_without_a_tokenizer_takes_ids_only(golden_folder: Callable[[str], Path]) -> None:

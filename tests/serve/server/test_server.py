@@ -41,11 +41,11 @@ from serve.api.protos.taper.v1 import control_service_pb2, inference_service_pb2
 from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
 from serve.client import AsyncClient, generate_request, parallel
 from serve.client.answer import Completion, Finished, events_of
-from serve.config import ServerConfig
+from serve.config import OptionError, ServerConfig
 from serve.door import Failed, Load, Refused, Sink
 from serve.served import Platform, Served
 from serve.server.ports import SERVICES, Ports
-from serve.server.server import shut_down
+from serve.server.server import serve, shut_down
 from serve.server.service import Service
 from tests.serve.fakes import ByteTokenizer, FakeEngine, finished, served_model
 
@@ -720,9 +720,15 @@ async def test_reflection_shows_every_service_with_its_real_file_names():
 @in_loop
 async def test_a_second_server_does_not_share_the_port():
     async with serving(FakeEngine()) as (_, address):
-        config = ServerConfig(port=int(address.rpartition(":")[2]))
-        with pytest.raises(OSError, match=f"cannot listen on {address}"):
-            Ports(Service(config))
+        taken = int(address.rpartition(":")[2])
+        with pytest.raises(OptionError, match=f"^--port: cannot listen on {address}"):
+            Ports(Service(ServerConfig(port=taken)))
+        with pytest.raises(OptionError, match=f"^--control-port: cannot listen on {address}"):
+            Ports(Service(ServerConfig(port=0, control_port=taken)))
+        with pytest.raises(OptionError, match=f"^--metrics-port: cannot listen on {address} for metrics: "):
+            await serve(
+                ServerConfig(port=0, metrics_port=taken, readers=0), lambda *_: pytest.fail("it is loaded")
+            )
 
 
 @in_loop
