@@ -72,12 +72,20 @@ def _handler(name: str, method: Method, callers: Callers, *, streams: bool) -> g
                 await method.calls.refuse(call.caller.client, outcome)
             code = outcome.code.name if isinstance(outcome, ServiceError) else "OK"
         finally:
-            method.ended(call, code, reason)
-            log.debug("call", method=name, peer=call.caller.connection, code=code, seconds=call.seconds)
+            _ended(name, method, call, code, reason)
         return await abort(context, outcome) if isinstance(outcome, ServiceError) else outcome
 
     make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
     return make(answer)
+
+
+def _ended(name: str, method: Method, call: Call, code: str, reason: str) -> None:
+    """Tell of it. A bug there is nothing for the caller, to whom gRPC would say what it raised."""
+    try:
+        method.ended(call, code, reason)
+        log.debug("call", method=name, peer=call.caller.connection, code=code, seconds=call.seconds)
+    except Exception:
+        log.exception("bug", method=name, request_id=call.id)
 
 
 async def _outcome(name: str, method: Method, call: Call, callers: Callers) -> bytes | ServiceError | None:

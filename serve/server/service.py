@@ -59,7 +59,7 @@ class Service:
     """What the servicers share: what is served, once it is loaded, and the calls that run."""
 
     def __init__(self, config: ServerConfig, *, waiting_events: int = WAITING_EVENTS) -> None:
-        """`waiting_events`: the most events of a stream that wait for its reader. Raises ValueError
+        """`waiting_events`: the most events of a stream that wait for its reader. Raises OptionError
         where the file of tokens is none."""
         self.config = config
         self._waiting_events = waiting_events

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import structlog
 
 from serve.api.errors import UnauthenticatedError
+from serve.config import OptionError
 
 log = structlog.get_logger("taper")
 
@@ -48,13 +49,13 @@ class Tokens:
     """The tokens of a file, by their digests; a file that cannot be read leaves those of before."""
 
     def __init__(self, path: str) -> None:
-        """Raises ValueError for what is no such file."""
+        """Raises OptionError for what is no such file."""
         self._path = Path(path).expanduser()
         self._stamp = _stamp(self._path)
         try:
             self._known = _read(self._path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"--tokens: {error}") from error
+            raise OptionError.because("tokens", error) from error
         self._looked = time.monotonic()
 
     def identify(self, authorization: str | None) -> Token:

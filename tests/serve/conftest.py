@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 
 from serve.logs.bugs import show_everything
 
@@ -18,6 +23,18 @@ BUCKETS = (3, 32)
 def no_prompts_yet() -> None:
     """As in a server that has just begun: the log may show what an exception says."""
     show_everything(True)
+
+
+@pytest.fixture
+def restored_log() -> Iterator[None]:
+    """What `log_to_stderr` changes is as before, afterwards."""
+    hooks, root = (sys.excepthook, threading.excepthook, sys.unraisablehook), logging.getLogger()
+    handlers, level = [*root.handlers], root.level
+    yield
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+    root.handlers[:], root.level = handlers, level
+    logging.captureWarnings(False)
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,24 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.logs import STDERR, expect_prompts, log_to_stderr, say
-from serve.logs.bugs import show_everything, trace, what
+from serve.logs.bugs import trace, what
 from serve.logs.stderr import Stderr
 
 SECRET = "a secret " + "prompt"
 log = structlog.get_logger("taper")
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    show_everything(False)
-    hooks, root = (sys.excepthook, threading.excepthook, sys.unraisablehook), logging.getLogger()
-    handlers, level = [*root.handlers], root.level
-    yield
-    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
-    root.handlers[:], root.level = handlers, level
-    logging.captureWarnings(False)
-    show_everything(False)
-    structlog.reset_defaults()
+pytestmark = pytest.mark.usefixtures("restored_log")
 
 
 @pytest.fixture
@@ -177,6 +165,7 @@ def chained() -> BaseException:
     ids=lambda error: type(error).__name__,
 )
 def test_what_an_exception_says_is_left_out(error: BaseException) -> None:
+    expect_prompts()
     shown = trace(failed(error))
     assert type(error).__name__ in shown
     assert SECRET not in shown
@@ -184,6 +173,7 @@ def test_what_an_exception_says_is_left_out(error: BaseException) -> None:
 
 
 def test_those_that_led_to_it_are_shown() -> None:
+    expect_prompts()
     shown = trace(chained())
     parts = ("\nKeyError", "which caused:", "\nValueError", "2 of 2:", "1 of 1:", "BadError: (1 char")
     assert [shown.count(part) for part in parts] == [1] * len(parts)
