@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import structlog
 
 from serve.api.errors import UnauthenticatedError
-from serve.config import OptionError
+from serve.config import naming
 
 log = structlog.get_logger("taper")
 
@@ -52,10 +52,8 @@ class Tokens:
         """Raises OptionError for what is no such file."""
         self._path = Path(path).expanduser()
         self._stamp = _stamp(self._path)
-        try:
+        with naming("tokens"):
             self._known = _read(self._path)
-        except (OSError, ValueError) as error:
-            raise OptionError.because("tokens", error) from error
         self._looked = time.monotonic()
 
     def identify(self, authorization: str | None) -> Token:
