@@ -11,7 +11,19 @@ from typing import Literal
 
 from scheduler.policy import policy
 from serve.config.errors import OptionError, flag, naming
-from serve.config.ranges import NotNegative, Port, Positive, Seed, Share
+from serve.config.ranges import (
+    MOST,
+    Count,
+    CountOfGrpc,
+    CountOrZero,
+    Mebibytes,
+    NotNegative,
+    Port,
+    Positive,
+    Seconds,
+    Seed,
+    Share,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +49,7 @@ class Model(Group):
     float64 is for exact tests on CPU."""
     attention: str = "auto"
     """Attention backend; `auto` picks by device."""
-    tensor_parallel: Positive[int] = 1
+    tensor_parallel: Count[int] = 1
     """Devices of this machine that share the model: its heads, MLP and vocabulary are divided over them."""
     peer_memory: bool = False
     """Let two GPUs that share the model add up each layer's parts through each other's memory, where they can
@@ -133,42 +145,44 @@ class Scheduling(Group):
 class Memory(Group):
     """How the KV cache is divided, and how large a step is."""
 
-    page_size: Positive[int | None] = None
+    page_size: Count[int | None] = None
     """KV positions in a page: 64 on an accelerator, 16 on a CPU, unless set."""
-    num_pages: Positive[int | None] = None
+    num_pages: Count[int | None] = None
     """KV pages in the pool: as many as fit an accelerator's memory, 2048 on a CPU, unless set."""
     prefix_cache: bool = True
     """Share the KV pages of equal prompt beginnings between requests."""
-    max_context: Positive[int | None] = None
+    max_context: Count[int | None] = None
     """Longest context of a request in tokens; the model's own unless set."""
     buckets: tuple[int, ...] | None = None
     """Row counts that steps are padded to; one program is compiled for each. From 8 on, to 512 on an
     accelerator and to 64 on a CPU, unless set."""
-    max_chunk: Positive[int | None] = None
+    max_chunk: Count[int | None] = None
     """Most prompt tokens of one request in one step: as many as the largest bucket has rows unless set."""
 
     def check(self) -> None:
-        if self.buckets is not None and (not self.buckets or any(bucket < 1 for bucket in self.buckets)):
-            raise OptionError.must_be("buckets", "row counts of at least 1", self.buckets)
+        if self.buckets is not None and not (
+            self.buckets and all(1 <= rows <= MOST for rows in self.buckets)
+        ):
+            raise OptionError.must_be("buckets", f"row counts from 1 to {MOST}", self.buckets)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clients(Group):
     """How much all clients, and each of them, may ask for at a time."""
 
-    max_queue: Positive[int] = 256
+    max_queue: Count[int] = 256
     """Most requests waiting to start."""
-    max_client_queue: Positive[int | None] = None
+    max_client_queue: Count[int | None] = None
     """Most requests of one client (one tenant, or one connection where nobody tells them apart) waiting to
     start; as many as of all unless set."""
-    max_client_running: Positive[int | None] = None
+    max_client_running: Count[int | None] = None
     """Most requests of one client that run at once; its others wait. As many as can run unless set."""
     max_client_kv: Share[float | None] = None
     """The share of the KV pages that the running requests of one client may come to need; what may need more
     by itself is refused. No limit unless set."""
-    max_calls: Positive[int] = 4096
+    max_calls: Count[int] = 4096
     """Most calls in flight that bring or brought a prompt, and as many others."""
-    max_client_calls: Positive[int] = 1024
+    max_client_calls: CountOfGrpc[int] = 1024
     """Of these, the most of one client."""
 
 
@@ -176,14 +190,14 @@ class Clients(Group):
 class Reading(Group):
     """What reading a prompt may take."""
 
-    max_message_bytes: Positive[int] = 1 << 22
+    max_message_bytes: CountOfGrpc[int] = 1 << 22
     """Largest message that brings a prompt."""
-    readers: NotNegative[int] = 2
+    readers: CountOrZero[int] = 2
     """Processes that read prompts: they tokenize, and run the chat template. 0, and always with the engine in
     this process: threads of the server's, which nothing can stop."""
     read_timeout: Positive[float] = 5.0
     """Seconds that reading one message may take."""
-    read_memory_mb: Positive[int] = 1024
+    read_memory_mb: Mebibytes[int] = 1024
     """MiB of memory that reading one message may take."""
 
 
@@ -191,15 +205,15 @@ class Reading(Group):
 class Requests(Group):
     """What one request may ask for."""
 
-    max_branches: Positive[int] = 64
+    max_branches: Count[int] = 64
     """Most branches of one request, all stages together; where the model forks, of each fork."""
-    max_depth: Positive[int] = 4
+    max_depth: Count[int] = 4
     """Deepest nesting of forks."""
-    max_logit_bias: NotNegative[int] = 64
+    max_logit_bias: CountOrZero[int] = 64
     """Most logit biases of one branch."""
-    max_top_logprobs: NotNegative[int] = 8
+    max_top_logprobs: CountOrZero[int] = 8
     """Most alternatives reported for each token."""
-    default_max_tokens: Positive[int] = 512
+    default_max_tokens: Count[int] = 512
     """Limit of a stage whose request names none."""
 
 
@@ -229,10 +243,10 @@ class Running(Group):
     engine_in_process: bool = False
     """Run the engine in the server's own process, where they take the interpreter from each other, instead of
     in one of its own."""
-    step_timeout: NotNegative[float] = 60.0
+    step_timeout: Seconds[float] = 60.0
     """Seconds without the end of a step, while requests run, after which the engine's process is given up: it
     is killed, callers are told, and the server ends with an error. 0: never."""
-    drain_timeout: NotNegative[float] = 30.0
+    drain_timeout: Seconds[float] = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
     explain: bool = False
     """Get ready to serve, say what that took and how the memory is divided, and leave."""

@@ -718,6 +718,13 @@ async def test_reflection_shows_every_service_with_its_real_file_names():
 
 
 @in_loop
+async def test_it_listens_with_the_largest_limits_that_there_can_be():
+    most = 2**29 - 1
+    ports = Ports(Service(ServerConfig(port=0, max_message_bytes=most, max_client_calls=most)))
+    await ports.stop(0)
+
+
+@in_loop
 async def test_a_second_server_does_not_share_the_port():
     async with serving(FakeEngine()) as (_, address):
         taken = int(address.rpartition(":")[2])
