@@ -7,6 +7,8 @@ import contextlib
 import os
 import re
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -336,6 +338,39 @@ def test_the_options_lead_to_every_port(authority):
     with capture_logs() as logged, pytest.raises(SeenEnoughError):
         asyncio.run(serve(config, lambda *_: Served(engine=FakeEngine(), model=served_model()), look))
     assert shown == [True, True, True]
+
+
+def test_metrics_are_for_those_with_their_role_and_what_is_open_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("serve.server.exposure._is_loopback", lambda address: address == "127.0.0.1")
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(
+        "".join(
+            f'[[token]]\ntenant = "{role}"\nroles = ["{role}"]\ntoken = "the-token-for-{role}"\n'
+            for role in ("metrics", "generate")
+        )
+    )
+    config = ServerConfig(
+        port=0, metrics_port=0, metrics_host="127.0.0.2", tokens=str(tokens), readers=0, drain_timeout=0.0
+    )
+    statuses: list[int] = []
+
+    def look(ready: str) -> None:
+        (url,) = (each["url"] for each in logged if each["event"] == "metrics")
+        for role in ("metrics", "generate", "nobody"):
+            asked = urllib.request.Request(url, headers={"Authorization": f"Bearer the-token-for-{role}"})
+            try:
+                answer = urllib.request.urlopen(asked, timeout=10)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                statuses.append(answer.status)
+        raise SeenEnoughError
+
+    with capture_logs() as logged, pytest.raises(SeenEnoughError):
+        asyncio.run(serve(config, lambda *_: Served(engine=FakeEngine(), model=served_model()), look))
+    assert statuses == [200, 403, 401]
+    (warned,) = (each for each in logged if each["log_level"] == "warning")
+    assert (warned["addresses"], "tokens pass unencrypted" in warned["event"]) == (["127.0.0.2"], True)
 
 
 def test_nothing_is_loaded_where_a_file_is_wrong(authority):
