@@ -66,8 +66,11 @@ def connected(place: str) -> socket.socket:
 
 
 @pytest.fixture(autouse=True)
-def _ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def _limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server ends soon, and none of its limits of time helps where another one should."""
     monkeypatch.setattr(scraping, "_POLL_SECONDS", 0.01)
+    for limit in ("SILENCE_SECONDS", "CONNECTION_SECONDS"):
+        monkeypatch.setattr(scraping, limit, 600.0)
 
 
 COUNTED = b'taper_devices{kind="fake"} 2.0'

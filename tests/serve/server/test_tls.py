@@ -260,19 +260,21 @@ def test_files_that_are_replaced_while_they_are_read_do_not_mix(authority, monke
 
 def test_many_handshakes_read_a_file_once(authority, monkeypatch):
     paths, new = authority.issue(), authority.issue()
-    certificates, read = Certificates(paths), []
+    certificates, read = Certificates(paths, clock := Clock()), []
     put(new.cert, paths.cert)
     put(new.key, paths.key)
     from serve.server import tls
 
     load = tls.load
-    monkeypatch.setattr(tls, "load", lambda *args: read.append(args) or load(*args))
+    monkeypatch.setattr(tls, "load", lambda *args: read.append(certificates._lock.locked()) or load(*args))
     threads = [threading.Thread(target=certificates.now) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(read) == 1
+    clock.now += RETRY_SECONDS
+    assert certificates.now().pem.cert == Path(new.cert).read_bytes()
+    assert read == [True], "by one of them, while the others wait"
 
 
 # --- at start ----------------------------------------------------------------------------------------------
