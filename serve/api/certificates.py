@@ -10,6 +10,8 @@ import contextlib
 import ssl
 from typing import NamedTuple
 
+from .keys import USABLE, is_usable
+
 
 class Paths(NamedTuple):
     """Where the files are, or what the options are called that say it. None: there is no such file."""
@@ -31,7 +33,7 @@ def load(paths: Paths, names: Paths, context: ssl.SSLContext) -> Pem:
     """What is in the files, which fit together; `context` uses it from here on.
 
     Raises ValueError with the name of the option whose file is wrong: it cannot be read, is no PEM, is the
-    key of another certificate or is encrypted; or all of them were being replaced.
+    key of another certificate, is encrypted or of another kind; or all of them were being replaced.
     """
     if (paths.cert is None) != (paths.key is None):
         given, missing = (names.cert, names.key) if paths.cert else (names.key, names.cert)
@@ -44,6 +46,10 @@ def load(paths: Paths, names: Paths, context: ssl.SSLContext) -> Pem:
         context.load_verify_locations(paths.authorities)
     if paths.cert is not None:
         _load_pair(paths, names, context)
+        if not is_usable(before.cert or b""):
+            raise ValueError(
+                f"{names.cert}: gRPC cannot use keys as that of {paths.cert!r}: {USABLE} are possible"
+            )
     if _read(paths, names) != before:
         raise ValueError("the files of certificate and key are being replaced")
     return before
