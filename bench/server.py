@@ -23,6 +23,7 @@ PATIENCE = 60.0  # seconds that it gets to stop
 class Server:
     """A server that is ready. `ready_seconds`: from its start until it said so."""
 
+    process: int
     address: str
     metrics_url: str
     ready_seconds: float
@@ -56,7 +57,7 @@ def started(
             if address is None:
                 raise ChildProcessError(f"taper-serve did not start: it ended with {process.wait()}")
             echo.start()
-            yield Server(address, f"http://127.0.0.1:{metrics}/metrics", clock() - began)
+            yield Server(process.pid, address, f"http://127.0.0.1:{metrics}/metrics", clock() - began)
         finally:
             process.terminate()
             try:

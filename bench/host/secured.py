@@ -3,8 +3,9 @@
     python -m bench.host.secured --json OUT
 
 The server is the real one over a device that is none; its only client has one connection. A row for each way
-to call, in turns: milliseconds until a new connection has its first answer, until a request has its first
-token, and the messages in a second of streams that get one at every step.
+to call, in turns: milliseconds until a new connection has its first answer, and until a request has its
+first token; of streams that get a message at every step, the messages in a second, and the microseconds of
+the server's CPU for each.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from bench.host.attackers import CONNECTION, GENERATE
 from bench.host.processes import Setting
 from bench.host.serving import PROGRAM
 from bench.load.measures import quantile
-from bench.server import started
+from bench.server import Server, started
 from bench.timing import clock, python_ms
 from serve.client import generate_request
 
 MODEL = ("--model", "default", "--num-pages", "4000", "--buckets", "8", "64")
 MODEL_INFO = "/taper.v1.ControlService/GetModelInfo"
 TOKEN = "a-token-of-the-benchmark"
-FIGURES = ("connect_ms", "ttft_ms", "messages_per_second")
+FIGURES = ("connect_ms", "ttft_ms", "messages_per_second", "message_us")
 
 Dial = Callable[[str], grpc.aio.Channel]
 
@@ -78,15 +79,21 @@ def ways(folder: Path) -> Mapping[str, Way]:
     }
 
 
-async def calls(address: str, way: Way, options: Any) -> dict[str, Any]:
+def cpu_seconds(process: int) -> float:
+    """Of a process until now."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def calls(server: Server, way: Way, options: Any) -> dict[str, Any]:
     """One row."""
     connecting, first = list[float](), list[float]()
     for _ in range(options.connections):
         began = clock()
-        async with way.dial(address) as channel:
+        async with way.dial(server.address) as channel:
             await channel.unary_unary(MODEL_INFO)(b"", metadata=way.metadata)
         connecting.append(1e3 * (clock() - began))
-    async with way.dial(address) as channel:
+    async with way.dial(server.address) as channel:
         for _ in range(options.requests):
             began = clock()
             stream = answered(channel, way, 1)
@@ -94,13 +101,14 @@ async def calls(address: str, way: Way, options: Any) -> dict[str, Any]:
             first.append(1e3 * (clock() - began))
             async for _ in stream:
                 pass
-        began = clock()
+        began, cpu = clock(), cpu_seconds(server.process)
         counts = await asyncio.gather(*(count(channel, way, options.tokens) for _ in range(options.streams)))
         return {
             "connect_ms": quantile(connecting, 0.5),
             "ttft_ms": quantile(first, 0.5),
             "ttft_p99_ms": quantile(first, 0.99),
             "messages_per_second": sum(counts) / (clock() - began),
+            "message_us": 1e6 * (cpu_seconds(server.process) - cpu) / sum(counts),
         }
 
 
@@ -115,19 +123,23 @@ async def count(channel: grpc.aio.Channel, way: Way, tokens: int) -> int:
 
 
 def text(rows: Sequence[dict[str, Any]]) -> str:
-    """With each figure's ratio to the plain ones beside it."""
-    base = {name: quantile([row[name] for row in rows if row["way"] == "plain"], 0.5) for name in FIGURES}
-    lines = [f"{'':<16}" + "".join(f"{name:>28}" for name in FIGURES)]
-    for row in rows:
-        cells = [f"{row[name]:.2f} ({row[name] / base[name]:.2f})" for name in FIGURES]
-        lines.append(f"{row['way']:<16}" + "".join(f"{cell:>28}" for cell in cells))
+    """The medians of each way, beside their ratio to the plain one."""
+    medians = dict[str, dict[str, float]]()
+    for way in dict.fromkeys(row["way"] for row in rows):
+        its = [row for row in rows if row["way"] == way]
+        medians[way] = {name: quantile([row[name] for row in its], 0.5) or 0.0 for name in FIGURES}
+    base = medians["plain"]
+    lines = [f"{'':<14}" + "".join(f"{name:>24}" for name in FIGURES)]
+    for way, found in medians.items():
+        cells = [f"{found[name]:.2f} ({found[name] / base[name]:.2f})" for name in FIGURES]
+        lines.append(f"{way:<14}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
 
 
 def command() -> Command:
     parser = Command("bench.host.secured", "Encryption and tokens beside neither.")
     add = parser.add_argument
-    add("--rounds", type=int, default=3, help="of all ways, one after the other")
+    add("--rounds", type=int, default=5, help="of all ways, one after the other")
     add("--connections", type=int, default=30, help="that are opened one after the other")
     add("--requests", type=int, default=200, help="one after the other")
     add("--streams", type=int, default=32, help="at once")
@@ -146,7 +158,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
             for _ in range(options.rounds):
                 for name, way in possible.items():
                     with started([*MODEL, *way.options], program=PROGRAM) as server:
-                        rows.append({"way": name, **asyncio.run(calls(server.address, way, options))})
+                        rows.append({"way": name, **asyncio.run(calls(server, way, options))})
                     print(rows[-1], file=sys.stderr, flush=True)
     head = result.head(command().typed(arguments))
     found = {**head, "python_ms": python_ms(), "options": asked_for(options), "rows": rows}

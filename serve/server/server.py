@@ -16,7 +16,6 @@ from typing import Any
 
 import structlog
 
-from serve.api.certificates import Paths
 from serve.config import ServerConfig, naming
 from serve.logs import STDERR, log_loop, log_to_stderr, say
 from serve.logs.bugs import OperatorError
@@ -27,7 +26,7 @@ from serve.server import scraping
 from serve.server.exposure import warn_of_exposure
 from serve.server.ports import Ports
 from serve.server.service import Service
-from serve.server.tls import Certificates
+from serve.server.tls import Certificates, certificates_of
 
 log = structlog.get_logger("taper")
 
@@ -59,7 +58,7 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
     """
     log_loop()
     service = Service(config)
-    certificates = _certificates(config)
+    certificates = certificates_of(config)
     _warn_of_exposure(config)
     ports = Ports(service, certificates)
     # The processes import what they need while the engine starts.
@@ -113,13 +112,6 @@ async def _until_failed(service: Service, signalled: asyncio.Task[Any]) -> None:
         if service.state == "FAILED":
             raise EngineFailedError(f"the engine failed: {service.failure}")
         await asyncio.wait({signalled}, timeout=_LOOK_SECONDS)
-
-
-def _certificates(config: ServerConfig) -> Certificates | None:
-    """None: the server speaks no TLS."""
-    if config.tls_cert_path is None:
-        return None
-    return Certificates(Paths(config.tls_cert_path, config.tls_key_path, config.tls_client_ca_cert_path))
 
 
 def _warn_of_exposure(config: ServerConfig) -> None:

@@ -18,6 +18,7 @@ import grpc
 import structlog
 
 from serve.api.certificates import Paths, Pem, load
+from serve.config import ServerConfig
 
 log = structlog.get_logger("taper")
 
@@ -89,6 +90,13 @@ class Certificates:
         return grpc.dynamic_ssl_server_credentials(
             _configuration(given), fetch, require_client_authentication=self.asks_clients
         )
+
+
+def certificates_of(config: ServerConfig) -> Certificates | None:
+    """None: the server speaks no TLS. Raises ValueError, by the option's name, for files of no use."""
+    if config.tls_cert_path is None:
+        return None
+    return Certificates(Paths(config.tls_cert_path, config.tls_key_path, config.tls_client_ca_cert_path))
 
 
 def _looks(paths: Paths) -> tuple[object, ...]:

@@ -6,12 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from serve.config import ServerConfig
+from serve.api.certificates import Paths
+from serve.server.tls import Certificates
+from tests.serve.authorities import Authority
 from tests.serve.fakes import FakeEngine, listening
 from tests.serve.server.test_server import answer
 from tests.serve.server.test_tokens import entry
@@ -31,34 +34,45 @@ ASKED = {
 }
 
 
+class Secured(NamedTuple):
+    """A server that asks for client certificates and tokens, and what a client of it needs."""
+
+    address: str
+    own: Paths
+
+
 @pytest.fixture
-def config(tmp_path: Path) -> ServerConfig:
-    file = tmp_path / "tokens.toml"
-    file.write_text(entry(roles='["generate", "control"]', token=TOKEN))
-    return ServerConfig(port=0, tokens=str(file))
+def secured(tmp_path: Path) -> Iterator[Secured]:
+    tokens, authority = tmp_path / "tokens.toml", Authority(tmp_path)
+    tokens.write_text(entry(roles='["generate", "control"]', token=TOKEN))
+    certificates = Certificates(authority.issue())
+    with listening(FakeEngine(answer), tokens=str(tokens), certificates=certificates) as address:
+        yield Secured(address, authority.issue("client"))
 
 
-def buf_curl(address: str, method: str, message: Any, *options: str) -> subprocess.CompletedProcess[str]:
-    url = f"http://{address}/{method}"
-    command = [Path(sys.executable).parent / "buf", "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
+def buf_curl(server: Secured, method: str, message: Any, *options: str) -> subprocess.CompletedProcess[str]:
+    cert, key, authorities = map(str, server.own)
+    with_certificate = ("--cacert", authorities, "--cert", cert, "--key", key)
+    command = [Path(sys.executable).parent / "buf", "curl", "--protocol", "grpc", *with_certificate]
     return subprocess.run(
-        [*command, *options, "--data", json.dumps(message), url], capture_output=True, text=True, timeout=60
+        [*command, *options, "--data", json.dumps(message), f"https://{server.address}/{method}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
-def test_buf_curl_calls_every_method_by_reflection_with_a_token_and_none_without(
-    config: ServerConfig,
-) -> None:
+def test_buf_curl_calls_every_method_with_a_certificate_and_a_token(secured: Secured) -> None:
+    """It finds them by reflection."""
     token = ("--header", f"authorization: Bearer {TOKEN}", "--reflect-header", "*")
-    with listening(FakeEngine(answer), config=config) as address:
-        for method, message in ASKED.items():
-            called = buf_curl(address, f"taper.v1.{method}", message, *token)
-            assert called.returncode == 0, called.stderr
-            assert "Generate" not in method or "finished" in called.stdout
-        refused = buf_curl(address, "taper.v1.ControlService/GetLoad", {}, "--schema", str(PROTOS))
-        assert json.loads(refused.stderr)["code"] == "unauthenticated"
-        checked = buf_curl(address, "grpc.health.v1.Health/Check", {}, *token)
-        assert json.loads(checked.stdout) == {"status": "SERVING"}
+    for method, message in ASKED.items():
+        called = buf_curl(secured, f"taper.v1.{method}", message, *token)
+        assert called.returncode == 0, called.stderr
+        assert "Generate" not in method or "finished" in called.stdout
+    refused = buf_curl(secured, "taper.v1.ControlService/GetLoad", {}, "--schema", str(PROTOS))
+    assert json.loads(refused.stderr)["code"] == "unauthenticated"
+    checked = buf_curl(secured, "grpc.health.v1.Health/Check", {}, *token)
+    assert json.loads(checked.stdout) == {"status": "SERVING"}
 
 
 @pytest.fixture(scope="session")
@@ -83,13 +97,15 @@ def call_all(folder: Path, **where: str) -> dict[str, Any]:
 
 
 @pytest.mark.outside
-def test_node_calls_every_method_with_a_token_and_none_without(node: Path, config: ServerConfig) -> None:
-    with listening(FakeEngine(answer), config=config) as address:
-        answered = call_all(node, address=address, token=TOKEN)
-        refused = call_all(node, address=address)
+def test_node_calls_every_method_with_a_certificate_and_a_token(node: Path, secured: Secured) -> None:
+    cert, key, authorities = map(str, secured.own)
+    certified = {"address": secured.address, "cert": cert, "key": key, "ca": authorities}
+    answered, refused = call_all(node, **certified, token=TOKEN), call_all(node, **certified)
+    unknown = call_all(node, address=secured.address, ca=authorities)
     assert {method.rpartition("/")[2] for method in ASKED} | {"Check"} == answered.keys()
     assert [name for name, value in answered.items() if "error" in value] == []
     assert answered["Generate"]["events"][-1] == "finished"
     assert answered["Detokenize"] == {"text": "go"}
     assert {value.get("error") for name, value in refused.items() if name != "Check"} == {"UNAUTHENTICATED"}
     assert answered["Check"] == refused["Check"] == {"status": 1}
+    assert {value.get("error") for value in unknown.values()} == {"UNAVAILABLE"}, "not even health"
