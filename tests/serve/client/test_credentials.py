@@ -374,7 +374,8 @@ def test_a_token_is_text_and_what_is_none_is_not_shown():
 
 def test_a_client_does_not_show_its_token():
     with Client("127.0.0.1:1", token=SECRET) as client:
-        assert SECRET not in f"{client!r} {client._access!r} {client}"
+        assert SECRET not in f"{client!r} {client}"
+    assert SECRET not in repr(Access("127.0.0.1:1", None, SECRET, plaintext_token=False))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

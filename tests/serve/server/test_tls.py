@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import os
 import re
+import ssl
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -19,11 +21,12 @@ from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
-from serve.api.certificates import Paths
+from serve.api.certificates import Paths, Pem
 from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
 from serve.client import generate_request
 from serve.config import OptionError, ServerConfig
 from serve.served import Served
+from serve.server import tls
 from serve.server.ports import Ports
 from serve.server.server import serve, shut_down
 from serve.server.service import Service
@@ -247,12 +250,12 @@ def test_files_that_are_replaced_while_they_are_read_do_not_mix(authority, monke
     before = certificates.now()
     put(authority.issue().cert, paths.cert)
 
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **options: object) -> None:
         put(new.cert, paths.cert)
         put(new.key, paths.key)
 
     with monkeypatch.context() as patched:
-        patched.setattr("serve.api.certificates._load_pair", interrupted)
+        patched.setattr(ssl.SSLContext, "load_cert_chain", interrupted)
         assert certificates.now() is before
     clock.now += RETRY_SECONDS
     assert certificates.now().pem.key == Path(new.key).read_bytes()
@@ -263,10 +266,14 @@ def test_many_handshakes_read_a_file_once(authority, monkeypatch):
     certificates, read = Certificates(paths, clock := Clock()), []
     put(new.cert, paths.cert)
     put(new.key, paths.key)
-    from serve.server import tls
-
     load = tls.load
-    monkeypatch.setattr(tls, "load", lambda *args: read.append(certificates._lock.locked()) or load(*args))
+
+    def slow(*args) -> Pem:
+        read.append(args)
+        time.sleep(0.05)  # the others come
+        return load(*args)
+
+    monkeypatch.setattr(tls, "load", slow)
     threads = [threading.Thread(target=certificates.now) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -274,7 +281,7 @@ def test_many_handshakes_read_a_file_once(authority, monkeypatch):
         thread.join()
     clock.now += RETRY_SECONDS
     assert certificates.now().pem.cert == Path(new.cert).read_bytes()
-    assert read == [True], "by one of them, while the others wait"
+    assert len(read) == 1, "by one of them, while the others wait"
 
 
 # --- at start ----------------------------------------------------------------------------------------------
