@@ -33,10 +33,10 @@ def is_local(host: str) -> bool:
         found = socket.getaddrinfo(host.strip("[]") or None, None, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
         return False
-    return all(_is_loopback(str(address[0])) for *_, address in found)
+    return all(is_loopback(str(address[0])) for *_, address in found)
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     parsed = ipaddress.ip_address(address.partition("%")[0])
     mapped = getattr(parsed, "ipv4_mapped", None)
     return (mapped or parsed).is_loopback

@@ -350,7 +350,7 @@ def test_the_options_lead_to_every_port(authority):
 
 
 def test_metrics_are_for_those_with_their_role_and_what_is_open_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("serve.server.exposure._is_loopback", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr("serve.server.exposure.is_loopback", lambda address: address == "127.0.0.1")
     tokens = tmp_path / "tokens.toml"
     tokens.write_text(
         "".join(
