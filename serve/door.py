@@ -49,12 +49,28 @@ def is_last(news: News) -> bool:
     return isinstance(news, Finished | Refused | Failed)
 
 
+class Programs(NamedTuple):
+    """Programs that the engine's process has got: compiled, or cached, found in the folder that keeps them.
+
+    late_...  since it serves, when each of them holds up every request; the others while it started
+    """
+
+    compiled: int = 0
+    cached: int = 0
+    late_compiled: int = 0
+    late_cached: int = 0
+
+
+NO_PROGRAMS = Programs()
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """How busy an engine is, and how well it has lately predicted its steps, `steps` so far.
 
     unloaded_step  seconds of a step of one row, as it is predicted now
     start_gap      seconds between two starts while requests wait
+    programs       that it has got so far
     """
 
     scheduler: SchedulerLoad
@@ -63,6 +79,7 @@ class Load:
     steps: int
     unloaded_step: float = 0.0
     start_gap: float = 0.0
+    programs: Programs = NO_PROGRAMS
 
 
 class StepRecord(NamedTuple):

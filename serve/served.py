@@ -91,6 +91,7 @@ class Platform:
 
     device          kind of the devices that share the model, of which there are `devices`
     largest_bucket  rows that one step can have
+    page_size       KV positions in a page
     unloaded_step   seconds that a step of one row took at the start
     summary         what getting ready came to, for the operator
     """
@@ -98,6 +99,7 @@ class Platform:
     device: str = "cpu"
     devices: int = 1
     largest_bucket: int = 64
+    page_size: int = 16
     unloaded_step: float = 0.0
     summary: str = ""
 

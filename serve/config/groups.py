@@ -230,6 +230,9 @@ class Observing(Group):
     """Serve Prometheus metrics on this port, by HTTP or, with a certificate, by HTTPS; 0 picks a free one."""
     metrics_host: str = "127.0.0.1"
     """Address of that port: loopback unless told otherwise."""
+    vllm_metric_names: bool = False
+    """Report how busy the server is under vLLM's names, too (vllm:num_requests_waiting and others), for
+    autoscalers and routers that read those."""
     step_log: str | None = None
     """Write a line of JSON about every step to this file: what it held, its predicted and measured time."""
 

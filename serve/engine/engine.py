@@ -25,7 +25,7 @@ from scheduler.events import Event, Finished, TokenEmitted
 from scheduler.request import Request
 from scheduler.scheduler import RejectedError, Scheduler
 from scheduler.step import FinishedStep, ScheduledStep, StepResult
-from serve.door import Failed, Load, Refused, Sink, State, Watcher
+from serve.door import NO_PROGRAMS, Failed, Load, Programs, Refused, Sink, State, Watcher
 from serve.engine.collector import Collector
 from serve.engine.launcher import Launch, Launcher, StepRunner
 from serve.engine.pauses import Pauses
@@ -75,7 +75,8 @@ class InProcessEngine:
 
     `on_step` is told of every finished step and `watch` of its figures, both from the engine's thread;
     `step_log` gets a line of them, and is closed with the engine. `collector` takes over the garbage
-    collection of the process. `before_plan` is called before each step is planned.
+    collection of the process. `before_plan` is called before each step is planned. `programs` counts those
+    that the engine has got.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class InProcessEngine:
         step_log: StepLog | None = None,
         collector: Collector | None = None,
         before_plan: Callable[[], None] = lambda: None,
+        programs: Callable[[], Programs] = lambda: NO_PROGRAMS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
@@ -100,6 +102,7 @@ class InProcessEngine:
         self._clock = clock
         self._collector = collector
         self._before_plan = before_plan
+        self._programs = programs
         self._sinks: dict[str, Sink] = {}
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="taper-engine", daemon=True)
@@ -170,6 +173,7 @@ class InProcessEngine:
                 steps=self._steps,
                 unloaded_step=self.scheduler.controller.latency.rows_seconds(1),
                 start_gap=self.scheduler.start_gap,
+                programs=self._programs(),
             )
 
     def stop(self, *, drain: bool, timeout: float) -> None:

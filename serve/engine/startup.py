@@ -32,6 +32,7 @@ from serve.engine.collector import Collector
 from serve.engine.compiled import keep_compiled_programs
 from serve.engine.engine import InProcessEngine
 from serve.engine.memory import MemoryPlan, device_limit, remembered
+from serve.engine.programs import ProgramCount
 from serve.engine.ready import Ready
 from serve.engine.runner import Runner, RunnerConfig
 from serve.engine.step_log import StepLog
@@ -61,6 +62,7 @@ class Started:
             device=self.ready.device,
             devices=self.ready.runner.placement.count,
             largest_bucket=self.runner.buckets.largest,
+            page_size=self.runner.config.page_size,
             unloaded_step=self.ready.latency.rows_seconds(1),
             summary=str(self.ready),
         )
@@ -86,6 +88,7 @@ def start(
     folder, before anything is served.
     """
     ask_for_devices(config.tensor_parallel)
+    count = ProgramCount()
     config = config.for_platform(jax.default_backend())
     programs = keep_compiled_programs(config.compilation_cache)
     with naming("step_log"):
@@ -133,7 +136,9 @@ def start(
         step_log=step_log,
         collector=Collector(),
         before_plan=before_plan,
+        programs=count.now,
     )
+    count.serving()
     engine.start()
     return Started(engine, runner, served, ready)
 

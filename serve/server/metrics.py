@@ -6,20 +6,26 @@ Steps are observed from the engine's thread, requests from the event loop's; loa
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
 from scheduler.events import Finished
+from serve.api.errors import RETRY_AFTER
 from serve.door import Load, StepRecord
 from serve.lateness import CAUSES, LATE, cause_of_lateness
+from serve.server.load_metrics import LoadCollector, VllmCollector
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 2, 4)
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+
+disable_created_metrics()  # or each counter would be two series to Prometheus
+
+_NO_REFUSAL = "ABORTED"  # of all reasons for which a request ends: it was its caller's wish
 
 
 class Histogram:
@@ -60,10 +66,17 @@ class Metrics:
             return made
 
         self._requests = counter("requests", "Requests that ended, by gRPC status code", "code", "tenant")
+        self._refusals = counter("refusals", "Requests that were refused, or given up, by reason", "reason")
+        for reason in RETRY_AFTER:
+            if reason != _NO_REFUSAL:
+                self._refusals.labels(reason)  # from the start: what appears with a 1 is no increase
         self._tokens = counter(
             "tokens", "Tokens: prompt (read), cached (reused), completion (sampled)", "kind", "tenant"
         )
         self._slo = counter("slo", "Finished requests by target and whether they met it", "target", "met")
+        for target in ("ttft", "tpot"):
+            for met in ("true", "false"):
+                self._slo.labels(target, met)
         self._ttft = histogram("ttft_seconds", "Arrival to first token", _SECONDS)
         self._tpot = histogram("tpot_seconds", "Mean time between tokens of a request", _SECONDS)
         self._step = histogram("step_seconds", "Measured time of a step", _SECONDS)
@@ -82,6 +95,7 @@ class Metrics:
         self._devices = Gauge(
             "taper_devices", "Devices that share the model, by their kind", ["kind"], registry=registry
         )
+        self._model = Gauge("taper_model_info", "The model that is served", ["model_name"], registry=registry)
         self._targets = Gauge(
             "taper_tpot_slo_seconds", "TPOT target: the default, and the least", ["target"], registry=registry
         )
@@ -119,8 +133,16 @@ class Metrics:
         self._slo.labels("tpot", str(timing.tpot_slo_met).lower()).inc()
         self._slo.labels("ttft", str(timing.ttft_slo_met).lower()).inc()
 
-    def count_request(self, code: str, tenant: str = "") -> None:
+    def count_request(self, code: str, tenant: str = "", reason: str = "") -> None:
+        """A request has ended, for one of the reasons of `serve.api.errors` if there was one."""
+        self._requests.labels("INTERNAL", tenant)  # is there before there is a bug
         self._requests.labels(code, tenant).inc()
+        if reason and reason != _NO_REFUSAL:
+            self._refusals.labels(reason).inc()
+
+    def describe_model(self, name: str) -> None:
+        """Report which model is served."""
+        self._model.labels(name).set(1)
 
     def describe_devices(self, kind: str, count: int) -> None:
         """Report that the model is divided over `count` devices of this kind."""
@@ -131,32 +153,10 @@ class Metrics:
         self._targets.labels("default").set(default_tpot)
         self._targets.labels("least").set(min_tpot)
 
-    def watch_load(self, load: Callable[[], Load]) -> None:
+    def watch_load(self, load: Callable[[], Load], model_name: str) -> None:
         """Report `load()` whenever the metrics are scraped."""
-        self.registry.register(_LoadCollector(load))
+        self.registry.register(LoadCollector(load, model_name))
 
-
-class _LoadCollector:
-    def __init__(self, load: Callable[[], Load]) -> None:
-        self._load = load
-
-    def describe(self) -> list[Metric]:
-        return []  # or registering would ask for the load of an engine that may not run yet
-
-    def collect(self) -> Iterator[Metric]:
-        load = self._load()
-        now, accuracy = load.scheduler, load.accuracy
-        gauges = {
-            "running_requests": now.running_requests,
-            "running_branches": now.running_branches,
-            "queued_requests": now.queued_requests,
-            "kv_used_tokens": now.kv_used_tokens,
-            "kv_capacity_tokens": now.kv_capacity_tokens,
-            "unloaded_step_seconds": load.unloaded_step,
-            "start_gap_seconds": load.start_gap,
-            "prediction_bias": accuracy.bias,
-            "prediction_mape": accuracy.mape,
-            "prediction_coverage": accuracy.coverage,
-        }
-        for name, value in gauges.items():
-            yield GaugeMetricFamily(f"taper_{name}", name.replace("_", " "), value=value)
+    def watch_load_as_vllm(self, load: Callable[[], Load], model_name: str, page_size: int) -> None:
+        """Report it under vLLM's names; a page has `page_size` KV positions."""
+        self.registry.register(VllmCollector(load, model_name, page_size))

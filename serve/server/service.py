@@ -104,9 +104,17 @@ class Service:
         self._spellers = {
             skip: Speller(served.model.tokenizer.spelling, skip_special_tokens=skip) for skip in (False, True)
         }
-        self.metrics.watch_load(served.engine.load)
-        self.metrics.describe_devices(served.platform.device, served.platform.devices)
-        self.metrics.describe_targets(served.model.default_slo.tpot, served.model.min_tpot)
+        self._report(served)
+
+    def _report(self, served: Served) -> None:
+        """Let the metrics tell of it."""
+        metrics, name = self.metrics, served.model.name
+        metrics.describe_model(name)
+        metrics.watch_load(served.engine.load, name)
+        if self.config.vllm_metric_names:
+            metrics.watch_load_as_vllm(served.engine.load, name, served.platform.page_size)
+        metrics.describe_devices(served.platform.device, served.platform.devices)
+        metrics.describe_targets(served.model.default_slo.tpot, served.model.min_tpot)
 
     def served(self) -> Served:
         """Raises UnavailableError until the model is loaded."""
@@ -160,7 +168,7 @@ class Service:
 
     def request_ended(self, call: Call, code: str, reason: str) -> None:
         """A call of Generate has ended, with a gRPC status."""
-        self.metrics.count_request(code, call.caller.tenant or "")
+        self.metrics.count_request(code, call.caller.tenant or "", reason)
         self._request_log.ended(call, code, reason)
 
     def speller(self, *, skip_special_tokens: bool) -> Speller:

@@ -17,7 +17,9 @@ import pytest
 import structlog
 from jax.experimental.compilation_cache import compilation_cache
 
+from serve.door import Programs
 from serve.engine.compiled import keep_compiled_programs
+from serve.engine.programs import ProgramCount
 
 READING = "a compiled program that was kept cannot be read, and is compiled anew"
 WRITING = "what is compiled now is not kept"
@@ -140,3 +142,19 @@ def test_other_warnings_are_as_they_were(tmp_path: Path) -> None:
     keep_compiled_programs(str(tmp_path))
     with pytest.raises(UserWarning, match="something else"):
         warnings.warn("something else", stacklevel=1)
+
+
+def test_programs_that_were_compiled_and_found_are_counted_at_the_start_and_later(tmp_path: Path) -> None:
+    first = ProgramCount()
+    start(tmp_path)
+    compiled, cached, *late = first.now()
+    assert (compiled >= 2, cached, late) == (True, 0, [0, 0]), "with those that made the arguments"
+
+    second = ProgramCount()
+    start(tmp_path)
+    assert second.now() == Programs(compiled=0, cached=compiled)
+    second.serving()
+    start(tmp_path)
+    assert second.now() == Programs(compiled=0, cached=compiled, late_cached=compiled)
+    start(tmp_path / "new")
+    assert second.now() == Programs(0, compiled, late_compiled=compiled, late_cached=compiled)

@@ -80,6 +80,7 @@ SHOWN_ELSEWHERE = {
     "control_host": "test_callers",
     "control_port": "test_callers",
     "metrics_port": "test_server",
+    "vllm_metric_names": "test_server",
     "log_format": "test_logs",
     "log_level": "test_logs",
     "drain_timeout": "test_server",
@@ -176,9 +177,15 @@ def test_what_is_served_is_what_was_started(started: Started, monkeypatch: pytes
         device=jax.devices()[0].device_kind,
         devices=2,
         largest_bucket=4,
+        page_size=started.runner.config.page_size,
         unloaded_step=started.ready.latency.rows_seconds(1),
         summary=str(started.ready),
     )
+
+
+def test_the_programs_that_it_got_while_it_started_are_in_its_load(started: Started) -> None:
+    compiled, cached, *_ = started.engine.load().programs
+    assert compiled + cached >= len([*started.runner.buckets])
 
 
 @pytest.mark.parametrize("asked", [True, False])

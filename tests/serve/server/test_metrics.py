@@ -7,7 +7,8 @@ from scheduler.program import Plan, SerialStage
 from scheduler.request import Request
 from scheduler.scheduler import SchedulerLoad
 from scheduler.stopping import Stopping
-from serve.door import Load
+from serve.api.errors import RETRY_AFTER
+from serve.door import Load, Programs
 from serve.lateness import CAUSES
 from serve.server.metrics import Metrics
 from tests.serve.fakes import STEP, FakeEngine, finished
@@ -89,29 +90,99 @@ def test_finished_requests_add_up():
     assert value("taper_tpot_seconds_sum") == 0.02
 
 
-def test_every_figure_of_the_load_has_a_gauge_of_its_own():
+def test_a_request_that_ended_for_a_reason_is_a_refusal_unless_its_caller_wanted_that():
     metrics = Metrics()
-    accuracy = PredictionAccuracy(6.0, 7.0, 8.0)
-    metrics.watch_load(lambda: Load(SchedulerLoad(1, 2, 3, 4, 5), accuracy, 0.0, 0, 9.0, 10.0))
-    gauges = {
-        sample.name: sample.value
+    for code, reason in (("OK", ""), ("CANCELLED", "ABORTED"), *[("RESOURCE_EXHAUSTED", "QUEUE_FULL")] * 2):
+        metrics.count_request(code, "", reason)
+    value = metrics.registry.get_sample_value
+    assert value("taper_requests_total", {"code": "RESOURCE_EXHAUSTED", "tenant": ""}) == 2
+    reasons = {reason: value("taper_refusals_total", {"reason": reason}) for reason in RETRY_AFTER}
+    assert reasons == dict.fromkeys(RETRY_AFTER, 0) | {"ABORTED": None, "QUEUE_FULL": 2}
+
+
+def test_what_an_alert_asks_for_the_increase_of_is_there_before_it_happens():
+    metrics = Metrics()
+    value = metrics.registry.get_sample_value
+    assert value("taper_slo_total", {"target": "ttft", "met": "false"}) == 0
+    metrics.count_request("OK", "search")
+    assert value("taper_requests_total", {"code": "INTERNAL", "tenant": "search"}) == 0
+    names = {sample.name for family in metrics.registry.collect() for sample in family.samples}
+    assert not any(name.endswith("_created") for name in names)
+
+
+def gauges_of(metrics: Metrics) -> dict[str, tuple[float, dict[str, str]]]:
+    return {
+        sample.name: (sample.value, sample.labels)
         for family in metrics.registry.collect()
         if family.type == "gauge"
         for sample in family.samples
-        if not sample.name.endswith("_created")
     }
-    assert gauges == {
+
+
+BUSY = Load(
+    SchedulerLoad(1, 2, 3, 4, 5),
+    PredictionAccuracy(6.0, 7.0, 8.0),
+    0.0,
+    0,
+    9.0,
+    10.0,
+    Programs(11, 12, 13, 14),
+)
+
+
+def test_every_figure_of_the_load_has_a_gauge_of_its_own_with_the_name_of_the_model():
+    metrics = Metrics()
+    metrics.watch_load(lambda: BUSY, "tiny")
+    gauges = gauges_of(metrics)
+    assert {name: value for name, (value, _) in gauges.items()} == {
         "taper_running_requests": 1,
         "taper_running_branches": 2,
         "taper_queued_requests": 3,
         "taper_kv_used_tokens": 4,
         "taper_kv_capacity_tokens": 5,
+        "taper_kv_used_ratio": 0.8,
         "taper_prediction_bias": 6,
         "taper_prediction_mape": 7,
         "taper_prediction_coverage": 8,
         "taper_unloaded_step_seconds": 9,
         "taper_start_gap_seconds": 10,
     }
+    assert [labels for _, labels in gauges.values()] == [{"model_name": "tiny"}] * len(gauges)
+
+
+def test_programs_are_counted_by_how_the_engine_got_them_and_when():
+    metrics = Metrics()
+    metrics.watch_load(lambda: BUSY, "tiny")
+    counts = {
+        (when, how): metrics.registry.get_sample_value("taper_programs_total", {"when": when, "how": how})
+        for when in ("start", "serving")
+        for how in ("compiled", "cached")
+    }
+    assert [*counts.values()] == [11, 12, 13, 14]
+
+
+def test_autoscalers_find_the_load_under_the_names_that_vllm_gives_it():
+    metrics = Metrics()
+    metrics.watch_load_as_vllm(lambda: BUSY, "tiny", page_size=2)
+    both = {"model_name": "tiny", "engine": "0"}
+    assert gauges_of(metrics) == {
+        "vllm:num_requests_running": (1, both),
+        "vllm:num_requests_waiting": (3, both),
+        "vllm:kv_cache_usage_perc": (0.8, both),
+        "vllm:cache_config_info": (1, both | {"block_size": "2", "num_gpu_blocks": "2"}),
+    }
+
+
+def test_without_a_kv_cache_none_of_it_is_used():
+    metrics = Metrics()
+    metrics.watch_load(lambda: Load(SchedulerLoad(0, 0, 0, 0, 0), PredictionAccuracy(), 0.0, 0), "tiny")
+    assert gauges_of(metrics)["taper_kv_used_ratio"][0] == 0
+
+
+def test_the_model_that_is_served_is_told():
+    metrics = Metrics()
+    metrics.describe_model("tiny")
+    assert metrics.registry.get_sample_value("taper_model_info", {"model_name": "tiny"}) == 1
 
 
 def test_the_targets_of_the_time_between_tokens_are_told():
@@ -133,9 +204,10 @@ def test_the_devices_that_share_the_model_are_counted():
 def test_load_is_read_when_it_is_scraped():
     metrics, engine = Metrics(), FakeEngine()
     stage = SerialStage(stopping=Stopping(max_tokens=1))
-    metrics.watch_load(engine.load)
-    assert metrics.registry.get_sample_value("taper_running_requests") == 0
+    metrics.watch_load(engine.load, "tiny")
+    value, name = metrics.registry.get_sample_value, {"model_name": "tiny"}
+    assert value("taper_running_requests", name) == 0
     engine.submit(Request(id="r", prompt=(1,), program=Plan(stages=(stage,))), print)
-    assert metrics.registry.get_sample_value("taper_running_requests") == 1
-    assert metrics.registry.get_sample_value("taper_kv_used_tokens") == 10
-    assert metrics.registry.get_sample_value("taper_prediction_coverage") == 1.0
+    assert value("taper_running_requests", name) == 1
+    assert value("taper_kv_used_tokens", name) == 10
+    assert value("taper_prediction_coverage", name) == 1.0

@@ -752,6 +752,20 @@ async def test_requests_are_counted_by_how_they_ended():
     assert value("taper_requests_total", {"code": "OK", "tenant": ""}) == 1
     assert value("taper_requests_total", {"code": "INVALID_ARGUMENT", "tenant": ""}) == 1
     assert value("taper_tokens_total", {"kind": "completion", "tenant": ""}) == 2
+    assert value("taper_refusals_total", {"reason": "INVALID_FIELD"}) == 1, "of Generate alone"
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_load_has_vllms_names_too_if_they_are_asked_for(wanted: bool):
+    service = Service(ServerConfig(port=0, vllm_metric_names=wanted))
+    service.serve(Served(engine=FakeEngine(), model=served_model(), platform=Platform(page_size=50)))
+    value, model = service.metrics.registry.get_sample_value, {"model_name": "tiny"}
+    assert value("taper_model_info", model) == 1
+    assert value("taper_kv_used_ratio", model) == 0.01
+    vllms = model | {"engine": "0"}
+    assert value("vllm:kv_cache_usage_perc", vllms) == (0.01 if wanted else None)
+    pages = {"block_size": "50", "num_gpu_blocks": "20"}
+    assert value("vllm:cache_config_info", vllms | pages) == (1 if wanted else None)
 
 
 # --- the process -------------------------------------------------------------------------------------------
@@ -889,7 +903,7 @@ def test_metrics_are_served_on_a_port_of_their_own():
         url = line[line.index("http") :].split()[0].split("\x1b")[0]
         with urllib.request.urlopen(url, timeout=10) as response:
             page = response.read()
-        assert b"taper_kv_capacity_tokens 1000.0" in page
+        assert b'taper_kv_capacity_tokens{model_name="tiny"} 1000.0' in page
         assert b"taper_step_seconds_count 1.0" in page, "of every step that the loader tells of"
 
 
