@@ -9,7 +9,7 @@ MODEL  ?= default
 WITHOUT_JAX := $(addprefix tests/,scheduler serve/api serve/client serve/reading serve/server serve/text serve/test_config.py serve/test_config_file.py)
 PLANNERS := $(addprefix tests/,attention/test_layout.py attention/test_tiles.py test_rooms.py)
 
-.PHONY: demo test-fast test test-tpu test-all check test-oracle test-answers protos clean
+.PHONY: demo test-fast test test-tpu test-all test-deploy check test-oracle test-answers lock protos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/taper-demo --model $(MODEL)
@@ -32,6 +32,10 @@ test-tpu: $(VENV)/.installed-tpu
 test-all: $(VENV)/.installed-tpu check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 -m 'not oracle'
 
+# What operators are given, by the programs that read it; without Prometheus and Python 3.12, less of it.
+test-deploy: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'outside or not outside' tests/deploy
+
 # Static checks: style, types.
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -46,6 +50,14 @@ test-oracle: $(VENV)/.installed-oracle
 QUESTIONS ?= 500
 test-answers: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m 'full or not full' tests/serve/test_tiny_answers.py -s --questions $(QUESTIONS)
+
+# What the Dockerfile installs: every package of a server on NVIDIA GPUs, with hashes, whichever index has it.
+# Keeps the versions that it has; UPGRADE=1 looks for newer ones.
+lock: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet uv
+	printf 'setuptools>=77\n' | $(BIN)/uv pip compile --quiet pyproject.toml - --extra gpu \
+	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-emit-index-url \
+	  --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) --output-file requirements.lock
 
 protos: $(VENV)/.installed-test
 	$(BIN)/python -m serve.api.protos.generate

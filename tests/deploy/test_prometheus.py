@@ -61,6 +61,18 @@ def test_each_alert_fires_for_a_server_in_trouble_and_for_no_other(tmp_path: Pat
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def test_a_scraper_is_told_in_its_own_words(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/operating.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    # Debian's Prometheus is built without what asks Kubernetes.
+    kubernetes, targets = "kubernetes_sd_configs:\n      - role: pod", "static_configs:\n      - targets: []"
+    assert blocks[1].count(kubernetes) == 1
+    for block in (blocks[0], blocks[1].replace(kubernetes, targets)):
+        (tmp_path / "prometheus.yaml").write_text(block)
+        checked = promtool("check", "config", "--syntax-only", tmp_path / "prometheus.yaml")
+        assert checked.returncode == 0, checked.stderr
+
+
 Ask = Callable[[str], list[Any]]
 """Evaluates an expression: what there is of it."""
 
