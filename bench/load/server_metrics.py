@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 import urllib.request
 from collections.abc import Mapping
 
 from serve.lateness import CAUSES
 
+_MODEL = re.compile(r'\{model_name="[^"]*"\}')  # of which a server has one
+
 
 def scrape(url: str | None) -> dict[str, float]:
-    """The values of a Prometheus page by name and labels; none without a page."""
+    """The values of a Prometheus page by name and labels, but for the model's name; none without a page."""
     if url is None:
         return {}
     with urllib.request.urlopen(url, timeout=30) as page:
         lines = page.read().decode().splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
-    return {name.removeprefix("taper_"): float(value) for name, value in pairs}
+    return {_MODEL.sub("", name).removeprefix("taper_"): float(value) for name, value in pairs}
 
 
 def server_row(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float | None]:
