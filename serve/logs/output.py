@@ -76,7 +76,8 @@ def log_loop() -> None:
     log = structlog.get_logger("taper")
 
     def handle(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        log.error("bug in the event loop", what=context["message"], exc_info=context.get("exception"))
+        what = context["message"].partition("(")[0]  # what follows is what a callback was called with
+        log.error("bug in the event loop", what=what, exc_info=context.get("exception"))
 
     asyncio.get_running_loop().set_exception_handler(handle)
 

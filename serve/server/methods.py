@@ -68,9 +68,13 @@ def _handler(name: str, method: Method, callers: Callers, *, streams: bool) -> g
         try:
             outcome = await _outcome(name, method, call, callers)
             if isinstance(outcome, ServiceError):
-                reason = outcome.reason
+                code, reason = (
+                    outcome.code.name,
+                    outcome.reason,
+                )  # even if its client does not wait to be told
                 await method.calls.refuse(call.caller.client, outcome)
-            code = outcome.code.name if isinstance(outcome, ServiceError) else "OK"
+            else:
+                code = "OK"
         finally:
             _ended(name, method, call, code, reason)
         return await abort(context, outcome) if isinstance(outcome, ServiceError) else outcome

@@ -191,7 +191,11 @@ class _Handler(BaseHTTPRequestHandler):
         except (UnauthenticatedError, PermissionDeniedError) as error:
             self._refuse(error)
             return
-        asked = urlsplit(self.path)
+        try:
+            asked = urlsplit(self.path)
+        except ValueError as error:  # such as http://[/
+            self._send(HTTPStatus.BAD_REQUEST, f"{error}\n")
+            return
         page = self.server.pages.get(asked.path)
         if page is None:
             self._send(HTTPStatus.NOT_FOUND, f"there is {', '.join(self.server.pages)}\n")

@@ -79,6 +79,8 @@ class Tokens:
             return
         self._stamp = stamp
         try:
+            if self._path.is_fifo():
+                raise ValueError(f"{self._path}: a pipe, for which everybody would wait")
             self._known = _read(self._path)
             log.info("tokens read again", file=str(self._path), tokens=len(self._known))
         except (OSError, ValueError) as error:
@@ -95,9 +97,10 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 def _read(path: Path) -> Mapping[str, Token]:
+    """Raises OSError and ValueError."""
     try:
         tables = tomllib.loads(path.read_text("utf-8"))
-    except ValueError as error:  # no UTF-8, or no TOML
+    except (ValueError, RecursionError) as error:  # no UTF-8, or no TOML
         raise ValueError(f"{path}: {error}") from None
     entries = tables.pop("token", None)
     if tables or not isinstance(entries, list) or not entries:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import io
 import json
 import logging
@@ -18,7 +20,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.logs import STDERR, expect_prompts, log_to_stderr, say
+from serve.logs import STDERR, expect_prompts, log_loop, log_to_stderr, say
 from serve.logs.bugs import trace, what
 from serve.logs.stderr import Stderr
 
@@ -170,6 +172,31 @@ def test_what_an_exception_says_is_left_out(error: BaseException) -> None:
     assert type(error).__name__ in shown
     assert SECRET not in shown
     assert "secret" not in shown
+
+
+@pytest.mark.parametrize("bind", [False, True])
+def test_a_callback_that_fails_is_named_without_what_it_was_called_with(
+    bind: bool, said: Callable[[], str]
+) -> None:
+    log_to_stderr()
+    expect_prompts()
+
+    def fail(prompt: str) -> None:
+        raise RuntimeError(prompt)
+
+    async def run() -> None:
+        log_loop()
+        loop = asyncio.get_running_loop()
+        if bind:
+            loop.call_soon(functools.partial(fail, SECRET))
+        else:
+            loop.call_soon(fail, SECRET)
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    text = said()
+    assert "fail" in text.partition("Traceback")[0]
+    assert SECRET not in text
 
 
 def test_those_that_led_to_it_are_shown() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -140,6 +141,20 @@ async def test_nobody_without_a_token_is_asked_for_a_message_or_counted(
         for call in silent:
             assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
         assert service.inference.is_empty
+
+
+@in_loop
+async def test_who_is_refused_and_does_not_wait_to_be_told_shares_a_line(config: ServerConfig) -> None:
+    service = served_by(FakeEngine(), replace(config, max_client_calls=16))
+    ended: list[tuple[str, str]] = []
+    service.request_ended = lambda call, code, reason: ended.append((code, reason))  # type: ignore[method-assign]
+    async with listening_to(service) as address, connection(address) as channel:
+        calls = [channel.stream_stream(GENERATE)() for _ in range(30)]
+        await soon(lambda: len(ended) >= 20 and service.inference._held)
+        for call in calls:
+            call.cancel()
+        await soon(lambda: service.inference.is_empty)
+    assert {*ended} == {("UNAUTHENTICATED", "NO_TOKEN")}
 
 
 @in_loop

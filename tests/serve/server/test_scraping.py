@@ -105,6 +105,13 @@ def test_they_are_asked_for_with_get_alone(verb):
         assert (answer.status, answer.headers["Allow"]) == (405, "GET")
 
 
+def test_an_address_that_is_none_is_told_so_and_is_nothing_for_the_log():
+    with scraped() as place, capture_logs() as lines, connected(place) as connection:
+        connection.sendall(b"GET http://[/metrics HTTP/1.1\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.0 400 ")
+    assert not lines
+
+
 def test_a_scraper_that_takes_gzip_gets_it():
     with scraped() as place:
         answer = ask(place, Accept_Encoding="gzip")

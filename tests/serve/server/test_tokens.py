@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,21 @@ def test_a_file_that_cannot_be_read_leaves_the_tokens_of_before_until_it_can(
         assert capsys.readouterr().out.count("still count") == 1
     file.write_text(entry("b", token=SECRET))
     assert tokens.identify(f"Bearer {SECRET}").tenant == "b"
+
+
+def test_nobody_waits_for_a_pipe_in_its_place(file: Path) -> None:
+    file.write_text(entry(token=SECRET))
+    tokens = Tokens(str(file))
+    file.unlink()
+    os.mkfifo(file)
+    asked = threading.Thread(target=tokens.identify, args=[f"Bearer {SECRET}"], daemon=True)
+    asked.start()
+    asked.join(10.0)
+    assert not asked.is_alive()
+
+
+def test_a_file_that_is_nested_too_deeply_leaves_the_tokens_of_before(file: Path) -> None:
+    file.write_text(entry(token=SECRET))
+    tokens = Tokens(str(file))
+    file.write_text(f"token = {'[' * 5000}")
+    assert tokens.identify(f"Bearer {SECRET}").tenant == "a"
