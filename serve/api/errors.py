@@ -11,7 +11,8 @@ the status back into the same exception with `from_rpc`. The contract: every cal
                                                 faster; PROMPT_TOO_COSTLY: reading it takes too much
     UnavailableError        UNAVAILABLE         starting, draining or broken: go elsewhere; RetryInfo
     UnauthenticatedError    UNAUTHENTICATED     NO_TOKEN: this server asks for a token, and none came;
-                                                WRONG_TOKEN: it is none of the server's
+                                                WRONG_TOKEN: it is none of the server's;
+                                                WRONG_CERTIFICATE: it has no name that tells whose it is
     PermissionDeniedError   PERMISSION_DENIED   WRONG_ROLE: the token is not for this method
     DuplicateRequestError   ALREADY_EXISTS      a running request has this id
     CancelledError          CANCELLED           by the caller, or by Abort: ABORTED
@@ -70,6 +71,7 @@ RETRY_AFTER: Mapping[str, float | None] = {
     "ABORTED": None,
     "NO_TOKEN": None,
     "WRONG_TOKEN": None,
+    "WRONG_CERTIFICATE": None,
     "WRONG_ROLE": None,
     "ENGINE_FAILED": None,
 }

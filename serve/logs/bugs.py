@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 _DEVICE = ("jax", "jaxlib")  # what these say is of programs, sizes and devices
 
+_MOST = 50  # exceptions of a chain or a group that are shown
+
 _everything = True
 
 
@@ -62,6 +64,9 @@ def _is_written_where_raised(error: BaseException, said: str) -> bool:
 
 
 def _lines(error: BaseException, seen: set[int]) -> Iterator[str]:
+    if len(seen) >= _MOST:
+        yield "and more"
+        return
     seen.add(id(error))
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     if before is not None and id(before) not in seen:

@@ -10,8 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-import structlog
-
 
 class Stderr(io.TextIOBase):
     """Standard error. What it does not take, as its reader is gone or far behind, is dropped.
@@ -76,15 +74,3 @@ def _put(text: str) -> None:
 
 
 STDERR = Stderr()
-
-
-def log_to_stderr() -> None:
-    """From here on, for this process. A traceback shows no values of variables, which may be prompts."""
-    *before, _ = structlog.get_config()["processors"]
-    renderer = structlog.dev.ConsoleRenderer(
-        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-    )
-    structlog.configure(
-        processors=[*before, renderer],
-        logger_factory=structlog.PrintLoggerFactory(STDERR),  # type: ignore[arg-type]
-    )

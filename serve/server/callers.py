@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import grpc
 
-from serve.api.errors import PermissionDeniedError
+from serve.api.errors import PermissionDeniedError, UnauthenticatedError
 from serve.server.tokens import ROLES, Role, Tokens
+
+MAX_NAME = 256  # characters of a certificate's
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,10 @@ class Caller:
 
 
 class Callers:
-    """Tells who makes a call: by its token where there are tokens, else by its certificate if it has one."""
+    """Tells who makes a call: by its token where there are tokens, else by the certificate if all have one."""
 
-    def __init__(self, tokens: Tokens | None = None) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Tokens | None = None, *, certificates: bool = False) -> None:
+        self._tokens, self._certificates = tokens, certificates
 
     def check(self, authorization: str | None, roles: Set[Role]) -> None:
         """Let in who brings a header, and has one of the roles. Raises UnauthenticatedError and
@@ -65,5 +67,17 @@ class Callers:
             ]
             token = self._tokens.identify(", ".join(given))  # several are no token
             return Caller(connection, token.tenant, token.roles)
-        names = context.peer_identities()
-        return Caller(connection, next(iter(names)).decode(errors="replace") if names else None)
+        return Caller(connection, _certified(context) if self._certificates else None)
+
+
+def _certified(context: grpc.aio.ServicerContext) -> str:
+    """The name in a caller's certificate. Raises UnauthenticatedError where it might be taken for another."""
+    names = context.peer_identities() or [b""]
+    try:
+        name = next(iter(names)).decode()
+    except UnicodeDecodeError:
+        name = ""
+    if not name or not name.isprintable() or len(name) > MAX_NAME:
+        text = f"a certificate's name is 1 to {MAX_NAME} characters of printable text"
+        raise UnauthenticatedError.because("WRONG_CERTIFICATE", text)
+    return name

@@ -26,6 +26,7 @@ EXCESSES = (  # reasons that are the client's own doing
     "TOO_MANY_CALLS",
     "NO_TOKEN",
     "WRONG_TOKEN",
+    "WRONG_CERTIFICATE",
     "WRONG_ROLE",
 )
 _AT_ONCE, _A_SECOND = 20, 20.0  # refusals for these reasons: so many at once, then so many a second

@@ -21,24 +21,28 @@ class RequestLog:
     """Used in one event loop."""
 
     def __init__(self) -> None:
-        self._floods: dict[tuple[str, str], int] = {}  # by client and reason: those without a line
+        self._floods: dict[tuple[str, str, str], int] = {}  # by client, code and reason: those without a line
 
     def ended(self, call: Call, code: str, reason: str) -> None:
         """A request's call has ended. What is not known of it is left out."""
         if code not in _NEVER_A_FLOOD:
-            flood = (call.caller.client, reason)
+            flood = (call.caller.client, code, reason)
             if flood in self._floods:
                 self._floods[flood] += 1
                 return
             self._floods[flood] = 0
-            asyncio.get_running_loop().call_later(FLOOD_SECONDS, self._over, flood, code)
-        log.info(
-            "request", **_who(call), code=code, **_if_any(reason=reason), **call.facts, seconds=call.seconds
-        )
+            asyncio.get_running_loop().call_later(FLOOD_SECONDS, self._over, flood)
+        how = {"code": code, **_if_any(reason=reason), **call.facts}
+        log.info("request", **_who(call), **how, seconds=call.seconds)
 
-    def _over(self, flood: tuple[str, str], code: str) -> None:
-        client, reason = flood
-        if more := self._floods.pop(flood):
+    def flush(self) -> None:
+        """Write what waits for the end of its second."""
+        for flood in [*self._floods]:
+            self._over(flood)
+
+    def _over(self, flood: tuple[str, str, str]) -> None:
+        client, code, reason = flood
+        if more := self._floods.pop(flood, 0):
             log.info("more requests", client=client, code=code, reason=reason, count=more)
 
 

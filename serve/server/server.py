@@ -49,6 +49,7 @@ async def shut_down(ports: Ports, service: Service, timeout: float) -> None:
     while not (service.inference.is_empty and service.control.is_empty) and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
     await ports.stop(grace=0.2)  # only readers that stopped reading are left
+    service.end_log()
 
 
 async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], None] = print) -> None:

@@ -63,7 +63,8 @@ class Service:
         where the file of tokens is none."""
         self.config = config
         self._waiting_events = waiting_events
-        self.callers = Callers(Tokens(config.tokens) if config.tokens else None)
+        tokens = Tokens(config.tokens) if config.tokens else None
+        self.callers = Callers(tokens, certificates=config.tls_client_ca_cert_path is not None)
         self.metrics = Metrics()
         self._request_log = RequestLog()
         self.instance_id = uuid.uuid4().hex
@@ -223,6 +224,10 @@ class Service:
         """End those that are left."""
         for calls in (self.inference, self.control):
             calls.end(_stopping())
+
+    def end_log(self) -> None:
+        """Write what of its requests the log has put off."""
+        self._request_log.flush()
 
     def halt(self) -> None:
         """Cut a drain short."""

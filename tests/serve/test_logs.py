@@ -206,6 +206,14 @@ def test_those_that_led_to_it_are_shown() -> None:
     assert [shown.count(part) for part in parts] == [1] * len(parts)
 
 
+def test_a_long_chain_of_exceptions_is_cut() -> None:
+    error: Exception = ValueError()
+    for _ in range(5000):
+        error, error.__context__ = ValueError(), error
+    assert trace(error).endswith("ValueError")
+    assert trace(error).startswith("and more")
+
+
 def test_an_exception_that_is_its_own_cause_has_an_end() -> None:
     error = ValueError()
     error.__cause__ = KeyError()

@@ -123,6 +123,7 @@ FUTILE = {
     "ABORTED",
     "NO_TOKEN",
     "WRONG_TOKEN",
+    "WRONG_CERTIFICATE",
     "WRONG_ROLE",
     "ENGINE_FAILED",
 }

@@ -18,7 +18,7 @@ from scheduler.controller import Controller
 from scheduler.events import Started
 from scheduler.predictor import StepLatencyModel
 from scheduler.scheduler import Scheduler, SchedulerConfig
-from serve.api.errors import ServiceError, from_rpc
+from serve.api.errors import ServiceError, UnauthenticatedError, from_rpc
 from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client import generate_request
@@ -26,6 +26,7 @@ from serve.config import ServerConfig
 from serve.engine.engine import InProcessEngine
 from serve.served import Served
 from serve.server import tokens
+from serve.server.callers import Callers
 from serve.server.methods import full_name
 from serve.server.ports import SERVICES, Ports
 from serve.server.server import shut_down
@@ -150,7 +151,7 @@ async def test_who_is_refused_and_does_not_wait_to_be_told_shares_a_line(config:
     service.request_ended = lambda call, code, reason: ended.append((code, reason))  # type: ignore[method-assign]
     async with listening_to(service) as address, connection(address) as channel:
         calls = [channel.stream_stream(GENERATE)() for _ in range(30)]
-        await soon(lambda: len(ended) >= 20 and service.inference._held)
+        await soon(lambda: len(ended) >= 20 and not service.inference.is_empty)
         for call in calls:
             call.cancel()
         await soon(lambda: service.inference.is_empty)
@@ -195,6 +196,32 @@ async def test_a_token_that_is_replaced_ends_nothing_that_runs(
         await asyncio.to_thread(answer, engine, engine.requests["ann/r"])
         assert [pb.GenerateResponse.FromString(message) async for message in running]
         assert await abort(channel, "unknown", "the-token-that-follows") == []
+
+
+class Certified:
+    """A call with a certificate of these names."""
+
+    def __init__(self, *names: bytes) -> None:
+        self._names = names
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def peer_identities(self) -> tuple[bytes, ...] | None:
+        return self._names or None
+
+
+@pytest.mark.parametrize("names", [(), (b"",), (b"a\0b",), (b"\xff",), (b"a\nb",), (b"a" * 257,)])
+def test_a_certificate_whose_name_could_be_taken_for_another_is_refused(names: tuple[bytes, ...]) -> None:
+    with pytest.raises(UnauthenticatedError) as caught:
+        Callers(certificates=True).of(Certified(*names))  # type: ignore[arg-type]
+    assert caught.value.reason == "WRONG_CERTIFICATE"
+
+
+def test_a_certificate_s_first_name_is_the_tenant_where_all_have_one() -> None:
+    named = Certified("spiffe://übung/a".encode(), b"other")
+    for certificates, tenant in ((True, "spiffe://übung/a"), (False, None)):
+        assert Callers(certificates=certificates).of(named).tenant == tenant  # type: ignore[arg-type]
 
 
 # --- tenants -----------------------------------------------------------------------------------------------
