@@ -46,7 +46,7 @@ class Caller:
 
 
 class Callers:
-    """Tells who makes a call: by its token where there are tokens, else by the certificate if all have one."""
+    """Tells who makes a call: by its token if there are tokens, else by its certificate if all have one."""
 
     def __init__(self, tokens: Tokens | None = None, *, certificates: bool = False) -> None:
         self._tokens, self._certificates = tokens, certificates
@@ -71,7 +71,7 @@ class Callers:
 
 
 def _certified(context: grpc.aio.ServicerContext) -> str:
-    """The name in a caller's certificate. Raises UnauthenticatedError where it might be taken for another."""
+    """The name in a caller's certificate. Raises UnauthenticatedError if it might be another's."""
     names = context.peer_identities() or [b""]
     try:
         name = next(iter(names)).decode()
