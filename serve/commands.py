@@ -36,7 +36,7 @@ def serve(args: list[str] | None = None) -> None:
 
 def _leave(why: str) -> NoReturn:
     """End with status 1, whether anybody reads why or not."""
-    say(f"taper-serve: {why}")
+    say(f"taper-serve: {why}", "error")
     STDERR.drain()
     sys.exit(1)
 

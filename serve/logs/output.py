@@ -63,10 +63,10 @@ def expect_prompts() -> None:
     show_everything(_level == "debug")
 
 
-def say(text: str) -> None:
-    """What is for people and is no line of the log, such as a table: as it is, or one object."""
+def say(text: str, level: LogLevel = "info") -> None:
+    """What is for people and is no line of the log, such as a table: as it is, or one object of a level."""
     if _form == "json":
-        structlog.get_logger("taper").info("said", text=text)
+        getattr(structlog.get_logger("taper"), level)("said", text=text)
     else:
         print(text, file=STDERR)
 

@@ -96,6 +96,13 @@ def test_lines_that_matter_less_are_left_out(form: Any, said: Callable[[], str])
         assert [name for name in names if f"of {name}" in text] == [*names[max(2, least) :]]
 
 
+def test_why_a_server_leaves_is_said_at_every_level(said: Callable[[], str]) -> None:
+    for form in ("console", "json"):
+        log_to_stderr(form, "error")
+        say("why", "error")
+        assert "why" in said()
+
+
 CHOSEN = st.text(st.characters(categories=["Cc", "Cf", "Zl", "Zp", "Lu"]), min_size=1)
 
 
