@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import structlog
 
+from serve.logs import log_to_stderr
 from serve.logs.bugs import show_everything
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def restored_log() -> Iterator[None]:
     hooks, root = (sys.excepthook, threading.excepthook, sys.unraisablehook), logging.getLogger()
     handlers, level = [*root.handlers], root.level
     yield
+    log_to_stderr()  # in the form that it has at first
     sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
     root.handlers[:], root.level = handlers, level
     logging.captureWarnings(False)
