@@ -81,8 +81,12 @@ def ann(method: grpc.aio.UnaryStreamMultiCallable, message: bytes) -> grpc.aio.U
 async def end_of(
     channel: grpc.aio.Channel, method: str, message: bytes = b"", token: str | None = None
 ) -> ServiceError | None:
-    """How a call ends, whatever streams in it; None: well."""
-    call = channel.stream_stream(method)(iter([message]), metadata=bearer(token) if token else None)
+    """How a call ends, whatever streams in it; None: well.
+
+    A message goes out with the call: where it followed, gRPC's client would say INTERNAL of a call that is
+    refused meanwhile.
+    """
+    call = channel.unary_stream(method)(message, metadata=bearer(token) if token else None)
     try:
         async for _ in call:
             call.cancel()
