@@ -98,14 +98,17 @@ class Call:
 
 
 class Calls:
-    """The calls of one kind that are in flight: at most `total`, and `per_client` of one client."""
+    """The calls of one kind that are in flight: at most `total`, and `per_client` of one client.
+
+    held  calls that wait to be told of their refusal
+    """
 
     def __init__(self, *, total: int, per_client: int) -> None:
         self._total, self._per_client = total, per_client
         self._clients: Counter[str] = Counter()
         self._calls: set[Call] = set()
         self._told: dict[str, float] = {}  # by when all that a client was refused would have been told
-        self._held = 0  # calls that wait to be told
+        self.held = 0
         self._over = asyncio.Event()
 
     @contextlib.contextmanager
@@ -139,18 +142,18 @@ class Calls:
         now = asyncio.get_running_loop().time()
         self._told = {name: told for name, told in self._told.items() if told > now}
         told = self._told[client] = self._told.get(client, now) + 1 / _A_SECOND
-        self._held += 1
+        self.held += 1
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, told - now - _AT_ONCE / _A_SECOND)):
                     await self._over.wait()
         finally:
-            self._held -= 1
+            self.held -= 1
 
     @property
     def is_empty(self) -> bool:
         """Nobody waits for the end of a call, nor for a refusal."""
-        return not self._calls and not self._held
+        return not self._calls and not self.held
 
     def end(self, error: ServiceError) -> None:
         """End all of them; what is refused is told at once from now on."""
