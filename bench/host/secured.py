@@ -11,6 +11,7 @@ the server's CPU for each.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import tempfile
@@ -131,7 +132,8 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
     base = medians["plain"]
     lines = [f"{'':<14}" + "".join(f"{name:>24}" for name in FIGURES)]
     for way, found in medians.items():
-        cells = [f"{found[name]:.2f} ({found[name] / base[name]:.2f})" for name in FIGURES]
+        ratios = {name: found[name] / base[name] if base[name] else math.nan for name in FIGURES}
+        cells = [f"{found[name]:.2f} ({ratios[name]:.2f})" for name in FIGURES]
         lines.append(f"{way:<14}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
 
