@@ -79,7 +79,8 @@ def _accounted(starter: Starter) -> Starter:
             scheduler.check()
             held = scheduler.config.num_slots - scheduler.free_slots
             left = {"kv": scheduler.load().kv_used_tokens, "slots": held, "compiled": len(compiled)}
-            print("left", json.dumps(left), file=sys.stderr, flush=True)
+            sys.stderr.write(f"left {json.dumps(left)}\n")  # at once: the server writes there, too
+            sys.stderr.flush()
 
         engine.wait = wait_and_tell
         return started

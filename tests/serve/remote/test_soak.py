@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -129,7 +130,9 @@ def soaked(server: Server, requests: int, seconds: float, *, text: bool) -> dict
     server.process.terminate()
     assert server.process.wait(60) == 0
     said = server.said.read_text()
-    account = json.loads(said.rpartition("left ")[2].splitlines()[0])
+    found = re.search(r"left (\{.*\})", said)
+    assert found is not None, said[-2000:]
+    account = json.loads(found[1])
     return {
         "seconds": round(took, 1),
         "ended": dict(sorted(soak.ended.items())),
