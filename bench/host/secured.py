@@ -28,12 +28,12 @@ from bench.command import Command, asked_for
 from bench.host.attackers import CONNECTION, GENERATE
 from bench.host.processes import Setting
 from bench.host.serving import PROGRAM
+from bench.host.strangers import MODEL
 from bench.load.measures import quantile
 from bench.server import Server, started
 from bench.timing import clock, python_ms
 from serve.client import generate_request
 
-MODEL = ("--model", "default", "--num-pages", "4000", "--buckets", "8", "64")
 MODEL_INFO = "/taper.v1.ControlService/GetModelInfo"
 TOKEN = "a-token-of-the-benchmark"
 FIGURES = ("connect_ms", "ttft_ms", "messages_per_second", "message_us")

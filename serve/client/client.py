@@ -99,9 +99,20 @@ class AsyncStream:
 class _Connection:
     """A channel to one server, its methods, and the timeout of its calls: what both clients have."""
 
-    def __init__(self, kind: Any, access: Access, timeout: float | None) -> None:
-        self._access, self._timeout = access, seconds("timeout", timeout)
-        self._channel = access.channel(kind)
+    _grpc: Any  # the module whose channel it is: `grpc` or `grpc.aio`
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        timeout: float | None = None,
+        tls: Tls | bool | None = None,
+        token: Token | None = None,
+        plaintext_token: bool = False,
+    ) -> None:
+        self._access = Access(address, tls, token, plaintext_token)
+        self._timeout = seconds("timeout", timeout)
+        self._channel = self._access.channel(self._grpc)
         self._inference = inference_grpc.InferenceServiceStub(self._channel)
         self._control = control_grpc.ControlServiceStub(self._channel)
         self._closed = False
@@ -124,16 +135,7 @@ class Client(_Connection):
     plaintext_token   send the token without TLS, too, to where others could read it on its way
     """
 
-    def __init__(
-        self,
-        address: str = "127.0.0.1:50051",
-        *,
-        timeout: float | None = None,
-        tls: Tls | bool | None = None,
-        token: Token | None = None,
-        plaintext_token: bool = False,
-    ) -> None:
-        super().__init__(grpc, Access(address, tls, token, plaintext_token), timeout)
+    _grpc = grpc
 
     def __enter__(self) -> Client:
         return self
@@ -197,16 +199,7 @@ class Client(_Connection):
 class AsyncClient(_Connection):
     """`Client` for asyncio."""
 
-    def __init__(
-        self,
-        address: str = "127.0.0.1:50051",
-        *,
-        timeout: float | None = None,
-        tls: Tls | bool | None = None,
-        token: Token | None = None,
-        plaintext_token: bool = False,
-    ) -> None:
-        super().__init__(grpc.aio, Access(address, tls, token, plaintext_token), timeout)
+    _grpc = grpc.aio
 
     async def __aenter__(self) -> AsyncClient:
         return self

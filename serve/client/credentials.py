@@ -6,7 +6,6 @@ Nothing of it comes from the environment, and a token is in no error, no repr an
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import re
 import ssl
@@ -17,6 +16,7 @@ from typing import Any
 
 import grpc
 
+from ..api.addresses import is_loopback
 from ..api.certificates import Paths, load
 from ..api.errors import ServiceError, from_rpc
 from .arguments import target, text, wrong_type
@@ -157,15 +157,14 @@ def _stays_here(address: str) -> bool:
     if scheme == "dns":
         address = rest.rpartition("/")[2]
     places = rest.split(",") if scheme in ("ipv4", "ipv6") else [address]
-    return all(map(_is_loopback, places))
+    return all(map(_is_here, places))
 
 
-def _is_loopback(place: str) -> bool:
+def _is_here(place: str) -> bool:
     host = place[1:].partition("]")[0] if place.startswith("[") else place.rpartition(":")[0] or place
     if host.lower() == "localhost":
         return True
     try:
-        parsed = ipaddress.ip_address(host)
+        return is_loopback(host)
     except ValueError:
         return False  # a name may lead anywhere
-    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback

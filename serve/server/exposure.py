@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 
 import structlog
+
+from serve.api.addresses import is_loopback
 
 log = structlog.get_logger("taper")
 
@@ -34,9 +35,3 @@ def is_local(host: str) -> bool:
     except (OSError, UnicodeError):
         return False
     return all(is_loopback(str(address[0])) for *_, address in found)
-
-
-def is_loopback(address: str) -> bool:
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    return (mapped or parsed).is_loopback

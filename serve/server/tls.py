@@ -7,7 +7,6 @@ files.
 
 from __future__ import annotations
 
-import os
 import ssl
 import threading
 import time
@@ -19,6 +18,7 @@ import structlog
 
 from serve.api.certificates import Paths, Pem, load
 from serve.config import ServerConfig
+from serve.server.files import look
 
 log = structlog.get_logger("taper")
 
@@ -100,18 +100,7 @@ def certificates_of(config: ServerConfig) -> Certificates | None:
 
 
 def _looks(paths: Paths) -> tuple[object, ...]:
-    """What differs once a file has been replaced or written to, also where a link leads elsewhere now."""
-
-    def look(path: str | None) -> object:
-        if path is None:
-            return None
-        try:
-            stat = os.stat(path)
-        except (OSError, ValueError):
-            return None
-        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-    return tuple(map(look, paths))
+    return tuple(path and look(path) for path in paths)
 
 
 def _usable(paths: Paths) -> Usable:

@@ -12,7 +12,6 @@ several, so that one can be replaced by another while both count.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 import tomllib
@@ -24,6 +23,7 @@ import structlog
 
 from serve.api.errors import UnauthenticatedError
 from serve.config import naming
+from serve.server.files import look
 
 log = structlog.get_logger("taper")
 
@@ -51,7 +51,7 @@ class Tokens:
     def __init__(self, path: str) -> None:
         """Raises OptionError for what is no such file."""
         self._path = Path(path).expanduser()
-        self._stamp = _stamp(self._path)
+        self._seen = look(self._path)
         with naming("tokens"):
             self._known = _read(self._path)
         self._looked = time.monotonic()
@@ -74,10 +74,10 @@ class Tokens:
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        stamp = _stamp(self._path)
-        if stamp == self._stamp:
+        seen = look(self._path)
+        if seen == self._seen:
             return
-        self._stamp = stamp
+        self._seen = seen
         try:
             if self._path.is_fifo():
                 raise ValueError(f"{self._path}: a pipe, for which everybody would wait")
@@ -85,15 +85,6 @@ class Tokens:
             log.info("tokens read again", file=str(self._path), tokens=len(self._known))
         except (OSError, ValueError) as error:
             log.error("the tokens of before still count", error=str(error))
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when the file does; None if there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _read(path: Path) -> Mapping[str, Token]:
