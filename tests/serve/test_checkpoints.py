@@ -11,7 +11,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import structlog
 
 from model import decode_command
 from model.checkpoint import OWN_HEAD, ModelSource, convert_hf
@@ -305,17 +304,16 @@ def test_a_folder_without_a_tokenizer_is_served_by_token_ids(folder: Folder, com
 
 
 @pytest.fixture
-def quiet() -> Iterator[None]:
+def as_before(restored_log: None) -> Iterator[None]:
     """A server sets these for its process."""
     interval = sys.getswitchinterval()
     yield
     sys.setswitchinterval(interval)
-    structlog.reset_defaults()
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_is_wrong_with_a_folder_is_said_in_one_line(
-    name: str, folder: Folder, compiled: str, quiet: None, capsys: pytest.CaptureFixture[str]
+    name: str, folder: Folder, compiled: str, as_before: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fault = FAULTS[name]
     fault.break_(folder)

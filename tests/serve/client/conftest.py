@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import pytest
-import structlog
 
 from tests.serve.fakes import FakeEngine, fork_and_join, listening
+from tests.serve.quiet import quiet
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
+def no_log() -> Iterator[None]:
     """The log of a server in this process would stand in the output of the client."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    yield
-    structlog.reset_defaults()
+    with quiet():
+        yield
 
 
 @pytest.fixture(scope="module")

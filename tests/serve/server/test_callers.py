@@ -24,17 +24,15 @@ from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client import generate_request
 from serve.config import ServerConfig
 from serve.engine.engine import InProcessEngine
-from serve.served import Served
 from serve.server import tokens
 from serve.server.callers import Callers
 from serve.server.methods import full_name
 from serve.server.ports import SERVICES, Ports
 from serve.server.server import shut_down
-from serve.server.service import Service
 from serve.text.codec import TextCodec
 from tests.bench.served import Runner
-from tests.serve.fakes import ByteTokenizer, FakeEngine, begin, served_model
-from tests.serve.server.test_calls import connection, soon
+from tests.serve.fakes import ByteTokenizer, FakeEngine, begin
+from tests.serve.server.test_calls import connection, served_by, soon
 from tests.serve.server.test_server import answer, in_loop, listening_to
 from tests.serve.server.test_tokens import entry
 
@@ -62,12 +60,6 @@ def config(tmp_path: Path) -> ServerConfig:
     lines += [entry("one", f'["{role}"]', token=token) for role, token in ROLES.items()]
     file.write_text("".join(lines))
     return ServerConfig(port=0, tokens=str(file), max_client_calls=3)
-
-
-def served_by(engine: FakeEngine | InProcessEngine, config: ServerConfig) -> Service:
-    service = Service(config)
-    service.serve(Served(engine=engine, model=served_model()))
-    return service
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:

@@ -23,7 +23,7 @@ from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
 from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.client import AsyncClient, generate_request
 from serve.config import ServerConfig
-from serve.door import Load
+from serve.door import Engine, Load
 from serve.reading.work import Job, ReadHere
 from serve.served import Served
 from serve.server.calls import Calls
@@ -61,7 +61,7 @@ class HeldReaders(ReadHere):
         return await super().read(job, connection)
 
 
-def served_by(engine: FakeEngine, config: ServerConfig = SMALL, readers: ReadHere | None = None) -> Service:
+def served_by(engine: Engine, config: ServerConfig = SMALL, readers: ReadHere | None = None) -> Service:
     service = Service(config)
     service.serve(Served(engine=engine, model=served_model()), readers)
     return service
