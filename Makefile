@@ -6,7 +6,7 @@ MODEL  ?= default
 
 # What costs no compilation: the scheduler, the wire, the client and the server, all where JAX is absent; then
 # the planners of attention, and the walls between rooms.
-WITHOUT_JAX := $(addprefix tests/,scheduler serve/api serve/client serve/reading serve/server serve/text serve/test_config.py serve/test_config_file.py)
+WITHOUT_JAX := $(addprefix tests/,scheduler serve/client serve/reading serve/server serve/text serve/test_config.py serve/test_config_file.py)
 PLANNERS := $(addprefix tests/,attention/test_layout.py attention/test_tiles.py test_rooms.py)
 
 .PHONY: demo test-fast test test-tpu test-all test-deploy check test-oracle test-answers lock protos clean
@@ -60,7 +60,7 @@ lock: $(VENV)/.installed-test
 	  --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) --output-file requirements.lock
 
 protos: $(VENV)/.installed-test
-	$(BIN)/python -m serve.api.protos.generate
+	$(BIN)/python serve/client/protos/generate.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

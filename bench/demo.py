@@ -34,9 +34,7 @@ from model.tiny.layout import lay_out
 from model.tiny.lessons import tokenizer
 from model.tiny.tasks import Fork, Task, transcript, write_task
 from scheduler.request import Slo
-from serve.api.errors import ServiceError
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client import (
+from taper_client import (
     AsyncClient,
     Client,
     Completion,
@@ -48,8 +46,10 @@ from serve.client import (
     parallel,
     serial,
 )
-from serve.client.answer import events_of
-from serve.client.terminal import Answer, show_live, summary
+from taper_client.answer import events_of
+from taper_client.errors import ServiceError
+from taper_client.terminal import Answer, show_live, summary
+from taper_client.v1 import inference_service_pb2 as pb
 
 POLICIES = ("off", "eager", "taper")
 SIX_PART_QUESTIONS = 200

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from serve.client import AsyncClient
+    from taper_client import AsyncClient
 
 PACKAGES = ("grpcio", "protobuf", "numpy")
 

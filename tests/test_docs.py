@@ -19,7 +19,7 @@ def source_files() -> set[str]:
         file
         for file in tracked.stdout.split()
         if file.endswith(".py")
-        and not file.startswith("serve/api/protos/taper/")
+        and not file.startswith("serve/client/taper_client/v1/")
         and (not file.endswith("__init__.py") or (ROOT / file).read_text().count("\n") > 1)
     }
 

@@ -1,6 +1,7 @@
 """Rooms know each other in one direction: serve -> {scheduler, model}, model -> attention, bench -> all.
 
-Inside `serve/` there are walls too: at the wire (`api`), at the engine's door, and round the device.
+Inside `serve/` there are walls too: at the wire (`taper_client`, a package of its own), at the engine's door,
+and round the device.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ import pytest
 from tests.absent import DEVICE
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("attention", "bench", "model", "scheduler", "serve")
+ROOMS = ("attention", "bench", "model", "scheduler", "serve", "taper_client")
+ELSEWHERE = {"taper_client": ROOT / "serve" / "client"}  # the folder of a room that is not at the top
 KNOWS = {
     "scheduler": {"scheduler"},
     "attention": {"attention"},
     "model": {"model", "attention"},
-    "serve": {"serve", "scheduler", "model", "attention"},
+    "serve": {"serve", "scheduler", "model", "attention", "taper_client"},
+    "taper_client": {"taper_client"},
     "bench": {*ROOMS},
 }
 # Single modules of other rooms: how a token is drawn is described once, in the standard library alone.
 KNOWS_TOO = {"model": {"scheduler.sampling"}}
 
 PARTS = {
-    "api": {"api"},
-    "client": {"api", "client"},
     "text": {"text"},
     "config": {"config"},
     "door": {"door"},
@@ -39,15 +40,13 @@ PARTS = {
     "processes": {"processes"},
     "rate": {"rate"},
     "served": {"served", "door", "config", "text"},
-    "reading": {"reading", "api", "text", "served", "processes", "logs", "config"},
-    "server": {"server", "reading", "api", "text", "door", "served", "config", "lateness", "logs"},
+    "reading": {"reading", "text", "served", "processes", "logs", "config"},
+    "server": {"server", "reading", "text", "door", "served", "config", "lateness", "logs"},
     "engine": {"engine", "text", "door", "served", "config", "rate", "logs"},
     "remote": {"remote", "engine", "text", "door", "served", "config", "rate", "logs", "processes"},
 }
 
 ABSENT = {
-    "serve/api": (*DEVICE, "model", "scheduler"),
-    "serve/client": (*DEVICE, "model", "scheduler"),
     "serve/text": DEVICE,
     "serve/config": DEVICE,
     "serve/door.py": DEVICE,
@@ -59,16 +58,24 @@ ABSENT = {
     "serve/remote": DEVICE,
     "serve/served.py": DEVICE,
     "serve/server": DEVICE,
+    "taper_client": (*DEVICE, "model", "scheduler", "serve"),
 }
 
 
 def modules(part: str) -> list[Path]:
-    path = ROOT / part
-    return [path] if path.suffix else sorted(path.rglob("*.py"))
+    path = ELSEWHERE.get(part, ROOT) / part
+    others = [folder for name, folder in ELSEWHERE.items() if name != part]
+    found = [path] if path.suffix else sorted(path.rglob("*.py"))
+    return [source for source in found if not any(source.is_relative_to(folder) for folder in others)]
 
 
 def dotted(source: Path) -> str:
-    return ".".join(source.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    top = next((folder for folder in ELSEWHERE.values() if source.is_relative_to(folder)), ROOT)
+    return ".".join(source.relative_to(top).with_suffix("").parts).removesuffix(".__init__")
+
+
+def file_of(module: str) -> Path:
+    return ELSEWHERE.get(module.partition(".")[0], ROOT) / f"{module.replace('.', '/')}.py"
 
 
 def imported(source: Path) -> Iterator[str]:
@@ -81,7 +88,7 @@ def imported(source: Path) -> Iterator[str]:
             above = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
-                is_module = (ROOT / module.replace(".", "/") / f"{alias.name}.py").exists()
+                is_module = file_of(f"{module}.{alias.name}").exists()
                 yield f"{module}.{alias.name}" if is_module else module
 
 
@@ -157,13 +164,13 @@ print(*sorted(loaded - sys.stdlib_module_names))
 
 @pytest.mark.parametrize("part", ABSENT)
 def test_a_part_of_the_server_is_imported_where_what_it_may_not_know_is_absent(part: str) -> None:
-    names = [dotted(path) for path in modules(part) if path.stem != "generate"]
+    names = [dotted(path) for path in modules(part)]
     run_python(without(ABSENT[part]) + f"for name in {names!r}: importlib.import_module(name)")
 
 
 def test_the_server_runs_its_tests_where_jax_is_absent() -> None:
     """`make test-fast` runs all of them so."""
-    files = ["tests/serve/server/test_health.py", "tests/serve/api", "tests/serve/client"]
+    files = ["tests/serve/server/test_health.py", "tests/serve/client"]
     options = ["--without-jax", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     run_python(f"import pytest, sys; sys.exit(pytest.main({[*files, *options]!r}))")
 

@@ -15,9 +15,9 @@ from typing import Any
 import grpc
 
 from bench.load.driver import SERVICE
-from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client import Options, generate_request, model_driven
+from taper_client import Options, generate_request, model_driven
+from taper_client.v1 import control_service_pb2 as control_pb
+from taper_client.v1 import inference_service_pb2 as pb
 
 CONNECTION = (
     ("grpc.use_local_subchannel_pool", 1),  # no connection is shared with other channels

@@ -29,9 +29,9 @@ from bench.load.driver import sleep_until
 from bench.load.measures import quantile, share
 from bench.server import started
 from bench.timing import clock, python_ms
-from serve.api.errors import OverloadedError
-from serve.client import AsyncClient, Options
-from serve.client.options import OnMiss
+from taper_client import AsyncClient, Options
+from taper_client.errors import OverloadedError
+from taper_client.options import OnMiss
 
 PROBE_SECONDS = 0.02  # between two questions whether there is room again
 

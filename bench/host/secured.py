@@ -32,7 +32,7 @@ from bench.host.strangers import MODEL
 from bench.load.measures import quantile
 from bench.server import Server, started
 from bench.timing import clock, python_ms
-from serve.client import generate_request
+from taper_client import generate_request
 
 MODEL_INFO = "/taper.v1.ControlService/GetModelInfo"
 TOKEN = "a-token-of-the-benchmark"

@@ -29,7 +29,7 @@ from bench.host.serving import PROGRAM
 from bench.load.measures import quantile
 from bench.server import started
 from bench.timing import clock, python_ms
-from serve.client import generate_request
+from taper_client import generate_request
 
 LIMITS = ("--max-client-running", "16", "--max-client-queue", "16")
 MODEL = ("--model", "default", "--num-pages", "4000", "--buckets", "8", "64")

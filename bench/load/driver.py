@@ -22,8 +22,8 @@ from bench.load.workload import Item, Lengths
 from bench.timing import clock
 from scheduler.program import ParallelStage, Plan
 from scheduler.request import Slo
-from serve import client
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from taper_client import Join, Options, branch, generate_request, parallel, serial
+from taper_client.v1 import inference_service_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"]
 
@@ -52,19 +52,17 @@ def message(
     stages: list[pb.Stage] = []
     for stage in program.stages:
         if isinstance(stage, ParallelStage):
-            branches = [
-                client.branch(spec.prefix, max_tokens=spec.stopping.max_tokens) for spec in stage.branches
-            ]
-            stages.append(client.parallel(branches, join=cast(client.Join, item.join)))
+            branches = [branch(spec.prefix, max_tokens=spec.stopping.max_tokens) for spec in stage.branches]
+            stages.append(parallel(branches, join=cast(Join, item.join)))
         else:
             prefix = stage.prefix or ""
-            stages.append(client.serial(prefix, max_tokens=stage.stopping.max_tokens))
-    options = client.Options(plan=stages, ignore_eos=True, seed=seed, request_id=id, cache_salt=salt)
+            stages.append(serial(prefix, max_tokens=stage.stopping.max_tokens))
+    options = Options(plan=stages, ignore_eos=True, seed=seed, request_id=id, cache_salt=salt)
     if slo is not None:
-        options |= client.Options(tpot_slo_ms=1e3 * slo.tpot, ttft_slo_ms=1e3 * slo.ttft)
+        options |= Options(tpot_slo_ms=1e3 * slo.tpot, ttft_slo_ms=1e3 * slo.ttft)
     if interval_ms is not None:
-        options |= client.Options(interval_ms=interval_ms)
-    return client.generate_request(request.prompt, **options).SerializeToString()
+        options |= Options(interval_ms=interval_ms)
+    return generate_request(request.prompt, **options).SerializeToString()
 
 
 # --- what comes back ---------------------------------------------------------------------------------------
@@ -173,8 +171,8 @@ class _Reader:
             for branch in started.branches
         ):
             self.stages.append({})
-        for branch in started.branches:
-            self._counts.setdefault(branch.branch_id, 0)
+        for begun in started.branches:
+            self._counts.setdefault(begun.branch_id, 0)
 
 
 # --- sending -----------------------------------------------------------------------------------------------

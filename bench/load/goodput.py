@@ -34,9 +34,9 @@ from bench.plot import plot_policies
 from bench.server import started
 from bench.timing import clock
 from scheduler.request import Slo
-from serve.api.errors import ServiceError
-from serve.client import AsyncClient
 from serve.lateness import CAUSES
+from taper_client import AsyncClient
+from taper_client.errors import ServiceError
 
 POLICIES = "off,cap:2,cap:4,cap:6,cap:8,eager,taper"
 

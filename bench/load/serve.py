@@ -37,8 +37,8 @@ from bench.load.driver import Answer, Reply, connected, message, play
 from bench.load.measures import Record, milliseconds, quantile
 from bench.load.workload import FAMILIES, Item, Workload, closed_loop, gamma
 from bench.timing import clock, no_collections
-from serve.api.errors import ServiceError
-from serve.client import AsyncClient
+from taper_client import AsyncClient
+from taper_client.errors import ServiceError
 
 METRICS = {
     "ttft": "Time to First Token",

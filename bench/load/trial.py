@@ -22,8 +22,8 @@ from bench.load.server_metrics import late_shares, scrape, server_row
 from bench.load.workload import ALONE, Workload
 from bench.timing import clock, no_collections
 from scheduler.request import Slo
-from serve.api.errors import ServiceError
-from serve.client import AsyncClient
+from taper_client import AsyncClient
+from taper_client.errors import ServiceError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

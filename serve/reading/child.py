@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from serve.api.errors import OverloadedError, ServiceError
 from serve.logs import expect_prompts, log_to_stderr
 from serve.logs.bugs import trace
 from serve.processes import belong_to
 from serve.reading import memory
 from serve.reading.frames import LENGTH, Begin, Ready, Told, pack
 from serve.reading.work import Job, Reader
+from taper_client.errors import OverloadedError, ServiceError
 
 _GROWN = 1 << 27  # bytes that it may keep between two messages
 

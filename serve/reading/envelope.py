@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.reading.work import malformed
+from taper_client.v1 import inference_service_pb2 as pb
 
 MAX_FIELDS = 64  # on the top level of a message; a client that sets every field has eleven
 

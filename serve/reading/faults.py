@@ -13,8 +13,8 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from scheduler.sampling import fault_of_number
-from serve.api.errors import InvalidRequestError, Violation
 from serve.served import ServedModel
+from taper_client.errors import InvalidRequestError, Violation
 
 MAX_VIOLATIONS = 20  # of one message that are told apart; further ones are counted
 _LONG = 16  # characters of a token, of which hardly any has as many

@@ -7,11 +7,11 @@ import struct
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from serve.api.errors import ServiceError
 from serve.config import ServerConfig
 from serve.logs import LogForm, LogLevel
 from serve.reading.work import Answer
 from serve.served import ServedModel
+from taper_client.errors import ServiceError
 
 TOKENIZER = "serve.reading.child.model_tokenizer"
 LENGTH = struct.Struct("!Q")  # of the pickle that follows

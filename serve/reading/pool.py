@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from serve.api.errors import InternalError, OverloadedError, ServiceError
 from serve.reading.child import too_costly
 from serve.reading.fair import FairQueue
 from serve.reading.frames import Begin, Told
 from serve.reading.process import GoneError, ReaderProcess
 from serve.reading.work import Answer, Job
+from taper_client.errors import InternalError, OverloadedError, ServiceError
 
 log = structlog.get_logger("taper")
 

@@ -19,9 +19,9 @@ from scheduler.program import (
 )
 from scheduler.sampling import SamplingParams
 from scheduler.stopping import Stopping
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.reading.faults import Faults
 from serve.reading.sampling import read_sampling
+from taper_client.v1 import inference_service_pb2 as pb
 
 JOINS = {pb.JOIN_KV: "kv", pb.JOIN_REPREFILL: "reprefill", pb.JOIN_NONE: "none"}
 MAX_STAGES = 64  # in one list of stages

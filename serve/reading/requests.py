@@ -11,12 +11,12 @@ from functools import partial
 
 from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.reading.faults import Faults, check_model, refuse_text
 from serve.reading.programs import ProgramReader
 from serve.reading.sampling import read_sampling
 from serve.served import ServedModel, Tokenizer
 from serve.text.reader import Spelling
+from taper_client.v1 import inference_service_pb2 as pb
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_INTERVAL_MS = 60_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from scheduler.sampling import OPTIONS, Option, SamplingParams, fault_of_bias, fault_of_option
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.reading.faults import Faults
+from taper_client.v1 import inference_service_pb2 as pb
 
 
 def read_sampling(

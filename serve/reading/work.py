@@ -9,12 +9,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 from google.protobuf.message import DecodeError
 
 from scheduler.request import Request
-from serve.api.errors import InvalidRequestError, Violation
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.reading.faults import Faults, check_model, refuse_text
 from serve.reading.requests import read_prompt, read_request
 from serve.served import ServedModel
 from serve.text.reader import Speller
+from taper_client.errors import InvalidRequestError, Violation
+from taper_client.v1 import inference_service_pb2 as pb
 
 Method = Literal["Generate", "Tokenize", "Detokenize"]
 

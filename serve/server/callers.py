@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import grpc
 
-from serve.api.errors import PermissionDeniedError, UnauthenticatedError
 from serve.server.tokens import ROLES, Role, Tokens
+from taper_client.errors import PermissionDeniedError, UnauthenticatedError
 
 MAX_NAME = 256  # characters of a certificate's
 

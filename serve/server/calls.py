@@ -16,10 +16,10 @@ from typing import Any
 
 import grpc
 
-from serve.api.errors import InvalidRequestError, OverloadedError, ServiceError, Violation
 from serve.reading.work import malformed, parse
 from serve.server.callers import Caller, Callers
 from serve.server.tokens import Role
+from taper_client.errors import InvalidRequestError, OverloadedError, ServiceError, Violation
 
 EXCESSES = (  # reasons that are the client's own doing
     "CLIENT_LIMIT",

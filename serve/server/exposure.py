@@ -6,7 +6,7 @@ import socket
 
 import structlog
 
-from serve.api.addresses import is_loopback
+from taper_client.addresses import is_loopback
 
 log = structlog.get_logger("taper")
 

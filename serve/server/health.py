@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection
 import grpc
 from grpc_health.v1 import health_pb2
 
-from serve.api.errors import ServiceError
 from serve.server.calls import Call
+from taper_client.errors import ServiceError
 
 _Status = health_pb2.HealthCheckResponse
 

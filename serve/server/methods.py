@@ -14,10 +14,10 @@ import grpc
 import structlog
 from google.protobuf.message import Message
 
-from serve.api.errors import InternalError, ServiceError, abort
 from serve.server.callers import Callers
 from serve.server.calls import Call, Calls
 from serve.server.tokens import ROLES, Role
+from taper_client.errors import InternalError, ServiceError, abort
 
 log = structlog.get_logger("taper")
 

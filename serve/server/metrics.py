@@ -14,10 +14,10 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
 from scheduler.events import Finished
-from serve.api.errors import RETRY_AFTER
 from serve.door import Load, StepRecord
 from serve.lateness import CAUSES, LATE, cause_of_lateness
 from serve.server.load_metrics import LoadCollector, VllmCollector
+from taper_client.errors import RETRY_AFTER
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4, 2, 4)
@@ -134,7 +134,7 @@ class Metrics:
         self._slo.labels("ttft", str(timing.ttft_slo_met).lower()).inc()
 
     def count_request(self, code: str, tenant: str = "", reason: str = "") -> None:
-        """A request has ended, for one of the reasons of `serve.api.errors` if there was one."""
+        """A request has ended, for one of the reasons of `taper_client.errors` if there was one."""
         self._requests.labels("INTERNAL", tenant)  # is there before there is a bug
         self._requests.labels(code, tenant).inc()
         if reason and reason != _NO_REFUSAL:

@@ -12,8 +12,6 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.config import ServerConfig, naming
 from serve.server.health import Health
 from serve.server.methods import Behaviour, Method, add_service, full_name
@@ -22,6 +20,8 @@ from serve.server.service import Service
 from serve.server.servicers import ControlServicer, InferenceServicer
 from serve.server.tls import Certificates
 from serve.server.tokens import ROLES, Role
+from taper_client.v1 import control_service_pb2 as control_pb
+from taper_client.v1 import inference_service_pb2 as pb
 
 SERVICES = (full_name(pb), full_name(control_pb))
 MAX_CONTROL_BYTES = 1 << 16  # of every message but those that bring a prompt

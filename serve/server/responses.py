@@ -27,10 +27,10 @@ from scheduler.request import Request
 from scheduler.search import Match
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason, Stopping
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.server.wire import Delta
 from serve.text.detokenizer import Detokenizer
 from serve.text.reader import Speller, TextReader
+from taper_client.v1 import inference_service_pb2 as pb
 
 _REASONS = {
     FinishReason.EOS: pb.FINISH_REASON_EOS,

@@ -24,8 +24,8 @@ import structlog
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
-from serve.api.errors import PermissionDeniedError, ServiceError, UnauthenticatedError
 from serve.server.tls import Certificates
+from taper_client.errors import PermissionDeniedError, ServiceError, UnauthenticatedError
 
 log = structlog.get_logger("taper")
 

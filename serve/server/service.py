@@ -16,14 +16,6 @@ from dataclasses import dataclass, replace
 import structlog
 
 from scheduler.request import Request
-from serve.api.errors import (
-    CancelledError,
-    DuplicateRequestError,
-    InternalError,
-    ServiceError,
-    UnavailableError,
-    refused,
-)
 from serve.config import ServerConfig
 from serve.door import Failed, Refused
 from serve.logs import expect_prompts
@@ -37,6 +29,14 @@ from serve.server.request_log import RequestLog
 from serve.server.stream import Doorbell, Stream
 from serve.server.tokens import Tokens
 from serve.text.reader import Speller
+from taper_client.errors import (
+    CancelledError,
+    DuplicateRequestError,
+    InternalError,
+    ServiceError,
+    UnavailableError,
+    refused,
+)
 
 log = structlog.get_logger("taper")
 

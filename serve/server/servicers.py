@@ -8,9 +8,6 @@ from importlib import metadata
 from typing import Any
 
 from scheduler.events import Finished
-from serve.api.errors import InvalidRequestError, Violation
-from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.reading.envelope import look
 from serve.reading.faults import check_model, unknown_fields
 from serve.reading.requests import is_id
@@ -20,6 +17,9 @@ from serve.server.calls import Call
 from serve.server.request_log import facts
 from serve.server.responses import ResponseWriter, duration
 from serve.server.service import Service
+from taper_client.errors import InvalidRequestError, Violation
+from taper_client.v1 import control_service_pb2 as control_pb
+from taper_client.v1 import inference_service_pb2 as pb
 
 _OVERTAKEN_SECONDS = 0.05  # that an Abort of an unknown id waits for the call, as gRPC keeps no order
 _ARRIVAL_SECONDS = 1.0  # that it waits for the messages of calls that are here

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from scheduler.events import Event, Finished
-from serve.api.errors import OverloadedError, ServiceError
 from serve.door import Failed, News, Refused
+from taper_client.errors import OverloadedError, ServiceError
 
 
 class Doorbell:

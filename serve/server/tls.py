@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import grpc
 import structlog
 
-from serve.api.certificates import Paths, Pem, load
 from serve.config import ServerConfig
 from serve.server.files import look
+from taper_client.certificates import Paths, Pem, load
 
 log = structlog.get_logger("taper")
 

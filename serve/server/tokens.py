@@ -21,9 +21,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import structlog
 
-from serve.api.errors import UnauthenticatedError
 from serve.config import naming
 from serve.server.files import look
+from taper_client.errors import UnauthenticatedError
 
 log = structlog.get_logger("taper")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from taper_client.v1 import inference_service_pb2 as pb
 
 _NUMBER, _BYTES = 0, 2  # wire types
 

@@ -12,8 +12,8 @@ from bench.load.measures import Run
 from bench.load.workload import Item
 from model.tiny.tasks import Fork, Task, transcript
 from scheduler.request import Slo
-from serve.api.errors import ServiceError
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from taper_client.errors import ServiceError
+from taper_client.v1 import inference_service_pb2 as pb
 from tests.bench.load.test_measures import seen
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 import yaml
 
-from serve.api.errors import RETRY_AFTER
+from taper_client.errors import RETRY_AFTER
 from tests.deploy.live import ROOT, faults, page, selectors, series
 
 SUFFIXES = ("_bucket", "_sum", "_count")

@@ -1,6 +1,6 @@
 // Calls every method of a TAPER server and prints, as one JSON object, what each answered or refused.
 //
-//   node methods.mjs '{"address": "localhost:50051", "protos": "serve/api/protos", "token": "...",
+//   node methods.mjs '{"address": "localhost:50051", "protos": "serve/client/protos", "token": "...",
 //                      "ca": "ca.pem", "cert": "client.pem", "key": "client.key"}'
 //
 // Without "ca" the connection is plaintext; "token", "cert" and "key" are left out where none are needed.

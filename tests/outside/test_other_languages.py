@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from serve.api.certificates import Paths
 from serve.server.tls import Certificates
+from taper_client.certificates import Paths
 from tests.serve.authorities import Authority
 from tests.serve.fakes import FakeEngine, listening
 from tests.serve.server.test_server import answer
 from tests.serve.server.test_tokens import entry
 
 HERE = Path(__file__).parent
-PROTOS = HERE.parent.parent / "serve/api/protos"
+PROTOS = HERE.parent.parent / "serve/client/protos"
 TOKEN = "a-token-that-may-do-everything"
 ASKED = {
     "InferenceService/Generate": {"prompt": {"text": "go"}},

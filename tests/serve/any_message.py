@@ -9,7 +9,7 @@ from google.protobuf.descriptor import FieldDescriptor as Field
 from google.protobuf.message import Message
 from hypothesis import strategies as st
 
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from taper_client.v1 import inference_service_pb2 as pb
 
 _DEPTH = 9  # of messages inside of each other
 KINDS = ("mended", "mended", "plain", "odd", "odd", "odd", "much", "much", "mutated", "longer")

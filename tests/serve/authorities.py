@@ -10,7 +10,7 @@ from pathlib import Path
 
 import trustme
 
-from serve.api.certificates import Paths
+from taper_client.certificates import Paths
 
 HOST = "127.0.0.1"
 _DAY = timedelta(days=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from taper_client.v1 import inference_service_pb2 as pb
 
 TIMES = ("queue_time", "time_to_first_token", "time_per_output_token", "total_time")
 

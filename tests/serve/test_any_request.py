@@ -19,11 +19,11 @@ from scheduler.controller import Controller
 from scheduler.predictor import StepLatencyModel
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Sample, Step
-from serve.api.errors import RETRY_AFTER, from_rpc
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.engine.engine import InProcessEngine
 from serve.reading.faults import Faults
 from serve.text.codec import TextCodec
+from taper_client.errors import RETRY_AFTER, from_rpc
+from taper_client.v1 import inference_service_pb2 as pb
 from tests.serve.any_message import messages, requests
 from tests.serve.fakes import EOS, VOCAB, ByteTokenizer, listening, served_model
 from tests.serve.stream_rules import StreamRules

@@ -20,8 +20,6 @@ from scheduler.controller import Controller
 from scheduler.predictor import StepLatencyModel
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Sample, Step
-from serve.api.errors import InternalError, InvalidRequestError, ServiceError
-from serve.client import AsyncClient, branch, generate_request, parallel, serial
 from serve.config import ServerConfig
 from serve.engine.engine import InProcessEngine
 from serve.engine.step_log import StepLog
@@ -32,6 +30,8 @@ from serve.served import Served
 from serve.server.responses import ResponseWriter
 from serve.server.service import Service
 from serve.text.codec import TextCodec
+from taper_client import AsyncClient, branch, generate_request, parallel, serial
+from taper_client.errors import InternalError, InvalidRequestError, ServiceError
 from tests.serve.fakes import ByteTokenizer, served_model
 from tests.serve.server.test_calls import GENERATE, connection, end_of
 from tests.serve.server.test_server import listening_to

@@ -19,10 +19,10 @@ from model.tensor_files import INDEX, WHOLE
 from model.tokenizer import Tokenizer
 from model.weights import hf_tensors
 from serve import commands
-from serve.api.errors import ServiceError
-from serve.client.client import Client
 from serve.config import ServerConfig
 from serve.engine import startup
+from taper_client.client import Client
+from taper_client.errors import ServiceError
 from tests.model.dense import dense_greedy
 from tests.model.faults import FAULTS
 from tests.model.folders import EMBEDDING, NORM, RECIPE, Folder

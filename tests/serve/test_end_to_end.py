@@ -18,8 +18,8 @@ from bench.demo import POLICIES, TITLES, Demo, compare
 from model import decode
 from model.checkpoint import load_model
 from scheduler.sampling import SamplingParams
-from serve.client import Client, branch, parallel, sampling, serial, stopping
-from serve.client.answer import BranchFinished, Delta, Finished, Joined, StageStarted, Started
+from taper_client import Client, branch, parallel, sampling, serial, stopping
+from taper_client.answer import BranchFinished, Delta, Finished, Joined, StageStarted, Started
 from tests.sizes import sampled
 
 

@@ -10,8 +10,8 @@ import pytest
 from bench.load.driver import Answer, Driver, Emission, Reply, clock, connected, message, play
 from bench.load.workload import FAMILIES, Item, closed_loop
 from scheduler.request import Slo
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.reading.requests import read_request
+from taper_client.v1 import inference_service_pb2 as pb
 from tests.bench.served import MAX_CONTEXT, Served, serving
 from tests.serve.fakes import VOCAB, served_model
 

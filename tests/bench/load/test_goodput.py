@@ -15,8 +15,8 @@ from bench.load.driver import Driver, Reply
 from bench.load.goodput import command, main, points
 from bench.load.measures import COLUMNS
 from bench.load.workload import Item, closed_loop, open_loop
-from serve.client.client import AsyncClient
 from serve.lateness import CAUSES
+from taper_client.client import AsyncClient
 from tests.bench.served import Served, serving
 
 SHORT = ["--scale", "0.03", "--warmup", "0.1", "--window", "0.3", "--cooldown", "0.1"]

@@ -11,8 +11,8 @@ from bench.load.measures import Window
 from bench.load.trial import Setting, Trial, unloaded_tpot
 from bench.load.workload import ALONE, Item, Workload
 from scheduler.request import Slo
-from serve.api.errors import ServiceError
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
+from taper_client.errors import ServiceError
+from taper_client.v1 import inference_service_pb2 as pb
 from tests.bench.load.test_driver import END, delta, reply, stage, width
 
 

@@ -7,8 +7,7 @@ import json
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client.answer import (
+from taper_client.answer import (
     BranchFinished,
     Completion,
     Delta,
@@ -23,6 +22,7 @@ from serve.client.answer import (
     Usage,
     events_of,
 )
+from taper_client.v1 import inference_service_pb2 as pb
 
 
 def test_every_figure_of_the_end_is_read_from_its_own_field() -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client import (
+from taper_client import (
     arguments,
     branch,
     generate_request,
@@ -20,8 +19,9 @@ from serve.client import (
     serial,
     stopping,
 )
-from serve.client.arguments import seconds, target, token_ids
-from serve.client.options import StageOptions
+from taper_client.arguments import seconds, target, token_ids
+from taper_client.options import StageOptions
+from taper_client.v1 import inference_service_pb2 as pb
 
 NAN, INF = float("nan"), float("inf")
 

@@ -13,15 +13,15 @@ from datetime import timedelta
 import pytest
 
 from scheduler.request import Request
-from serve.api.errors import (
+from taper_client import AsyncClient, Client, Completion, branch, generate_request, parallel, serial
+from taper_client import client as client_module
+from taper_client.answer import BranchFinished, Delta, Finished, Joined, Logprob, Started, WidthChanged
+from taper_client.errors import (
     CancelledError,
     DeadlineExceededError,
     InvalidRequestError,
     UnavailableError,
 )
-from serve.client import AsyncClient, Client, Completion, branch, generate_request, parallel, serial
-from serve.client import client as client_module
-from serve.client.answer import BranchFinished, Delta, Finished, Joined, Logprob, Started, WidthChanged
 from tests.serve.fakes import FakeEngine, finished, listening
 
 PLAN = [

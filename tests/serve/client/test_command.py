@@ -18,7 +18,7 @@ import pytest
 from scheduler.events import Started
 from scheduler.program import ParallelStage, Plan, TagProgram
 from scheduler.request import Request
-from serve.client.command import main
+from taper_client.command import main
 from tests.serve.client.test_options import SAMPLING
 from tests.serve.fakes import FakeEngine, begin, fork_and_join, listening
 
@@ -175,6 +175,11 @@ def test_a_flag_that_is_wrong_has_an_exit_code_of_its_own(flags, capsys):
     assert flags[0] in printed.err
 
 
+def test_the_command_says_its_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == "taper-client 0.1.0\n"
+
+
 def test_the_command_explains_itself(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
@@ -188,11 +193,11 @@ def test_the_command_explains_itself(capsys):
 # --- as a process ------------------------------------------------------------------------------------------
 
 
-PROGRAM = "from serve.client.__main__ import main; main()"
+PROGRAM = "from taper_client.__main__ import main; main()"
 # What an interrupt that is raised inside of gRPC can do: it becomes nobody's, and the channel never closes.
 STUCK = f"""
 import contextlib, threading
-from serve.client import Client
+from taper_client import Client
 generate = Client.generate
 def swallowing(*args, **options):
     while True:

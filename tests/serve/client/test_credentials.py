@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from serve.api.errors import PermissionDeniedError, ServiceError, UnauthenticatedError, UnavailableError
-from serve.client import AsyncClient, Client, Tls, token_file
-from serve.client import credentials as credentials_module
-from serve.client.command import main
-from serve.client.credentials import MAX_TOKEN, Access
 from serve.server.tls import Certificates
+from taper_client import AsyncClient, Client, Tls, token_file
+from taper_client import credentials as credentials_module
+from taper_client.command import main
+from taper_client.credentials import MAX_TOKEN, Access
+from taper_client.errors import PermissionDeniedError, ServiceError, UnauthenticatedError, UnavailableError
 from tests.serve.authorities import Authority, put, without_authorities
 from tests.serve.fakes import FakeEngine, fork_and_join, listening
 
@@ -423,7 +423,7 @@ def test_the_command_says_what_is_missing_in_a_line(encrypted, guarded, tmp_path
 
 def test_a_process_of_the_command_says_one_line(encrypted, foreign):
     """gRPC would say more about a handshake that fails."""
-    command = [sys.executable, "-m", "serve.client", "go", "--address", encrypted]
+    command = [sys.executable, "-m", "taper_client", "go", "--address", encrypted]
     env = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
     ran = subprocess.run(
         [*command, "--tls-ca-cert-path", foreign.path], env=env, capture_output=True, text=True, check=False
@@ -436,7 +436,7 @@ def test_the_command_encrypts_by_tls_alone_and_sends_a_token_in_the_open_if_told
     (tmp_path / "token").write_text(SECRET)
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        "serve.client.command.Client", lambda address, **options: made.append(options) or SimpleNamespace()
+        "taper_client.command.Client", lambda address, **options: made.append(options) or SimpleNamespace()
     )
     for flags in (("--tls",), ("--plaintext-token",), ()):
         with pytest.raises(TypeError):  # what is made is no client

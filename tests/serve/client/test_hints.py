@@ -5,8 +5,8 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from serve.api.errors import ServiceError
-from serve.client.hints import hint
+from taper_client.errors import ServiceError
+from taper_client.hints import hint
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client import sampling, stopping
-from serve.client.options import Options, OutputOptions, SamplingOptions, StageOptions, StoppingOptions
+from taper_client import sampling, stopping
+from taper_client.options import Options, OutputOptions, SamplingOptions, StageOptions, StoppingOptions
+from taper_client.v1 import inference_service_pb2 as pb
 
 SAMPLING: dict[str, Any] = {
     "temperature": 0.5,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.client import Client, Completion
-from serve.client.options import Options
+from taper_client import Client, Completion
+from taper_client.options import Options
 from tests.serve.authorities import Authority
 from tests.serve.client.test_answer import FINISHED, STARTED
 from tests.serve.fakes import FakeEngine, fork_and_join, listening

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
+from taper_client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
+from taper_client.v1 import inference_service_pb2 as pb
 from tests.serve.client.test_options import SAMPLING, STOPPING
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from serve.client.answer import (
+from taper_client.answer import (
     BranchFinished,
     Completion,
     Delta,
@@ -19,7 +19,7 @@ from serve.client.answer import (
     Usage,
     WidthChanged,
 )
-from serve.client.terminal import Answer, show_live, summary
+from taper_client.terminal import Answer, show_live, summary
 
 END = Finished(
     usage=Usage(

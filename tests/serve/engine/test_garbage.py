@@ -16,10 +16,10 @@ from scheduler.predictor import StepLatencyModel
 from scheduler.request import Request
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Step
-from serve.client import generate_request
 from serve.engine.engine import InProcessEngine
 from serve.reading.requests import read_request
 from serve.text.codec import TextCodec
+from taper_client import generate_request
 from tests.serve.engine.test_engine import Device
 from tests.serve.fakes import ByteTokenizer, served_model
 from tests.serve.remote.soak import Soak

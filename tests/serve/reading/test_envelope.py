@@ -9,9 +9,9 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.api.errors import InvalidRequestError
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.reading.envelope import MAX_FIELDS, Envelope, look
+from taper_client.errors import InvalidRequestError
+from taper_client.v1 import inference_service_pb2 as pb
 
 texts = st.text(max_size=200)
 messages = st.builds(

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from serve.api.errors import InternalError, InvalidRequestError, OverloadedError, ServiceError
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client import generate_request
 from serve.config import ServerConfig
 from serve.reading.frames import begin
 from serve.reading.pool import LEAST, ROOM, ReaderPool
 from serve.reading.work import Job, Prompted, Readers, ReadHere
+from taper_client import generate_request
+from taper_client.errors import InternalError, InvalidRequestError, OverloadedError, ServiceError
+from taper_client.v1 import inference_service_pb2 as pb
 from tests.serve.fakes import served_model
 
 SECONDS = 0.3  # that one message may take

@@ -14,16 +14,16 @@ from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, TagP
 from scheduler.request import Slo
 from scheduler.sampling import OPTIONS, Option
 from scheduler.stopping import Stopping
-from serve.api import protos
-from serve.api.errors import InvalidRequestError, Violation
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.api.protos.taper.v1.control_service_pb2 import GetModelInfoResponse
-from serve.client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
 from serve.reading.faults import MAX_VIOLATIONS, refuse_text
 from serve.reading.programs import MAX_LABEL_BYTES, MAX_SEQUENCES
 from serve.reading.requests import MAX_SALT_BYTES, MAX_TURNS, ROLES, read_prompt, read_request
+from taper_client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
+from taper_client.errors import InvalidRequestError, Violation
+from taper_client.v1 import inference_service_pb2 as pb
+from taper_client.v1.control_service_pb2 import GetModelInfoResponse
 from tests.serve.fakes import EOS, VOCAB, ByteTokenizer, served_model
 
+PROTO = Path(__file__).parents[3] / "serve/client/protos/taper/v1/inference_service.proto"
 NAN, INF = float("nan"), float("inf")
 
 
@@ -511,7 +511,7 @@ def test_the_wire_has_every_sampling_option_and_its_range_is_checked():
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_the_proto_says_what_range_an_option_has(option: Option):
-    proto = (Path(protos.__file__).parent / "taper/v1/inference_service.proto").read_text()
+    proto = PROTO.read_text()
     [comment] = re.findall(rf"// (.*)\n  optional \w+ {option.name} =", proto)
     said = {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", comment)}
     assert {option.off, option.low} <= said

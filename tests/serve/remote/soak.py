@@ -12,9 +12,9 @@ from typing import Any
 
 import grpc
 
-from serve.api.errors import DeadlineExceededError, OverloadedError, ServiceError
-from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
-from serve.client import AsyncClient, branch, generate_request, model_driven, parallel, serial
+from taper_client import AsyncClient, branch, generate_request, model_driven, parallel, serial
+from taper_client.errors import DeadlineExceededError, OverloadedError, ServiceError
+from taper_client.v1 import inference_service_pb2_grpc as inference_grpc
 
 POLICIES = ("off", "eager", "taper", "cap:2", "taper:priority", "taper:concave")
 QUESTION = "Reverse each word: cat, lemon, tree. Then say which result is longest."
@@ -26,7 +26,7 @@ NARROW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65535))
 
 KILLED = """
 import sys
-from serve.client import Client
+from taper_client import Client
 client = Client(sys.argv[1])
 streams = [iter(client.generate([5] * 20, max_tokens=400, ignore_eos=True)) for _ in range(6)]
 first = [next(stream) for stream in streams[:3]]

@@ -17,12 +17,12 @@ from typing import Any
 import grpc
 import pytest
 
-from serve.api.errors import InternalError, UnavailableError, from_rpc
-from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
-from serve.client import Client, branch, generate_request, parallel
-from serve.client.answer import Finished
 from serve.config import OptionError, ServerConfig
 from serve.remote.spawn import spawned
+from taper_client import Client, branch, generate_request, parallel
+from taper_client.answer import Finished
+from taper_client.errors import InternalError, UnavailableError, from_rpc
+from taper_client.v1 import inference_service_pb2_grpc as inference_grpc
 from tests.serve.remote.slow import GREEDY, LEAVING, STUCK, UNLUCKY
 from tests.serve.waiting import until
 

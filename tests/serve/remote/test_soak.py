@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve.client import Client
+from taper_client import Client
 from tests.serve.remote.soak import Soak
 from tests.serve.waiting import until
 

@@ -18,10 +18,6 @@ from scheduler.controller import Controller
 from scheduler.events import Started
 from scheduler.predictor import StepLatencyModel
 from scheduler.scheduler import Scheduler, SchedulerConfig
-from serve.api.errors import ServiceError, UnauthenticatedError, from_rpc
-from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client import generate_request
 from serve.config import ServerConfig
 from serve.engine.engine import InProcessEngine
 from serve.server import tokens
@@ -30,6 +26,10 @@ from serve.server.methods import full_name
 from serve.server.ports import SERVICES, Ports
 from serve.server.server import shut_down
 from serve.text.codec import TextCodec
+from taper_client import generate_request
+from taper_client.errors import ServiceError, UnauthenticatedError, from_rpc
+from taper_client.v1 import control_service_pb2 as control_pb
+from taper_client.v1 import inference_service_pb2 as pb
 from tests.bench.served import Runner
 from tests.serve.fakes import ByteTokenizer, FakeEngine, begin
 from tests.serve.server.test_calls import connection, served_by, soon

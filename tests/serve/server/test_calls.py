@@ -9,7 +9,15 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from serve.api.errors import (
+from serve.config import ServerConfig
+from serve.door import Engine, Load
+from serve.reading.work import Job, ReadHere
+from serve.served import Served
+from serve.server.calls import Calls
+from serve.server.ports import MAX_CONTROL_BYTES
+from serve.server.service import Service
+from taper_client import AsyncClient, generate_request
+from taper_client.errors import (
     CancelledError,
     DuplicateRequestError,
     InternalError,
@@ -19,16 +27,8 @@ from serve.api.errors import (
     UnavailableError,
     from_rpc,
 )
-from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client import AsyncClient, generate_request
-from serve.config import ServerConfig
-from serve.door import Engine, Load
-from serve.reading.work import Job, ReadHere
-from serve.served import Served
-from serve.server.calls import Calls
-from serve.server.ports import MAX_CONTROL_BYTES
-from serve.server.service import Service
+from taper_client.v1 import control_service_pb2 as control_pb
+from taper_client.v1 import inference_service_pb2 as pb
 from tests.serve.fakes import FakeEngine, begin, finished, served_model
 from tests.serve.server.test_server import answer, in_loop, listening_to, until
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from serve.api.errors import InvalidRequestError, OverloadedError, ServiceError, from_rpc
-from serve.api.protos.taper.v1 import control_service_pb2 as control_pb
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client import Client
+from taper_client import Client
+from taper_client.errors import InvalidRequestError, OverloadedError, ServiceError, from_rpc
+from taper_client.v1 import control_service_pb2 as control_pb
+from taper_client.v1 import inference_service_pb2 as pb
 from tests.serve.waiting import until
 
 ROOT = Path(__file__).parents[3]

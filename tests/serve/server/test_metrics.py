@@ -7,10 +7,10 @@ from scheduler.program import Plan, SerialStage
 from scheduler.request import Request
 from scheduler.scheduler import SchedulerLoad
 from scheduler.stopping import Stopping
-from serve.api.errors import RETRY_AFTER
 from serve.door import Load, Programs
 from serve.lateness import CAUSES
 from serve.server.metrics import Metrics
+from taper_client.errors import RETRY_AFTER
 from tests.serve.fakes import STEP, FakeEngine, finished
 
 

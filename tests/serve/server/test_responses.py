@@ -24,9 +24,9 @@ from scheduler.request import Request
 from scheduler.search import Match
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason, Stopping
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.server.responses import ResponseWriter, stop_strings
 from serve.text.reader import Speller
+from taper_client.v1 import inference_service_pb2 as pb
 from tests.families import family
 from tests.serve.fakes import EOS, ByteTokenizer, finished
 

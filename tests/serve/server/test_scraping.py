@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 import pytest
 from structlog.testing import capture_logs
 
-from serve.api.certificates import Paths
-from serve.api.errors import PermissionDeniedError, UnauthenticatedError
 from serve.server import scraping
 from serve.server.exposure import is_local, warn_of_exposure
 from serve.server.metrics import Metrics
 from serve.server.scraping import Page, metrics_page
 from serve.server.tls import Certificates
+from taper_client.certificates import Paths
+from taper_client.errors import PermissionDeniedError, UnauthenticatedError
 from tests.serve.authorities import Authority, put, without_authorities
 
 

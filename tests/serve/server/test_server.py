@@ -26,7 +26,15 @@ from scheduler.request import Request, Slo
 from scheduler.scheduler import RejectedError, Scheduler, SchedulerConfig, SchedulerLoad
 from scheduler.step import Sample
 from scheduler.stopping import Stopping
-from serve.api.errors import (
+from serve.config import OptionError, ServerConfig
+from serve.door import Failed, Load, Refused, Sink
+from serve.served import Platform, Served
+from serve.server.ports import SERVICES, Ports
+from serve.server.server import serve, shut_down
+from serve.server.service import Service
+from taper_client import AsyncClient, generate_request, parallel
+from taper_client.answer import Completion, Finished, events_of
+from taper_client.errors import (
     CancelledError,
     DeadlineExceededError,
     DuplicateRequestError,
@@ -37,16 +45,8 @@ from serve.api.errors import (
     UnavailableError,
     from_rpc,
 )
-from serve.api.protos.taper.v1 import control_service_pb2, inference_service_pb2
-from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
-from serve.client import AsyncClient, generate_request, parallel
-from serve.client.answer import Completion, Finished, events_of
-from serve.config import OptionError, ServerConfig
-from serve.door import Failed, Load, Refused, Sink
-from serve.served import Platform, Served
-from serve.server.ports import SERVICES, Ports
-from serve.server.server import serve, shut_down
-from serve.server.service import Service
+from taper_client.v1 import control_service_pb2, inference_service_pb2
+from taper_client.v1 import inference_service_pb2_grpc as inference_grpc
 from tests.serve.fakes import ByteTokenizer, FakeEngine, finished, served_model
 
 CONFIG = ServerConfig(port=0)

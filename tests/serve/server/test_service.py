@@ -10,12 +10,12 @@ import pytest
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request
 from scheduler.stopping import Stopping
-from serve.api.errors import CancelledError, DuplicateRequestError, OverloadedError, UnavailableError
 from serve.config import ServerConfig
 from serve.door import Refused
 from serve.served import Served
 from serve.server.callers import Caller
 from serve.server.service import Service
+from taper_client.errors import CancelledError, DuplicateRequestError, OverloadedError, UnavailableError
 from tests.serve.fakes import FakeEngine, begin, finished, say, served_model
 
 SOMEBODY = Caller("ipv4:127.0.0.1:1")

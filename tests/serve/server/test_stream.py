@@ -9,9 +9,9 @@ from collections.abc import Coroutine
 import pytest
 
 from scheduler.events import Event, WidthChanged
-from serve.api.errors import CancelledError, InternalError, OverloadedError
 from serve.door import Failed
 from serve.server.stream import Doorbell, Stream
+from taper_client.errors import CancelledError, InternalError, OverloadedError
 from tests.serve.fakes import finished
 
 EVENTS = [WidthChanged("r", width, 9) for width in range(9)]

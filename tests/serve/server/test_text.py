@@ -12,11 +12,11 @@ from scheduler.events import BranchInfo, Event, StageFinished, StageStarted, Tok
 from scheduler.program import ParallelStage, Plan, SerialStage
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
-from serve.client import generate_request, parallel, serial
 from serve.reading.requests import read_request
 from serve.server.responses import ResponseWriter
 from serve.text.reader import Speller
+from taper_client import generate_request, parallel, serial
+from taper_client.v1 import inference_service_pb2 as pb
 from tests.families import FAMILIES, family
 from tests.serve.fakes import served_model
 from tests.serve.text import strategies

@@ -21,9 +21,6 @@ from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
-from serve.api.certificates import Paths, Pem
-from serve.api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
-from serve.client import generate_request
 from serve.config import OptionError, ServerConfig
 from serve.served import Served
 from serve.server import tls
@@ -31,6 +28,9 @@ from serve.server.ports import Ports
 from serve.server.server import serve, shut_down
 from serve.server.service import Service
 from serve.server.tls import OPTIONS, RETRY_SECONDS, Certificates
+from taper_client import generate_request
+from taper_client.certificates import Paths, Pem
+from taper_client.v1 import inference_service_pb2_grpc as inference_grpc
 from tests.serve.authorities import Authority, in_file, presented, put, without_authorities
 from tests.serve.fakes import FakeEngine, finished, served_model
 from tests.serve.server.test_server import begin, in_loop, token, until

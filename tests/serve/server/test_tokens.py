@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from serve.api.errors import UnauthenticatedError
 from serve.server import tokens as module
 from serve.server.tokens import Token, Tokens
+from taper_client.errors import UnauthenticatedError
 
 SECRET = "aGVsbG8gd29ybGQhIQ"
 

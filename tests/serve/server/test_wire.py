@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from scheduler.events import Event, TokenEmitted
 from scheduler.request import Request
-from serve.api.protos.taper.v1 import inference_service_pb2 as pb
 from serve.server.responses import ResponseWriter
 from serve.server.wire import Delta
 from serve.text.reader import Speller
+from taper_client.v1 import inference_service_pb2 as pb
 from tests.scheduler.alphabet import FOLLOWS, PLAIN, TALKATIVE
 from tests.scheduler.strategies import examples, loads, plans, serving, tag_programs
 from tests.scheduler.symbolic import SymbolicModel

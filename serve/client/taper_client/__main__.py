@@ -1,15 +1,20 @@
-"""`taper-client`, also as `python -m serve.client`."""
+"""`taper-client`, also as `python -m taper_client`."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 
 def main(args: list[str] | None = None) -> None:
     """As in `command`; gRPC itself says nothing on standard error, such as of a handshake that failed."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it looks when it is imported
-    from .command import main as run
-
+    try:
+        from .command import main as run
+    except ModuleNotFoundError as error:
+        if error.name not in ("rich", "tyro"):
+            raise
+        sys.exit("taper-client: the command needs more packages: pip install 'taper-client[command]'")
     run(args)
 
 

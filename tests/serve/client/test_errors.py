@@ -12,8 +12,14 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc.status_pb2 import Status
 
 from serve import door
-from serve.api import errors
-from serve.api.errors import InvalidRequestError, OverloadedError, ServiceError, UnavailableError, Violation
+from taper_client import errors
+from taper_client.errors import (
+    InvalidRequestError,
+    OverloadedError,
+    ServiceError,
+    UnavailableError,
+    Violation,
+)
 
 
 class Call:

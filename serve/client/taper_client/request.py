@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
-from ..api.protos.taper.v1 import control_service_pb2 as control_pb
-from ..api.protos.taper.v1 import inference_service_pb2 as pb
 from .arguments import items, known, merged, message, one_of, text, token_ids, whole, wrong_type, wrong_value
 from .options import ELSEWHERE, Options, sampling_of, stopping_of
 from .plan import inherit_stopping, parallel, stages_of
+from .v1 import control_service_pb2 as control_pb
+from .v1 import inference_service_pb2 as pb
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat turns like {"role": "user", "content": "Hello"}."""

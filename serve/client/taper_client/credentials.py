@@ -16,10 +16,10 @@ from typing import Any
 
 import grpc
 
-from ..api.addresses import is_loopback
-from ..api.certificates import Paths, load
-from ..api.errors import ServiceError, from_rpc
+from .addresses import is_loopback
 from .arguments import target, text, wrong_type
+from .certificates import Paths, load
+from .errors import ServiceError, from_rpc
 from .hints import hint
 
 Token = str | Callable[[], str]

@@ -8,7 +8,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from ..api.protos.taper.v1 import inference_service_pb2 as pb
+from .v1 import inference_service_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,13 +19,14 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from ..api.errors import ServiceError
 from .client import Client
 from .credentials import Tls, token_file
+from .errors import ServiceError
 from .options import Options, SamplingOptions
 from .plan import branch, model_driven, parallel, serial
 from .request import Prompt
 from .terminal import SHOWN_AGAIN, show_live
+from .version import VERSION
 
 _INTERRUPTED = 130
 _STDOUT = 1
@@ -33,7 +34,10 @@ _STDOUT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """Ask a server, and watch its answer grow; where the output is not a terminal, print the answer alone."""
+    """Ask a server, and watch its answer grow; where the output is not a terminal, print the answer alone.
+
+    `taper-client --version` says the version.
+    """
 
     prompt: Annotated[str, tyro.conf.Positional]
     """The question, or what to go on from with --raw."""
@@ -89,6 +93,10 @@ class Ask:
 
 def main(args: list[str] | None = None) -> None:
     """Run one request, and end the process with a line if it fails."""
+    args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
+        print(f"taper-client {VERSION}")
+        return
     flags = (tyro.conf.FlagCreatePairsOff,)
     ask = tyro.cli(Ask, prog="taper-client", description=Ask.__doc__, args=args, config=flags)
     try:

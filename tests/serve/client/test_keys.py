@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from serve.api.certificates import Paths, load
-from serve.api.keys import is_usable
+from taper_client.certificates import Paths, load
+from taper_client.keys import is_usable
 
 # Its length takes two bytes.
 NAME = x509.Name(

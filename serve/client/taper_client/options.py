@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
-from ..api.protos.taper.v1 import inference_service_pb2 as pb
 from .arguments import MessageT, instance, known, merged, message
+from .v1 import inference_service_pb2 as pb
 
 OnMiss = Literal["best_effort", "reject"]
 

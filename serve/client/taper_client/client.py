@@ -16,13 +16,10 @@ from typing import Any, Unpack
 
 import grpc
 
-from ..api.errors import CancelledError, ServiceError
-from ..api.protos.taper.v1 import control_service_pb2 as control_pb
-from ..api.protos.taper.v1 import control_service_pb2_grpc as control_grpc
-from ..api.protos.taper.v1 import inference_service_pb2_grpc as inference_grpc
 from .answer import Completion, Event, events_of
 from .arguments import seconds
 from .credentials import Access, Tls, Token
+from .errors import CancelledError, ServiceError
 from .options import Options
 from .request import (
     Prompt,
@@ -32,6 +29,9 @@ from .request import (
     policy_request,
     tokenize_request,
 )
+from .v1 import control_service_pb2 as control_pb
+from .v1 import control_service_pb2_grpc as control_grpc
+from .v1 import inference_service_pb2_grpc as inference_grpc
 
 # `complete` shows only the end, and that never waits: few messages are enough, and cost the server less. Not
 # none: a reader that does not read any more should be noticed before the end.

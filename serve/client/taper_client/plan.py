@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Unpack
 
-from ..api.protos.taper.v1 import inference_service_pb2 as pb
 from .arguments import (
     instance,
     items,
@@ -20,6 +19,7 @@ from .arguments import (
     wrong_value,
 )
 from .options import ELSEWHERE, StageOptions, StoppingOptions, sampling_of, stopping_of
+from .v1 import inference_service_pb2 as pb
 
 Join = Literal["kv", "reprefill", "none"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from ..api.errors import ServiceError
+from .errors import ServiceError
 
 # What gRPC's details hold, and what it means for the server at an address.
 _SAID = {

@@ -134,6 +134,8 @@ class ServiceError(Exception):
 
 
 class InvalidRequestError(ServiceError, ValueError):
+    """Something is wrong with the request, at the fields of `violations`."""
+
     code = grpc.StatusCode.INVALID_ARGUMENT
 
     @classmethod
@@ -165,34 +167,50 @@ class InvalidRequestError(ServiceError, ValueError):
 
 
 class OverloadedError(ServiceError):
+    """The server, or this client's share of it, has no room for the request."""
+
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class UnavailableError(ServiceError):
+    """No server is there, or it is starting, draining or broken: go elsewhere, or try again."""
+
     code = grpc.StatusCode.UNAVAILABLE
 
 
 class UnauthenticatedError(ServiceError):
+    """The server does not know who calls."""
+
     code = grpc.StatusCode.UNAUTHENTICATED
 
 
 class PermissionDeniedError(ServiceError):
+    """The server knows who calls, and the call is not for them."""
+
     code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class DuplicateRequestError(ServiceError):
+    """A request with this id is running."""
+
     code = grpc.StatusCode.ALREADY_EXISTS
 
 
 class CancelledError(ServiceError):
+    """The request was ended, by its caller or by Abort."""
+
     code = grpc.StatusCode.CANCELLED
 
 
 class DeadlineExceededError(ServiceError):
+    """The call's own deadline passed."""
+
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 class InternalError(ServiceError):
+    """A bug of the server's, whose log has more by `request_id`."""
+
     code = grpc.StatusCode.INTERNAL
 
 
