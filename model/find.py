@@ -28,6 +28,12 @@ def model_folder(name: str) -> Path | None:
     return folder
 
 
+def tokenizer_folder(name: str) -> Path:
+    """Where a model's tokenizer is read from. A preset has none of its own: the embedded one will do for its
+    random weights."""
+    return model_folder(name) or _EMBEDDED
+
+
 def model_config(name: str) -> ModelConfig:
     """The config of a folder, a preset or "default"."""
     folder = model_folder(name)
@@ -35,12 +41,9 @@ def model_config(name: str) -> ModelConfig:
 
 
 def model_tokenizer(name: str) -> tuple[Tokenizer, Collection[int] | None]:
-    """The tokenizer for a model, and the ids that may be sampled: those that stand for something; None: any.
-
-    A preset has no tokenizer of its own. The embedded one will do for its random weights, which may sample
-    any id.
+    """The tokenizer for a model, and the ids that may be sampled: those that stand for something; None: any,
+    where the tokenizer is not the model's own.
     """
-    folder = model_folder(name)
-    tokenizer = Tokenizer.from_folder(folder or _EMBEDDED)
-    own = folder is not None and tokenizer.supports_text
+    tokenizer = Tokenizer.from_folder(tokenizer_folder(name))
+    own = model_folder(name) is not None and tokenizer.supports_text
     return tokenizer, tokenizer.spelling.pieces.keys() if own else None

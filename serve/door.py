@@ -81,6 +81,12 @@ class Load:
     start_gap: float = 0.0
     programs: Programs = NO_PROGRAMS
 
+    @property
+    def kv_used_ratio(self) -> float:
+        """Share of the KV pages that running requests hold: 0 to 1."""
+        capacity = self.scheduler.kv_capacity_tokens
+        return self.scheduler.kv_used_tokens / capacity if capacity else 0.0
+
 
 class StepRecord(NamedTuple):
     """A finished step in figures: seconds, and moments by the engine's monotonic clock.

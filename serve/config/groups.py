@@ -71,6 +71,11 @@ class Listening(Group):
     """Address for reflection and for what operators ask, if `control_port` gives them one of their own."""
     control_port: Port[int | None] = None
     """Port for reflection and for what operators ask: that of all else unless set. 0 picks a free one."""
+    gateway_host: str = "127.0.0.1"
+    """Address for gateways, if `gateway_port` lets them in: whoever reaches it may use the model."""
+    gateway_port: Port[int | None] = None
+    """Port for gateways that speak OpenAI's HTTP API to their clients, such as SMG: the gRPC service of
+    vLLM's engine, in plaintext and without tokens. Closed unless set. 0 picks a free one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,13 @@ def warn_of_exposure(hosts: list[str], *, encrypted: bool, tokens: bool, client_
         )
 
 
+def warn_of_open_gateway(host: str) -> None:
+    """Say in the log that a gateway's address leads beyond this machine, whatever else is protected."""
+    if not is_local(host):
+        told = "whoever reaches the gateway's address may use the model, unencrypted and without a token"
+        log.warning(told, addresses=[host], see="--gateway-host")
+
+
 def is_local(host: str) -> bool:
     """Whether only this machine reaches it: its addresses are all loopback, or it is a socket file."""
     if host.startswith(("unix:", "unix-abstract:")):

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from scheduler.scheduler import SchedulerLoad
 from serve.door import Load, Programs
+
+_KV_USED = "Share of the KV pages that running requests hold: 0 to 1"
 
 
 class LoadCollector:
@@ -37,11 +38,12 @@ class VllmCollector:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        now = self._load().scheduler
+        load = self._load()
+        now = load.scheduler
         gauges = {
             "num_requests_running": ("Requests that run", now.running_requests),
             "num_requests_waiting": ("Requests that wait to start", now.queued_requests),
-            "kv_cache_usage_perc": ("Share of the KV pages that running requests hold: 0 to 1", _used(now)),
+            "kv_cache_usage_perc": (_KV_USED, load.kv_used_ratio),
         }
         labels = {"model_name": self._model_name, "engine": "0"}
         for name, (text, value) in gauges.items():
@@ -60,17 +62,13 @@ def _gauges(load: Load) -> dict[str, tuple[str, float]]:
         "queued_requests": ("Requests that wait to start", now.queued_requests),
         "kv_used_tokens": ("KV positions of the pages that running requests hold", now.kv_used_tokens),
         "kv_capacity_tokens": ("KV positions of all pages", now.kv_capacity_tokens),
-        "kv_used_ratio": ("Share of the KV pages that running requests hold: 0 to 1", _used(now)),
+        "kv_used_ratio": (_KV_USED, load.kv_used_ratio),
         "unloaded_step_seconds": ("Predicted time of a step of one row", load.unloaded_step),
         "start_gap_seconds": ("Time between two starts while requests wait", load.start_gap),
         "prediction_bias": ("Measured over predicted time of recent steps, less 1: mean", accuracy.bias),
         "prediction_mape": ("The same without its sign: mean", accuracy.mape),
         "prediction_coverage": ("Share of recent steps within their margin", accuracy.coverage),
     }
-
-
-def _used(load: SchedulerLoad) -> float:
-    return load.kv_used_tokens / load.kv_capacity_tokens if load.kv_capacity_tokens else 0.0
 
 
 def _programs(programs: Programs) -> Metric:

@@ -68,10 +68,8 @@ def _handler(name: str, method: Method, callers: Callers, *, streams: bool) -> g
         try:
             outcome = await _outcome(name, method, call, callers)
             if isinstance(outcome, ServiceError):
-                code, reason = (
-                    outcome.code.name,
-                    outcome.reason,
-                )  # even if its client does not wait to be told
+                # What it was refused for counts, even if its client does not wait to be told.
+                code, reason = outcome.code.name, outcome.reason
                 await method.calls.refuse(call.caller.client, outcome)
             else:
                 code = "OK"

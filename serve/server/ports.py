@@ -1,11 +1,13 @@
 """The addresses at which a service is called: its methods, who may call each, and gRPC's own limits.
 
-All are at one address, unless reflection and what operators ask have one of their own.
+All are at one address, unless reflection and what operators ask have one of their own. What gateways ask
+always has: they bring no token, and speak for others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import grpc
@@ -13,6 +15,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from serve.config import ServerConfig, naming
+from serve.server.callers import Callers
 from serve.server.health import Health
 from serve.server.methods import Behaviour, Method, add_service, full_name
 from serve.server.reflection import Reflection
@@ -39,20 +42,25 @@ class Ports:
 
     address  where the model is asked
     control  where the operators' methods are; the same, unless they have an address of their own
+    gateway  where gateways ask; None unless they are let in
     """
 
     def __init__(self, service: Service, certificates: Certificates | None = None) -> None:
         """Raises OptionError if it cannot listen there."""
         config, methods = service.config, _methods(service)
-        self._certificates = certificates
         self._servers: list[grpc.aio.Server] = []
         asked = methods if config.control_port is None else _asked_by_all(methods)
         with naming("port"):
-            self.address = self.control = self._bind(service, config.host, config.port, asked)
+            self.address = self.control = self._bind(service, config.host, config.port, asked, certificates)
         if config.control_port is not None:
+            host, port, operators = config.control_host, config.control_port, _of_operators(methods)
             with naming("control_port"):
-                operators = _of_operators(methods)
-                self.control = self._bind(service, config.control_host, config.control_port, operators)
+                self.control = self._bind(service, host, port, operators, certificates)
+        self.gateway = None
+        if config.gateway_port is not None:
+            host, port = config.gateway_host, config.gateway_port
+            with naming("gateway_port"):
+                self.gateway = self._bind(service, host, port, _of_gateways(service), None, Callers())
 
     async def start(self) -> None:
         for server in self._servers:
@@ -63,16 +71,25 @@ class Ports:
         for server in self._servers:
             await server.stop(grace)
 
-    def _bind(self, service: Service, host: str, port: int, methods: Methods) -> str:
+    def _bind(
+        self,
+        service: Service,
+        host: str,
+        port: int,
+        methods: Methods,
+        certificates: Certificates | None,
+        callers: Callers | None = None,
+    ) -> str:
+        """The address of a server of its own. `callers` tells who calls, if the service's do not."""
         server = grpc.aio.server(options=_options(service.config))
         for module, named in methods.items():
-            add_service(server, module, named, service.callers)
+            add_service(server, module, named, callers or service.callers)
         host = f"[{host}]" if ":" in host else host
         try:
-            if self._certificates is None:
+            if certificates is None:
                 bound = server.add_insecure_port(f"{host}:{port}")
             else:
-                bound = server.add_secure_port(f"{host}:{port}", self._certificates.credentials())
+                bound = server.add_secure_port(f"{host}:{port}", certificates.credentials())
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error}") from error
         self._servers.append(server)
@@ -93,13 +110,17 @@ def _options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
     )
 
 
+def _large(service: Service, behave: Behaviour) -> Method:
+    """One whose message brings a prompt."""
+    return Method(behave, service.config.max_message_bytes, service.inference, frozenset({"generate"}))
+
+
+def _small(service: Service, behave: Behaviour, *roles: Role) -> Method:
+    return Method(behave, MAX_CONTROL_BYTES, service.control, frozenset(roles))
+
+
 def _methods(service: Service) -> Methods:
-    def large(behave: Behaviour) -> Method:
-        return Method(behave, service.config.max_message_bytes, service.inference, frozenset({"generate"}))
-
-    def small(behave: Behaviour, *roles: Role) -> Method:
-        return Method(behave, MAX_CONTROL_BYTES, service.control, frozenset(roles))
-
+    large, small = partial(_large, service), partial(_small, service)
     inference, control = InferenceServicer(service), ControlServicer(service)
     health = Health(SERVICES, lambda: service.state == "SERVING")
     reflection = Reflection((*SERVICES, full_name(health_pb2)))
@@ -129,3 +150,28 @@ def _asked_by_all(methods: Methods) -> Methods:
 
 def _of_operators(methods: Methods) -> Methods:
     return {module: named for module, named in methods.items() if module is not pb}
+
+
+def _of_gateways(service: Service) -> Methods:
+    """Raises OSError where the package of their messages is missing."""
+    try:
+        from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
+
+        from serve.server.gateway.servicer import GatewayServicer
+    except ModuleNotFoundError as error:
+        raise OSError(f"gateways need more packages: pip install -e '.[gateway]' ({error})") from error
+    large, small = partial(_large, service), partial(_small, service)
+    servicer = GatewayServicer(service)
+    health = Health((full_name(vllm),), lambda: service.state == "SERVING")
+    return {
+        vllm: {
+            "Generate": large(servicer.generate)._replace(ended=service.request_ended),
+            "Abort": small(servicer.abort),
+            "HealthCheck": small(servicer.health_check),
+            "GetModelInfo": small(servicer.get_model_info),
+            "GetServerInfo": small(servicer.get_server_info),
+            "GetLoads": small(servicer.get_loads),
+            "GetTokenizer": small(servicer.get_tokenizer),
+        },
+        health_pb2: {"Check": small(health.check), "Watch": small(health.watch)},
+    }

@@ -89,6 +89,10 @@ class ResponseWriter:
         self._response = pb.GenerateResponse()
         self.branches, self.finish = 0, ""
 
+    def messages(self, events: Sequence[Event]) -> tuple[bytes]:
+        """`write`, as `answering.Writer` has it."""
+        return (self.write(events).SerializeToString(),)
+
     def write(self, events: Sequence[Event]) -> pb.GenerateResponse:
         """The message that tells `events`, in their order."""
         if not self._has_logprobs and _are_tokens(events):

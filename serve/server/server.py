@@ -23,7 +23,7 @@ from serve.reading.frames import begin
 from serve.reading.pool import ReaderPool
 from serve.served import Loader, Served
 from serve.server import scraping
-from serve.server.exposure import warn_of_exposure
+from serve.server.exposure import warn_of_exposure, warn_of_open_gateway
 from serve.server.ports import Ports
 from serve.server.service import Service
 from serve.server.tls import Certificates, certificates_of
@@ -84,6 +84,8 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
             say(served.platform.summary)
             if ports.control != ports.address:
                 log.info("operators", address=ports.control)
+            if ports.gateway is not None:
+                log.info("gateways", address=ports.gateway)
             announce(f"taper-serve ready on {ports.address}")
         await _until_failed(service, signalled)
         log.info("draining", seconds=config.drain_timeout)
@@ -131,6 +133,8 @@ def _warn_of_exposure(config: ServerConfig) -> None:
         tokens=config.tokens is not None,
         client_certificates=config.tls_client_ca_cert_path is not None,
     )
+    if config.gateway_port is not None:
+        warn_of_open_gateway(config.gateway_host)
 
 
 def _serve_metrics(service: Service, certificates: Certificates | None) -> Callable[[], None]:

@@ -11,6 +11,7 @@ import functools
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import structlog
@@ -41,6 +42,8 @@ from taper_client.errors import (
 log = structlog.get_logger("taper")
 
 WAITING_EVENTS = 8192  # of one stream whose reader is slow
+_OVERTAKEN_SECONDS = 0.05  # that an Abort of an unknown id waits for the call, as gRPC keeps no order
+_ARRIVAL_SECONDS = 1.0  # that it waits for the messages of calls that are here
 
 
 @dataclass(slots=True)
@@ -201,8 +204,17 @@ class Service:
         if not (finished or stream.given_up):
             self.served().engine.cancel(key)
 
-    def abort(self, request_id: str, caller: Caller) -> bool:
-        """End a call of the caller's tenant from outside of it; False if there is none."""
+    async def abort_each(self, request_ids: Iterable[str], caller: Caller) -> list[str]:
+        """End calls of the caller's tenant from outside of them. Returns the ids of those that ran."""
+        names = dict.fromkeys(request_ids)
+        ended = {name for name in names if self._abort(name, caller)}
+        if len(ended) < len(names):  # some may be of calls that this one has overtaken
+            await asyncio.sleep(_OVERTAKEN_SECONDS)
+            await self.arrivals.all_here(_ARRIVAL_SECONDS)
+            ended |= {name for name in names if self._abort(name, caller)}
+        return [name for name in names if name in ended]
+
+    def _abort(self, request_id: str, caller: Caller) -> bool:
         key = caller.key(request_id)
         call = self._streams.get(key) or self._readings.get(key)
         if call is None:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from importlib import metadata
 from typing import Any
 
-from scheduler.events import Finished
 from serve.reading.envelope import look
 from serve.reading.faults import check_model, unknown_fields
 from serve.reading.requests import is_id
 from serve.reading.work import Job, Prompted
 from serve.served import ServedModel
+from serve.server.answering import answer
 from serve.server.calls import Call
-from serve.server.request_log import facts
 from serve.server.responses import ResponseWriter, duration
 from serve.server.service import Service
 from taper_client.errors import InvalidRequestError, Violation
 from taper_client.v1 import control_service_pb2 as control_pb
 from taper_client.v1 import inference_service_pb2 as pb
-
-_OVERTAKEN_SECONDS = 0.05  # that an Abort of an unknown id waits for the call, as gRPC keeps no order
-_ARRIVAL_SECONDS = 1.0  # that it waits for the messages of calls that are here
 
 _STATES = {
     "STARTING": control_pb.SERVER_STATE_STARTING,
@@ -45,20 +40,7 @@ class InferenceServicer:
         options = pb.OutputOptions.FromString(output)
         speller = service.speller(skip_special_tokens=not options.keep_special_tokens)
         writer = ResponseWriter(request, options, speller)
-        stream = service.open(request, call.caller, interval=options.interval_ms / 1e3)
-        finished = False
-        try:
-            while not finished:
-                events = await stream.take()
-                last = events[-1]
-                finished = isinstance(last, Finished)
-                if isinstance(last, Finished):
-                    service.metrics.observe_finished(last, call.caller.tenant or "")
-                    call.facts = facts(last)
-                await call.write(writer.write(events).SerializeToString())
-            call.facts = {"branches": writer.branches, "finish": writer.finish, **call.facts}
-        finally:
-            service.close(request.id, call.caller, finished=finished)
+        await answer(service, call, request, writer, interval=options.interval_ms / 1e3)
 
     async def _prompted(self, call: Call) -> Prompted:
         """The request that the call brings. From the moment its message is here, its id is known."""
@@ -161,13 +143,7 @@ class ControlServicer:
     async def abort(self, call: Call) -> control_pb.AbortResponse:
         request = await call.read(control_pb.AbortRequest)
         _check(request)
-        names = dict.fromkeys(request.request_ids)
-        ended = {name for name in names if self.service.abort(name, call.caller)}
-        if len(ended) < len(names):  # some may be of calls that this one has overtaken
-            await asyncio.sleep(_OVERTAKEN_SECONDS)
-            await self.service.arrivals.all_here(_ARRIVAL_SECONDS)
-            ended |= {name for name in names if self.service.abort(name, call.caller)}
-        ended = [name for name in names if name in ended]
+        ended = await self.service.abort_each(request.request_ids, call.caller)
         return control_pb.AbortResponse(aborted_request_ids=ended)
 
     async def set_policy(self, call: Call) -> control_pb.SetPolicyResponse:

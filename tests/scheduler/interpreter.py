@@ -60,12 +60,13 @@ class Interpreter:
         self.losers: set[Key] = set()
         self.tokens = 0
         self.critical = 0
+        self.trunk = Strand((), (), [], 0)
         self._model = model
         self._codec = Alphabet()
         self._max_context = max_context
 
     def run(self) -> Answer:
-        trunk = Strand((), (), [], 0)
+        trunk = self.trunk
         self._feed(trunk, self.request.prompt)
         self.answer[()] = []
         program = self.request.program

@@ -79,6 +79,8 @@ SHOWN_ELSEWHERE = {
     "share_prefix_cache": "test_callers",
     "control_host": "test_callers",
     "control_port": "test_callers",
+    "gateway_host": "test_servicer",
+    "gateway_port": "test_servicer",
     "metrics_port": "test_server",
     "vllm_metric_names": "test_server",
     "log_format": "test_logs",
