@@ -55,7 +55,7 @@ test-answers: $(VENV)/.installed-test
 # Keeps the versions that it has; UPGRADE=1 looks for newer ones.
 lock: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet uv
-	printf 'setuptools>=77\n' | $(BIN)/uv pip compile --quiet pyproject.toml - --extra gpu \
+	printf 'setuptools>=77\n' | $(BIN)/uv pip compile --quiet pyproject.toml - --extra gpu --extra gateway \
 	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-emit-index-url \
 	  --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) --output-file requirements.lock
 

@@ -62,7 +62,8 @@ def test_each_package_is_locked_with_hashes_whichever_index_has_it() -> None:
 
 def test_the_lock_has_what_the_project_needs_in_versions_that_it_takes() -> None:
     packages, project = locked(), PROJECT["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    optional = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *optional["gpu"], *optional["gateway"]]
     wanted += PROJECT["build-system"]["requires"]  # as the image builds without an index
     for each in map(Requirement, wanted):
         if each.marker is None or each.marker.evaluate({"python_version": PYTHON}):
@@ -125,7 +126,9 @@ def test_what_it_is_made_of_is_there_and_nothing_else() -> None:
     copied = [rest.split()[0] for word, rest in instructions() if word == "COPY"]
     assert copied[1:2] == ["."]
     assert {"requirements.lock", "deploy/server.toml", "pyproject.toml", "README.md", "LICENSE"} <= set(files)
-    rooms = {each.rstrip("*") for each in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]}
+    found = PROJECT["tool"]["setuptools"]["packages"]["find"]
+    rooms = {each.rstrip("*") for each in found["include"]} - {"taper_client"}
+    assert (ROOT / found["where"][1] / "taper_client").is_relative_to(ROOT / "serve"), "which is copied"
     assert {file.partition("/")[0] for file in files if "/" in file} == rooms | {"deploy"}
 
 

@@ -142,7 +142,7 @@ def test_an_abort_stops_the_request_at_once_and_its_call_is_told() -> None:
         engine = FakeEngine()
         shared = service(engine)
         stream = shared.open(request("r"), SOMEBODY)
-        assert (shared.abort("r", SOMEBODY), shared.abort("another", SOMEBODY)) == (True, False)
+        assert await shared.abort_each(["r", "another"], SOMEBODY) == ["r"]
         assert engine.cancelled == ["r"], "before its call comes to its turn"
         with pytest.raises(CancelledError) as caught:
             await stream.take()
