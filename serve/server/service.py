@@ -211,7 +211,7 @@ class Service:
         if len(ended) < len(names):  # some may be of calls that this one has overtaken
             await asyncio.sleep(_OVERTAKEN_SECONDS)
             await self.arrivals.all_here(_ARRIVAL_SECONDS)
-            ended |= {name for name in names if self._abort(name, caller)}
+            ended |= {name for name in names.keys() - ended if self._abort(name, caller)}
         return [name for name in names if name in ended]
 
     def _abort(self, request_id: str, caller: Caller) -> bool:
