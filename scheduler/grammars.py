@@ -47,7 +47,8 @@ NPR = TagGrammar(
     join_open="\n<takeaway>\n",
 )
 
-# ThreadWeaver (github.com/facebookresearch/threadweaver): an ordinary model, which reads its threads again.
+# ThreadWeaver (github.com/facebookresearch/threadweaver): an ordinary model, which reads its threads again
+# and closes the block by itself. Its own rollouts have no line break between two threads.
 THREADWEAVER = TagGrammar(
     name="threadweaver",
     plan_open="<Outlines>",
@@ -55,7 +56,7 @@ THREADWEAVER = TagGrammar(
     plan_close="</Outlines>",
     branch_open="\n<Thread>\n{label}:",
     branch_close="</Thread>",
-    join_open="</Parallel>",
+    join_open="\n",
     join="reprefill",
 )
 

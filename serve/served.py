@@ -64,6 +64,7 @@ class ServedModel:
         """A model as a server with this config serves it, whose steps of one row take `unloaded_step`."""
         slo = Slo(tpot=config.tpot_slo_ms / 1e3, ttft=config.ttft_slo_ms / 1e3, reject=config.reject_late)
         least = max(unloaded_step, min(slo.tpot, MIN_TPOT * unloaded_step))
+        told = None if config.tag_set is None else GRAMMARS[config.tag_set]
         return cls(
             name=model.name,
             architecture=model.architecture,
@@ -72,9 +73,9 @@ class ServedModel:
             vocab_size=model.vocab_size,
             max_context=min(model.max_context, config.max_context or model.max_context),
             eos_ids=tokenizer.eos_ids or model.eos_ids,
-            join=model.join,
+            join=told.join if told else model.join,
             grammars=GRAMMARS,
-            own_grammar=model.tag_grammar,
+            own_grammar=told.name if told else model.tag_grammar,
             max_branches=config.max_branches,
             max_depth=config.max_depth,
             max_logit_bias=config.max_logit_bias,

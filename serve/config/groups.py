@@ -40,6 +40,9 @@ class Model(Group):
 
     model: str = "default"
     """`default` (the embedded tiny model), the name of a preset, or a model folder."""
+    tag_set: Literal["multiverse", "npr", "threadweaver"] | None = None
+    """The tags by which the model forks by itself, and the join that goes with them, where its config.json
+    does not say: checkpoints as published do not."""
     load_format: Literal["auto", "random"] = "auto"
     """`random` makes weights on the device instead of reading them."""
     seed: Seed[int] = 0

@@ -101,7 +101,8 @@ SAMPLES = (
 </Thread>
 <Thread>
 2: The lines meet at 3.
-</Thread></Parallel>""",
+</Thread>
+""",
     ),
 )
 BY_NAME = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.grammar.name)

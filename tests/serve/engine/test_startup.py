@@ -50,6 +50,7 @@ ENGINE: dict[str, tuple[Any, Callable[[Started], Any]]] = {
     "repay": (3.0, lambda s: s.engine.scheduler.controller.config.repay),
     "fill": (False, lambda s: s.engine.scheduler.controller.config.fill),
     "max_chunk": (3, lambda s: s.engine.scheduler.controller.config.max_chunk),
+    "tag_set": ("npr", lambda s: s.model.own_grammar),
     "max_branches": (5, lambda s: s.model.max_branches),
     "max_depth": (2, lambda s: s.model.max_depth),
     "max_logit_bias": (3, lambda s: s.model.max_logit_bias),
