@@ -123,17 +123,17 @@ async def count(channel: grpc.aio.Channel, way: Way, tokens: int) -> int:
     return sum([1 async for _ in answered(channel, way, tokens)])
 
 
-def text(rows: Sequence[dict[str, Any]]) -> str:
-    """The medians of each way, beside their ratio to the plain one."""
+def text(rows: Sequence[dict[str, Any]], figures: Sequence[str] = FIGURES) -> str:
+    """The medians of each way, beside their ratio to those of the first."""
     medians = dict[str, dict[str, float]]()
     for way in dict.fromkeys(row["way"] for row in rows):
         its = [row for row in rows if row["way"] == way]
-        medians[way] = {name: quantile([row[name] for row in its], 0.5) or 0.0 for name in FIGURES}
-    base = medians["plain"]
-    lines = [f"{'':<14}" + "".join(f"{name:>24}" for name in FIGURES)]
+        medians[way] = {name: quantile([row[name] for row in its], 0.5) or 0.0 for name in figures}
+    base = next(iter(medians.values()))
+    lines = [f"{'':<14}" + "".join(f"{name:>24}" for name in figures)]
     for way, found in medians.items():
-        ratios = {name: found[name] / base[name] if base[name] else math.nan for name in FIGURES}
-        cells = [f"{found[name]:.2f} ({ratios[name]:.2f})" for name in FIGURES]
+        ratios = {name: found[name] / base[name] if base[name] else math.nan for name in figures}
+        cells = [f"{found[name]:.2f} ({ratios[name]:.2f})" for name in figures]
         lines.append(f"{way:<14}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
 

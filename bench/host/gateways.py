@@ -1,0 +1,200 @@
+"""What a gateway adds to a call: `python -m bench.host.gateways`.
+
+    python -m bench.host.gateways --smg PATH/TO/smg --json OUT
+
+The server is the real one over a device that is none. A row for each way to it, in turns: taper.v1, the
+engine service that gateways call, and OpenAI's HTTP API of SMG in front of that. Of each: milliseconds until
+a request has its first token; of streams that get a message at every step, the messages in a second, and the
+microseconds of the server's CPU for each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import grpc
+
+from bench import result
+from bench.command import Command, asked_for
+from bench.host.attackers import CONNECTION, GENERATE
+from bench.host.processes import Setting
+from bench.host.secured import cpu_seconds, text
+from bench.host.serving import PROGRAM
+from bench.host.strangers import MODEL
+from bench.load.measures import quantile
+from bench.server import Server, started
+from bench.timing import clock, python_ms
+from taper_client import Client, generate_request
+
+ENGINE = "/vllm.grpc.engine.VllmEngine/Generate"
+PROMPT = "Name three rivers."
+FIGURES = ("ttft_ms", "messages_per_second", "message_us")
+PATIENCE = 60.0  # seconds for a gateway to find its server
+
+Ask = Callable[[int], AsyncIterator[object]]
+"""The messages of a request for so many tokens, on a connection of its own or of all."""
+
+
+def by_grpc(channel: grpc.aio.Channel) -> Ask:
+    def ask(tokens: int) -> AsyncIterator[object]:
+        request = generate_request(PROMPT, max_tokens=tokens, ignore_eos=True)
+        call: Any = channel.unary_stream(GENERATE)(request.SerializeToString())
+        return aiter(call)
+
+    return ask
+
+
+def by_engine_service(channel: grpc.aio.Channel) -> Ask:
+    from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
+
+    names = itertools.count()
+
+    def ask(tokens: int) -> AsyncIterator[object]:
+        asked = vllm.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        request = vllm.GenerateRequest(
+            request_id=f"bench-{next(names)}", text=PROMPT, sampling_params=asked, stream=True
+        )
+        call: Any = channel.unary_stream(ENGINE)(request.SerializeToString())
+        return aiter(call)
+
+    return ask
+
+
+def by_http(port: int, model: str) -> Ask:
+    async def ask(tokens: int) -> AsyncIterator[object]:
+        """Server-sent events, as they are: parsing JSON would be the client's time."""
+        body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+        data = json.dumps({**body, "temperature": 0}).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
+        writer.write(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + data)
+        try:
+            if b" 200 " not in (status := await reader.readline()):
+                raise RuntimeError(f"the gateway said {status.decode().strip()}")
+            async for line in reader:
+                if b"data: {" in line:
+                    yield line
+        finally:
+            writer.close()
+
+    return ask
+
+
+async def calls(ask: Ask, process: int, options: Any) -> dict[str, float | None]:
+    """One row."""
+    first = list[float]()
+    for _ in range(options.requests):
+        began, stream = clock(), ask(1)
+        await anext(stream)
+        first.append(1e3 * (clock() - began))
+        async for _ in stream:
+            pass
+    began, cpu = clock(), cpu_seconds(process)
+    counts = await asyncio.gather(*(count(ask(options.tokens)) for _ in range(options.streams)))
+    return {
+        "ttft_ms": quantile(first, 0.5),
+        "ttft_p99_ms": quantile(first, 0.99),
+        "messages_per_second": sum(counts) / (clock() - began),
+        "message_us": 1e6 * (cpu_seconds(process) - cpu) / sum(counts),
+    }
+
+
+async def count(stream: AsyncIterator[object]) -> int:
+    return sum([1 async for _ in stream])
+
+
+async def rows_of(server: Server, gateway: str, http: Ask, options: Any) -> list[Any]:
+    """A row for each way."""
+    async with (
+        grpc.aio.insecure_channel(server.address, options=CONNECTION) as plain,
+        grpc.aio.insecure_channel(gateway, options=CONNECTION) as engine,
+    ):
+        ways = {
+            "taper.v1": by_grpc(plain),
+            "engine service": by_engine_service(engine),
+            "SMG, HTTP": http,
+        }
+        return [{"way": name, **await calls(ask, server.process, options)} for name, ask in ways.items()]
+
+
+@contextlib.contextmanager
+def smg(path: str, gateway: str, model: str, log: Path) -> Iterator[Ask]:
+    """A gateway that has found its server."""
+    port, metrics = free_port(), free_port()
+    command = [path, "launch", "--host", "127.0.0.1", "--port", str(port), "--prometheus-host", "127.0.0.1"]
+    command += ["--prometheus-port", str(metrics), "--worker-urls", f"grpc://{gateway}"]
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
+        try:
+            ask = by_http(port, model)
+            asyncio.run(answered(ask))
+            yield ask
+        finally:
+            process.kill()
+
+
+async def answered(ask: Ask) -> None:
+    """Until a request is answered."""
+    deadline = clock() + PATIENCE
+    while True:
+        try:
+            await count(ask(1))
+            return
+        except (OSError, RuntimeError):
+            if clock() > deadline:
+                raise
+            await asyncio.sleep(0.2)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def command() -> Command:
+    parser = Command("bench.host.gateways", "A gateway beside plain gRPC.")
+    add = parser.add_argument
+    add("--smg", required=True, help="the gateway's program")
+    add("--rounds", type=int, default=5, help="of all ways, one after the other")
+    add("--requests", type=int, default=200, help="one after the other")
+    add("--streams", type=int, default=32, help="at once")
+    add("--tokens", type=int, default=200, help="of each stream")
+    add("--device-ms", type=float, default=1.0, help="a step of the device")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+    options = command().parse_args(arguments)
+    rows = list[dict[str, Any]]()
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(device_ms=options.device_ms, launch_ms=0.2, folder=folder, requests=options.streams)
+        gateway = f"127.0.0.1:{free_port()}"
+        listening = ["--gateway-port", gateway.rpartition(":")[2]]
+        with (
+            patch.dict(os.environ, setting.environment),
+            started([*MODEL, *listening], program=PROGRAM) as server,
+            Client(server.address) as client,
+            smg(options.smg, gateway, client.model_info().model, Path(folder) / "smg.log") as http,
+        ):
+            for _ in range(options.rounds):
+                rows += asyncio.run(rows_of(server, gateway, http, options))
+                print(*rows[-3:], sep="\n", file=sys.stderr, flush=True)
+    head = result.head(command().typed(arguments))
+    told = {**head, "python_ms": python_ms(), "options": asked_for(options), "rows": rows}
+    return result.conclude(told, text(rows, FIGURES), options.json)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
