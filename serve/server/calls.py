@@ -19,7 +19,7 @@ import grpc
 from serve.reading.work import malformed, parse
 from serve.server.callers import Caller, Callers
 from serve.server.tokens import Role
-from taper_client.errors import InvalidRequestError, OverloadedError, ServiceError, Violation
+from taper_client.errors import SERVER_KEY, InvalidRequestError, OverloadedError, ServiceError, Violation
 
 EXCESSES = (  # reasons that are the client's own doing
     "CLIENT_LIMIT",
@@ -39,10 +39,12 @@ class Call:
     id      of its request, or one that stands for the call in an error and in the log
     error   with which it was ended from outside
     facts   what the log says of its request, which has come to its end
+    server  the name of this server, which is not for strangers
     """
 
-    def __init__(self, context: grpc.aio.ServicerContext, max_bytes: int) -> None:
+    def __init__(self, context: grpc.aio.ServicerContext, max_bytes: int, server: str = "") -> None:
         self._context, self._max_bytes = context, max_bytes
+        self._server, self.server, self._has_written = server, "", False
         self._task = asyncio.current_task()
         self.caller = Caller(context.peer())
         self.id = uuid.uuid4().hex
@@ -60,6 +62,7 @@ class Call:
         roles."""
         self.caller = callers.of(self._context)
         self.caller.check(roles)
+        self.server = self._server
 
     def end(self, error: ServiceError) -> None:
         """Let it end with an error, whatever it waits for."""
@@ -83,7 +86,17 @@ class Call:
         while (data := await self._next()) is not None:
             yield parse(kind, data)
 
+    @property
+    def is_retried(self) -> bool:
+        """Whether the client has made it before, and heard nothing."""
+        metadata = self._context.invocation_metadata() or ()
+        return any(key == "grpc-previous-rpc-attempts" for key, _ in metadata)
+
     async def write(self, data: bytes) -> None:
+        if self.server and not self._has_written:
+            # Not before: once anything has come, a client does not try the call at another server.
+            await self._context.send_initial_metadata(((SERVER_KEY, self.server),))
+        self._has_written = True
         await self._context.write(data)
 
     async def _next(self) -> bytes | None:

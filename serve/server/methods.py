@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from serve.server.callers import Callers
 from serve.server.calls import Call, Calls
 from serve.server.tokens import ROLES, Role
-from taper_client.errors import InternalError, ServiceError, abort
+from taper_client.errors import DuplicateRequestError, InternalError, ServiceError, UnavailableError, abort
 
 log = structlog.get_logger("taper")
 
@@ -48,26 +48,29 @@ def full_name(module: Any) -> str:
 
 
 def add_service(
-    server: grpc.aio.Server, module: Any, methods: Mapping[str, Method], callers: Callers
+    server: grpc.aio.Server, module: Any, methods: Mapping[str, Method], callers: Callers, name: str = ""
 ) -> None:
-    """Let the server answer these methods of the one service of a module of stubs."""
+    """Let the server answer these methods of the one service of a module of stubs. `name` is the server's."""
     (descriptor,) = module.DESCRIPTOR.services_by_name.values()
     handlers = {
-        name: _handler(name, method, callers, streams=descriptor.methods_by_name[name].server_streaming)
-        for name, method in methods.items()
+        each: _handler(each, method, callers, name, streams=descriptor.methods_by_name[each].server_streaming)
+        for each, method in methods.items()
     }
     generic = grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
     server.add_generic_rpc_handlers((generic,))
 
 
-def _handler(name: str, method: Method, callers: Callers, *, streams: bool) -> grpc.RpcMethodHandler:
+def _handler(
+    name: str, method: Method, callers: Callers, server: str, *, streams: bool
+) -> grpc.RpcMethodHandler:
     """To gRPC the requests are a stream, so that the handler runs before its one message has come."""
 
     async def answer(_: Any, context: grpc.aio.ServicerContext) -> bytes | None:
-        call, code, reason = Call(context, method.max_bytes), "CANCELLED", ""
+        call, code, reason = Call(context, method.max_bytes, server), "CANCELLED", ""
         try:
             outcome = await _outcome(name, method, call, callers)
             if isinstance(outcome, ServiceError):
+                outcome.server = call.server
                 # What it was refused for counts, even if its client does not wait to be told.
                 code, reason = outcome.code.name, outcome.reason
                 await method.calls.refuse(call.caller.client, outcome)
@@ -98,6 +101,9 @@ async def _outcome(name: str, method: Method, call: Call, callers: Callers) -> b
         with method.calls.one_more(call):
             response = await method.behave(call)
             return response.SerializeToString() if isinstance(response, Message) else response
+    except DuplicateRequestError as error:
+        # What runs may be its own first attempt, whose connection has broken: it may be made once more.
+        failure = UnavailableError(error.message, reason=error.reason) if call.is_retried else error
     except ServiceError as error:
         failure = error
     except asyncio.CancelledError:

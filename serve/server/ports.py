@@ -6,6 +6,7 @@ always has: they bring no token, and speak for others.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ SERVICES = (full_name(pb), full_name(control_pb))
 MAX_CONTROL_BYTES = 1 << 16  # of every message but those that bring a prompt
 MAX_METADATA_BYTES = 1 << 13  # of one call's headers
 MAX_ARRIVALS = 1 << 14  # calls that come at one moment: gRPC ends some of more than that, whosever they are
+MIN_PING_MS = 10_000  # between two of a client that asks whether the machine is there; gRPC has five minutes
 
 _OF_CALLERS = ("GetModelInfo", "Abort")  # of the control service, what those who ask the model need
 
@@ -82,8 +84,6 @@ class Ports:
     ) -> str:
         """The address of a server of its own. `callers` tells who calls, if the service's do not."""
         server = grpc.aio.server(options=_options(service.config))
-        for module, named in methods.items():
-            add_service(server, module, named, callers or service.callers)
         host = f"[{host}]" if ":" in host else host
         try:
             if certificates is None:
@@ -92,8 +92,16 @@ class Ports:
                 bound = server.add_secure_port(f"{host}:{port}", certificates.credentials())
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+        name = f"{_machine(host)}:{bound}"
+        for module, named in methods.items():
+            add_service(server, module, named, callers or service.callers, name)
         self._servers.append(server)
         return f"{host}:{bound}"
+
+
+def _machine(host: str) -> str:
+    """What tells a server's machine from others: where it listens, or its name if that is everywhere."""
+    return socket.gethostname() if host in ("0.0.0.0", "[::]") else host
 
 
 def _options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
@@ -104,6 +112,7 @@ def _options(config: ServerConfig) -> tuple[tuple[str, int], ...]:
         ("grpc.max_concurrent_streams", 4 * config.max_client_calls),
         ("grpc.server.max_pending_requests", MAX_ARRIVALS),
         ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_ARRIVALS),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_MS),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
         ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a few bytes could become any number

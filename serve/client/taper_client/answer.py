@@ -251,10 +251,12 @@ class Completion:
                     those that were outrun
     choices         each of the answers of a request that asked for `n`; else the text alone
     finish_reason   why the trunk ended; empty until it has
+    server          which server answered, by the name that it has for itself
     """
 
     def __init__(self) -> None:
         self.request_id = ""
+        self.server = ""
         self.prompt_token_ids: tuple[int, ...] = ()
         self.trunk = Branch(id=0, parent=0)
         self.widths: list[tuple[int, int]] = []
@@ -330,6 +332,7 @@ class Completion:
         """All of it as JSON has it, under the names that it has here. Raises ValueError before its end."""
         return {
             "request_id": self.request_id,
+            "server": self.server,
             "text": self.text,
             "choices": [*self.choices],
             "finish_reason": self.finish_reason,

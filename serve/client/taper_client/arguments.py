@@ -244,14 +244,14 @@ def one_of(name: str, value: Any, possible: Collection[str]) -> str:
     return value
 
 
-_TARGET = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds|google-c2p):.+")
+TARGET = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds|google-c2p):.+")
 _HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(\d{1,5})")
 
 
 def target(name: str, value: Any) -> str:
     """Where a channel leads: host:port, or what gRPC calls a target, such as unix:/path."""
     address = text(name, value)
-    if _TARGET.fullmatch(address):
+    if TARGET.fullmatch(address):
         return address
     found = _HOST_AND_PORT.fullmatch(address)
     if found is None:

@@ -4,7 +4,7 @@
         answer = client.complete("Tea or coffee?", plan=[parallel(["Tea:", "Coffee:"]), serial("So:")])
 
 `generate` streams what happens as the events of `answer`, `complete` collects them. What is wrong with an
-argument is a TypeError or a ValueError, other failures are the exceptions of `api.errors`. `AsyncClient` is
+argument is a TypeError or a ValueError, other failures are the exceptions of `errors`. `AsyncClient` is
 the same with `await`.
 """
 
@@ -19,7 +19,7 @@ import grpc
 from .answer import Completion, Event, events_of
 from .arguments import seconds
 from .credentials import Access, Tls, Token
-from .errors import CancelledError, ServiceError
+from .errors import CancelledError, ServiceError, named
 from .options import Options
 from .request import (
     Prompt,
@@ -39,17 +39,22 @@ _COMPLETE_INTERVAL_MS = 200.0
 
 
 class Stream:
-    """The events of a running request. Leaving the `with` block, or `cancel`, ends it on the server too."""
+    """The events of a running request. Leaving the `with` block, or `cancel`, ends it on the server too.
+
+    server   which server answers, by the name that it has for itself; empty until the first event
+    """
 
     def __init__(self, call: Any, explained: Callable[[Any], ServiceError]) -> None:
         self._call, self._explained = call, explained
+        self.server = ""
 
     def __iter__(self) -> Iterator[Event]:
         try:
             for response in self._call:
+                self.server = self.server or named(self._call.initial_metadata())
                 yield from events_of(response)
         except grpc.RpcError as error:
-            raise self._explained(error) from None
+            raise self._explained(error).by(self.server) from None
         finally:
             self.cancel()
 
@@ -69,14 +74,16 @@ class AsyncStream:
 
     def __init__(self, call: Any, explained: Callable[[Any], ServiceError]) -> None:
         self._call, self._explained = call, explained
+        self.server = ""
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
             async for response in self._call:
+                self.server = self.server or named(await self._call.initial_metadata())
                 for event in events_of(response):
                     yield event
         except grpc.RpcError as error:
-            raise self._explained(error) from None
+            raise self._explained(error).by(self.server) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._call.cancelled() and not (task and task.cancelling()):
@@ -100,10 +107,11 @@ class _Connection:
     """A channel to one server, its methods, and the timeout of its calls: what both clients have."""
 
     _grpc: Any  # the module whose channel it is: `grpc` or `grpc.aio`
+    _ask: Callable[[Any, Any], Any]  # what a method that streams nothing answers
 
     def __init__(
         self,
-        address: str = "127.0.0.1:50051",
+        address: str | Sequence[str] = "127.0.0.1:50051",
         *,
         timeout: float | None = None,
         tls: Tls | bool | None = None,
@@ -124,11 +132,19 @@ class _Connection:
             raise RuntimeError("the client is closed: call it inside its `with` block, or make another one")
         return method(request, timeout=limit, metadata=self._access.metadata())
 
+    def _ask_one(self, method: Any, request: Any) -> Any:
+        """As `_ask`, about one server. Raises ValueError where there are several."""
+        if len(self._access.addresses) > 1:
+            raise ValueError("this is about one server: ask each of them by a client of its own address")
+        return self._ask(method, request)
+
 
 class Client(_Connection):
-    """Blocking client of one server. Thread-safe; `Options` are what a request can ask for.
+    """Blocking client of a server, or of several that are alike. Thread-safe; `Options` are what a request
+    can ask for.
 
-    address   host:port, or a target as gRPC writes them, such as unix:/path or ipv4:HOST:PORT,HOST:PORT
+    address   host:port; a target as gRPC writes them, such as unix:/path; or several numeric addresses. Calls
+              are spread over all servers that serve, also over those that one name leads to
     timeout   seconds after which a call ends with DeadlineExceededError; None waits as long as it takes
     tls       encrypt the connection; `Tls` says whom to trust, if not whom the system trusts
     token     a bearer token, or what returns one for each call, such as `token_file(path)`
@@ -158,9 +174,10 @@ class Client(_Connection):
     ) -> Completion:
         """Run a request to its end."""
         options.setdefault("interval_ms", _COMPLETE_INTERVAL_MS)
-        completion = Completion()
-        for event in self.generate(prompt, timeout=timeout, **options):
+        completion, stream = Completion(), self.generate(prompt, timeout=timeout, **options)
+        for event in stream:
             completion.add(event)
+        completion.server = stream.server
         return completion
 
     def tokenize(self, prompt: Prompt) -> list[int]:
@@ -174,20 +191,20 @@ class Client(_Connection):
 
     def abort(self, *request_ids: str) -> tuple[str, ...]:
         """End requests from outside of their calls; returns the ids that were running."""
-        return tuple(self._ask(self._control.Abort, abort_request(request_ids)).aborted_request_ids)
+        return tuple(self._ask_one(self._control.Abort, abort_request(request_ids)).aborted_request_ids)
 
     def set_policy(self, policy: str) -> str:
         """Switch the admission policy (off, cap:N, eager, taper, taper:OPTION); returns the one until now."""
-        return self._ask(self._control.SetPolicy, policy_request(policy)).previous_policy
+        return self._ask_one(self._control.SetPolicy, policy_request(policy)).previous_policy
 
     def model_info(self) -> control_pb.GetModelInfoResponse:
         return self._ask(self._control.GetModelInfo, control_pb.GetModelInfoRequest())
 
     def server_info(self) -> control_pb.GetServerInfoResponse:
-        return self._ask(self._control.GetServerInfo, control_pb.GetServerInfoRequest())
+        return self._ask_one(self._control.GetServerInfo, control_pb.GetServerInfoRequest())
 
     def load(self) -> control_pb.GetLoadResponse:
-        return self._ask(self._control.GetLoad, control_pb.GetLoadRequest())
+        return self._ask_one(self._control.GetLoad, control_pb.GetLoadRequest())
 
     def _ask(self, method: Any, request: Any) -> Any:
         try:
@@ -224,9 +241,10 @@ class AsyncClient(_Connection):
     ) -> Completion:
         """Run a request to its end."""
         options.setdefault("interval_ms", _COMPLETE_INTERVAL_MS)
-        completion = Completion()
-        async for event in self.generate(prompt, timeout=timeout, **options):
+        completion, stream = Completion(), self.generate(prompt, timeout=timeout, **options)
+        async for event in stream:
             completion.add(event)
+        completion.server = stream.server
         return completion
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
@@ -240,21 +258,21 @@ class AsyncClient(_Connection):
 
     async def abort(self, *request_ids: str) -> tuple[str, ...]:
         """End requests from outside of their calls; returns the ids that were running."""
-        answered = await self._ask(self._control.Abort, abort_request(request_ids))
+        answered = await self._ask_one(self._control.Abort, abort_request(request_ids))
         return tuple(answered.aborted_request_ids)
 
     async def set_policy(self, policy: str) -> str:
         """Switch the admission policy (off, cap:N, eager, taper, taper:OPTION); returns the one until now."""
-        return (await self._ask(self._control.SetPolicy, policy_request(policy))).previous_policy
+        return (await self._ask_one(self._control.SetPolicy, policy_request(policy))).previous_policy
 
     async def model_info(self) -> control_pb.GetModelInfoResponse:
         return await self._ask(self._control.GetModelInfo, control_pb.GetModelInfoRequest())
 
     async def server_info(self) -> control_pb.GetServerInfoResponse:
-        return await self._ask(self._control.GetServerInfo, control_pb.GetServerInfoRequest())
+        return await self._ask_one(self._control.GetServerInfo, control_pb.GetServerInfoRequest())
 
     async def load(self) -> control_pb.GetLoadResponse:
-        return await self._ask(self._control.GetLoad, control_pb.GetLoadRequest())
+        return await self._ask_one(self._control.GetLoad, control_pb.GetLoadRequest())
 
     async def _ask(self, method: Any, request: Any) -> Any:
         try:

@@ -59,7 +59,7 @@ class Ask:
     json: bool = False
     """Print one JSON object: the answer, its branches, its usage and its timing."""
     address: str = "127.0.0.1:50051"
-    """Where the server listens."""
+    """Where the server listens; several that are alike have commas between them."""
     tls: bool = False
     """Encrypt the connection; the server's certificate comes from an authority that the system trusts."""
     tls_ca_cert_path: str | None = None

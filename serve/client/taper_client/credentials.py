@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 import grpc
 
 from .addresses import is_loopback
-from .arguments import target, text, wrong_type
+from .arguments import text, wrong_type
 from .certificates import Paths, load
 from .errors import ServiceError, from_rpc
 from .hints import hint
+from .replicas import OPTIONS, addresses_of, is_balanced, target_of
 
 Token = str | Callable[[], str]
 """A bearer token, or what returns it and is asked for each call."""
@@ -93,31 +94,46 @@ class Access:
     """
 
     def __init__(
-        self, address: str, tls: Tls | bool | None, token: Token | None, plaintext_token: bool
+        self,
+        address: str | Sequence[str],
+        tls: Tls | bool | None,
+        token: Token | None,
+        plaintext_token: bool,
     ) -> None:
-        self.address = target("address", address)
+        self.addresses = addresses_of("address", address)
+        self._target = target_of(self.addresses)
         if not isinstance(tls, Tls | bool | None):
             raise wrong_type("tls", tls, "True, False or what Tls(...) returns is needed")
         self._tls = Tls() if tls is True else tls or None
+        if self._tls is not None and self._tls.server_name is None and len(self.addresses) > 1:
+            raise ValueError(
+                "several addresses and TLS need server_name of Tls (--tls-server-name): the one name that all"
+                " of their certificates have"
+            )
         self._token = token
         if token is not None and not callable(token):
             _checked(token)
-        if token is not None and self._tls is None and not plaintext_token and not _stays_here(address):
+        if token is not None and self._tls is None and not plaintext_token and not _stays_here(self._target):
             raise ValueError(
-                f"without TLS, anybody on the way to {address} could read the token: give tls=True (--tls),"
-                " or plaintext_token=True (--plaintext-token) if that does not matter"
+                f"without TLS, anybody on the way to {self._shown} could read the token: give tls=True"
+                " (--tls), or plaintext_token=True (--plaintext-token) if that does not matter"
             )
         self._must_be_direct = token is not None and self._tls is None and not plaintext_token
 
     def channel(self, kind: Any) -> Any:
         """A channel of `grpc` or of `grpc.aio`."""
+        options = [*OPTIONS] if is_balanced(self.addresses) else []
         if self._tls is None:
             # A proxy that the environment names is not this machine.
-            options = [("grpc.enable_http_proxy", 0)] if self._must_be_direct else []
-            return kind.insecure_channel(self.address, options)
+            options += [("grpc.enable_http_proxy", 0)] if self._must_be_direct else []
+            return kind.insecure_channel(self._target, options)
         name = self._tls.server_name
-        options = [] if name is None else [("grpc.ssl_target_name_override", text("server_name", name))]
-        return kind.secure_channel(self.address, _credentials(self._tls), options)
+        options += [] if name is None else [("grpc.ssl_target_name_override", text("server_name", name))]
+        return kind.secure_channel(self._target, _credentials(self._tls), options)
+
+    @property
+    def _shown(self) -> str:
+        return ", ".join(self.addresses)
 
     def metadata(self) -> tuple[tuple[str, str], ...] | None:
         """Of one call."""
@@ -130,7 +146,7 @@ class Access:
         """What a call ended with, from grpc.RpcError, and what may help against it."""
         failure = from_rpc(error)
         certified = self._tls is not None and self._tls.cert_path is not None
-        found = hint(failure, self.address, encrypted=self._tls is not None, certified=certified)
+        found = hint(failure, self._shown, encrypted=self._tls is not None, certified=certified)
         return failure.hinted(found) if found else failure
 
 

@@ -31,7 +31,7 @@ calls that come at one moment; UNAVAILABLE where no server is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
@@ -41,6 +41,8 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc.status_pb2 import Status
 
 DOMAIN = "taper.v1"
+SERVER_KEY = "taper-server"
+"""Metadata in which a server says its name: before its first message, and with an error."""
 _DETAILS_KEY = "grpc-status-details-bin"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _DETAILS_BYTES = 2500  # gRPC clients drop trailing metadata of more than 8 KiB, base64 and all
@@ -95,6 +97,7 @@ class ServiceError(Exception):
     metadata     numbers behind the reason, e.g. {"limit": "4096", "got": "5000"}
     retry_after  seconds after which trying again makes sense; None: it does not
     request_id   the request, where the server said so
+    server       which server answered so, by the name that it has for itself; empty: none did
     """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
@@ -116,11 +119,17 @@ class ServiceError(Exception):
         self.metadata = dict(metadata or {})
         self.retry_after = retry_after
         self.request_id = request_id
+        self.server = ""
 
     def hinted(self, hint: str) -> Self:
         """With what may help against it, in its message."""
         self.message = f"{hint}; {self.message}"
         self.args = (self.message,)
+        return self
+
+    def by(self, server: str) -> Self:
+        """With the name of the server whose call it was, if it has not told that itself."""
+        self.server = self.server or server
         return self
 
     @classmethod
@@ -260,7 +269,10 @@ def status(error: ServiceError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, 
         delay = Duration()
         delay.FromNanoseconds(round(after * 1e9))
         rich.details.add().Pack(details_pb2.RetryInfo(retry_delay=delay))
-        trailing.append((_PUSHBACK_KEY, str(round(after * 1000))))
+        if error.code is not grpc.StatusCode.UNAVAILABLE:  # another server need not be waited for
+            trailing.append((_PUSHBACK_KEY, str(round(after * 1000))))
+    if error.server:
+        trailing.append((SERVER_KEY, error.server))
     trailing.append((_DETAILS_KEY, rich.SerializeToString()))
     return error.code, error.message, tuple(trailing)
 
@@ -298,4 +310,9 @@ def from_rpc(error: Any) -> ServiceError:
         request_id=request_id,
     )
     failure.code = error.code()
-    return failure
+    return failure.by(named(trailing.items()))
+
+
+def named(metadata: Iterable[tuple[str, Any]] | None) -> str:
+    """The name that a server has told; empty if it has not."""
+    return dict(metadata or ()).get(SERVER_KEY, "")

@@ -16,6 +16,7 @@ _SAID = {
     "CERTIFICATE_VERIFY_FAILED": "the certificate of {} is from an authority that is not trusted here:"
     " ca_cert_path of Tls (--tls-ca-cert-path) says who is",
 }
+_NO_CONNECTION = ("failed to connect to all addresses", "connections to all backends failing")
 _HUNG_UP = ("Socket closed", "reset", "Broken pipe", "ALERT")
 
 
@@ -29,7 +30,7 @@ def hint(failure: ServiceError, address: str, *, encrypted: bool, certified: boo
         return "a token is needed: token=... (--token-file)"
     # A server that answers gives reasons, and a connection that has stood fails in other words.
     is_from_server = failure.code is not grpc.StatusCode.UNAVAILABLE or bool(failure.reason)
-    if is_from_server or "failed to connect" not in failure.message:
+    if is_from_server or not any(said in failure.message for said in _NO_CONNECTION):
         return ""
     found = [text.format(address) for said, text in _SAID.items() if encrypted and said in failure.message]
     if found:

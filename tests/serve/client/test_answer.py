@@ -177,6 +177,7 @@ def test_an_answer_as_json_has_all_of_it_under_names_that_stay():
     assert json.loads(json.dumps(told)) == told
     assert told == {
         "request_id": "mine",
+        "server": "",
         "text": "abcd",
         "choices": ["ab", "cd"],
         "finish_reason": "forked",

@@ -151,6 +151,17 @@ def test_a_reason_for_which_waiting_helps_says_when_to_come_back_and_no_other_do
     assert over_the_wire(ServiceError.because(reason, "so")).retry_after == expected[0]
 
 
+def test_a_server_that_is_not_there_keeps_nobody_from_asking_another_at_once():
+    """gRPC's own retries would wait as long as the pushback says, whichever server is next."""
+    assert hints(UnavailableError.because("DRAINING", "so")) == (1.0, None)
+
+
+def test_an_error_tells_which_server_it_is_from():
+    error = UnavailableError("so").by("here:1").by("there:2")
+    assert dict(errors.status(error)[2])["taper-server"] == error.server == "here:1"
+    assert "taper-server" not in dict(errors.status(UnavailableError("so"))[2])
+
+
 def test_every_reason_is_known_to_help_or_not():
     assert errors.RETRY_AFTER.keys() == RETRYABLE | FUTILE
     assert {*get_args(door.Reason)} <= errors.RETRY_AFTER.keys()

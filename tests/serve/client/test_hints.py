@@ -13,8 +13,8 @@ from taper_client.hints import hint
     ("code", "reason", "message"),
     [
         (grpc.StatusCode.UNAVAILABLE, "", "Socket closed"),  # after it has stood
-        (grpc.StatusCode.UNAVAILABLE, "DRAINING", "failed to connect: Socket closed"),
-        (grpc.StatusCode.INTERNAL, "", "failed to connect: Socket closed"),
+        (grpc.StatusCode.UNAVAILABLE, "DRAINING", "failed to connect to all addresses; Socket closed"),
+        (grpc.StatusCode.INTERNAL, "", "failed to connect to all addresses; Socket closed"),
         (grpc.StatusCode.UNAUTHENTICATED, "WRONG_TOKEN", "this server does not know the token"),
     ],
 )
