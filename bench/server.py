@@ -38,7 +38,7 @@ def started(
     What it prints goes to `log` (standard error unless given). Raises ChildProcessError if it does not start.
     """
     said: TextIO = log or sys.stderr
-    began, metrics = clock(), _free_port()
+    began, metrics = clock(), free_port()
     command = [
         sys.executable,
         "-c",
@@ -77,7 +77,7 @@ def _ready(lines: Iterable[str], log: TextIO) -> str | None:
     return None
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

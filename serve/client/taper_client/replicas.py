@@ -37,6 +37,7 @@ _CONFIG = {
 OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.service_config", json.dumps(_CONFIG)),
     ("grpc.per_rpc_retry_buffer_size", 1 << 25),  # a longer message would not be tried again
+    ("grpc.max_reconnect_backoff_ms", 2_000),  # or one that has come back would be left out for minutes
     # A machine that is gone without a word: its connection is given up after half a minute.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -159,6 +159,19 @@ def test_a_server_that_drains_is_not_asked_and_none_of_its_refusals_is_seen():
         until_answered_by(2, ask)
 
 
+def test_nobody_is_asked_where_nobody_serves():
+    with pair(fork_and_join) as both, Client(both.addresses, timeout=20) as client:
+        for engine in both.engines:
+            engine.state = "DRAINING"
+
+        def is_so() -> bool:
+            with pytest.raises(UnavailableError) as caught:
+                client.complete("go")
+            return not caught.value.server
+
+        until(is_so)
+
+
 def test_a_server_that_is_not_there_is_left_out():
     with listening(FakeEngine(fork_and_join)) as address, asking((NOWHERE, address), of=1) as ask:
         assert {each.server for each in ask(6)} == {address}
