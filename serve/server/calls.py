@@ -19,7 +19,7 @@ import grpc
 from serve.reading.work import malformed, parse
 from serve.server.callers import Caller, Callers
 from serve.server.tokens import Role
-from taper_client.errors import SERVER_KEY, InvalidRequestError, OverloadedError, ServiceError, Violation
+from taper_client.errors import InvalidRequestError, OverloadedError, ServiceError, Violation
 
 EXCESSES = (  # reasons that are the client's own doing
     "CLIENT_LIMIT",
@@ -44,7 +44,7 @@ class Call:
 
     def __init__(self, context: grpc.aio.ServicerContext, max_bytes: int, server: str = "") -> None:
         self._context, self._max_bytes = context, max_bytes
-        self._server, self.server, self._has_written = server, "", False
+        self._server, self.server = server, ""
         self._task = asyncio.current_task()
         self.caller = Caller(context.peer())
         self.id = uuid.uuid4().hex
@@ -93,10 +93,8 @@ class Call:
         return any(key == "grpc-previous-rpc-attempts" for key, _ in metadata)
 
     async def write(self, data: bytes) -> None:
-        if self.server and not self._has_written:
-            # Not before: once anything has come, a client does not try the call at another server.
-            await self._context.send_initial_metadata(((SERVER_KEY, self.server),))
-        self._has_written = True
+        """No headers go before the first message: they would already keep a client's gRPC from trying the
+        call at another server."""
         await self._context.write(data)
 
     async def _next(self) -> bytes | None:

@@ -77,8 +77,11 @@ class ResponseWriter:
     finish    why the last of its branches, or its trunk, ended
     """
 
-    def __init__(self, request: Request, options: pb.OutputOptions, speller: Speller) -> None:
-        self._request = request
+    def __init__(
+        self, request: Request, options: pb.OutputOptions, speller: Speller, *, server: str = ""
+    ) -> None:
+        """`server`: which one this is."""
+        self._request, self._server = request, server
         self._options = options
         self._has_ids, self._has_logprobs = options.token_ids, options.logprobs
         self._speller = speller
@@ -145,6 +148,7 @@ class ResponseWriter:
             prompt_tokens=event.prompt_tokens,
             cached_tokens=event.cached_tokens,
             prompt_token_ids=echoed,
+            server=self._server,
         )
         self._response.events.add(started=started)
 

@@ -39,7 +39,7 @@ class InferenceServicer:
         request, output = await self._prompted(call)
         options = pb.OutputOptions.FromString(output)
         speller = service.speller(skip_special_tokens=not options.keep_special_tokens)
-        writer = ResponseWriter(request, options, speller)
+        writer = ResponseWriter(request, options, speller, server=call.server)
         await answer(service, call, request, writer, interval=options.interval_ms / 1e3)
 
     async def _prompted(self, call: Call) -> Prompted:

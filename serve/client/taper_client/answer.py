@@ -13,12 +13,13 @@ from .v1 import inference_service_pb2 as pb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The request left the queue and its prompt has been read."""
+    """The request left the queue and its prompt has been read, by the server of this name."""
 
     request_id: str
     prompt_tokens: int
     cached_tokens: int
     prompt_token_ids: tuple[int, ...] = ()
+    server: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +196,7 @@ _READERS: dict[str, Any] = {
         prompt_tokens=e.prompt_tokens,
         cached_tokens=e.cached_tokens,
         prompt_token_ids=tuple(e.prompt_token_ids),
+        server=e.server,
     ),
     "stage_started": _stage_started,
     "delta": _delta,
@@ -308,7 +310,8 @@ class Completion:
     def add(self, event: Event) -> None:
         match event:
             case Started():
-                self.request_id, self.prompt_token_ids = event.request_id, event.prompt_token_ids
+                self.request_id, self.server = event.request_id, event.server
+                self.prompt_token_ids = event.prompt_token_ids
             case StageStarted():
                 self._stage(event)
             case Delta():

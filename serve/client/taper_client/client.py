@@ -16,10 +16,10 @@ from typing import Any, Unpack
 
 import grpc
 
-from .answer import Completion, Event, events_of
+from .answer import Completion, Event, Started, events_of
 from .arguments import seconds
 from .credentials import Access, Tls, Token
-from .errors import CancelledError, ServiceError, named
+from .errors import CancelledError, ServiceError
 from .options import Options
 from .request import (
     Prompt,
@@ -51,8 +51,9 @@ class Stream:
     def __iter__(self) -> Iterator[Event]:
         try:
             for response in self._call:
-                self.server = self.server or named(self._call.initial_metadata())
-                yield from events_of(response)
+                for event in events_of(response):
+                    self.server = event.server if isinstance(event, Started) else self.server
+                    yield event
         except grpc.RpcError as error:
             raise self._explained(error).by(self.server) from None
         finally:
@@ -79,8 +80,8 @@ class AsyncStream:
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
             async for response in self._call:
-                self.server = self.server or named(await self._call.initial_metadata())
                 for event in events_of(response):
+                    self.server = event.server if isinstance(event, Started) else self.server
                     yield event
         except grpc.RpcError as error:
             raise self._explained(error).by(self.server) from None
@@ -174,10 +175,9 @@ class Client(_Connection):
     ) -> Completion:
         """Run a request to its end."""
         options.setdefault("interval_ms", _COMPLETE_INTERVAL_MS)
-        completion, stream = Completion(), self.generate(prompt, timeout=timeout, **options)
-        for event in stream:
+        completion = Completion()
+        for event in self.generate(prompt, timeout=timeout, **options):
             completion.add(event)
-        completion.server = stream.server
         return completion
 
     def tokenize(self, prompt: Prompt) -> list[int]:
@@ -241,10 +241,9 @@ class AsyncClient(_Connection):
     ) -> Completion:
         """Run a request to its end."""
         options.setdefault("interval_ms", _COMPLETE_INTERVAL_MS)
-        completion, stream = Completion(), self.generate(prompt, timeout=timeout, **options)
-        async for event in stream:
+        completion = Completion()
+        async for event in self.generate(prompt, timeout=timeout, **options):
             completion.add(event)
-        completion.server = stream.server
         return completion
 
     async def tokenize(self, prompt: Prompt) -> list[int]:

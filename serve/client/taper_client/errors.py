@@ -31,7 +31,7 @@ calls that come at one moment; UNAVAILABLE where no server is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
@@ -41,8 +41,7 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc.status_pb2 import Status
 
 DOMAIN = "taper.v1"
-SERVER_KEY = "taper-server"
-"""Metadata in which a server says its name: before its first message, and with an error."""
+_SERVER_KEY = "taper-server"
 _DETAILS_KEY = "grpc-status-details-bin"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _DETAILS_BYTES = 2500  # gRPC clients drop trailing metadata of more than 8 KiB, base64 and all
@@ -272,7 +271,7 @@ def status(error: ServiceError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, 
         if error.code is not grpc.StatusCode.UNAVAILABLE:  # another server need not be waited for
             trailing.append((_PUSHBACK_KEY, str(round(after * 1000))))
     if error.server:
-        trailing.append((SERVER_KEY, error.server))
+        trailing.append((_SERVER_KEY, error.server))
     trailing.append((_DETAILS_KEY, rich.SerializeToString()))
     return error.code, error.message, tuple(trailing)
 
@@ -310,9 +309,4 @@ def from_rpc(error: Any) -> ServiceError:
         request_id=request_id,
     )
     failure.code = error.code()
-    return failure.by(named(trailing.items()))
-
-
-def named(metadata: Iterable[tuple[str, Any]] | None) -> str:
-    """The name that a server has told; empty if it has not."""
-    return dict(metadata or ()).get(SERVER_KEY, "")
+    return failure.by(trailing.get(_SERVER_KEY, ""))

@@ -68,9 +68,9 @@ def test_the_same_without_blocking(address):
     check_answer(asyncio.run(use()))
 
 
-def test_a_stream_tells_its_events_by_type(client):
+def test_a_stream_tells_its_events_by_type(client, address):
     got = list(client.generate("go", plan=PLAN, request_id="mine"))
-    assert got[0] == Started(request_id="mine", prompt_tokens=3, cached_tokens=2)
+    assert got[0] == Started(request_id="mine", prompt_tokens=3, cached_tokens=2, server=address)
     assert isinstance(got[-1], Finished)
     assert WidthChanged(width=2, wanted=2) in got
     assert Joined(stage=1, branches=(1, 2)) in got

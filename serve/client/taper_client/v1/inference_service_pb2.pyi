@@ -291,16 +291,18 @@ class Event(_message.Message):
     def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., stage_started: _Optional[_Union[StageStarted, _Mapping]] = ..., delta: _Optional[_Union[BranchDelta, _Mapping]] = ..., width_changed: _Optional[_Union[WidthChanged, _Mapping]] = ..., branch_finished: _Optional[_Union[BranchFinished, _Mapping]] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("request_id", "prompt_tokens", "cached_tokens", "prompt_token_ids")
+    __slots__ = ("request_id", "prompt_tokens", "cached_tokens", "prompt_token_ids", "server")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SERVER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_tokens: int
     cached_tokens: int
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    server: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., server: _Optional[str] = ...) -> None: ...
 
 class StageStarted(_message.Message):
     __slots__ = ("stage", "branches")
