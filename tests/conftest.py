@@ -68,6 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--questions", type=int, default=16, help="how many held-out questions the default model is asked"
     )
+    parser.addoption("--pictures", help="folder to which the pictures of the docs are written")
     parser.addoption("--soak-requests", type=int, default=5000, help="calls of the long soak")
     parser.addoption("--soak-seconds", type=float, default=600.0, help="how long it takes")
 

@@ -37,15 +37,17 @@ async def answer(
     stream = service.open(request, call.caller, interval=interval)
     finished = False
     try:
-        while not finished:
-            events = await stream.take()
-            last = events[-1]
-            if isinstance(last, Finished):
-                finished = True
-                service.metrics.observe_finished(last, call.caller.tenant or "")
-                call.facts = facts(last)
-            for message in writer.messages(events):
-                await call.write(message)
+        with service.status.following(request.id, call.caller.tenant) as progress:
+            while not finished:
+                events = await stream.take()
+                progress.see(events)
+                last = events[-1]
+                if isinstance(last, Finished):
+                    finished = True
+                    service.metrics.observe_finished(last, call.caller.tenant or "")
+                    call.facts = facts(last)
+                for message in writer.messages(events):
+                    await call.write(message)
         call.facts = {"branches": writer.branches, "finish": writer.finish, **call.facts}
     finally:
         service.close(request.id, call.caller, finished=finished)

@@ -50,10 +50,14 @@ class Page(NamedTuple):
 
     content_type: str
     body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 Pages = Mapping[str, Callable[[Asked], Page]]
 """What makes each page, by its path."""
+
+OPEN = frozenset({"/"})
+"""Paths of pages for everybody: what they show, they ask for at another, with a token where there are any."""
 
 
 def metrics_page(registry: CollectorRegistry) -> Callable[[Asked], Page]:
@@ -187,14 +191,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         try:
-            self.server.authorize(self.headers.get("Authorization"))
-        except (UnauthenticatedError, PermissionDeniedError) as error:
-            self._refuse(error)
-            return
-        try:
             asked = urlsplit(self.path)
         except ValueError as error:  # such as http://[/
             self._send(HTTPStatus.BAD_REQUEST, f"{error}\n")
+            return
+        try:
+            if asked.path not in OPEN:
+                self.server.authorize(self.headers.get("Authorization"))
+        except (UnauthenticatedError, PermissionDeniedError) as error:
+            self._refuse(error)
             return
         page = self.server.pages.get(asked.path)
         if page is None:
@@ -220,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.FORBIDDEN, f"{error}\n")
 
     def _send_page(self, page: Page) -> None:
-        headers = [("Content-Type", page.content_type)]
+        headers = [("Content-Type", page.content_type), *page.headers]
         body = page.body
         if gzip_accepted(self.headers.get("Accept-Encoding", "")):
             body = gzip.compress(body, compresslevel=1)

@@ -22,7 +22,7 @@ from serve.logs.bugs import OperatorError
 from serve.reading.frames import begin
 from serve.reading.pool import ReaderPool
 from serve.served import Loader, Served
-from serve.server import scraping
+from serve.server import scraping, status
 from serve.server.exposure import warn_of_exposure, warn_of_open_gateway
 from serve.server.ports import Ports
 from serve.server.service import Service
@@ -70,7 +70,7 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
 
     await ports.start()
     try:
-        loading = _in_thread(functools.partial(load, config, service.metrics.observe_step))
+        loading = _in_thread(functools.partial(load, config, service.observe_step))
         signalled = asyncio.ensure_future(stop.wait())
         await asyncio.wait({loading, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
@@ -137,15 +137,25 @@ def _warn_of_exposure(config: ServerConfig) -> None:
         warn_of_open_gateway(config.gateway_host)
 
 
+def pages(service: Service) -> scraping.Pages:
+    """What operators see by HTTP."""
+    return {
+        "/": status.page,
+        "/status.json": lambda _: status.state_page(service.told()),
+        "/metrics": scraping.metrics_page(service.metrics.registry),
+    }
+
+
 def _serve_metrics(service: Service, certificates: Certificates | None) -> Callable[[], None]:
     config = service.config
     if config.metrics_port is None:
         return lambda: None
-    pages = {"/metrics": scraping.metrics_page(service.metrics.registry)}
     authorize = functools.partial(service.callers.check, roles={"metrics"})
     with naming("metrics_port"):
-        url, stop = scraping.listen(config.metrics_host, config.metrics_port, pages, authorize, certificates)
-    log.info("metrics", url=f"{url}/metrics")
+        url, stop = scraping.listen(
+            config.metrics_host, config.metrics_port, pages(service), authorize, certificates
+        )
+    log.info("metrics", url=f"{url}/metrics", status=f"{url}/")
     return stop
 
 

@@ -11,14 +11,15 @@ import functools
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import structlog
 
 from scheduler.request import Request
 from serve.config import ServerConfig
-from serve.door import Failed, Refused
+from serve.door import Failed, Refused, StepRecord
 from serve.logs import expect_prompts
 from serve.reading.work import Answer, Job, Readers, ReadHere
 from serve.served import Served
@@ -27,6 +28,7 @@ from serve.server.callers import Caller, Callers
 from serve.server.calls import Call, Calls
 from serve.server.metrics import Metrics
 from serve.server.request_log import RequestLog
+from serve.server.status import Status
 from serve.server.stream import Doorbell, Stream
 from serve.server.tokens import Tokens
 from serve.text.reader import Speller
@@ -69,6 +71,7 @@ class Service:
         tokens = Tokens(config.tokens) if config.tokens else None
         self.callers = Callers(tokens, certificates=config.tls_client_ca_cert_path is not None)
         self.metrics = Metrics()
+        self.status = Status()
         self._request_log = RequestLog()
         self.instance_id = uuid.uuid4().hex
         self.started = time.monotonic()
@@ -119,6 +122,15 @@ class Service:
             metrics.watch_load_as_vllm(served.engine.load, name, served.platform.page_size)
         metrics.describe_devices(served.platform.device, served.platform.devices)
         metrics.describe_targets(served.model.default_slo.tpot, served.model.min_tpot)
+
+    def observe_step(self, step: StepRecord) -> None:
+        """A step has ended; told by the engine's thread."""
+        self.metrics.observe_step(step)
+        self.status.observe_step(step)
+
+    def told(self) -> Mapping[str, Any]:
+        """What the status page shows."""
+        return self.status.told(self.state, self._served)
 
     def served(self) -> Served:
         """Raises UnavailableError until the model is loaded."""

@@ -110,7 +110,7 @@ def outcome(process: subprocess.Popen[str]) -> Any:
 def test_openais_client_gets_what_the_gateway_passes(fleet: Fleet) -> None:
     told = outcome(fleet.chat("calls"))
     assert told["models"] == ["taper-tiny"]
-    assert re.fullmatch(r"<Parallel>.*(\n<Path>.*</Path>){3}\n<Conclusion>\n.*</Parallel>", told["text"])
+    assert re.fullmatch(r"(?s)<Parallel>.*(\n<Path>.*</Path>){3}\n<Conclusion>\n.*</Parallel>", told["text"])
     assert "".join(told["pieces"]) == told["text"]
     assert len(told["pieces"]) > 20, "it comes as it grows"
     prompt, completion = told["usage"]
