@@ -19,7 +19,9 @@ from tests.deploy.live import ROOT, faults, page, series
 from tests.deploy.test_container import the
 
 FILE = ROOT / "deploy/kubernetes.yaml"
-OBJECTS: dict[str, Any] = {each["kind"]: each for each in yaml.safe_load_all(FILE.read_text())}
+ALL = [*yaml.safe_load_all(FILE.read_text())]
+OBJECTS: dict[str, Any] = {each["kind"]: each for each in ALL if each["metadata"]["name"] == "taper"}
+GATEWAY: dict[str, Any] = {each["kind"]: each for each in ALL if each["metadata"]["name"] == "smg"}
 DEPLOYMENT = OBJECTS["Deployment"]["spec"]
 POD = DEPLOYMENT["template"]["spec"]
 (CONTAINER,) = POD["containers"]
@@ -51,14 +53,49 @@ def test_everything_finds_the_servers() -> None:
     assert OBJECTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
     service = OBJECTS["Service"]["spec"]
     assert (service["clusterIP"], service["selector"]) == ("None", labels), "a client sees every server"
-    ports = {port["name"]: port["containerPort"] for port in CONTAINER["ports"]}
-    assert {port["targetPort"]: port["port"] for port in service["ports"]} == ports
+    assert {port["targetPort"]: port["port"] for port in service["ports"]} == ports_of_callers()
+
+
+def ports_of_callers() -> dict[str, int]:
+    """All but the gateways'."""
+    return {port["name"]: port["containerPort"] for port in CONTAINER["ports"] if port["name"] != "gateway"}
 
 
 def test_the_ports_are_those_that_the_server_listens_on(config: ServerConfig) -> None:
     ports = {port["name"]: port["containerPort"] for port in CONTAINER["ports"]}
-    assert ports == {"grpc": config.port, "metrics": config.metrics_port}
-    assert {config.host, config.metrics_host} == {"0.0.0.0"}
+    assert ports == {"grpc": config.port, "metrics": config.metrics_port, "gateway": config.gateway_port}
+    assert {config.host, config.metrics_host, config.gateway_host} == {"0.0.0.0"}
+
+
+def test_the_port_that_asks_nobody_is_the_gateways_alone() -> None:
+    policy, labels = OBJECTS["NetworkPolicy"]["spec"], DEPLOYMENT["template"]["metadata"]["labels"]
+    assert policy["podSelector"]["matchLabels"] == labels
+    open_to_all, of_gateways = policy["ingress"]
+    assert {each["port"] for each in open_to_all["ports"]} == ports_of_callers().keys()
+    assert [each["port"] for each in of_gateways["ports"]] == ["gateway"]
+    [its] = of_gateways["from"]
+    assert its == {"podSelector": {"matchLabels": GATEWAY["Deployment"]["spec"]["selector"]["matchLabels"]}}
+
+
+def test_the_gateway_finds_the_servers_and_may_look_for_them(config: ServerConfig) -> None:
+    spec = GATEWAY["Deployment"]["spec"]
+    pod, labels = spec["template"]["spec"], spec["template"]["metadata"]["labels"]
+    assert spec["selector"]["matchLabels"] == GATEWAY["Service"]["spec"]["selector"] == labels
+    [container] = pod["containers"]
+    options = dict(each.partition("=")[::2] for each in container["args"])
+    [(key, value)] = DEPLOYMENT["template"]["metadata"]["labels"].items()
+    assert options["--selector"] == f"{key}={value}"
+    assert options["--service-discovery-port"] == str(config.gateway_port)
+    assert [each["containerPort"] for each in container["ports"]] == [int(options["--port"])]
+    names = {pod["serviceAccountName"], *(each["metadata"]["name"] for each in GATEWAY.values())}
+    assert (
+        names
+        == {GATEWAY["RoleBinding"]["subjects"][0]["name"]}
+        == {GATEWAY["RoleBinding"]["roleRef"]["name"]}
+    )
+    assert GATEWAY["Role"]["rules"] == [
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}
+    ]
 
 
 def test_a_server_has_the_time_to_drain(config: ServerConfig) -> None:
@@ -122,4 +159,4 @@ def test_the_objects_are_valid_by_kubernetes_own_schemas(tmp_path: Path) -> None
         timeout=60,
     )
     said = checked.stdout + checked.stderr
-    assert (checked.returncode, said.count(" passed for resource ")) == (0, len(OBJECTS)), said
+    assert (checked.returncode, said.count(" passed for resource ")) == (0, len(ALL)), said
