@@ -155,7 +155,8 @@ def _serve_metrics(service: Service, certificates: Certificates | None) -> Calla
         url, stop = scraping.listen(
             config.metrics_host, config.metrics_port, pages(service), authorize, certificates
         )
-    log.info("metrics", url=f"{url}/metrics", status=f"{url}/")
+    log.info("metrics", url=f"{url}/metrics")
+    log.info("status page", url=f"{url}/")
     return stop
 
 

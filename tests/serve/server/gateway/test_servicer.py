@@ -84,8 +84,8 @@ async def failure(call: Any) -> tuple[grpc.StatusCode, str]:
 @in_loop
 async def test_an_answer_is_streamed_or_told_at_once() -> None:
     async with opened(FakeEngine(answer)) as (_, _, stub):
-        first, second, last = [message async for message in stub.Generate(asked(stream=True))]
-        assert (bytes(first.chunk.token_ids), bytes(second.chunk.token_ids)) == (b"a", b"b")
+        *chunks, last = [message async for message in stub.Generate(asked(stream=True))]
+        assert b"".join(bytes(each.chunk.token_ids) for each in chunks) == b"ab"
         assert not last.HasField("chunk")
         [only] = [message async for message in stub.Generate(asked("s"))]
         assert bytes(only.complete.output_ids) == b"ab"
