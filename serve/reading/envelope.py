@@ -1,4 +1,4 @@
-"""What a GenerateRequest's bytes say on the outside: its id and its model, found without reading the rest.
+"""What the bytes of a request say on the outside: its id and its model, found without reading the rest.
 
 A call has to be known by its id before anything is waited for, and the event loop reads no message that may
 be large. So the wire format's top level alone is walked, past at most `MAX_FIELDS` fields.
@@ -6,8 +6,8 @@ be large. So the wire format's top level alone is walked, past at most `MAX_FIEL
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Set
+from typing import Any, NamedTuple
 
 from serve.reading.work import malformed
 from taper_client.v1 import inference_service_pb2 as pb
@@ -15,8 +15,6 @@ from taper_client.v1 import inference_service_pb2 as pb
 MAX_FIELDS = 64  # on the top level of a message; a client that sets every field has eleven
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_FIELDS = pb.GenerateRequest.DESCRIPTOR.fields_by_name
-_REQUEST_ID, _MODEL = _FIELDS["request_id"].number, _FIELDS["model"].number
 
 
 class Envelope(NamedTuple):
@@ -26,22 +24,24 @@ class Envelope(NamedTuple):
     model: str = ""
 
 
-def look(data: bytes) -> Envelope:
-    """Raises InvalidRequestError for bytes that are no message, or have too many fields."""
-    found = {_REQUEST_ID: b"", _MODEL: b""}
+def look(data: bytes, kind: Any = pb.GenerateRequest) -> Envelope:
+    """`kind` is the class of the message, which may have no model. Raises InvalidRequestError for bytes that
+    are no message, or have too many fields."""
+    numbers = {field.name: field.number for field in kind.DESCRIPTOR.fields if field.name in Envelope._fields}
+    found = dict.fromkeys(numbers.values(), b"")
     try:
-        for count, (number, value) in enumerate(_fields(data)):
+        for count, (number, value) in enumerate(_fields(data, found.keys())):
             if count == MAX_FIELDS:
                 raise malformed(f"the message has more than {MAX_FIELDS} fields on its top level")
-            if number in found and value is not None:
+            if value is not None:
                 found[number] = value
-        return Envelope(found[_REQUEST_ID].decode(), found[_MODEL].decode())
+        return Envelope(**{name: found[number].decode() for name, number in numbers.items()})
     except (IndexError, UnicodeDecodeError):
-        raise malformed("these bytes are no taper.v1.GenerateRequest") from None
+        raise malformed(f"these bytes are no {kind.DESCRIPTOR.full_name}") from None
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, bytes | None]]:
-    """Numbers of the fields, with the bytes of those that have a length. IndexError: the data is cut off."""
+def _fields(data: bytes, wanted: Set[int]) -> Iterator[tuple[int, bytes | None]]:
+    """Numbers of the fields, with the bytes of those that are wanted. IndexError: the data is cut off."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -49,7 +49,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes | None]]:
         if kind == _BYTES:
             size, begin = _varint(data, at)
             at = begin + size
-            value = data[begin:at] if number in (_REQUEST_ID, _MODEL) else None
+            value = data[begin:at] if number in wanted else None
         elif kind == _VARINT:
             _, at = _varint(data, at)
         elif kind in (_FIXED64, _FIXED32):

@@ -16,7 +16,7 @@ from serve.text.reader import Speller
 from taper_client.errors import InvalidRequestError, Violation
 from taper_client.v1 import inference_service_pb2 as pb
 
-Method = Literal["Generate", "Tokenize", "Detokenize"]
+Method = Literal["Generate", "GatewayGenerate", "Tokenize", "Detokenize"]
 
 
 class Job(NamedTuple):
@@ -26,9 +26,14 @@ class Job(NamedTuple):
     data: bytes
     id: str = ""
 
+    @property
+    def brings_request(self) -> bool:
+        return self.method in ("Generate", "GatewayGenerate")
+
 
 class Prompted(NamedTuple):
-    """A GenerateRequest that has been read, and its OutputOptions as bytes: they cross a process's wall."""
+    """A GenerateRequest that has been read, and what says how to tell its answer, as bytes: they cross a
+    process's wall. They are its OutputOptions; of a gateway's request, what `gateway.manner` has."""
 
     request: Request
     output: bytes
@@ -68,9 +73,20 @@ class Reader:
         if job.method == "Generate":
             message = parse(pb.GenerateRequest, job.data)
             return Prompted(read_request(message, self.model, job.id), message.output.SerializeToString())
+        if job.method == "GatewayGenerate":
+            return self._gateway(job)
         if job.method == "Tokenize":
             return self._tokenize(parse(pb.TokenizeRequest, job.data))
         return self._detokenize(parse(pb.DetokenizeRequest, job.data))
+
+    def _gateway(self, job: Job) -> Prompted:
+        from smg_grpc_proto.generated import vllm_engine_pb2 as vllm  # which others need not have
+
+        from serve.reading.gateway import manner, translated
+
+        message = parse(vllm.GenerateRequest, job.data)
+        request = read_request(translated(message, self.model), self.model)
+        return Prompted(request, manner(message).SerializeToString())
 
     def _tokenize(self, message: pb.TokenizeRequest) -> bytes:
         faults = Faults(message, self.model)

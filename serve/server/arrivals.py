@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from serve.reading.memory import give_back
+from serve.server.calls import Call
 
 AT_ONCE = 8  # messages of one connection
 LARGE = 1 << 20  # bytes of a message whose memory is given back to the system
@@ -31,6 +32,13 @@ class Arrivals:
         self._here: set[asyncio.Future[None]] = set()
         self._gates: dict[str, _Gate] = {}
         self._trim: asyncio.TimerHandle | None = None
+
+    async def message(self, call: Call) -> bytes:
+        """Of a call that brings a prompt. Raises InvalidRequestError."""
+        async with self.one_more(call.caller.connection):
+            data = await call.message()
+        self.came(len(data))
+        return data
 
     @contextlib.asynccontextmanager
     async def one_more(self, connection: str) -> AsyncIterator[None]:

@@ -163,7 +163,7 @@ class Service:
         assert self._readers is not None
         key = self._new_key(job.id, caller)
         reading = self._readings[key] = _Reading(self._readers.read(job, caller.client))
-        prompts = int(job.method == "Generate")
+        prompts = int(job.brings_request)
         self._prompts += prompts
         try:
             await asyncio.wait({reading.answer})

@@ -44,7 +44,7 @@ class InferenceServicer:
 
     async def _prompted(self, call: Call) -> Prompted:
         """The request that the call brings. From the moment its message is here, its id is known."""
-        data = await self._message(call)
+        data = await self.service.arrivals.message(call)
         request_id, model = look(data)
         if is_id(request_id):
             call.id = request_id
@@ -56,19 +56,13 @@ class InferenceServicer:
 
     async def tokenize(self, call: Call) -> bytes:
         self.service.served()
-        job = Job("Tokenize", await self._message(call), call.id)
+        job = Job("Tokenize", await self.service.arrivals.message(call), call.id)
         return await self._read(job, call)
 
     async def detokenize(self, call: Call) -> bytes:
         self.service.served()
-        job = Job("Detokenize", await self._message(call), call.id)
+        job = Job("Detokenize", await self.service.arrivals.message(call), call.id)
         return await self._read(job, call)
-
-    async def _message(self, call: Call) -> bytes:
-        async with self.service.arrivals.one_more(call.caller.connection):
-            data = await call.message()
-        self.service.arrivals.came(len(data))
-        return data
 
     async def _read(self, job: Job, call: Call) -> bytes:
         response = await self.service.read(job, call.caller)

@@ -16,12 +16,12 @@ from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
 from model.find import tokenizer_folder
+from serve.reading.envelope import look
 from serve.reading.requests import is_id
-from serve.reading.work import Job, Prompted, parse
+from serve.reading.work import Job, Prompted
 from serve.server.answering import answer
 from serve.server.calls import Call
 from serve.server.gateway.messages import AnswerWriter
-from serve.server.gateway.requests import translated
 from serve.server.gateway.tokenizer import archive
 from serve.server.service import Service
 from taper_client.errors import InvalidRequestError, ServiceError, Violation
@@ -37,18 +37,17 @@ class GatewayServicer:
     async def generate(self, call: Call) -> None:
         service = self.service
         service.check_queue(call.caller.client)
-        message = parse(vllm.GenerateRequest, await call.message())
-        if not is_id(message.request_id):
+        data = await service.arrivals.message(call)
+        request_id, _ = look(data, vllm.GenerateRequest)
+        if not is_id(request_id):
             text = "1 to 128 letters, digits, '.', '_' and '-' are needed: it is what Abort names"
             raise InvalidRequestError.of([Violation("request_id", text)])
-        call.id = message.request_id
-        request = translated(message, service.accepting().model)
-        prompted = await service.read(Job("Generate", request.SerializeToString(), call.id), call.caller)
+        call.id = request_id
+        prompted = await service.read(Job("GatewayGenerate", data, request_id), call.caller)
         assert isinstance(prompted, Prompted)
-        asked = message.sampling_params
-        writer = AnswerWriter(
-            answers=asked.n, streams=message.stream, has_logprobs=asked.HasField("logprobs")
-        )
+        manner = vllm.GenerateRequest.FromString(prompted.output)
+        asked = manner.sampling_params
+        writer = AnswerWriter(answers=asked.n, streams=manner.stream, has_logprobs=asked.HasField("logprobs"))
         await answer(service, call, prompted.request, writer)
 
     async def abort(self, call: Call) -> vllm.AbortResponse:

@@ -8,6 +8,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
 from serve.reading.envelope import MAX_FIELDS, Envelope, look
 from taper_client.errors import InvalidRequestError
@@ -64,6 +65,12 @@ def test_any_bytes_that_protobuf_takes_say_the_same_here(parts: list[bytes], mor
         size = message.ByteSize()
         message.DiscardUnknownFields()
         assert message.ByteSize() < size
+
+
+def test_a_gateways_message_has_an_id_and_no_model() -> None:
+    message = vllm.GenerateRequest(request_id="r", tokenized=vllm.TokenizedInput(original_text="\n\u20ac"))
+    message.tokenized.input_ids.extend([255, 1 << 31])
+    assert look(message.SerializeToString(), vllm.GenerateRequest) == Envelope("r", "")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from scheduler.request import Request
 from scheduler.stopping import FinishReason
 from serve.config import OptionError, ServerConfig
 from serve.door import Refused
+from serve.reading.work import Job
 from serve.served import Platform, Served
 from serve.server import exposure
 from serve.server.ports import Ports
@@ -89,6 +90,32 @@ async def test_an_answer_is_streamed_or_told_at_once() -> None:
         assert not last.HasField("chunk")
         [only] = [message async for message in stub.Generate(asked("s"))]
         assert bytes(only.complete.output_ids) == b"ab"
+
+
+class Unread:
+    """A reader that is at it for ever."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def read(self, job: Job, client: str) -> asyncio.Future[Any]:
+        self.jobs.append(job)
+        return asyncio.get_running_loop().create_future()
+
+
+@in_loop
+async def test_a_message_is_left_to_the_readers_and_known_by_its_id_meanwhile() -> None:
+    """What it costs to parse and to translate is its sender's choice."""
+    async with opened(FakeEngine()) as (service, _, stub):
+        readers = Unread()
+        service.serve(service.served(), readers)
+        message = asked(sampling_params=vllm.SamplingParams(n=1 << 31, stop=["x"] * 100_000))
+        ended = asyncio.ensure_future(failure(stub.Generate(message)))
+        while not readers.jobs:
+            await asyncio.sleep(0.001)
+        assert readers.jobs == [Job("GatewayGenerate", message.SerializeToString(), "r")]
+        await stub.Abort(vllm.AbortRequest(request_ids=["r"]))
+        assert (await ended)[0] is grpc.StatusCode.CANCELLED
 
 
 @in_loop

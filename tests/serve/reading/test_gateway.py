@@ -9,8 +9,8 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
 from scheduler.program import Plan, TagProgram
 from scheduler.request import Request
+from serve.reading.gateway import translated
 from serve.reading.requests import read_request
-from serve.server.gateway.requests import translated
 from taper_client.errors import InvalidRequestError
 from tests.serve.fakes import EOS, VOCAB, served_model
 
@@ -97,6 +97,7 @@ def test_several_answers_are_branches_that_nothing_joins() -> None:
         ("prompt_logprobs", 0),
         ("truncate_prompt_tokens", 5),
         ("logprobs", -1),
+        ("n", 65),
         ("json_schema", "{}"),
         ("regex", "a*"),
         ("grammar", "root ::= x"),

@@ -1,4 +1,7 @@
-"""A gateway's request as one of taper.v1, and what of it this server cannot do."""
+"""A gateway's request as one of taper.v1, and what of it this server cannot do.
+
+Its messages are from the package smg-grpc-proto: this is imported only where a gateway asks.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def translated(message: vllm.GenerateRequest, model: ServedModel) -> pb.Generate
     Where `n` asks for several answers, they are branches that nothing joins; else the model forks by its own
     tags, if it has some.
     """
-    if violations := [*_violations(message)]:
+    if violations := [*_violations(message, model)]:
         raise InvalidRequestError.of(violations)
     asked = message.sampling_params
     request = pb.GenerateRequest(
@@ -66,7 +69,16 @@ def translated(message: vllm.GenerateRequest, model: ServedModel) -> pb.Generate
     return request
 
 
-def _violations(message: vllm.GenerateRequest) -> Iterator[Violation]:
+def manner(message: vllm.GenerateRequest) -> vllm.GenerateRequest:
+    """What of it says how its answer is told."""
+    asked = message.sampling_params
+    told = vllm.GenerateRequest(stream=message.stream, sampling_params=vllm.SamplingParams(n=asked.n))
+    if asked.HasField("logprobs"):
+        told.sampling_params.logprobs = asked.logprobs
+    return told
+
+
+def _violations(message: vllm.GenerateRequest, model: ServedModel) -> Iterator[Violation]:
     given = {field.name for field, _ in message.ListFields()}
     yield from (Violation(name, why) for name, why in _UNKNOWN.items() if name in given)
     asked = message.sampling_params
@@ -76,6 +88,8 @@ def _violations(message: vllm.GenerateRequest) -> Iterator[Violation]:
             yield Violation(f"sampling_params.{name}", why)
     if constraint := asked.WhichOneof("constraint"):
         yield Violation(f"sampling_params.{constraint}", "answers of a given form are not possible")
+    if asked.n > model.max_branches:
+        yield Violation("sampling_params.n", f"at most {model.max_branches} are possible, got {asked.n}")
     if asked.logprobs < 0:
         yield Violation("sampling_params.logprobs", "those of the whole vocabulary are not possible")
 
