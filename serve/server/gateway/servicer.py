@@ -33,6 +33,8 @@ _CHUNK_BYTES = 1 << 20  # of the tokenizer's archive
 class GatewayServicer:
     def __init__(self, service: Service) -> None:
         self.service = service
+        self._archive: bytes | None = None
+        self._archiving = asyncio.Lock()
 
     async def generate(self, call: Call) -> None:
         service = self.service
@@ -112,8 +114,7 @@ class GatewayServicer:
     async def get_tokenizer(self, call: Call) -> None:
         await call.read(common.GetTokenizerRequest)
         self.service.served()
-        folder = tokenizer_folder(self.service.config.model)
-        data = await asyncio.to_thread(archive, folder)
+        data = await self._tokenizer()
         if data is None:
             error = ServiceError("this model has no tokenizer: the gateway needs one of its own")
             error.code = grpc.StatusCode.NOT_FOUND
@@ -124,3 +125,11 @@ class GatewayServicer:
             last = at + _CHUNK_BYTES >= len(data)
             chunk = common.GetTokenizerChunk(data=part, sha256=digest if last else "")
             await call.write(chunk.SerializeToString())
+
+    async def _tokenizer(self) -> bytes | None:
+        """The archive, which is made once: a large one takes a core for a second."""
+        async with self._archiving:
+            if self._archive is None:
+                folder = tokenizer_folder(self.service.config.model)
+                self._archive = await asyncio.to_thread(archive, folder)
+        return self._archive

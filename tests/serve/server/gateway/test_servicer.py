@@ -24,6 +24,7 @@ from serve.door import Refused
 from serve.reading.work import Job
 from serve.served import Platform, Served
 from serve.server import exposure
+from serve.server.gateway import servicer
 from serve.server.ports import Ports
 from serve.server.server import shut_down
 from serve.server.service import Service
@@ -193,6 +194,24 @@ async def test_the_tokenizer_comes_whole_with_its_digest() -> None:
         chunks = [chunk async for chunk in stub.GetTokenizer(common.GetTokenizerRequest())]
     data = b"".join(chunk.data for chunk in chunks)
     assert chunks[-1].sha256 == hashlib.sha256(data).hexdigest()
+
+
+@in_loop
+async def test_the_tokenizer_is_packed_once_however_many_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[Path] = []
+
+    def pack(folder: Path) -> bytes:
+        packed.append(folder)
+        return b"archive"
+
+    async def data(call: Any) -> bytes:
+        return b"".join([chunk.data async for chunk in call])
+
+    monkeypatch.setattr(servicer, "archive", pack)
+    async with opened(FakeEngine(answer)) as (_, _, stub):
+        calls = [data(stub.GetTokenizer(common.GetTokenizerRequest())) for _ in range(3)]
+        assert await asyncio.gather(*calls) == [b"archive"] * 3
+    assert len(packed) == 1
 
 
 @in_loop
