@@ -308,6 +308,7 @@ class Completion:
         return self._end().timing
 
     def add(self, event: Event) -> None:
+        """What comes next. Events come in the order in which the server sends them."""
         match event:
             case Started():
                 self.request_id, self.server = event.request_id, event.server

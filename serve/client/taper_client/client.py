@@ -198,12 +198,15 @@ class Client(_Connection):
         return self._ask_one(self._control.SetPolicy, policy_request(policy)).previous_policy
 
     def model_info(self) -> control_pb.GetModelInfoResponse:
+        """Which model is served, and the limits that depend on it. Raises ServiceError."""
         return self._ask(self._control.GetModelInfo, control_pb.GetModelInfoRequest())
 
     def server_info(self) -> control_pb.GetServerInfoResponse:
+        """What runs there, in which state, under which policy. Raises ServiceError."""
         return self._ask_one(self._control.GetServerInfo, control_pb.GetServerInfoRequest())
 
     def load(self) -> control_pb.GetLoadResponse:
+        """How busy it is. Raises ServiceError."""
         return self._ask_one(self._control.GetLoad, control_pb.GetLoadRequest())
 
     def _ask(self, method: Any, request: Any) -> Any:
@@ -265,12 +268,15 @@ class AsyncClient(_Connection):
         return (await self._ask_one(self._control.SetPolicy, policy_request(policy))).previous_policy
 
     async def model_info(self) -> control_pb.GetModelInfoResponse:
+        """Which model is served, and the limits that depend on it. Raises ServiceError."""
         return await self._ask(self._control.GetModelInfo, control_pb.GetModelInfoRequest())
 
     async def server_info(self) -> control_pb.GetServerInfoResponse:
+        """What runs there, in which state, under which policy. Raises ServiceError."""
         return await self._ask_one(self._control.GetServerInfo, control_pb.GetServerInfoRequest())
 
     async def load(self) -> control_pb.GetLoadResponse:
+        """How busy it is. Raises ServiceError."""
         return await self._ask_one(self._control.GetLoad, control_pb.GetLoadRequest())
 
     async def _ask(self, method: Any, request: Any) -> Any:

@@ -60,6 +60,8 @@ def test_every_public_name_can_be_imported_and_says_what_it_is() -> None:
         assert name in dir(taper_client)
         found = getattr(taper_client, name)
         assert not isinstance(found, type | FunctionType) or found.__doc__, name
+        for method, value in vars(found).items() if isinstance(found, type) else ():
+            assert method[0] == "_" or not isinstance(value, FunctionType) or value.__doc__, (name, method)
     with pytest.raises(AttributeError, match="nothing"):
         _ = taper_client.nothing
 
