@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bench.colors import look
 from bench.device.report import label
 from bench.result import device_of
 from serve.door import StepRecord
@@ -26,8 +27,6 @@ from serve.engine.step_log import read_steps
 
 if TYPE_CHECKING:
     from bench.device.cases import Row
-
-MARKERS = "osv^Dx*"
 
 SERIES = {
     "ours": ("ours_us", "o"),
@@ -39,7 +38,7 @@ SERIES = {
 
 def plot_cases(result: Mapping[str, Any], path: Path) -> None:
     """Draws all cases but prefill's, smallest first."""
-    pyplot = _pyplot()
+    pyplot = begun()
     cases = [case for case in result["cases"] if case["suite"] != "prefill" and "ours_us" in case]
     cases.sort(key=lambda case: case["unique_bytes"])
     figure, axes = pyplot.subplots(figsize=(0.22 * len(cases) + 3, 6))
@@ -60,7 +59,7 @@ def plot_cases(result: Mapping[str, Any], path: Path) -> None:
         fontsize=9,
     )
     axes.legend()
-    _save(figure, path)
+    saved(figure, path)
 
 
 class Point(NamedTuple):
@@ -87,17 +86,17 @@ def against_load(rows: Sequence[Mapping[str, Any]], figure: str) -> dict[str, li
 
 def plot_policies(result: Mapping[str, Any], path: Path) -> None:
     """Draws goodput and attainment of every policy against load; bars span the seeds."""
-    pyplot = _pyplot()
+    pyplot = begun()
     line = {"capsize": 3, "markerfacecolor": "none", "markersize": 8}  # lines may lie on one another
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True)
     for column, measure in zip(grid.T, ("stage", "mean"), strict=True):
         for axes, (name, unit) in zip(column, (("goodput", "tokens/s"), ("attainment", "")), strict=True):
             figures = against_load(result["rows"], f"{name}_{measure}")
-            for marker, (policy, points) in zip(MARKERS, figures.items(), strict=False):
+            for policy, points in figures.items():
                 loads, means, least, greatest = zip(*points, strict=True)
                 below = [mean - low for mean, low in zip(means, least, strict=True)]
                 above = [high - mean for mean, high in zip(means, greatest, strict=True)]
-                axes.errorbar(loads, means, yerr=(below, above), fmt=f"{marker}-", label=policy, **line)
+                axes.errorbar(loads, means, yerr=(below, above), label=policy, **look(policy), **line)
             axes.set_title(f"{name}, {measure} TPOT", fontsize=10)
             axes.set_ylabel(unit)
             axes.set_ylim(bottom=0)
@@ -108,12 +107,12 @@ def plot_policies(result: Mapping[str, Any], path: Path) -> None:
         f"TPOT {result['tpot_slo_ms']:.1f} ms, TTFT {result['ttft_slo_s']:g} s",
         fontsize=10,
     )
-    _save(figure, path)
+    saved(figure, path)
 
 
 def plot_maps(result: Mapping[str, Any], path: Path) -> None:
     """Draws stage goodput (above) and attainment (below) over each map of bench.simulate.maps."""
-    pyplot = _pyplot()
+    pyplot = begun()
     names = [*dict.fromkeys(row["map"] for row in result["rows"] if row["map"] != "hour")]
     figure, grid = pyplot.subplots(2, len(names), figsize=(3.4 * len(names), 7), sharex="col", squeeze=False)
     for column, name in zip(grid.T, names, strict=True):
@@ -124,9 +123,9 @@ def plot_maps(result: Mapping[str, Any], path: Path) -> None:
                 {"policy": row["label"], "load": float(places[row["x"]]), "y": row[figure_name]}
                 for row in rows
             ]
-            for marker, (policy, points) in zip(MARKERS, against_load(placed, "y").items(), strict=False):
+            for policy, points in against_load(placed, "y").items():
                 at, means, _, _ = zip(*points, strict=True)
-                axes.plot(at, means, f"{marker}-", label=policy, markerfacecolor="none")
+                axes.plot(at, means, label=policy, markerfacecolor="none", **look(policy))
             axes.set_ylim(bottom=0)
             axes.set_xticks([*places.values()], [f"{x}" for x in places], fontsize=7)
         column[0].set_title(name, fontsize=10)
@@ -134,13 +133,13 @@ def plot_maps(result: Mapping[str, Any], path: Path) -> None:
     grid[0][0].set_ylabel("stage goodput, tokens/s")
     grid[1][0].set_ylabel("attained")
     figure.suptitle(f"Simulated, {result['profile']}", fontsize=10)
-    _save(figure, path)
+    saved(figure, path)
 
 
 def plot_steps(steps: Sequence[StepRecord], path: Path, seconds: float = 30.0) -> None:
     """Draws `seconds` of a log of steps: how wide they were, what they were allowed and took, and how well
     all of the log's were predicted."""
-    pyplot = _pyplot()
+    pyplot = begun()
     figure, (width, time, errors) = pyplot.subplots(3, 1, figsize=(11, 10))
     busy = [step for step in steps if step.requests > 1] or [*steps]
     begin = busy[len(busy) // 2].ended
@@ -172,12 +171,12 @@ def plot_steps(steps: Sequence[StepRecord], path: Path, seconds: float = 30.0) -
         axes.legend(fontsize=7, ncols=4, markerscale=4)
     width.set_ylim(bottom=0)
     time.set_ylim(0, 1.3 * most)
-    _save(figure, path)
+    saved(figure, path)
 
 
 def plot_buckets(result: Mapping[str, Any], path: Path) -> None:
     """Draws the time of a full step of every bucket against the KV that it reads, and the byte floor."""
-    pyplot = _pyplot()
+    pyplot = begun()
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for bucket, rows in itertools.groupby(result["buckets"], key=lambda row: row["bucket"]):
         points = [(row["kv_tokens"] / 1000, row["step_ms"]) for row in rows]
@@ -192,12 +191,12 @@ def plot_buckets(result: Mapping[str, Any], path: Path) -> None:
         f"{result['model']} on {device_of(result['hardware'])}, copy {result['copy_tb_s']:.2f} TB/s",
         fontsize=10,
     )
-    _save(figure, path)
+    saved(figure, path)
 
 
 def plot_backends(rows: Sequence[Row], path: Path) -> None:
     """Draws how many byte floors each case takes, a bar for each device; hatched where it is estimated."""
-    pyplot = _pyplot()
+    pyplot = begun()
     rows = [row for row in rows if row.over_floor is not None]
     cases, series = (
         list(dict.fromkeys(each)) for each in zip(*((r.case, r.series) for r in rows), strict=True)
@@ -222,20 +221,22 @@ def plot_backends(rows: Sequence[Row], path: Path) -> None:
     axes.set_title(
         "Filled: measured. Hatched: estimated, for a device that was not there. *: another length", fontsize=9
     )
-    _save(figure, path)
+    saved(figure, path)
 
 
-def _pyplot() -> Any:
+def begun() -> Any:
+    """pyplot, for files alone. What a legend needs outside of the axes is left free."""
     matplotlib: Any = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
+    matplotlib.rcParams["figure.constrained_layout.use"] = True
     return importlib.import_module("matplotlib.pyplot")
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
+def saved(figure: Any, path: Path) -> None:
+    """Write a figure, and forget it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    _pyplot().close(figure)
+    begun().close(figure)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ def drawing(monkeypatch: pytest.MonkeyPatch, axes: object) -> None:
     """Everything is drawn on `axes`, of which a test looks at the calls."""
     pyplot = MagicMock()
     pyplot.subplots.return_value = MagicMock(), axes
-    monkeypatch.setattr(plot, "_pyplot", lambda: pyplot)
+    monkeypatch.setattr(plot, "begun", lambda: pyplot)
 
 
 def test_cases_are_drawn_smallest_first_over_their_floors(

@@ -58,7 +58,7 @@ class Answer:
             elif drawn and isinstance(drawn[-1], Text):
                 drawn[-1].append(part)
             else:
-                drawn.append(Text(part))
+                drawn.append(Text(part.lstrip("\n")))  # a panel begins with a line of its own anyway
         return Group(*(part for part in drawn if not isinstance(part, Text) or part.plain.strip()))
 
     def _panel(self, sequence: Branch, width: int) -> Panel:
