@@ -48,6 +48,14 @@ def test_tokens_are_told_as_they_come_and_the_end_last() -> None:
     assert (writer.branches, writer.finish) == (0, "max_tokens")
 
 
+@pytest.mark.parametrize("reason", FinishReason)
+def test_an_answer_that_was_cut_says_so(reason: FinishReason) -> None:
+    writer = AnswerWriter(answers=1, streams=True, has_logprobs=False)
+    *_, last = told(writer, [STARTED, begin("r", 0), end(0, reason)])
+    cut = {FinishReason.MAX_TOKENS, FinishReason.CONTEXT}
+    assert last.complete.finish_reason == ("length" if reason in cut else "stop")
+
+
 def test_where_nothing_is_streamed_the_answer_is_one_message() -> None:
     writer = AnswerWriter(answers=1, streams=False, has_logprobs=True)
     [only] = told(
@@ -55,7 +63,9 @@ def test_where_nothing_is_streamed_the_answer_is_one_message() -> None:
         [STARTED, begin("r", 0), *say("r", 0, "a")],
         [*say("r", 0, "b", 2), end(0, count=2), finished("r", 2)],
     )
-    assert ([*only.complete.output_ids], only.complete.finish_reason) == ([A, B], "stop")
+    complete = only.complete
+    assert ([*complete.output_ids], complete.finish_reason) == ([A, B], "stop")
+    assert (complete.prompt_tokens, complete.cached_tokens, complete.completion_tokens) == (9, 4, 2)
     logprobs = only.complete.output_logprobs
     assert ([*logprobs.token_ids], [*logprobs.token_logprobs]) == ([A, B], [-0.5, -0.5])
     assert [[*top.token_ids] for top in logprobs.top_logprobs] == [[7], [7]]
