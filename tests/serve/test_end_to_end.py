@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from scheduler.sampling import SamplingParams
 from taper_client import Client, branch, parallel, sampling, serial, stopping
 from taper_client.answer import BranchFinished, Delta, Finished, Joined, StageStarted, Started
 from tests.sizes import sampled
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +133,59 @@ def test_the_server_and_the_offline_decode_loop_agree(address: str, temperature:
         )
     got = [answer.trunk.token_ids] if width == 1 else [each.token_ids for each in answer.branches]
     assert got == generated.ids[0]
+
+
+@pytest.mark.parametrize(
+    ("example", "said"),
+    [
+        ("plan.py", "Saturday: 16 tokens, ended by max_tokens"),
+        ("model_driven.py", "begin: 1, 2, 3"),
+        ("many_at_once.py", "river, tree, stone: 3 branches"),
+        ("best_of_n.py", "best: "),
+    ],
+)
+def test_an_example_runs(example: str, said: str, address: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, EXAMPLES / example, address], capture_output=True, text=True, timeout=120
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert said in ran.stdout
+
+
+def test_the_example_in_a_shell_runs(address: str) -> None:
+    buf = Path(sys.executable).with_name("buf")
+    ran = subprocess.run(
+        ["sh", EXAMPLES / "curl.sh", address],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"BUF": str(buf), "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert '"label": "coffee"' in ran.stdout
+    assert '"completionTokens": 12' in ran.stdout
+
+
+@pytest.mark.outside
+def test_the_example_in_node_runs(address: str, tmp_path: Path) -> None:
+    """Beside the protos that it reads, as in a checkout."""
+    shutil.copytree(EXAMPLES / "node", tmp_path / "examples" / "node")
+    shutil.copytree(EXAMPLES.parent / "serve/client/protos", tmp_path / "serve/client/protos")
+    folder = tmp_path / "examples" / "node"
+    install = ["npm", "install", "--no-audit", "--no-fund", "--silent"]
+    subprocess.run(install, cwd=folder, check=True, timeout=300)
+    command = ["node", "ask.mjs", address]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "begin: [ ' Tea:', ' Coffee:' ]" in ran.stdout
+    assert "24 tokens" in ran.stdout
+
+
+def test_every_example_is_named_on_their_page_and_run_by_a_test() -> None:
+    page, tests = (EXAMPLES / "README.md").read_text(), Path(__file__).read_text()
+    for file in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.sh"), *EXAMPLES.glob("node/*.mjs")):
+        assert f"examples/{file.relative_to(EXAMPLES)}" in page
+        assert file.name in tests or file.name == "ray_serve.py", "Ray has a test of its own"
 
 
 def test_sigterm_drains_and_exits_cleanly(server: subprocess.Popen[str], address: str) -> None:
