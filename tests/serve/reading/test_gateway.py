@@ -9,7 +9,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
 from scheduler.program import Plan, TagProgram
 from scheduler.request import Request
-from serve.reading.gateway import translated
+from serve.reading.gateway import manner, translated
 from serve.reading.requests import read_request
 from taper_client.errors import InvalidRequestError
 from tests.serve.fakes import EOS, VOCAB, served_model
@@ -74,6 +74,20 @@ def test_what_ends_an_answer_arrives() -> None:
     assert stopping.eos_ids == {EOS}
     [stage] = read(message(ignore_eos=True)).program.stages
     assert stage.parts[0].stopping.eos_ids == frozenset()
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_stop_string_is_looked_for_in_the_text_that_the_gateway_makes(skips: bool) -> None:
+    [stage] = read(message(stop=["x"], skip_special_tokens=skips)).program.stages
+    assert stage.parts[0].stopping.special_tokens is not skips
+
+
+def test_how_an_answer_is_told_is_kept_apart_from_what_is_asked() -> None:
+    asked = message(n=3, logprobs=0, stop=["x"])  # of the drawn tokens alone
+    asked.stream = True
+    kept = vllm.GenerateRequest(stream=True, sampling_params=vllm.SamplingParams(n=3, logprobs=0))
+    assert manner(asked) == kept
+    assert not manner(message()).sampling_params.HasField("logprobs")
 
 
 def test_a_model_that_forks_by_itself_does() -> None:

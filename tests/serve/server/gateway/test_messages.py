@@ -81,6 +81,9 @@ def test_branches_are_one_text_and_what_was_forced_counts_for_nobody(streams: bo
         [end(1), end(2), Joined("r", 1, (1, 2)), begin("r", 2, (0, 0, "", "Z"))],
         [*say("r", 0, "b", 2), end(0, count=2), finished("r", 4)],
     )
+    if streams:
+        logprobs = [message.chunk.output_logprobs.token_logprobs for message in messages[:-1]]
+        assert [value for some in logprobs for value in some] == [-0.5, 0, -0.5, 0, -0.5, 0, -0.5]
     parts = [message.chunk.token_ids for message in messages if message.HasField("chunk")]
     complete = messages[-1].complete
     ids = [*complete.output_ids] if not streams else [id for part in parts for id in part]

@@ -199,18 +199,21 @@ async def test_the_tokenizer_comes_whole_with_its_digest() -> None:
 @in_loop
 async def test_the_tokenizer_is_packed_once_however_many_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[Path] = []
+    large = bytes(5 << 19)  # of three chunks
 
     def pack(folder: Path) -> bytes:
         packed.append(folder)
-        return b"archive"
+        return large
 
     async def data(call: Any) -> bytes:
-        return b"".join([chunk.data async for chunk in call])
+        chunks = [chunk async for chunk in call]
+        assert [chunk.sha256 for chunk in chunks] == ["", "", hashlib.sha256(large).hexdigest()]
+        return b"".join(chunk.data for chunk in chunks)
 
     monkeypatch.setattr(servicer, "archive", pack)
     async with opened(FakeEngine(answer)) as (_, _, stub):
         calls = [data(stub.GetTokenizer(common.GetTokenizerRequest())) for _ in range(3)]
-        assert await asyncio.gather(*calls) == [b"archive"] * 3
+        assert await asyncio.gather(*calls) == [large] * 3
     assert len(packed) == 1
 
 
