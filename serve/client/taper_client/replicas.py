@@ -38,11 +38,11 @@ OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.service_config", json.dumps(_CONFIG)),
     ("grpc.per_rpc_retry_buffer_size", 1 << 25),  # a longer message would not be tried again
     ("grpc.max_reconnect_backoff_ms", 2_000),  # or one that has come back would be left out for minutes
-    # A machine that is gone without a word: its connection is given up after 40 seconds. Not sooner, or streams
-    # would break where a machine only stands still for a while.
+    # The connection to a machine that is gone without a word is given up after 40 seconds. Not sooner, or
+    # streams would break where a machine only stands still for a while.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.http2.ping_timeout_ms", 20_000),  # of gRPC's other pings, which may be first, and would last a minute
+    ("grpc.http2.ping_timeout_ms", 20_000),  # of gRPC's other pings, which may come first
 )
 """Of a channel to several servers."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bench.server import free_port
-from taper_client import Client, UnavailableError
+from taper_client import Client, ServiceError
 from taper_client.answer import Delta, Finished
 from tests.serve.remote.test_processes import Both, begun, end
 from tests.serve.waiting import until
@@ -29,7 +29,7 @@ class Outcome:
 
     server: str
     deltas: int
-    error: UnavailableError | None = None
+    error: ServiceError | None = None
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Run:
             for event in stream:
                 outcome.deltas += isinstance(event, Delta)
             assert isinstance(event, Finished)
-        except UnavailableError as error:
+        except ServiceError as error:
             outcome.error = error
         outcome.server = stream.server
         with self._lock:
