@@ -102,8 +102,9 @@ def test_penalties_count_the_prompt_and_what_was_generated(model: Decoder) -> No
 def test_each_prompt_is_counted_for_its_own_branches_to_its_last_token(model: Decoder) -> None:
     """7 would always be next, but where it was already."""
     shy = SamplingParams(logit_bias=((7, 1e4),), repetition_penalty=1e6)
-    answers = generate(model, [[7], [5], [5, 7, 6]], max_tokens=2, branches=2, sampling=shy).ids
-    assert [[branch.count(7) for branch in branches] for branches in answers] == [[0, 0], [1, 1], [0, 0]]
+    answers = generate(model, [[7], [5], [5, 7, 6]], max_tokens=TOKENS, branches=2, sampling=shy).ids
+    begun = [[branch[:2].count(7) for branch in branches] for branches in answers]
+    assert begun == [[0, 0], [1, 1], [0, 0]]
 
 
 def test_a_generated_token_counts_once_and_one_of_the_prompt_never(model: Decoder) -> None:

@@ -36,6 +36,8 @@ from model.sampling import (
 from scheduler.sampling import OPTIONS, SamplingParams
 from tests.model.noise import noise
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 VOCAB = 101
 SLOTS = 13
 MAX_BIAS = 4

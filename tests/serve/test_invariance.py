@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.request import Slo
+from scheduler.events import Event
+from scheduler.request import Request, Slo
 from scheduler.sampling import SamplingParams
 from scheduler.step import Sample
 from serve.engine.runner import Runner
@@ -79,21 +80,33 @@ def test_equality_can_fail(exact_runner: Runner, alone: dict[str, Answer]) -> No
 NEAR_TIE = 1e-4  # log-probability: float32 rounding between two buckets is a tenth of this
 
 
+@pytest.fixture(scope="module")
+def greedy() -> list[Request]:
+    sampling = SamplingParams(logprobs=True, top_logprobs=2)
+    return [replace(request, sampling=sampling) for request in load(Slo(tpot=RELAXED, ttft=60.0))]
+
+
+@pytest.fixture(scope="module")
+def greedy_alone(runner: Runner, greedy: list[Request]) -> dict[str, list[Event]]:
+    """What each of them says by itself, in float32."""
+    said = [run(runner, [request], policy="off", buckets=(3, 32)).events for request in greedy]
+    return {name: events for each in said for name, events in each.items()}
+
+
 @pytest.mark.parametrize("setting", SETTINGS[::4], ids=lambda s: "-".join(str(v) for v in s.values()))
 def test_float32_differs_at_near_ties_only(
-    runner: Runner, setting: dict, record_property: Callable[[str, object], None]
+    runner: Runner,
+    greedy: list[Request],
+    greedy_alone: dict[str, list[Event]],
+    setting: dict,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Greedy requests may part ways where two tokens are within rounding of each other, and nowhere else."""
     setting = {k: v for k, v in setting.items() if k not in ("tpot", "order")}
-    asked = [
-        replace(request, sampling=SamplingParams(logprobs=True, top_logprobs=2))
-        for request in load(Slo(tpot=RELAXED, ttft=60.0))
-    ]
-    record = run(runner, asked, **setting)
+    record = run(runner, greedy, **setting)
     excuses = []
-    for request in asked:
-        alone = run(runner, [request], policy="off", buckets=(3, 32))
-        excuses += _near_ties(samples(alone.events[request.id]), samples(record.events[request.id]))
+    for request in greedy:
+        excuses += _near_ties(samples(greedy_alone[request.id]), samples(record.events[request.id]))
     record_property("near ties", excuses)
     print(f"near ties at which tokens differ: {excuses}")
     assert all(gap < NEAR_TIE for gap in excuses)

@@ -35,7 +35,8 @@ from serve.server.server import run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 try:
     with spawned("tests.serve.remote.slow.main") as load:
-        run(ServerConfig(port=0, drain_timeout=10.0, step_timeout=3.0, seed=int(sys.argv[1])), load)
+        config = ServerConfig(port=0, drain_timeout=10.0, step_timeout=3.0, readers=1, seed=int(sys.argv[1]))
+        run(config, load)
 finally:
     print("imported", [name for name in ("jax", "jaxlib", "flax") if name in sys.modules], flush=True)
 """
