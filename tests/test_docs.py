@@ -7,6 +7,8 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+from taper_client.errors import RETRY_AFTER
+
 ROOT = Path(__file__).parents[1]
 ROOMS = ("attention", "model", "scheduler", "serve")
 
@@ -62,3 +64,23 @@ def test_a_word_of_the_glossary_has_one_meaning() -> None:
     for module, member in named:
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
         assert f"class {member}" in source, f"{module}.{member}"
+
+
+def test_every_reason_for_a_refusal_has_its_remedy() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    calls = page.partition("## An answer")[0]
+    named = re.findall(r"`([A-Z][A-Z_]+)`", "\n".join(re.findall(r"^\| (.+?) \|", calls, re.MULTILINE)))
+    assert sorted(named) == sorted(RETRY_AFTER)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/**/README.md")):
+        if ".venv" in page.parts or "node_modules" in page.parts:
+            continue
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", page.read_text()):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            if anchor and path.suffix == ".md":
+                headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
+                slugs = {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+                assert anchor[1:] in slugs, f"{page.name}: {target}{anchor}"

@@ -131,15 +131,23 @@ class Runner:
 
     # --- start-up --------------------------------------------------------------------------------------
 
-    def compile(self) -> dict[int, float]:
-        """Compile every program; returns the seconds that each bucket took. Nothing compiles after this."""
+    def compile(self, told: Callable[[int, float], object] | None = None) -> dict[int, float]:
+        """Compile every program; returns the seconds that each bucket took, of which `told` is told as it is
+        done. Nothing compiles after this."""
+
+        def compiled(bucket: int) -> float:
+            seconds = self._compile_bucket(bucket)
+            if told is not None:
+                told(bucket, seconds)
+            return seconds
+
         with self._precision():
             self._assign = self._compiled(assign, self._assignments([]))
             count = partial(count_history, peers=self.config.placement.vocab_peers)
             self._count = self._compiled(count, *_history_call(0, (), self.HISTORY, False))
         largest_first = [*self.buckets][::-1]
         with ThreadPoolExecutor(max_workers=4) as pool:
-            return dict(zip(largest_first, pool.map(self._compile_bucket, largest_first), strict=True))
+            return dict(zip(largest_first, pool.map(compiled, largest_first), strict=True))
 
     def hold(self, model: Decoder, known: Collection[int] | None = None) -> None:
         """Take the weights, and make room for KV and slots. `known`: the ids that may be sampled, or all."""

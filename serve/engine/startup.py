@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
@@ -101,10 +102,12 @@ def start(
     with jax.enable_x64(config.dtype == "float64"), ThreadPoolExecutor(max_workers=1) as compiler:
         shapes = found.abstract(dtype, placement)
         _check_names(config, shapes, placement)
+        log.info("starting", model=found.config.name, buckets=len(config.buckets or ()))
         compiling = compiler.submit(_compiled_runner, config, shapes, placement, programs)
         model = found.load(dtype, placement, seed=config.seed)
         jax.block_until_ready(model.split()[1])
         loaded = time.perf_counter() - began
+        log.info("weights are on the device", seconds=round(loaded, 1))
         runner, compiled, memory = compiling.result()
         runner.hold(model, known)
     device = placement.devices[0].device_kind
@@ -212,7 +215,18 @@ def _compiled_runner(
             memory = remembered(programs, key, lambda: Runner(model, sizes).memory(limit))
             sizes = replace(sizes, num_pages=memory.num_pages)
         runner = Runner(model, sizes)
-        return runner, runner.compile(), memory
+        return runner, runner.compile(_Compiled(len(sizes.buckets))), memory
+
+
+class _Compiled:
+    """Says how many of the programs are compiled, as each of them is: that takes minutes."""
+
+    def __init__(self, of: int) -> None:
+        self._of, self._done = of, itertools.count(1)
+
+    def __call__(self, rows: int, seconds: float) -> None:
+        program = f"{next(self._done)} of {self._of}"
+        log.info("compiled", program=program, rows=rows, seconds=round(seconds, 1))
 
 
 def _check_names(config: ServerConfig, model: Decoder, placement: Placement) -> None:

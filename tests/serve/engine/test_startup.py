@@ -243,7 +243,7 @@ class Sized:
     def memory(self, limit: int) -> MemoryPlan:
         return replace(PLAN, limit=limit)
 
-    def compile(self) -> dict[int, float]:
+    def compile(self, *_: object) -> dict[int, float]:
         return {}
 
 

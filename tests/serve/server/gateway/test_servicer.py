@@ -17,10 +17,12 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as vllm_grpc
 
 from scheduler.events import StageFinished, Started
+from scheduler.predictor import PredictionAccuracy
 from scheduler.request import Request
+from scheduler.scheduler import SchedulerLoad
 from scheduler.stopping import FinishReason
 from serve.config import OptionError, ServerConfig
-from serve.door import Refused
+from serve.door import Load, Refused
 from serve.reading.work import Job
 from serve.served import Platform, Served
 from serve.server import exposure
@@ -280,3 +282,23 @@ def test_an_operator_is_warned_where_others_reach_it(
     monkeypatch.setattr(exposure.log, "warning", lambda text, **facts: said.append(facts["see"]))
     exposure.warn_of_open_gateway(host)
     assert said == ["--gateway-host"] * warned
+
+
+class BusyEngine(FakeEngine):
+    """One whose queue is full."""
+
+    def load(self) -> Load:
+        now = SchedulerLoad(3, 5, CONFIG.max_queue, kv_used_tokens=10, kv_capacity_tokens=1000)
+        return Load(now, PredictionAccuracy(), output_tokens_per_second=1.5, steps=0)
+
+
+@in_loop
+async def test_a_full_queue_is_told_and_refuses_before_there_is_a_prompt_to_read() -> None:
+    engine = BusyEngine(answer)
+    async with opened(engine) as (_, _, stub):
+        [load] = (await stub.GetLoads(vllm.GetLoadsRequest())).loads
+        assert (load.num_running_reqs, load.num_waiting_reqs) == (3, CONFIG.max_queue)
+        assert load.num_total_reqs == 3 + CONFIG.max_queue
+        code, _ = await failure(stub.Generate(asked()))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert engine.requests == {}
