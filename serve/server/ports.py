@@ -6,6 +6,7 @@ always has: they bring no token, and speak for others.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Mapping
 from functools import partial
@@ -70,8 +71,7 @@ class Ports:
 
     async def stop(self, grace: float) -> None:
         """Take no more calls, and end those that are left after `grace` seconds."""
-        for server in self._servers:
-            await server.stop(grace)
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
 
     def _bind(
         self,

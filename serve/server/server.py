@@ -33,22 +33,30 @@ log = structlog.get_logger("taper")
 _LOADER = "taper-load"
 _LOOK_SECONDS = 0.1  # between two looks at whether the engine has died
 _FLUSH_SECONDS = 5.0  # for last messages, once the engine has stopped
+_NOTICE_SECONDS = 0.5  # that calls are refused before the ports close: clients hear of the drain meanwhile
+_CLOSE_SECONDS = 2.0  # for what came at the last moment to be refused, and for readers that do not read
 
 
 class EngineFailedError(OperatorError):
     """The engine died while it served."""
 
 
-async def shut_down(ports: Ports, service: Service, timeout: float) -> None:
-    """Drain, let the calls that are left write their last messages, and close."""
+async def shut_down(ports: Ports, service: Service, timeout: float, *, notice: float = 0.0) -> None:
+    """Drain, let the calls that are left write their last messages, and close.
+
+    Calls are refused for `notice` seconds at least, where a client can have them answered elsewhere: what it
+    sends to a server that is closed may end as CANCELLED, which gRPC does not try again.
+    """
+    closing = time.monotonic() + notice
     await service.drain(timeout)
+    await asyncio.sleep(max(0.0, closing - time.monotonic()))
     deadline = time.monotonic() + _FLUSH_SECONDS
     while not service.is_idle and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
     service.end_calls()
     while not (service.inference.is_empty and service.control.is_empty) and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
-    await ports.stop(grace=0.2)  # only readers that stopped reading are left
+    await ports.stop(_CLOSE_SECONDS)
     service.end_log()
 
 
@@ -90,7 +98,7 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
         await _until_failed(service, signalled)
         log.info("draining", seconds=config.drain_timeout)
     finally:
-        await shut_down(ports, service, config.drain_timeout)
+        await shut_down(ports, service, config.drain_timeout, notice=_NOTICE_SECONDS)
         if pool is not None:
             await pool.close()
         stop_metrics()

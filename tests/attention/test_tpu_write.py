@@ -201,7 +201,8 @@ def test_pages_keep_their_dtype(head_dim: int, dtype: str, page_dtype: str) -> N
     """And lanes that a head does not fill hold zeros, even if one of its elements is infinite."""
     layer = Layer(rows=4, head_dim=head_dim, dtype=dtype, page_dtype=page_dtype, normed=False)
     layer.qkv = layer.qkv.at[2, 4:, 21].set(jnp.inf)
-    layer.check([3, -1, 3, 4], [0, 1, 9, 31])
+    # Two compilers of one sum may round a float32 differently.
+    layer.check([3, -1, 3, 4], [0, 1, 9, 31], exactly=dtype == "bfloat16")
 
 
 def test_true_interprets_with_the_defaults() -> None:
