@@ -51,9 +51,13 @@ class Ask:
     """Go on from the prompt as it is, also where the model could be asked in a chat."""
     max_tokens: int | None = None
     """Limit of each sequence; the server's own unless set."""
+    branch_max_tokens: int | None = None
+    """Limit of each branch that the model opens by itself; as the answer's unless set."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text that ends a sequence; repeat it for each such text."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
+    keep_special_tokens: bool = False
+    """Show special tokens, such as the tags by which some models branch."""
     timeout: float | None = None
     """Seconds after which to give up; as long as it takes unless set."""
     json: bool = False
@@ -159,12 +163,15 @@ def _question(client: Client, ask: Ask) -> tuple[Prompt, Options]:
     info = client.model_info()
     chat = info.supports_chat and not ask.raw
     asked: dict[str, Any] = {**ask.sampling}
-    options = Options(max_tokens=ask.max_tokens, stop=ask.stop, n=ask.n, **asked)
+    shown = {"keep_special_tokens": True} if ask.keep_special_tokens else {}
+    options = Options(max_tokens=ask.max_tokens, stop=ask.stop, n=ask.n, **shown, **asked)
     if ask.branch:
         unique = len(set(map(str.strip, ask.branch))) == len(ask.branch)
         labels = [text.strip() if unique else "" for text in ask.branch]
         stage = parallel([branch(text, label=label) for text, label in zip(ask.branch, labels, strict=True)])
         options["plan"] = [stage, serial(ask.conclude)] if ask.conclude else [stage]
     elif chat and info.default_tag_set and ask.n == 1:
-        options["plan"] = model_driven()
+        options["plan"] = model_driven(branch_max_tokens=ask.branch_max_tokens)
+    elif ask.branch_max_tokens is not None:
+        raise ValueError("--branch-max-tokens is for a chat with a model that branches by itself")
     return ([{"role": "user", "content": ask.prompt}] if chat else ask.prompt), options

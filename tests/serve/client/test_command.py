@@ -15,13 +15,16 @@ from collections.abc import Callable
 
 import pytest
 
-from scheduler.events import Started
+from scheduler.events import StageFinished, Started, TokenEmitted
 from scheduler.program import ParallelStage, Plan, TagProgram
 from scheduler.request import Request
+from scheduler.step import Sample
+from scheduler.stopping import FinishReason
 from taper_client.command import main
 from tests.serve.client.test_options import SAMPLING
-from tests.serve.fakes import FakeEngine, begin, fork_and_join, listening
+from tests.serve.fakes import FakeEngine, begin, finished, fork_and_join, listening
 
+BEGIN = 257  # a special token of the fakes' tokenizer
 HIDDEN, SHOWN = "\x1b[?25l", "\x1b[?25h"
 ANSWER = "Hi. Tea: goodCoffee: bad, or x, and y So: tea."
 
@@ -91,11 +94,14 @@ def test_several_answers_can_be_asked_for(run, engine):
 def test_a_model_that_forks_by_itself_does_unless_something_else_is_asked_for():
     engine = FakeEngine(fork_and_join)
     with listening(engine, own_grammar="multiverse") as address:
-        for flags in ((), ("--branch", "a"), ("--n", "2", "--temperature", "1"), ("--raw",)):
+        own = ("--branch-max-tokens", "5")
+        for flags in (own, ("--branch", "a"), ("--n", "2", "--temperature", "1"), ("--raw",)):
             main(["Drinks?", "--max-tokens", "9", *flags, "--address", address])
+        with pytest.raises(SystemExit, match="model that branches by itself"):
+            main(["Drinks?", "--raw", *own, "--address", address])
     program, *others = (asked.program for asked in engine.requests.values())
     assert isinstance(program, TagProgram)
-    assert program.stopping.max_tokens == 9
+    assert (program.stopping.max_tokens, program.branch_max_tokens) == (9, 5)
     assert [type(other) for other in others] == [Plan] * 3
 
 
@@ -105,6 +111,21 @@ def test_a_prompt_can_be_sent_as_it_is(run, engine):
 
 
 # --- what is printed ---------------------------------------------------------------------------------------
+
+
+def test_special_tokens_are_shown_where_they_are_asked_for(capsys):
+    def answer(engine: FakeEngine, request: Request) -> None:
+        name = request.id
+        special = TokenEmitted(name, 0, Sample(BEGIN), 1)
+        ended = StageFinished(name, 0, 0, FinishReason.MAX_TOKENS, None, 1, True)
+        engine.tell(name, Started(name, 3, 2), begin(name, 0), special, ended, finished(name))
+
+    printed = []
+    with listening(FakeEngine(answer)) as address:
+        for flags in ((), ("--keep-special-tokens",)):
+            main(["go", *flags, "--address", address])
+            printed.append(capsys.readouterr().out)
+    assert printed == ["\n", "<begin>\n"]
 
 
 def test_where_there_is_no_terminal_the_answer_is_printed_alone(run):
