@@ -15,11 +15,10 @@ import contextlib
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,32 +27,18 @@ import grpc
 
 from bench import result
 from bench.command import Command, asked_for
-from bench.host.attackers import CONNECTION, GENERATE
+from bench.host.asking import PROMPT, Ask, by_grpc, compared, count, first_messages, streamed
+from bench.host.attackers import CONNECTION
 from bench.host.processes import Setting
-from bench.host.secured import cpu_seconds, text
 from bench.host.serving import PROGRAM
 from bench.host.strangers import MODEL
-from bench.load.measures import quantile
-from bench.server import Server, started
+from bench.server import Server, free_port, started
 from bench.timing import clock, python_ms
-from taper_client import Client, generate_request
+from taper_client import Client
 
 ENGINE = "/vllm.grpc.engine.VllmEngine/Generate"
-PROMPT = "Name three rivers."
 FIGURES = ("ttft_ms", "messages_per_second", "message_us")
 PATIENCE = 60.0  # seconds for a gateway to find its server
-
-Ask = Callable[[int], AsyncIterator[object]]
-"""The messages of a request for so many tokens, on a connection of its own or of all."""
-
-
-def by_grpc(channel: grpc.aio.Channel) -> Ask:
-    def ask(tokens: int) -> AsyncIterator[object]:
-        request = generate_request(PROMPT, max_tokens=tokens, ignore_eos=True)
-        call: Any = channel.unary_stream(GENERATE)(request.SerializeToString())
-        return aiter(call)
-
-    return ask
 
 
 def by_engine_service(channel: grpc.aio.Channel) -> Ask:
@@ -94,25 +79,8 @@ def by_http(port: int, model: str) -> Ask:
 
 async def calls(ask: Ask, process: int, options: Any) -> dict[str, float | None]:
     """One row."""
-    first = list[float]()
-    for _ in range(options.requests):
-        began, stream = clock(), ask(1)
-        await anext(stream)
-        first.append(1e3 * (clock() - began))
-        async for _ in stream:
-            pass
-    began, cpu = clock(), cpu_seconds(process)
-    counts = await asyncio.gather(*(count(ask(options.tokens)) for _ in range(options.streams)))
-    return {
-        "ttft_ms": quantile(first, 0.5),
-        "ttft_p99_ms": quantile(first, 0.99),
-        "messages_per_second": sum(counts) / (clock() - began),
-        "message_us": 1e6 * (cpu_seconds(process) - cpu) / sum(counts),
-    }
-
-
-async def count(stream: AsyncIterator[object]) -> int:
-    return sum([1 async for _ in stream])
+    first = await first_messages(ask, options.requests)
+    return {**first, **await streamed(ask, options.streams, options.tokens, process)}
 
 
 async def rows_of(server: Server, gateway: str, http: Ask, options: Any) -> list[Any]:
@@ -157,12 +125,6 @@ async def answered(ask: Ask) -> None:
             await asyncio.sleep(0.2)
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def command() -> Command:
     parser = Command("bench.host.gateways", "A gateway beside plain gRPC.")
     add = parser.add_argument
@@ -193,7 +155,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
                 print(*rows[-3:], sep="\n", file=sys.stderr, flush=True)
     head = result.head(command().typed(arguments))
     told = {**head, "python_ms": python_ms(), "options": asked_for(options), "rows": rows}
-    return result.conclude(told, text(rows, FIGURES), options.json)
+    return result.conclude(told, compared(rows, FIGURES), options.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ with several servers has the same streams on all of them together.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import sys
 import tempfile
@@ -24,17 +23,15 @@ import grpc
 
 from bench import result
 from bench.command import Command, asked_for
-from bench.host.attackers import GENERATE
+from bench.host.asking import by_grpc, compared, first_messages, streamed
 from bench.host.processes import Setting
 from bench.host.serving import PROGRAM
 from bench.host.strangers import MODEL
-from bench.load.measures import quantile
 from bench.server import started
-from bench.timing import clock, python_ms
-from taper_client import generate_request
+from bench.timing import python_ms
 from taper_client.replicas import OPTIONS, target_of
 
-FIGURES = ("first_ms", "messages_per_second")
+FIGURES = ("ttft_ms", "messages_per_second")
 ALONE = (("grpc.use_local_subchannel_pool", 1),)  # no connection is shared with other channels
 
 
@@ -54,48 +51,10 @@ def ways(servers: Sequence[str], beside: Sequence[str]) -> Mapping[str, tuple[st
 
 async def calls(target: str, channel_options: Sequence[Any], options: Any) -> dict[str, Any]:
     """One row."""
-    first = list[float]()
     async with grpc.aio.insecure_channel(target, options=[*ALONE, *channel_options]) as channel:
-        for _ in range(options.requests):
-            began = clock()
-            stream = answered(channel, 1)
-            await anext(stream)
-            first.append(1e3 * (clock() - began))
-            async for _ in stream:
-                pass
-        began = clock()
-        counts = await asyncio.gather(*(count(channel, options.tokens) for _ in range(options.streams)))
-        seconds = clock() - began
-    return {
-        "first_ms": quantile(first, 0.5),
-        "first_p99_ms": quantile(first, 0.99),
-        "messages_per_second": sum(counts) / seconds,
-    }
-
-
-def answered(channel: grpc.aio.Channel, tokens: int) -> Any:
-    request = generate_request("Name three rivers.", max_tokens=tokens, ignore_eos=True)
-    call: Any = channel.unary_stream(GENERATE)(request.SerializeToString())
-    return aiter(call)
-
-
-async def count(channel: grpc.aio.Channel, tokens: int) -> int:
-    return sum([1 async for _ in answered(channel, tokens)])
-
-
-def text(rows: Sequence[dict[str, Any]]) -> str:
-    """The medians of each way, beside their ratio to one connection."""
-    medians = dict[str, dict[str, float]]()
-    for way in dict.fromkeys(row["way"] for row in rows):
-        its = [row for row in rows if row["way"] == way]
-        medians[way] = {name: quantile([row[name] for row in its], 0.5) or 0.0 for name in FIGURES}
-    base = medians["one connection"]
-    lines = [f"{'':<24}" + "".join(f"{name:>24}" for name in FIGURES)]
-    for way, found in medians.items():
-        ratios = {name: found[name] / base[name] if base[name] else math.nan for name in FIGURES}
-        cells = [f"{found[name]:.2f} ({ratios[name]:.2f})" for name in FIGURES]
-        lines.append(f"{way:<24}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(lines)
+        ask = by_grpc(channel)
+        first = await first_messages(ask, options.requests)
+        return {**first, **await streamed(ask, options.streams, options.tokens)}
 
 
 def command() -> Command:
@@ -124,7 +83,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
                 print(rows[-1], file=sys.stderr, flush=True)
     head = result.head(command().typed(arguments))
     found = {**head, "python_ms": python_ms(), "options": asked_for(options), "rows": rows}
-    return result.conclude(found, text(rows), options.json)
+    return result.conclude(found, compared(rows, FIGURES), options.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the server's CPU for each.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import sys
 import tempfile
@@ -25,14 +24,14 @@ import trustme
 
 from bench import result
 from bench.command import Command, asked_for
-from bench.host.attackers import CONNECTION, GENERATE
+from bench.host.asking import by_grpc, compared, first_messages, streamed
+from bench.host.attackers import CONNECTION
 from bench.host.processes import Setting
 from bench.host.serving import PROGRAM
 from bench.host.strangers import MODEL
 from bench.load.measures import quantile
 from bench.server import Server, started
 from bench.timing import clock, python_ms
-from taper_client import generate_request
 
 MODEL_INFO = "/taper.v1.ControlService/GetModelInfo"
 TOKEN = "a-token-of-the-benchmark"
@@ -80,62 +79,21 @@ def ways(folder: Path) -> Mapping[str, Way]:
     }
 
 
-def cpu_seconds(process: int) -> float:
-    """Of a process until now."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 async def calls(server: Server, way: Way, options: Any) -> dict[str, Any]:
     """One row."""
-    connecting, first = list[float](), list[float]()
+    connecting = list[float]()
     for _ in range(options.connections):
         began = clock()
         async with way.dial(server.address) as channel:
             await channel.unary_unary(MODEL_INFO)(b"", metadata=way.metadata)
         connecting.append(1e3 * (clock() - began))
     async with way.dial(server.address) as channel:
-        for _ in range(options.requests):
-            began = clock()
-            stream = answered(channel, way, 1)
-            await anext(stream)
-            first.append(1e3 * (clock() - began))
-            async for _ in stream:
-                pass
-        began, cpu = clock(), cpu_seconds(server.process)
-        counts = await asyncio.gather(*(count(channel, way, options.tokens) for _ in range(options.streams)))
+        ask = by_grpc(channel, way.metadata)
         return {
             "connect_ms": quantile(connecting, 0.5),
-            "ttft_ms": quantile(first, 0.5),
-            "ttft_p99_ms": quantile(first, 0.99),
-            "messages_per_second": sum(counts) / (clock() - began),
-            "message_us": 1e6 * (cpu_seconds(server.process) - cpu) / sum(counts),
+            **await first_messages(ask, options.requests),
+            **await streamed(ask, options.streams, options.tokens, server.process),
         }
-
-
-def answered(channel: grpc.aio.Channel, way: Way, tokens: int) -> Any:
-    request = generate_request("Name three rivers.", max_tokens=tokens, ignore_eos=True)
-    call: Any = channel.unary_stream(GENERATE)(request.SerializeToString(), metadata=way.metadata)
-    return aiter(call)
-
-
-async def count(channel: grpc.aio.Channel, way: Way, tokens: int) -> int:
-    return sum([1 async for _ in answered(channel, way, tokens)])
-
-
-def text(rows: Sequence[dict[str, Any]], figures: Sequence[str] = FIGURES) -> str:
-    """The medians of each way, beside their ratio to those of the first."""
-    medians = dict[str, dict[str, float]]()
-    for way in dict.fromkeys(row["way"] for row in rows):
-        its = [row for row in rows if row["way"] == way]
-        medians[way] = {name: quantile([row[name] for row in its], 0.5) or 0.0 for name in figures}
-    base = next(iter(medians.values()))
-    lines = [f"{'':<14}" + "".join(f"{name:>24}" for name in figures)]
-    for way, found in medians.items():
-        ratios = {name: found[name] / base[name] if base[name] else math.nan for name in figures}
-        cells = [f"{found[name]:.2f} ({ratios[name]:.2f})" for name in figures]
-        lines.append(f"{way:<14}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(lines)
 
 
 def command() -> Command:
@@ -164,7 +122,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
                     print(rows[-1], file=sys.stderr, flush=True)
     head = result.head(command().typed(arguments))
     found = {**head, "python_ms": python_ms(), "options": asked_for(options), "rows": rows}
-    return result.conclude(found, text(rows), options.json)
+    return result.conclude(found, compared(rows, FIGURES), options.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bench.server import Server, started
+from bench.server import Server, free_port, started
 from model.find import tokenizer_folder
 from tests.serve.waiting import until
 
@@ -37,12 +36,6 @@ def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     install = [folder / "bin/pip", "install", "--quiet", *PACKAGES]
     subprocess.run(install, check=True, timeout=900)
     return folder / "bin"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Fleet(NamedTuple):

@@ -7,7 +7,8 @@ import asyncio
 import grpc
 import pytest
 
-from bench.host.gateways import answered, by_engine_service, by_grpc, by_http, count
+from bench.host.asking import by_grpc, count
+from bench.host.gateways import answered, by_engine_service, by_http
 from tests.serve.fakes import FakeEngine
 from tests.serve.server.gateway.test_servicer import answer, opened
 from tests.serve.server.test_server import in_loop

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from bench.host.replicas import FIGURES, calls, text, ways
+from bench.host.asking import compared
+from bench.host.replicas import FIGURES, calls, ways
 from tests.serve.fakes import FakeEngine, listening
 from tests.serve.server.test_server import answer
 
@@ -24,4 +25,4 @@ def test_every_way_is_measured() -> None:
             other = name == "a proxy"  # the second server
             if name != "balanced, two servers":
                 assert len(engines[not other].requests) == before[not other]
-    assert [line.split("  ")[0] for line in text(rows).splitlines()[1:]] == [*possible]
+    assert [line.split("  ")[0] for line in compared(rows, FIGURES).splitlines()[1:]] == [*possible]

@@ -10,7 +10,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from bench.host.secured import FIGURES, Way, calls, text, ways
+from bench.host.asking import compared
+from bench.host.secured import FIGURES, Way, calls, ways
 from bench.server import Server
 from serve.config import ServerConfig
 from serve.config.command_line import configured
@@ -33,6 +34,6 @@ def test_every_way_is_measured(tmp_path: Path) -> None:
         rows.append({"way": name, **measured(config, way)})
         assert {*FIGURES} <= rows[-1].keys()
     rows += [{**rows[0], "message_us": 0.0}] * 2  # too few messages for the clock of CPU time
-    assert [line.split("  ")[0] for line in text(rows).splitlines()[1:]] == [*possible]
+    assert [line.split("  ")[0] for line in compared(rows, FIGURES).splitlines()[1:]] == [*possible]
     with pytest.raises(grpc.aio.AioRpcError):
         measured(config, possible["TLS"])
