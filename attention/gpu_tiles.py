@@ -8,7 +8,8 @@ log-sum-exp.
 
 What makes it fast, so that it is not undone by accident: page ids are fetched one block ahead, so that the
 loads of keys and values depend on nothing in their own iteration and Triton keeps several blocks in flight;
-unfilled page slots are never loaded (the address is clamped to a filled one), so that values need no mask.
+what a tile begins with is loaded at once, so that its first keys wait for two loads; unfilled page slots are
+never loaded (the address is clamped to a filled one), so that values need no mask.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +36,6 @@ WIDE = 64
 NUM_WARPS = 4
 STAGES = 3
 LOWEST = -1e30  # where a running maximum starts: finite, as inf - inf is not a number
-# Partial results that the merge reads at once, and heads of one program.
-MERGE_PARTS = 8
-MERGE_HEADS = 4
 
 
 def attend(
@@ -72,9 +70,10 @@ def attend(
         tiles.page_sees,
         tiles.num_tiles.reshape(1),
     )
+    merge_heads, merge_parts = merged_at_once(rows)
     out, lse = launch(
-        _merge_kernel,
-        grid=(rows, pl.cdiv(heads, MERGE_HEADS)),
+        partial(_merge_kernel, merge_heads=merge_heads, merge_parts=merge_parts),
+        grid=(rows, pl.cdiv(heads, merge_heads)),
         out_shape=(shape(q.shape, q.dtype), shape((rows, heads), partial_type)),
         num_warps=4,
         interpret=interpret,
@@ -92,6 +91,15 @@ def launch(
 
 
 # --- the tiles ---------------------------------------------------------------------------------------------
+
+
+class _Tile(NamedTuple):
+    """A tile as `TileList` lists it: ranges are (first, count)."""
+
+    rows: tuple[Array, Array]
+    whole: tuple[Array, Array]
+    masked: tuple[Array, Array]
+    part: Array
 
 
 def _tiles_kernel(
@@ -128,22 +136,22 @@ def _tiles_kernel(
     to_base_2 = scale * math.log2(math.e)
     exp2 = partial(exponential, to_base_2, fast=not interpret and accumulate == jnp.float32)
 
-    def run(tile: Array, head: Array, lanes: int) -> None:
-        first_row, count = tile_rows_ref[tile, 0], tile_rows_ref[tile, 1]
+    def run(tile: _Tile, head: Array, lanes: int) -> None:
         lane = jnp.arange(lanes, dtype=jnp.int32)
         row = lane // group
+        first_row, count = tile.rows
         in_tile = row < count
         q_row, q_head = first_row + row, head * group + lane % group
-        part = tile_part_ref[tile]
+        part = tile.part
         parted, slots = in_tile & (part >= 0), part_slots_ref.shape[0]
         slot = jnp.where(parted, part_slots_ref[jnp.clip(part + row, 0, slots - 1)], slots)
         query = q_ref[jnp.minimum(q_row, q_ref.shape[0] - 1)[:, None], q_head[:, None], dims[None, :]]
 
-        def refs(list_ref, block: Array) -> tuple[Array, Array]:
+        def refs(listed: tuple[Array, Array], block: Array) -> tuple[Array, Array]:
             """Page references of a block of a list, and which of its positions are not past the end."""
             index = block * tiling.block_pages + which
-            size = list_ref[tile, 1]
-            return list_ref[tile, 0] + jnp.minimum(index, size - 1), index < size
+            first, size = listed
+            return first + jnp.minimum(index, size - 1), index < size
 
         def load(pages_ref, ids: Array, offset: Array | None) -> Array:
             if tiling.block_pages > 1:
@@ -168,16 +176,16 @@ def _tiles_kernel(
 
         def whole_block(block: Array, carry):
             state, ids = carry
-            ahead = page_ids_ref[refs(tile_whole_ref, block + 1)[0]]
-            listed = refs(tile_whole_ref, block)[1][None, :] if tiling.block_pages > 1 else None
+            ahead = page_ids_ref[refs(tile.whole, block + 1)[0]]
+            listed = refs(tile.whole, block)[1][None, :] if tiling.block_pages > 1 else None
             return add(state, ids, None, listed), ahead
 
         def masked_block(block: Array, carry):
             state, ids, sees = carry
-            ahead, _ = refs(tile_masked_ref, block + 1)
+            ahead, _ = refs(tile.masked, block + 1)
             ids_ahead, sees_ahead = page_ids_ref[ahead], page_sees_ref[ahead]
             valid, first, end, causal = unpack_sees(sees)
-            _, listed = refs(tile_masked_ref, block)
+            _, listed = refs(tile.masked, block)
             first = jnp.maximum(first, own_offset - causal)
             rows = jnp.where(listed & (own_offset < valid), jnp.maximum(end - first, 0), 0)
             # first <= row < first + rows, in one comparison: a negative difference is a large unsigned one.
@@ -187,13 +195,12 @@ def _tiles_kernel(
 
         state = _nothing_seen(lanes, head_dim, accumulate)
         zero = jnp.int32(0)
-        blocks = _ceil_div(tile_whole_ref[tile, 1], tiling.block_pages)
-        first_ids = page_ids_ref[jnp.maximum(refs(tile_whole_ref, zero)[0], 0)]
-        state, _ = lax.fori_loop(zero, blocks, whole_block, (state, first_ids))
-        blocks = _ceil_div(tile_masked_ref[tile, 1], tiling.block_pages)
-        first = jnp.maximum(refs(tile_masked_ref, zero)[0], 0)
-        first = page_ids_ref[first], page_sees_ref[first]
-        state, _, _ = lax.fori_loop(zero, blocks, masked_block, (state, *first))
+        whole, masked = (jnp.maximum(refs(listed, zero)[0], 0) for listed in (tile.whole, tile.masked))
+        ids, masked_first = page_ids_ref[whole], (page_ids_ref[masked], page_sees_ref[masked])
+        blocks = _ceil_div(tile.whole[1], tiling.block_pages)
+        state, _ = lax.fori_loop(zero, blocks, whole_block, (state, ids))
+        blocks = _ceil_div(tile.masked[1], tiling.block_pages)
+        state, _, _ = lax.fori_loop(zero, blocks, masked_block, (state, *masked_first))
 
         total, highest, acc = state
         out, lse = _finished(total, highest * scale, acc)
@@ -209,8 +216,14 @@ def _tiles_kernel(
 
     def one(turn: Array, _: None) -> None:
         index = worker + turn * workers
-        tile, head = index // tiling.kv_heads, index % tiling.kv_heads
-        rows = tile_rows_ref[tile, 1]
+        at, head = index // tiling.kv_heads, index % tiling.kv_heads
+        tile = _Tile(
+            rows=(tile_rows_ref[at, 0], tile_rows_ref[at, 1]),
+            whole=(tile_whole_ref[at, 0], tile_whole_ref[at, 1]),
+            masked=(tile_masked_ref[at, 0], tile_masked_ref[at, 1]),
+            part=tile_part_ref[at],
+        )
+        rows = tile.rows[1]
 
         @pl.when(rows > 0)
         def _() -> None:
@@ -270,19 +283,38 @@ def _ceil_div(n: Array, d: int | Array) -> Array:
 # --- the partial results -----------------------------------------------------------------------------------
 
 
-def _merge_kernel(part_out_ref, part_lse_ref, row_parts_ref, _out, _lse, out_ref, lse_ref) -> None:
+def merged_at_once(rows: int) -> tuple[int, int]:
+    """Heads of one program of the merge, and partial results that it reads at once, by a bucket's rows.
+
+    Of few rows there are many partial results each, and programs to spare.
+    """
+    return (1, 32) if rows <= 16 else (4, 8)
+
+
+def _merge_kernel(
+    part_out_ref,
+    part_lse_ref,
+    row_parts_ref,
+    _out,
+    _lse,
+    out_ref,
+    lse_ref,
+    *,
+    merge_heads: int,
+    merge_parts: int,
+) -> None:
     row = pl.program_id(0)
     first, count = row_parts_ref[row, 0], row_parts_ref[row, 1]
     heads, head_dim = out_ref.shape[1:]
     accumulate = part_lse_ref.dtype
-    head = pl.program_id(1) * MERGE_HEADS + jnp.arange(MERGE_HEADS, dtype=jnp.int32)
+    head = pl.program_id(1) * merge_heads + jnp.arange(merge_heads, dtype=jnp.int32)
     read_head = jnp.minimum(head, heads - 1)
     dims = jnp.arange(head_dim, dtype=jnp.int32)
-    part = jnp.arange(MERGE_PARTS, dtype=jnp.int32)
+    part = jnp.arange(merge_parts, dtype=jnp.int32)
 
     def add(block: Array, state):
         total, highest, acc = state
-        index = block * MERGE_PARTS + part
+        index = block * merge_parts + part
         slot = first + jnp.minimum(index, count - 1)
         lse = part_lse_ref[slot[:, None], read_head[None, :]]
         lse = jnp.where((index < count)[:, None], lse, -jnp.inf)
@@ -295,8 +327,8 @@ def _merge_kernel(part_out_ref, part_lse_ref, row_parts_ref, _out, _lse, out_ref
 
     @pl.when(count >= 0)
     def _() -> None:
-        state = _nothing_seen(MERGE_HEADS, head_dim, accumulate)
-        state = lax.fori_loop(jnp.int32(0), _ceil_div(count, MERGE_PARTS), add, state)
+        state = _nothing_seen(merge_heads, head_dim, accumulate)
+        state = lax.fori_loop(jnp.int32(0), _ceil_div(count, merge_parts), add, state)
         out, lse = _finished(*state)
         exists = head < heads
         plt.store(

@@ -135,12 +135,14 @@ def test_splits_change_nothing(workers: int) -> None:
 def test_partial_results_are_merged_by_what_each_weighs() -> None:
     """More of them than the merge reads at once, of which the heaviest may come in any place."""
     tiling = replace(BACKEND.tiling(heads=8, kv_heads=1, page_size=64), workers=24)
-    capacity = TileCapacity.for_bucket(1, 64, tiling)
+    rows = 17
+    capacity = TileCapacity.for_bucket(rows, 64, tiling)
     reads = groups_of_branches(1, 1, 0, [24 * 64], 64)
     made = case(
         reads, page_size=64, kv_heads=1, group=8, capacity=capacity, num_pages=64, magnitude=6.0, seed=2
     )
-    assert made.work.row_parts[0, 1] > gpu_tiles.MERGE_PARTS
+    _, at_once = gpu_tiles.merged_at_once(rows)
+    assert made.work.row_parts[0, 1] > at_once
     out, lse = made.errors(BACKEND)
     assert out < 5e-6
     assert lse < 5e-6
@@ -162,17 +164,18 @@ def test_a_gpu_is_told_to_store_nothing_beyond_its_arrays(monkeypatch: pytest.Mo
 
 
 def test_all_workers_of_the_device_are_launched_and_planned_for() -> None:
-    """Twice as many programs as run at a time, unless there are fewer (tile, KV head) pairs."""
+    """Twice as many programs as run at a time, unless there are fewer (tile, KV head) pairs; where there are
+    few rows, the merge has one for each head."""
     heads, kv_heads, page_size = 64, 8, 64
     assert Gpu().tiling(heads, kv_heads, page_size).head_workers == 33
-    for rows, programs in ((1, 8 * (1 + 33)), (512, 2 * 264)):
+    for rows, programs, merging in ((1, 8 * (1 + 33), 64), (512, 2 * 264, 16)):
         sizes = Sizes(num_pages=64, page_size=page_size, heads=heads, kv_heads=kv_heads)
         work = Gpu().capacity(rows, sizes).empty()
         q = jax.ShapeDtypeStruct((rows, heads, 64), jnp.bfloat16)
         pool = jax.ShapeDtypeStruct((64, kv_heads, page_size, 64), jnp.bfloat16)
         jaxpr = jax.make_jaxpr(partial(Gpu().attend, scale=1.0))(q, (pool, pool), work)
         launches = [e.params["grid_mapping"].grid for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
-        assert launches == [(programs,), (rows, 16)]
+        assert launches == [(programs,), (rows, merging)]
 
 
 def test_a_row_alone_computes_the_same_bits_whatever_the_other_rows_are() -> None:
