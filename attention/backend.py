@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
@@ -90,6 +90,14 @@ class Backend(ABC):
         """Whether it takes a model's head size and type."""
         del head_dim, dtype
         return True
+
+    @property
+    def triton(self) -> Literal["compiled", "interpreted"] | None:
+        """How its device runs kernels that are lowered by Triton; None where it does not.
+
+        If it does, `write` also takes heads as partial sums, [parts, rows, all_heads, head_dim] of float32.
+        """
+        return None
 
     def deterministic(self) -> Backend:
         """The form of this backend in which what a row computes does not depend on the other rows.

@@ -7,7 +7,7 @@ an H200, whose sizes and costs the planner goes by.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 
@@ -57,6 +57,10 @@ class Gpu(Backend):
 
     def supports(self, head_dim: int, dtype: Any) -> bool:
         return head_dim >= 16 and head_dim & (head_dim - 1) == 0 and jnp.dtype(dtype).itemsize <= 4
+
+    @property
+    def triton(self) -> Literal["compiled", "interpreted"]:
+        return "interpreted" if self.interpret else "compiled"
 
     def deterministic(self) -> Gpu:
         return replace(self, alone=True)

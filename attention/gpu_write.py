@@ -5,7 +5,8 @@ A program takes a few heads of one row. Its plain form is `attention.heads.write
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import TYPE_CHECKING
 
 import jax
@@ -35,9 +36,10 @@ def write(
     interpret: bool,
 ) -> tuple[Array, tuple[Array, Array]]:
     """`attention.backend.Backend.write` to pages of keys and of values."""
-    rows, _, head_dim = qkv.shape
+    *_, rows, all_heads, head_dim = qkv.shape
     kv_heads = pages[0].shape[1]
-    heads = qkv.shape[1] - 2 * kv_heads
+    heads = all_heads - 2 * kv_heads
+    dtype = qkv.dtype if qkv.ndim == 3 else pages[0].dtype
     scales = () if norms is None else (norms.q_scale, norms.k_scale)
     arguments = (qkv, *angles, *places, *scales, *pages)
     shape = jax.ShapeDtypeStruct
@@ -45,7 +47,7 @@ def write(
         partial(_write_kernel, eps=None if norms is None else norms.eps),
         grid=(rows, pl.cdiv(heads, HEADS) + pl.cdiv(kv_heads, HEADS)),
         out_shape=(
-            shape((rows, heads, head_dim), qkv.dtype),
+            shape((rows, heads, head_dim), dtype),
             *(shape(array.shape, array.dtype) for array in pages),
         ),
         num_warps=4,
@@ -66,10 +68,17 @@ def _write_kernel(qkv_ref, cos_ref, sin_ref, page_ref, offset_ref, *refs, eps: f
     cos, sin = cos_ref[row, pair], sin_ref[row, pair]
     query_blocks = pl.cdiv(heads, HEADS)
 
+    dtype, wide = q_out_ref.dtype, cos.dtype
+
+    def read_heads(head: Array, dims: Array) -> Array:
+        if len(qkv_ref.shape) == 3:
+            return qkv_ref[row, head[:, None], dims]
+        parts = range(qkv_ref.shape[0])
+        return reduce(add, [qkv_ref[part, row, head[:, None], dims] for part in parts]).astype(dtype)
+
     def rotated(head: Array, scale_ref) -> tuple[Array, Array]:
         """The two halves of the heads, normalised and rotated."""
-        dtype, wide = qkv_ref.dtype, cos.dtype
-        a, b = (qkv_ref[row, head[:, None], dims].astype(wide) for dims in halves)
+        a, b = (read_heads(head, dims).astype(wide) for dims in halves)
         if scale_ref is not None:
             mean = ((a * a).sum(axis=1) + (b * b).sum(axis=1)) / head_dim
             shrink = lax.rsqrt(mean + eps)[:, None]
@@ -95,7 +104,7 @@ def _write_kernel(qkv_ref, cos_ref, sin_ref, page_ref, offset_ref, *refs, eps: f
     def _() -> None:
         read, head, exists = some_heads(kv_heads, block - query_blocks)
         keys = rotated(heads + read, k_scale_ref)
-        values = (qkv_ref[row, (heads + kv_heads + read)[:, None], dims] for dims in halves)
+        values = (read_heads(heads + kv_heads + read, dims) for dims in halves)
         for pages_ref, parts in ((k_pages_ref, keys), (v_pages_ref, values)):
             for dims, new in zip(halves, parts, strict=True):
                 new = new.astype(pages_ref.dtype)

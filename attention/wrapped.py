@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from attention.backend import Backend, Capacity, PageArray, Sizes
 
@@ -22,6 +22,10 @@ class Wrapped(Backend):
 
     def supports(self, head_dim: int, dtype: Any) -> bool:
         return self.inner.supports(head_dim, dtype)
+
+    @property
+    def triton(self) -> Literal["compiled", "interpreted"] | None:
+        return self.inner.triton
 
     def deterministic(self) -> Backend:
         return self.inner.deterministic()

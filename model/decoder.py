@@ -16,7 +16,8 @@ from attention import Backend, Places, Work
 from attention.heads import wide
 from model.config import ModelConfig
 from model.kv_cache import KVCache
-from model.layers import DecoderLayer, RMSNorm, Rows, decoder_layer, parameter, product, rotary_angles
+from model.layers import DecoderLayer, RMSNorm, Rows, Stream, decoder_layer, parameter, product, rotary_angles
+from model.products import products_for
 from model.sharding import ALONE, ON_ONE_DEVICE, Peers, Placement, own_ids
 
 if TYPE_CHECKING:
@@ -62,11 +63,15 @@ class Decoder(nnx.Module):
         hidden = embed(self.embedding[...], tokens, placement.vocab_peers)
         angles = rotary_angles(self.config, positions, hidden.dtype)
         rows = Rows(angles, Places(write_page, write_offset), work)
-        layers = []
-        for layer, pages in zip(self.layers, cache.layers, strict=True):
-            hidden, pages = decoder_layer(layer, hidden, pages, rows, backend=backend, peers=placement.peers)
+        products = products_for(self.config, backend, placement.peers, len(tokens), hidden.dtype)
+        norms = [layer.attention_norm for layer in self.layers] + [self.final_norm]
+        stream, layers = Stream(hidden, norms[0](hidden)), []
+        for layer, next_norm, pages in zip(self.layers, norms[1:], cache.layers, strict=True):
+            stream, pages = decoder_layer(
+                layer, next_norm, stream, pages, rows, backend=backend, products=products
+            )
             layers.append(pages)
-        return hidden, KVCache(tuple(layers))
+        return stream.hidden, KVCache(tuple(layers))
 
     def logits(self, hidden: Float[Array, "n embed"]) -> Float[Array, "n vocab"]:
         """Final norm and head, in float32 or wider: of a device's own part of the vocabulary."""

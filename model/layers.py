@@ -11,7 +11,7 @@ for the highest precision, because accelerators would otherwise use TF32 or bflo
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from attention.heads import rms_norm, wide
 from model.architecture import ARCHITECTURES
 from model.config import ModelConfig
 from model.rotary import inverse_frequencies
-from model.sharding import Peers
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -118,27 +117,18 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(size, "head_dim", config.rms_norm_eps, dtype) if normed else None
         self.scale = size**-0.5
 
-    def __call__(
-        self,
-        x: Float[Array, "rows embed"],
-        pages: Pages,
-        rows: Rows,
-        backend: Backend,
-        peers: Peers,
-    ) -> tuple[Float[Array, "rows embed"], Pages]:
-        q, pages = backend.write(self.project(x), self.norms, rows.angles, pages, rows.places)
-        out, _ = backend.attend(q, pages, rows.work, scale=self.scale)
-        return peers.quick_sum(product("rhd,hde->re", out, self.o)), pages
-
     def project(self, x: Float[Array, "rows embed"]) -> Float[Array, "rows all_heads head_dim"]:
         """The heads of each row: queries, keys, values."""
-        weights = (self.q, self.k, self.v)
         if not self.has_bias:
-            return jnp.concatenate([product("re,ehd->rhd", x, weight) for weight in weights], axis=1)
+            return jnp.concatenate([product("re,ehd->rhd", x, weight) for weight in self.qkv], axis=1)
         # Some biases are far larger than what they are added to: the sum is rounded, and not its parts.
-        qkv = [product("re,ehd->rhd", x, weight, out_dtype=wide(x.dtype)) for weight in weights]
+        qkv = [product("re,ehd->rhd", x, weight, out_dtype=wide(x.dtype)) for weight in self.qkv]
         biases = [bias[...] for bias in (self.q_bias, self.k_bias, self.v_bias)]
         return (jnp.concatenate(qkv, axis=1) + jnp.concatenate(biases, axis=0)).astype(x.dtype)
+
+    @property
+    def qkv(self) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
+        return self.q, self.k, self.v
 
     @property
     def norms(self) -> HeadNorms | None:
@@ -154,10 +144,6 @@ class MLP(nnx.Module):
         self.up = parameter((embed, mlp), ("embed", "mlp"), dtype, fan_in=embed)
         self.down = parameter((mlp, embed), ("mlp", "embed"), dtype, fan_in=mlp)
 
-    def __call__(self, x: Float[Array, "rows embed"], peers: Peers) -> Float[Array, "rows embed"]:
-        gate = jax.nn.silu(product("re,em->rm", x, self.gate))
-        return peers.quick_sum(product("rm,me->re", gate * product("re,em->rm", x, self.up), self.down))
-
 
 class DecoderLayer(nnx.Module):
     """The parts of a layer; `decoder_layer` runs them."""
@@ -169,20 +155,47 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, dtype)
 
 
-@partial(jax.jit, static_argnames=("backend", "peers"))
+class Stream(NamedTuple):
+    """The residual stream, and its norm for what comes next."""
+
+    hidden: Float[Array, "rows embed"]
+    normed: Float[Array, "rows embed"]
+
+
+@runtime_checkable
+class Products(Protocol):
+    """How a layer's products are computed (model/products.py): a value, to which a program is specialised."""
+
+    def heads(self, attention: Attention, x: Float[Array, "rows embed"]) -> Array:
+        """The heads of each row as `Backend.write` takes them."""
+        ...
+
+    def gated(self, mlp: MLP, x: Float[Array, "rows embed"]) -> Float[Array, "rows mlp"]: ...
+
+    def add(self, stream: Stream, x: Float[Array, "rows ..."], weight: nnx.Param, norm: RMSNorm) -> Stream:
+        """The residual stream after the product of x and a weight is added to it, and its next norm."""
+        ...
+
+
+@partial(jax.jit, static_argnames=("backend", "products"))
 def decoder_layer(
     layer: DecoderLayer,
-    hidden: Float[Array, "rows embed"],
+    next_norm: RMSNorm,
+    stream: Stream,
     pages: Pages,
     rows: Rows,
     *,
     backend: Backend,
-    peers: Peers,
-) -> tuple[Float[Array, "rows embed"], Pages]:
-    """A layer's output and its KV pages: one jitted function, which a program of many layers traces once.
+    products: Products,
+) -> tuple[Stream, Pages]:
+    """A layer's output, normed for the next one, and its KV pages: one jitted function, which a program of
+    many layers traces once.
 
-    The layer and the pages are one device's parts; its peers have the others.
+    The layer and the pages are one device's parts; the peers of its products have the others.
     """
-    out, pages = layer.attention(layer.attention_norm(hidden), pages, rows, backend, peers)
-    hidden = hidden + out
-    return hidden + layer.mlp(layer.mlp_norm(hidden), peers), pages
+    attention, mlp = layer.attention, layer.mlp
+    heads = products.heads(attention, stream.normed)
+    q, pages = backend.write(heads, attention.norms, rows.angles, pages, rows.places)
+    out, _ = backend.attend(q, pages, rows.work, scale=attention.scale)
+    stream = products.add(stream, out, attention.o, layer.mlp_norm)
+    return products.add(stream, products.gated(mlp, stream.normed), mlp.down, next_norm), pages

@@ -1,0 +1,82 @@
+"""How a layer's products are computed, and what stands between them: by XLA, or streamed by kernels.
+
+Both are values that a compiled step is specialised to; `products_for` chooses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from attention import Backend
+from model import streamed
+from model.layers import MLP, Attention, Products, RMSNorm, Stream, product
+from model.sharding import ALONE, Peers
+
+if TYPE_CHECKING:
+    from flax import nnx
+    from jaxtyping import Array, Float
+
+    from model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """XLA's own; `peers` have the other parts of the weights."""
+
+    peers: Peers = ALONE
+
+    def heads(self, attention: Attention, x: Float[Array, "rows embed"]) -> Array:
+        return attention.project(x)
+
+    def gated(self, mlp: MLP, x: Float[Array, "rows embed"]) -> Float[Array, "rows mlp"]:
+        return jax.nn.silu(product("re,em->rm", x, mlp.gate)) * product("re,em->rm", x, mlp.up)
+
+    def add(self, stream: Stream, x: Float[Array, "rows ..."], weight: nnx.Param, norm: RMSNorm) -> Stream:
+        spec = "rhd,hde->re" if x.ndim == 3 else "rm,me->re"
+        hidden = stream.hidden + self.peers.quick_sum(product(spec, x, weight))
+        return Stream(hidden, norm(hidden))
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """The kernels of `model.streamed`, for one device and steps of few rows."""
+
+    interpret: bool
+
+    def heads(self, attention: Attention, x: Float[Array, "rows embed"]) -> Array:
+        if attention.has_bias:
+            return attention.project(x)
+        weights = [weight[...].reshape(len(weight[...]), -1) for weight in attention.qkv]
+        sums = streamed.partial_sums(x, weights, interpret=self.interpret)
+        return sums.reshape(*sums.shape[:2], -1, attention.q[...].shape[-1])
+
+    def gated(self, mlp: MLP, x: Float[Array, "rows embed"]) -> Float[Array, "rows mlp"]:
+        if len(x) > streamed.MOST_GATED:
+            return Plain().gated(mlp, x)
+        return streamed.gated(x, mlp.gate[...], mlp.up[...], interpret=self.interpret)
+
+    def add(self, stream: Stream, x: Float[Array, "rows ..."], weight: nnx.Param, norm: RMSNorm) -> Stream:
+        matrix = weight[...].reshape(-1, weight[...].shape[-1])
+        sums = streamed.partial_sums(x.reshape(len(x), -1), [matrix], interpret=self.interpret)
+        scale = norm.scale[...]
+        added = streamed.add_and_norm(sums, stream.hidden, scale, norm.eps, interpret=self.interpret)
+        return Stream(*added)
+
+
+def products_for(config: ModelConfig, backend: Backend, peers: Peers, rows: int, dtype: Any) -> Products:
+    """The faster ones of those that can compute a step of so many rows."""
+    embed, mlp = config.hidden_size, config.intermediate_size
+    inputs = config.num_heads * config.head_dim
+    shapes = (embed, inputs), (embed, config.num_kv_heads * config.head_dim), (inputs, embed), (embed, mlp)
+    streams = (
+        backend.triton is not None
+        and peers == ALONE
+        and rows <= streamed.MOST_ROWS
+        and jnp.dtype(dtype).itemsize == 2
+        and all(streamed.divides(*shape) for shape in (*shapes, (mlp, embed)))
+    )
+    return Streamed(interpret=backend.triton == "interpreted") if streams else Plain(peers)
