@@ -29,11 +29,10 @@ from model.sharding import EVERYWHERE, ON_ONE_DEVICE, Placement
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
 
-# On a GPU, products of one input become one where a weight has no more than so many MiB, and a step no more
-# than so many rows: gate and up. On an H200 that saves Qwen3-8B 3 to 5 % of a step of up to 64 rows; at 128
-# and 512 it would cost 4 and 26 %. (Qwen3-32B, with weights of 250 MiB, would gain 2 % up to 32 rows and lose
-# 1 % at 64.) XLA's own limit is 32 MiB, whatever the rows.
-MERGED_MIB, MERGED_ROWS = 112, 64
+# On a GPU, XLA makes one product of those that have one input, up to this size of weight in MiB, by a step's
+# rows (its own limit: 32, whatever the rows). On an H200, gate and up as one save Qwen3-8B 3 to 5 % of a step
+# of 8 to 64 rows, and make one of a single row ten times as long; q, k and v as one cost 5 % at 256.
+MERGED_MIB = ((range(8, 65), 112), (range(129, 257), 0))
 
 # The page, or the slot, of padding: out of range, so writes to it are dropped.
 NOWHERE = 2**30
@@ -276,7 +275,8 @@ def compile_step(
     fed = placement.abstract((samples,), jnp.int32, [None])
 
     arguments = weights, cache, slots.last_token, packed
-    merged = {"xla_gpu_dot_merger_threshold_mb": MERGED_MIB} if layout.capacity.rows <= MERGED_ROWS else {}
+    limit = next((mib for rows, mib in MERGED_MIB if layout.capacity.rows in rows), None)
+    merged = {} if limit is None else {"xla_gpu_dot_merger_threshold_mb": limit}
     model = placement.compile(taper_step, arguments, (cache, logits, fed), donate=[1], gpu_options=merged)
 
     def sampler(uses: int) -> jax.stages.Compiled:

@@ -262,9 +262,12 @@ class Asked(Placement):
         return MagicMock(spec=jax.stages.Compiled)
 
 
-@pytest.mark.parametrize(("rows", "merged"), [(64, True), (65, False)])
-def test_products_of_one_input_are_merged_in_steps_of_few_rows(
-    model: Decoder, rows: int, merged: bool
+@pytest.mark.parametrize(
+    ("rows", "limit"),
+    [(1, None), (8, 112), (64, 112), (65, None), (128, None), (129, 0), (256, 0), (257, None)],
+)
+def test_products_of_one_input_are_merged_where_that_is_faster(
+    model: Decoder, rows: int, limit: int | None
 ) -> None:
     Asked.options.clear()
     capacity = ItemCapacity.for_bucket(rows, NUM_PAGES, PAGE_SIZE, pages_per_read=20)
@@ -273,7 +276,7 @@ def test_products_of_one_input_are_merged_in_steps_of_few_rows(
     slots = SlotState.abstract(SLOTS, model.config.vocab_size, 2)
     compile_step(*model.split(), shapes, slots, layout=layout, max_top_logprobs=1, samplers=(0,))
     step, sampler = Asked.options
-    assert step == ({"xla_gpu_dot_merger_threshold_mb": 112} if merged else {})
+    assert step == ({} if limit is None else {"xla_gpu_dot_merger_threshold_mb": limit})
     assert sampler == {}
 
 
