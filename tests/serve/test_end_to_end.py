@@ -140,8 +140,8 @@ def test_the_server_and_the_offline_decode_loop_agree(address: str, temperature:
     [
         ("plan.py", "Saturday: 16 tokens, ended by max_tokens"),
         ("model_driven.py", "begin: 1, 2, 3"),
-        ("many_at_once.py", "river, tree, stone: 3 branches"),
-        ("best_of_n.py", "best: "),
+        pytest.param("many_at_once.py", "river, tree, stone: 3 branches", marks=pytest.mark.full),
+        pytest.param("best_of_n.py", "best: ", marks=pytest.mark.full),
     ],
 )
 def test_an_example_runs(example: str, said: str, address: str) -> None:

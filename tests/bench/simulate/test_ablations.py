@@ -14,7 +14,7 @@ LATENCY = StepLatencyModel({4: 0.010, 16: 0.020})
 
 
 def test_every_variation_answers_everything_in_full() -> None:
-    workload = open_loop("mixed", "poisson", 2.0, 1.0, seed=3).scaled(0.3)
+    workload = open_loop("mixed", "poisson", 2.0, 1.0, seed=3).scaled(0.12)
     assert any(item.parallel for item in workload.items)
     setting = Setting(profile=PROFILE, workload=workload, slo=targets(PROFILE))
     rows = [ablate(setting, name) for name in VARIATIONS]

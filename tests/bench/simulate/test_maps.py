@@ -66,7 +66,7 @@ def test_a_map_is_simulated_written_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(maps, "WARMUP", 0.0)
-    monkeypatch.setattr(maps, "WINDOW", 2.0)
+    monkeypatch.setattr(maps, "WINDOW", 1.0)
     monkeypatch.setattr(maps, "COOLDOWN", 0.0)
     monkeypatch.setattr(maps, "in_processes", InOneProcess)
     out = tmp_path / "maps.json"
