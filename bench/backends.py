@@ -112,7 +112,7 @@ def estimate(options: Namespace) -> list[Row]:
     if topologies is None:
         topologies = TOPOLOGIES if installed() and jax.default_backend() != "tpu" else ()
         if not installed():
-            say("no TPU is estimated: that needs libtpu (pip install 'taper[tpu]')", options.json)
+            say("no TPU is estimated: that needs libtpu (pip install -e '.[tpu]')", options.json)
     rows: list[Row] = []
     for topology in topologies:
         say(f"compiling for {topology}", options.json)

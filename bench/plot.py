@@ -1,4 +1,4 @@
-"""Plots of results. Needs matplotlib (`pip install taper[bench]`).
+"""Plots of results. Needs matplotlib (`pip install -e '.[bench]'`).
 
     python -m bench.plot RESULT.json PLOT.png
 

@@ -42,7 +42,7 @@ def devices(topology: str, count: int | None = None) -> list[Any]:
     A single chip is the first of `v5e:2x2`, the smallest that libtpu knows. Raises TopologyError.
     """
     if not installed():
-        raise TopologyError("compiling for a TPU needs libtpu: pip install 'taper[tpu]'")
+        raise TopologyError("compiling for a TPU needs libtpu: pip install -e '.[tpu]'")
     import jax
     from jax.experimental import topologies
 

@@ -1,4 +1,4 @@
-"""Trains the default model: `python -m model.tiny.train --out FOLDER` (needs `pip install taper[train]`).
+"""Trains the default model: `python -m model.tiny.train --out FOLDER` (needs `pip install -e '.[train]'`).
 
 About ten minutes on one H100. Everything follows from the seed, up to the rounding of the machine.
 """

@@ -14,7 +14,7 @@ def main(args: list[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "tyro"):
             raise
-        sys.exit("taper-client: the command needs more packages: pip install 'taper-client[command]'")
+        sys.exit("taper-client: the command needs two more packages: pip install rich tyro")
     run(args)
 
 
