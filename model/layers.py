@@ -120,14 +120,14 @@ class Attention(nnx.Module):
     def project(self, x: Float[Array, "rows embed"]) -> Float[Array, "rows all_heads head_dim"]:
         """The heads of each row: queries, keys, values."""
         if not self.has_bias:
-            return jnp.concatenate([product("re,ehd->rhd", x, weight) for weight in self.qkv], axis=1)
+            return jnp.concatenate([product("re,ehd->rhd", x, weight) for weight in self.projections], axis=1)
         # Some biases are far larger than what they are added to: the sum is rounded, and not its parts.
-        qkv = [product("re,ehd->rhd", x, weight, out_dtype=wide(x.dtype)) for weight in self.qkv]
+        qkv = [product("re,ehd->rhd", x, weight, out_dtype=wide(x.dtype)) for weight in self.projections]
         biases = [bias[...] for bias in (self.q_bias, self.k_bias, self.v_bias)]
         return (jnp.concatenate(qkv, axis=1) + jnp.concatenate(biases, axis=0)).astype(x.dtype)
 
     @property
-    def qkv(self) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
+    def projections(self) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
         return self.q, self.k, self.v
 
     @property

@@ -50,7 +50,7 @@ class Streamed:
     def heads(self, attention: Attention, x: Float[Array, "rows embed"]) -> Array:
         if attention.has_bias:
             return attention.project(x)
-        weights = [weight[...].reshape(len(weight[...]), -1) for weight in attention.qkv]
+        weights = [weight[...].reshape(len(weight[...]), -1) for weight in attention.projections]
         sums = streamed.partial_sums(x, weights, interpret=self.interpret)
         return sums.reshape(*sums.shape[:2], -1, attention.q[...].shape[-1])
 

@@ -53,7 +53,7 @@ def forced_repeats(answer: Answer) -> int:
     return repeats
 
 
-@examples(200)
+@examples(100)
 @given(loads(plans), serving)
 def test_plans(load: list[Request], setting: Setting) -> None:
     """Nor is anything computed twice by forks and joins."""
@@ -64,7 +64,7 @@ def test_plans(load: list[Request], setting: Setting) -> None:
     assert world.recomputed() <= (1 + setting.in_flight) * repeats
 
 
-@examples(150)
+@examples(75)
 @given(loads(tag_programs), serving)
 def test_model_driven_forks(load: list[Request], setting: Setting) -> None:
     world = serve(load, setting, FORKS)
@@ -72,13 +72,13 @@ def test_model_driven_forks(load: list[Request], setting: Setting) -> None:
     assert world.recomputed() == 0
 
 
-@examples(150)
+@examples(75)
 @given(loads(plans, least=3, most=6, slos=crowds), serving, st.integers(0, 24))
 def test_plans_that_preempt_each_other(load: list[Request], setting: Setting, spare: int) -> None:
     assert_says(serve(load, tight(load, setting, spare), MODEL), load, MODEL)
 
 
-@examples(150)
+@examples(75)
 @given(loads(tag_programs, least=3, most=6, slos=crowds), serving, st.integers(0, 24))
 def test_model_driven_forks_that_preempt_each_other(
     load: list[Request], setting: Setting, spare: int

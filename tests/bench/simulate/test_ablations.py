@@ -10,17 +10,19 @@ from scheduler.predictor import StepLatencyModel, StepLoad
 
 PROFILE = Profile.load("h200-qwen3-32b")
 EXTRAS = [Extra(number, 0, 1, 0.0) for number in range(6)]
+FEW = tuple(VARIATIONS)[::4]
 LATENCY = StepLatencyModel({4: 0.010, 16: 0.020})
 
 
-def test_every_variation_answers_everything_in_full() -> None:
+@pytest.mark.parametrize("names", [FEW, pytest.param(tuple(VARIATIONS), marks=pytest.mark.full)])
+def test_every_variation_answers_everything_in_full(names: tuple[str, ...]) -> None:
     workload = open_loop("mixed", "poisson", 2.0, 1.0, seed=3).scaled(0.12)
     assert any(item.parallel for item in workload.items)
     setting = Setting(profile=PROFILE, workload=workload, slo=targets(PROFILE))
-    rows = [ablate(setting, name) for name in VARIATIONS]
-    assert [row["policy"] for row in rows] == [*VARIATIONS]
+    rows = [ablate(setting, name) for name in names]
+    assert [row["policy"] for row in rows] == [*names]
     assert all(row["ttft_attainment"] == 1.0 for row in rows)
-    assert len({row["e2e_p50_s"] for row in rows}) > 4
+    assert len({row["e2e_p50_s"] for row in rows}) > len(names) / 4
 
 
 def test_a_plan_that_is_kept_admits_as_many_until_the_next() -> None:

@@ -62,6 +62,7 @@ def test_capacity_is_the_last_load_before_the_first_that_is_too_much() -> None:
     assert capacity(rows, "load") == {"taper": 1.0, "off": None}
 
 
+@pytest.mark.full
 def test_a_map_is_simulated_written_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,3 +77,11 @@ def test_a_map_is_simulated_written_and_drawn(
     assert "quantile" in capsys.readouterr().out
     again = run("h200-qwen3-32b", Case("margin", 0.8, "forgetting", 1))
     assert again in found["rows"]
+
+
+def test_a_case_is_simulated_and_is_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("WARMUP", 0.0), ("WINDOW", 1.0), ("COOLDOWN", 0.0)):
+        monkeypatch.setattr(maps, name, seconds)
+    row = run("h200-qwen3-32b", Case("margin", 0.8, "forgetting", 1))
+    assert (row["map"], row["label"], row["seed"]) == ("margin", "forgetting", 1)
+    assert row["ttft_attainment"] == 1.0

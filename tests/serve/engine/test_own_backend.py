@@ -127,6 +127,7 @@ def test_it_serves_the_same_tokens_through_the_engine(runner: Runner, model: Dec
     assert record.answers() == run(runner, requests, policy="eager").answers()
 
 
+@pytest.mark.full
 def test_it_decodes_the_same_tokens_offline(model: Decoder) -> None:
     """Prompts of 1, 20 and 7 tokens, three branches of each, past the end of several pages."""
     prompts = [[7], [*range(50, 70)], [3, 1, 4, 1, 5, 9, 2]]
