@@ -6,7 +6,8 @@ be large. So the wire format's top level alone is walked, past at most `MAX_FIEL
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
+from functools import cache
 from typing import Any, NamedTuple
 
 from serve.reading.work import malformed
@@ -27,7 +28,7 @@ class Envelope(NamedTuple):
 def look(data: bytes, kind: Any = pb.GenerateRequest) -> Envelope:
     """`kind` is the class of the message, which may have no model. Raises InvalidRequestError for bytes that
     are no message, or have too many fields."""
-    numbers = {field.name: field.number for field in kind.DESCRIPTOR.fields if field.name in Envelope._fields}
+    numbers = _numbers(kind)
     found = dict.fromkeys(numbers.values(), b"")
     try:
         for count, (number, value) in enumerate(_fields(data, found.keys())):
@@ -38,6 +39,13 @@ def look(data: bytes, kind: Any = pb.GenerateRequest) -> Envelope:
         return Envelope(**{name: found[number].decode() for name, number in numbers.items()})
     except (IndexError, UnicodeDecodeError):
         raise malformed(f"these bytes are no {kind.DESCRIPTOR.full_name}") from None
+
+
+@cache
+def _numbers(kind: Any) -> Mapping[str, int]:
+    """Of those fields of an envelope that a class of messages has: looked up once, and not for each call."""
+    fields = kind.DESCRIPTOR.fields_by_name
+    return {name: fields[name].number for name in Envelope._fields if name in fields}
 
 
 def _fields(data: bytes, wanted: Set[int]) -> Iterator[tuple[int, bytes | None]]:
