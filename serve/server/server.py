@@ -76,6 +76,7 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
     stop_metrics = _serve_metrics(service, certificates)
     stop = _on_signals(service)
 
+    notice = 0.0  # nobody is sent here before it serves
     await ports.start()
     try:
         loading = _in_thread(functools.partial(load, config, service.observe_step))
@@ -94,11 +95,12 @@ async def serve(config: ServerConfig, load: Loader, announce: Callable[[str], No
                 log.info("operators", address=ports.control)
             if ports.gateway is not None:
                 log.info("gateways", address=ports.gateway)
+            notice = _NOTICE_SECONDS
             announce(f"taper-serve ready on {ports.address}")
         await _until_failed(service, signalled)
         log.info("draining", seconds=config.drain_timeout)
     finally:
-        await shut_down(ports, service, config.drain_timeout, notice=_NOTICE_SECONDS)
+        await shut_down(ports, service, config.drain_timeout, notice=notice)
         if pool is not None:
             await pool.close()
         stop_metrics()
