@@ -14,9 +14,12 @@ from typing import Any
 
 import grpc
 
+from bench import result
+from bench.command import Command, asked_for
 from bench.host.attackers import GENERATE
+from bench.host.processes import Setting
 from bench.load.measures import quantile
-from bench.timing import clock
+from bench.timing import clock, python_ms
 from taper_client import generate_request
 
 PROMPT = "Name three rivers."
@@ -66,6 +69,31 @@ def cpu_seconds(process: int) -> float:
     """Of a process until now."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def ways_command(name: str, what: str) -> Command:
+    """With the options that all such benchmarks have."""
+    parser = Command(name, what)
+    add = parser.add_argument
+    add("--rounds", type=int, default=5, help="of all ways, one after the other")
+    add("--requests", type=int, default=200, help="one after the other")
+    add("--streams", type=int, default=32, help="at once")
+    add("--tokens", type=int, default=200, help="of each stream")
+    add("--device-ms", type=float, default=1.0, help="a step of the device")
+    return parser
+
+
+def setting_of(options: Any, folder: str) -> Setting:
+    """A device that is none, for a server that has the streams at once."""
+    return Setting(device_ms=options.device_ms, launch_ms=0.2, folder=folder, requests=options.streams)
+
+
+def concluded(
+    typed: str, options: Any, rows: Sequence[dict[str, Any]], figures: Sequence[str]
+) -> dict[str, Any]:
+    """The result of the rows, written and said. `typed`: the command."""
+    found = {**result.head(typed), "python_ms": python_ms(), "options": asked_for(options), "rows": rows}
+    return result.conclude(found, compared(rows, figures), options.json)
 
 
 def compared(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> str:

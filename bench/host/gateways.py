@@ -25,15 +25,23 @@ from unittest.mock import patch
 
 import grpc
 
-from bench import result
-from bench.command import Command, asked_for
-from bench.host.asking import PROMPT, Ask, by_grpc, compared, count, first_messages, streamed
+from bench.command import Command
+from bench.host.asking import (
+    PROMPT,
+    Ask,
+    by_grpc,
+    concluded,
+    count,
+    first_messages,
+    setting_of,
+    streamed,
+    ways_command,
+)
 from bench.host.attackers import CONNECTION
-from bench.host.processes import Setting
 from bench.host.serving import PROGRAM
 from bench.host.strangers import MODEL
 from bench.server import Server, free_port, started
-from bench.timing import clock, python_ms
+from bench.timing import clock
 from taper_client import Client
 
 ENGINE = "/vllm.grpc.engine.VllmEngine/Generate"
@@ -98,16 +106,15 @@ async def rows_of(server: Server, gateway: str, http: Ask, options: Any) -> list
 
 
 @contextlib.contextmanager
-def smg(path: str, gateway: str, model: str, log: Path) -> Iterator[Ask]:
-    """A gateway that has found its server."""
+def smg(path: str | Path, engines: Sequence[str], log: Path, *options: str) -> Iterator[int]:
+    """The port of a gateway to some engines' addresses, which it may not have found yet."""
     port, metrics = free_port(), free_port()
     command = [path, "launch", "--host", "127.0.0.1", "--port", str(port), "--prometheus-host", "127.0.0.1"]
-    command += ["--prometheus-port", str(metrics), "--worker-urls", f"grpc://{gateway}"]
+    command += ["--prometheus-port", str(metrics), *options]
+    command += ["--worker-urls", *(f"grpc://{engine}" for engine in engines)]
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
         try:
-            ask = by_http(port, model)
-            asyncio.run(answered(ask))
-            yield ask
+            yield port
         finally:
             process.kill()
 
@@ -126,14 +133,8 @@ async def answered(ask: Ask) -> None:
 
 
 def command() -> Command:
-    parser = Command("bench.host.gateways", "A gateway beside plain gRPC.")
-    add = parser.add_argument
-    add("--smg", required=True, help="the gateway's program")
-    add("--rounds", type=int, default=5, help="of all ways, one after the other")
-    add("--requests", type=int, default=200, help="one after the other")
-    add("--streams", type=int, default=32, help="at once")
-    add("--tokens", type=int, default=200, help="of each stream")
-    add("--device-ms", type=float, default=1.0, help="a step of the device")
+    parser = ways_command("bench.host.gateways", "A gateway beside plain gRPC.")
+    parser.add_argument("--smg", required=True, help="the gateway's program")
     return parser
 
 
@@ -141,21 +142,21 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = command().parse_args(arguments)
     rows = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(device_ms=options.device_ms, launch_ms=0.2, folder=folder, requests=options.streams)
+        setting = setting_of(options, folder)
         gateway = f"127.0.0.1:{free_port()}"
         listening = ["--gateway-port", gateway.rpartition(":")[2]]
         with (
             patch.dict(os.environ, setting.environment),
             started([*MODEL, *listening], program=PROGRAM) as server,
             Client(server.address) as client,
-            smg(options.smg, gateway, client.model_info().model, Path(folder) / "smg.log") as http,
+            smg(options.smg, [gateway], Path(folder) / "smg.log") as port,
         ):
+            http = by_http(port, client.model_info().model)
+            asyncio.run(answered(http))
             for _ in range(options.rounds):
                 rows += asyncio.run(rows_of(server, gateway, http, options))
                 print(*rows[-3:], sep="\n", file=sys.stderr, flush=True)
-    head = result.head(command().typed(arguments))
-    told = {**head, "python_ms": python_ms(), "options": asked_for(options), "rows": rows}
-    return result.conclude(told, compared(rows, FIGURES), options.json)
+    return concluded(command().typed(arguments), options, rows, FIGURES)
 
 
 if __name__ == "__main__":

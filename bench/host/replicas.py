@@ -21,14 +21,11 @@ from unittest.mock import patch
 
 import grpc
 
-from bench import result
-from bench.command import Command, asked_for
-from bench.host.asking import by_grpc, compared, first_messages, streamed
-from bench.host.processes import Setting
+from bench.command import Command
+from bench.host.asking import by_grpc, concluded, first_messages, setting_of, streamed, ways_command
 from bench.host.serving import PROGRAM
 from bench.host.strangers import MODEL
 from bench.server import started
-from bench.timing import python_ms
 from taper_client.replicas import OPTIONS, target_of
 
 FIGURES = ("ttft_ms", "messages_per_second")
@@ -58,14 +55,8 @@ async def calls(target: str, channel_options: Sequence[Any], options: Any) -> di
 
 
 def command() -> Command:
-    parser = Command("bench.host.replicas", "Calls that are spread over servers, beside one connection.")
-    add = parser.add_argument
-    add("--beside", action="append", default=[], metavar="NAME=ADDRESS", help="one more way")
-    add("--rounds", type=int, default=5, help="of all ways, one after the other")
-    add("--requests", type=int, default=200, help="one after the other")
-    add("--streams", type=int, default=32, help="at once")
-    add("--tokens", type=int, default=200, help="of each stream")
-    add("--device-ms", type=float, default=1.0, help="a step of the device")
+    parser = ways_command("bench.host.replicas", "Calls that are spread over servers, beside one connection.")
+    parser.add_argument("--beside", action="append", default=[], metavar="NAME=ADDRESS", help="one more way")
     return parser
 
 
@@ -73,7 +64,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = command().parse_args(arguments)
     rows = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
-        setting = Setting(device_ms=options.device_ms, launch_ms=0.2, folder=folder, requests=options.streams)
+        setting = setting_of(options, folder)
         servers.enter_context(patch.dict(os.environ, setting.environment))
         two = [servers.enter_context(started(MODEL, program=PROGRAM)) for _ in range(2)]
         possible = ways([server.address for server in two], options.beside)
@@ -81,9 +72,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
             for name, (target, channel_options) in possible.items():
                 rows.append({"way": name, **asyncio.run(calls(target, channel_options, options))})
                 print(rows[-1], file=sys.stderr, flush=True)
-    head = result.head(command().typed(arguments))
-    found = {**head, "python_ms": python_ms(), "options": asked_for(options), "rows": rows}
-    return result.conclude(found, compared(rows, FIGURES), options.json)
+    return concluded(command().typed(arguments), options, rows, FIGURES)
 
 
 if __name__ == "__main__":

@@ -22,16 +22,14 @@ from unittest.mock import patch
 import grpc
 import trustme
 
-from bench import result
-from bench.command import Command, asked_for
-from bench.host.asking import by_grpc, compared, first_messages, streamed
+from bench.command import Command
+from bench.host.asking import by_grpc, concluded, first_messages, setting_of, streamed, ways_command
 from bench.host.attackers import CONNECTION
-from bench.host.processes import Setting
 from bench.host.serving import PROGRAM
 from bench.host.strangers import MODEL
 from bench.load.measures import quantile
 from bench.server import Server, started
-from bench.timing import clock, python_ms
+from bench.timing import clock
 
 MODEL_INFO = "/taper.v1.ControlService/GetModelInfo"
 TOKEN = "a-token-of-the-benchmark"
@@ -97,14 +95,8 @@ async def calls(server: Server, way: Way, options: Any) -> dict[str, Any]:
 
 
 def command() -> Command:
-    parser = Command("bench.host.secured", "Encryption and tokens beside neither.")
-    add = parser.add_argument
-    add("--rounds", type=int, default=5, help="of all ways, one after the other")
-    add("--connections", type=int, default=30, help="that are opened one after the other")
-    add("--requests", type=int, default=200, help="one after the other")
-    add("--streams", type=int, default=32, help="at once")
-    add("--tokens", type=int, default=200, help="of each stream")
-    add("--device-ms", type=float, default=1.0, help="a step of the device")
+    parser = ways_command("bench.host.secured", "Encryption and tokens beside neither.")
+    parser.add_argument("--connections", type=int, default=30, help="that are opened one after the other")
     return parser
 
 
@@ -112,7 +104,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = command().parse_args(arguments)
     rows = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(device_ms=options.device_ms, launch_ms=0.2, folder=folder, requests=options.streams)
+        setting = setting_of(options, folder)
         possible = ways(Path(folder))
         with patch.dict(os.environ, setting.environment):
             for _ in range(options.rounds):
@@ -120,9 +112,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
                     with started([*MODEL, *way.options], program=PROGRAM) as server:
                         rows.append({"way": name, **asyncio.run(calls(server, way, options))})
                     print(rows[-1], file=sys.stderr, flush=True)
-    head = result.head(command().typed(arguments))
-    found = {**head, "python_ms": python_ms(), "options": asked_for(options), "rows": rows}
-    return result.conclude(found, compared(rows, FIGURES), options.json)
+    return concluded(command().typed(arguments), options, rows, FIGURES)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from bench.host.gateways import smg
 from bench.server import Server, free_port, started
 from model.find import tokenizer_folder
 from tests.serve.waiting import until
@@ -64,27 +65,12 @@ def fleet(bin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with contextlib.ExitStack() as running:
         log = running.enter_context((folder / "servers.log").open("w"))
         first, second = (running.enter_context(started(["--gateway-port", str(port)], log)) for port in ports)
-        url, gateway = running.enter_context(gateway_to(ports, bin_folder, folder / "gateway.log"))
-        until(lambda: gateway.poll() is not None or workers(url) == 2, PATIENCE)
+        engines = [f"127.0.0.1:{port}" for port in ports]
+        options = ("--policy", "round_robin", "--health-check-interval-secs", "1")
+        gateway = running.enter_context(smg(bin_folder / "smg", engines, folder / "gateway.log", *options))
+        url = f"http://127.0.0.1:{gateway}"
+        until(lambda: workers(url) == 2, PATIENCE)
         yield Fleet(url, (first, second), bin_folder)
-
-
-@contextlib.contextmanager
-def gateway_to(
-    ports: tuple[int, ...], bin_folder: Path, log: Path
-) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    port, metrics = free_port(), free_port()
-    addresses = [f"grpc://127.0.0.1:{port}" for port in ports]
-    command = [
-        bin_folder / "smg", "launch", "--host", "127.0.0.1", "--port", str(port), "--policy", "round_robin",
-        "--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics),
-        "--health-check-interval-secs", "1", "--worker-urls", *addresses,
-    ]  # fmt: skip
-    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
-        try:
-            yield f"http://127.0.0.1:{port}", process
-        finally:
-            process.kill()
 
 
 def workers(url: str) -> int:
