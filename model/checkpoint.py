@@ -22,6 +22,7 @@ from flax import nnx
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.find import model_config, model_folder
+from model.progress import Watch, unwatched
 from model.settings import CheckpointError, Settings, listed, one_line, present, read_object
 from model.sharding import ON_ONE_DEVICE, Placement
 from model.tensor_files import Stored, TensorFiles, WeightsError
@@ -85,8 +86,19 @@ class ModelSource:
         """The model without its weights: shapes, dtype and sharding, to compile programs from."""
         return place_model(Decoder(self.config, dtype), placement)
 
-    def load(self, dtype: Any, placement: Placement = ON_ONE_DEVICE, *, seed: int = 0) -> Decoder:
-        """The model with its weights in `dtype`; `seed` is that of random ones. Raises as `find` does."""
+    def load(
+        self,
+        dtype: Any,
+        placement: Placement = ON_ONE_DEVICE,
+        *,
+        seed: int = 0,
+        watch: Watch = unwatched,
+    ) -> Decoder:
+        """The model with its weights in `dtype`; `seed` is that of random ones. Raises as `find` does.
+
+        `watch` hears how many bytes are in place while safetensors are read. Orbax reads everything at once,
+        and random weights are made within seconds: of them it hears nothing.
+        """
         if jnp.dtype(dtype) == jnp.float64 and jnp.result_type(float) != jnp.float64:
             raise ValueError("float64 needs jax_enable_x64 to be set before anything is computed")
         if not 0 <= seed < 2**32:  # JAX would fold a greater one to a smaller one's, in silence
@@ -96,7 +108,7 @@ class ModelSource:
             case "orbax", Path() as folder:
                 return restore_orbax(model, folder, placement)
             case "safetensors", Path() as folder:
-                return load_safetensors(model, folder, placement)
+                return load_safetensors(model, folder, placement, watch)
             case _:
                 return random_weights(model, seed, placement)
 
@@ -189,13 +201,13 @@ def _described(tree: Any) -> dict[str, Stored]:
     }
 
 
-def convert_hf(source: Path, out: Path) -> tuple[str, ...]:
+def convert_hf(source: Path, out: Path, watch: Watch = unwatched) -> tuple[str, ...]:
     """Turns a Hugging Face folder into an Orbax folder with the same config, tokenizer and dtype.
 
     Returns what an operator should hear of it. Raises as ModelSource does.
     """
     dtype, found = _stored_dtype(source), ModelSource.find(str(source), "safetensors")
-    model = found.load(dtype)
+    model = found.load(dtype, watch=watch)
     out.mkdir(parents=True, exist_ok=True)
     for file in (file for pattern in COMPANION_FILES for file in source.glob(pattern)):
         copy = out / file.relative_to(source)

@@ -10,6 +10,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from model import checkpoint
+from model.progress import SaidSometimes
 from model.version import versions
 
 app = SubcommandApp()
@@ -26,7 +27,8 @@ def hf(folder: Folder, out: Out) -> None:
         folder: the Hugging Face folder.
         out: where the converted model folder goes.
     """
-    for note in checkpoint.convert_hf(folder, out):
+    watch = SaidSometimes(lambda size: print(f"taper-convert: read {size}", file=sys.stderr))
+    for note in checkpoint.convert_hf(folder, out, watch):
         print(f"taper-convert: {note}", file=sys.stderr)
     print(f"wrote {out}")
 

@@ -9,7 +9,7 @@ Inside the loop only how far the branches' pages are filled changes.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,13 +69,15 @@ def generate(
     page_size: int = 16,
     backend: Backend | None = None,
     placement: Placement = ON_ONE_DEVICE,
+    on_compiled: Callable[[float], None] = lambda seconds: None,
 ) -> Generation:
     """Continues every prompt (token ids) in `branches` branches, until `eos_ids` or `max_tokens`.
 
     `known` are the ids that may be sampled: a tokenizer's, or all. The model lies where `placement` says.
     The random key of a token is folded from the seed, the branch's path and the token's position: the path is
     that of a server's request without stages for one branch, and with one parallel stage of branches that
-    begin with nothing for several. All prompts are read in one pass.
+    begin with nothing for several. All prompts are read in one pass. `on_compiled` is told how many seconds
+    compiling took, before the device generates.
 
     Raises:
       ValueError: an empty prompt, an id outside the vocabulary, more tokens than the model's context, a
@@ -93,7 +95,9 @@ def generate(
         backend=backend or default_backend(model.config.head_dim, model.dtype),
         placement=placement,
     )
+    began = time.perf_counter()
     program = compile_generation(*wanted)
+    on_compiled(time.perf_counter() - began)
     slots = _slots(model, prompts, branches, sampling, known, placement)
     arguments = model.split()[1], cache.zeros(), slots, batch.arrays
     started = time.perf_counter()

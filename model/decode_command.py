@@ -15,6 +15,7 @@ from attention import BACKENDS, backend_named
 from model.checkpoint import LoadFormat, ModelSource
 from model.decode import generate
 from model.find import model_tokenizer
+from model.progress import SaidSometimes
 from model.settings import one_line, out_of_memory
 from model.sharding import Placement, ask_for_devices
 from model.tokenizer import Tokenizer
@@ -97,9 +98,15 @@ def _report(command: Decode) -> str:
     if faults := list(faults_of_sampling(command.sampling, source.config.vocab_size)):
         raise ValueError("; ".join(faults))
     for note in source.notes:
-        print(f"taper-decode: {note}", file=sys.stderr)
+        _say(note)
     placement = Placement.over(source.config, command.tensor_parallel, peer_memory=command.peer_memory)
-    model = source.load(jnp.dtype(command.dtype), placement, seed=command.weights_seed)
+    model = source.load(
+        jnp.dtype(command.dtype),
+        placement,
+        seed=command.weights_seed,
+        watch=SaidSometimes(lambda size: _say(f"{size} of the weights are loaded")),
+    )
+    _say("the weights are loaded, and the loop is compiled now: the first time, that takes a while")
     generation = generate(
         model,
         prompts,
@@ -111,6 +118,7 @@ def _report(command: Decode) -> str:
         page_size=command.page_size,
         backend=None if command.attention == "auto" else backend_named(command.attention),
         placement=placement,
+        on_compiled=lambda seconds: _say(f"compiled after {seconds:.1f} s; the device generates"),
     )
     answers = [
         [
@@ -128,6 +136,11 @@ def _report(command: Decode) -> str:
             text = branch["text"] if tokenizer else " ".join(map(str, branch["token_ids"]))
             lines += [f"--- prompt {number}, branch {letter}", text]
     return "\n".join([*lines, f"--- {generation.tokens_per_second:.1f} tokens/s"])
+
+
+def _say(text: str) -> None:
+    """To whoever waits, and not into the result."""
+    print(f"taper-decode: {text}", file=sys.stderr, flush=True)
 
 
 def _continuation(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:

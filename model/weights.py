@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.hf_tensor import ParameterPath, Source
+from model.progress import Watch, unwatched
 from model.settings import listed, shown
 from model.sharding import Placement
 from model.tensor_files import FLOATS, INDEX, WHOLE, Stored, TensorFiles, WeightsError, ignored
@@ -41,9 +42,15 @@ def parameter_sharding(param: nnx.Param, placement: Placement) -> Sharding:
     return placement.sharding(param.get_metadata("axes"))
 
 
-def _fill(model: Decoder, make: Callable[[ParameterPath, nnx.Param], jax.Array]) -> Decoder:
-    for path, param in parameters(model):
+def _fill(
+    model: Decoder, make: Callable[[ParameterPath, nnx.Param], jax.Array], watch: Watch = unwatched
+) -> Decoder:
+    sizes = [param.size * param.get_value().dtype.itemsize for _, param in parameters(model)]
+    done = 0
+    for (path, param), size in zip(parameters(model), sizes, strict=True):
         param.set_value(make(path, param))
+        done += size
+        watch(done, sum(sizes))
     return model
 
 
@@ -86,7 +93,7 @@ def _draw(
     return jax.jit(draw, out_shardings=sharding)
 
 
-def load_safetensors(model: Decoder, folder: Path, placement: Placement) -> Decoder:
+def load_safetensors(model: Decoder, folder: Path, placement: Placement, watch: Watch = unwatched) -> Decoder:
     """Fills the model from a Hugging Face folder, tensor by tensor, casting to the model's dtype.
 
     The host holds one tensor at a time, beside what the devices have. Each device is sent its own part.
@@ -108,7 +115,7 @@ def load_safetensors(model: Decoder, folder: Path, placement: Placement) -> Deco
             join = _join(permutations, source.axis, param.get_value().dtype, placement.sharding(axes))
             return join(*sent)
 
-        return _fill(model, make)
+        return _fill(model, make, watch)
 
 
 def check_safetensors(model: Decoder, files: TensorFiles, folder: Path) -> dict[ParameterPath, Source]:

@@ -20,22 +20,20 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import result
 from bench.command import Command, floats
 from bench.load.driver import Answer, Reply, connected, message, play
 from bench.load.measures import Record, milliseconds, quantile
 from bench.load.workload import FAMILIES, Item, Workload, closed_loop, gamma
+from bench.progress import progress
 from bench.timing import clock, no_collections
 from taper_client import AsyncClient
 from taper_client.errors import ServiceError
@@ -225,10 +223,14 @@ async def played(options: argparse.Namespace) -> Played:
         if trial.error:
             raise ServiceError(f"a trial request failed: {trial.error}")
         requests = [spell(item, seed) for seed, item in enumerate(items)]
-        with progress(len(items)) as advance, no_collections():
+        with progress("requests", len(items)) as advance, no_collections():
             began, cpu = clock(), time.process_time()
             replies = await play(
-                driver, requests, arrivals, max_concurrency=options.max_concurrency, on_reply=advance
+                driver,
+                requests,
+                arrivals,
+                max_concurrency=options.max_concurrency,
+                on_reply=lambda reply: advance(),
             )
             seconds, cpu = clock() - began, time.process_time() - cpu
     return Played(server=server, items=items, replies=replies, seconds=seconds, cpu_share=cpu / seconds)
@@ -268,16 +270,6 @@ def report(options: argparse.Namespace, run: Played, typed: str) -> dict[str, An
         "errors": errors,
         **found,
     }
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[Reply], None]]:
-    """A bar of answered requests on a terminal, and what moves it."""
-    columns = TextColumn("requests"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=4) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda reply: bar.advance(task)
 
 
 def target(text: str) -> tuple[str, float]:

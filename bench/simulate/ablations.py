@@ -21,7 +21,8 @@ import numpy as np
 from bench.command import Command
 from bench.load.measures import Window
 from bench.load.workload import named
-from bench.result import conclude, head
+from bench.progress import tracked
+from bench.result import conclude, head, keep
 from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW, table
 from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, late_as, targets
 from bench.timing import no_collections
@@ -229,14 +230,18 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         window=window,
         seed=options.seed,
     )
-    with in_processes(options.processes) as pool:
-        rows = [*pool.map(partial(ablate, setting), options.variations)]
+    rows: list[dict[str, Any]] = []
     result = {
         **head(parser.typed(arguments)),
         "profile": profile.name,
         "sha256": setting.workload.digest,
         "rows": rows,
     }
+    with in_processes(options.processes) as pool:
+        ablated = pool.map(partial(ablate, setting), options.variations)
+        for row in tracked(ablated, "variations", len(options.variations)):
+            rows.append(row)
+            keep(result, options.json)
     return conclude(result, table(rows), options.json)
 
 

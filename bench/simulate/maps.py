@@ -22,7 +22,6 @@ Requests that arrive in the window are measured, all of them, and served to thei
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,7 +34,8 @@ from bench.command import Command
 from bench.load.measures import Window, cells
 from bench.load.workload import TPOT_SLO_MULTIPLE, Item, Workload, fanout, lognormal, named, open_loop
 from bench.plot import plot_maps
-from bench.result import conclude, head
+from bench.progress import tracked
+from bench.result import conclude, head, keep
 from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW
 from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, targets, unloaded_tpot
 from bench.timing import no_collections
@@ -228,22 +228,20 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
     options = parser.parse_args(arguments)
-    began, rows = time.perf_counter(), []
-    wanted = [*cases(options.maps, options.seeds)]
-    with in_processes(options.processes) as pool:
-        for done, each in enumerate(pool.map(partial(run, options.profile), wanted), 1):
-            rows.append(each)
-            left = (time.perf_counter() - began) / done * (len(wanted) - done)
-            print(f"\r{done} of {len(wanted)}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    profile = Profile.load(options.profile)
+    rows: list[dict[str, Any]] = []
+    wanted, profile = [*cases(options.maps, options.seeds)], Profile.load(options.profile)
     found: dict[str, Any] = {
         **head(parser.typed(arguments)),
         "profile": profile.name,
         "tpot_unloaded_ms": 1e3 * unloaded_tpot(profile),
-        "capacity": {name: capacity(rows, name) for name in ("load", "clients") if name in options.maps},
+        "capacity": {},
         "rows": rows,
     }
+    with in_processes(options.processes) as pool:
+        for row in tracked(pool.map(partial(run, options.profile), wanted), "simulations", len(wanted)):
+            rows.append(row)
+            keep(found, options.json)
+    found["capacity"] = {name: capacity(rows, name) for name in ("load", "clients") if name in options.maps}
     lines = [table(rows)]
     for name, by_policy in found["capacity"].items():
         most = ", ".join(f"{label} {load}" for label, load in by_policy.items())

@@ -23,7 +23,8 @@ from typing import Any
 from bench.command import Command, names
 from bench.load.measures import COLUMNS, Window, cells, titles
 from bench.load.workload import TTFT_SLO, named
-from bench.result import conclude, head
+from bench.progress import tracked
+from bench.result import conclude, head, keep
 from bench.simulate.simulation import Profile, Setting, in_processes, late_as, simulate, targets
 from scheduler.controller import ControllerConfig
 from scheduler.request import Slo
@@ -92,9 +93,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     options = command().parse_args(arguments)
     setting = setting_of(options)
     policies = options.policies
-    with in_processes(min(options.processes, len(policies))) as pool:
-        results = [*pool.map(partial(simulate, setting), policies)]
-    result = {
+    result: dict[str, Any] = {
         **head(command().typed(arguments)),
         "profile": setting.profile.name,
         "step_log": options.step_log and options.step_log.name,
@@ -107,8 +106,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "window_s": options.window,
         "drain_s": options.drain if math.isfinite(options.drain) else None,
         "statistics": setting.workload.statistics(),
-        "rows": [each for each, _ in results],
+        "rows": [],
     }
-    took = [", ".join(f"{key} {value:.4g}" for key, value in cost.items()) for _, cost in results]
-    costs = [f"{policy:<10}{each}" for policy, each in zip(policies, took, strict=True)]
+    costs: list[str] = []
+    with in_processes(min(options.processes, len(policies))) as pool:
+        simulated = pool.map(partial(simulate, setting), policies)
+        for policy, (row, cost) in zip(policies, tracked(simulated, "policies", len(policies)), strict=True):
+            result["rows"].append(row)
+            costs.append(f"{policy:<10}" + ", ".join(f"{key} {value:.4g}" for key, value in cost.items()))
+            keep(result, options.json)
     return conclude(result, "\n".join([table(result["rows"]), *costs]), options.json)

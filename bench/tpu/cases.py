@@ -24,6 +24,7 @@ from bench import hardware
 from bench.command import Command
 from bench.device.cases import CASES, PAGE, STEP, Row, lengths_of, shape_of, table, when_and_with
 from bench.device.floor import floor_seconds
+from bench.progress import tracked
 from bench.result import conclude, head
 from bench.tpu.kernels import cycles
 from bench.tpu_aot import DTYPE, Target, attention_seconds, measure
@@ -76,7 +77,7 @@ def step(target: Target, case: str) -> dict[str, Any]:
 def rows_of(topology: str, config: ModelConfig, ran_on: str) -> list[Row]:
     """Of all cases, estimated."""
     rows: list[Row] = []
-    for case in CASES:
+    for case in tracked(CASES, f"cases for {topology}", len(CASES)):
         target = target_of(topology, config, shape_of(case, config).rows)
         chip = target.backend.chip
         rows.append(

@@ -20,6 +20,7 @@ from attention import Backend, backend_named, default_backend
 from model.checkpoint import ModelSource
 from model.decoder import Decoder
 from model.find import model_tokenizer
+from model.progress import SaidSometimes
 from model.sharding import Placement, ask_for_devices
 from model.tokenizer import Tokenizer
 from scheduler.controller import Controller, ControllerConfig
@@ -104,7 +105,8 @@ def start(
         _check_names(config, shapes, placement)
         log.info("starting", model=found.config.name, buckets=len(config.buckets or ()))
         compiling = compiler.submit(_compiled_runner, config, shapes, placement, programs)
-        model = found.load(dtype, placement, seed=config.seed)
+        watch = SaidSometimes(lambda size: log.info("loading weights", loaded=size))
+        model = found.load(dtype, placement, seed=config.seed, watch=watch)
         jax.block_until_ready(model.split()[1])
         loaded = time.perf_counter() - began
         log.info("weights are on the device", seconds=round(loaded, 1))
