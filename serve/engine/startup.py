@@ -105,8 +105,8 @@ def start(
         _check_names(config, shapes, placement)
         log.info("starting", model=found.config.name, buckets=len(config.buckets or ()))
         compiling = compiler.submit(_compiled_runner, config, shapes, placement, programs)
-        watch = SaidSometimes(lambda size: log.info("loading weights", loaded=size))
-        model = found.load(dtype, placement, seed=config.seed, watch=watch)
+        told = SaidSometimes(lambda size: log.info("loading weights", loaded=size))
+        model = found.load(dtype, placement, seed=config.seed, watch=told)
         jax.block_until_ready(model.split()[1])
         loaded = time.perf_counter() - began
         log.info("weights are on the device", seconds=round(loaded, 1))
