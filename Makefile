@@ -9,7 +9,7 @@ MODEL  ?= default
 WITHOUT_JAX := $(addprefix tests/,scheduler serve/client serve/reading serve/server serve/text serve/test_config.py serve/test_config_file.py)
 PLANNERS := $(addprefix tests/,attention/test_layout.py attention/test_tiles.py test_rooms.py)
 
-.PHONY: demo test-fast test test-tpu test-all test-deploy check test-oracle test-answers lock protos clean
+.PHONY: demo test-fast test test-tpu test-all test-deploy check test-oracle test-answers lock protos pages clean
 
 demo: $(VENV)/.installed
 	$(BIN)/taper-demo --model $(MODEL)
@@ -60,8 +60,14 @@ lock: $(VENV)/.installed-test
 	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-emit-index-url \
 	  --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) --output-file requirements.lock
 
+# The stubs of the protos, and what the reference says of them.
 protos: $(VENV)/.installed-test
 	$(BIN)/python serve/client/protos/generate.py
+	$(BIN)/python -m docs.make
+
+# The pages of docs/ that are made from the code.
+pages: $(VENV)/.installed-test
+	$(BIN)/python -m docs.make
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""The pages that name files and words: docs/life-of-a-request.md, docs/recipes.md and docs/glossary.md."""
+"""The pages that are made from the code, and those that name its files and words."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+from docs.make.pages import pages
 from taper_client.errors import RETRY_AFTER
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("attention", "model", "scheduler", "serve")
+
+
+def test_the_pages_that_are_made_from_the_code_are_those_of_the_code() -> None:
+    stale = [path.name for path, text in pages().items() if path.read_text() != text]
+    assert stale == [], "`make pages` makes them anew"
 
 
 def source_files() -> set[str]:
@@ -74,7 +80,7 @@ def test_every_reason_for_a_refusal_has_its_remedy() -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/**/README.md")):
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/**/README.md")):
         if ".venv" in page.parts or "node_modules" in page.parts:
             continue
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", page.read_text()):

@@ -13,7 +13,14 @@ from .v1 import inference_service_pb2 as pb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The request left the queue and its prompt has been read, by the server of this name."""
+    """The request left the queue, and its prompt has been read.
+
+    request_id        the client's own, or the one that the server made
+    prompt_tokens     length of the prompt
+    cached_tokens     how many of these were found in the prefix cache
+    prompt_token_ids  only if they were asked for
+    server            which server answers, by the name that it has for itself
+    """
 
     request_id: str
     prompt_tokens: int
@@ -24,7 +31,13 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageBranch:
-    """A branch as a stage begins; `prefix` is the text that the stage forces into its context."""
+    """A branch as a stage begins.
+
+    branch  its id; 0 is the trunk
+    parent  the id of the branch that it forked from
+    label   its name, from the client or from the model
+    prefix  the text that the stage forces into its context
+    """
 
     branch: int
     parent: int
@@ -34,7 +47,11 @@ class StageBranch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageStarted:
-    """A stage begins, with new branches or with one that goes on."""
+    """A stage begins, with new branches or with one that goes on.
+
+    stage     its number: stages are counted as they begin
+    branches  those that it is decoded in
+    """
 
     stage: int
     branches: tuple[StageBranch, ...]
@@ -42,7 +59,12 @@ class StageStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logprob:
-    """A token's log-probability (natural), and the best alternatives as (id, log-probability)."""
+    """How likely a token was.
+
+    token    its id
+    logprob  natural logarithm of its probability
+    top      the best alternatives as (id, log-probability), if they were asked for
+    """
 
     token: int
     logprob: float
@@ -51,7 +73,14 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What is new of one branch; `completion_tokens` counts its tokens so far."""
+    """What is new of one branch.
+
+    branch             its id
+    text               may be empty while the rest of a character, or of what may be a stop string, is awaited
+    token_ids          the new ids, if they were asked for
+    logprobs           of the new tokens, if they were asked for
+    completion_tokens  tokens of the branch so far
+    """
 
     branch: int
     text: str
@@ -62,7 +91,11 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WidthChanged:
-    """So many branches advance in a step now, of so many that want to."""
+    """The scheduler changed how many branches advance in a step.
+
+    width   so many do now
+    wanted  so many were ready to
+    """
 
     width: int
     wanted: int
@@ -70,9 +103,12 @@ class WidthChanged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BranchFinished:
-    """A branch ended: reason is eos, stop, max_tokens, context, branch_closed, forked or outrun.
+    """A branch ended. Where the first k are joined, it comes when it is certain whether this is one of them.
 
-    Where the first k branches are joined, it comes when it is certain whether the branch is one of them.
+    branch             its id
+    reason             eos, stop, max_tokens, context, branch_closed, forked or outrun
+    stop               the stop string, or the id, that ended it
+    completion_tokens  tokens of the branch, over all its stages
     """
 
     branch: int
@@ -83,7 +119,11 @@ class BranchFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
-    """The stage's branches (all, or the first k) have ended, and their parent goes on."""
+    """The stage's branches (all, or the first k) have ended, and their parent goes on.
+
+    stage     its number
+    branches  their ids, in the order in which they were joined
+    """
 
     stage: int
     branches: tuple[int, ...]
@@ -91,7 +131,14 @@ class Joined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """critical_path_tokens: the longest chain of sampled tokens, what a reader had to wait for."""
+    """How many tokens there were.
+
+    prompt_tokens         the prompt's
+    cached_tokens         of these, found in the prefix cache
+    completion_tokens     sampled, all branches together
+    critical_path_tokens  the longest chain of sampled tokens: what a reader had to wait for
+    preemptions           how often the request lost its KV pages to others and computed them again
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -102,7 +149,15 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds, measured in the server."""
+    """How long it took, in seconds, measured in the server.
+
+    queue         from arrival until it left the queue
+    ttft          from arrival to the first token
+    tpot          from the first token to the last, divided by the tokens after the first, of all branches
+    total         from arrival to the end
+    tpot_slo_met  whether `tpot` was within its target
+    ttft_slo_met  whether `ttft` was within its target
+    """
 
     queue: float
     ttft: float
@@ -114,11 +169,18 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
+    """The last event of an answer that is complete.
+
+    usage   how many tokens there were
+    timing  how long it took
+    """
+
     usage: Usage
     timing: Timing
 
 
 Event = Started | StageStarted | Delta | WidthChanged | BranchFinished | Joined | Finished
+"""What `Client.generate` yields: one thing that happened."""
 
 
 def events_of(response: pb.GenerateResponse) -> Iterator[Event]:
@@ -209,7 +271,19 @@ _READERS: dict[str, Any] = {
 
 @dataclass(slots=True, kw_only=True)
 class Branch:
-    """One sequence of an answer: what it was given to go on from, and what it went on with."""
+    """One sequence of an answer: what it was given to go on from, and what it went on with.
+
+    id                 0 is the trunk
+    parent             the id of the branch that it forked from
+    label              its name, from the client or from the model
+    prefix             the text that its first stage forced into its context
+    text               what was sampled
+    token_ids          if they were asked for
+    logprobs           if they were asked for
+    completion_tokens  how many were sampled
+    finish_reason      eos, stop, max_tokens, context, branch_closed, forked or outrun; empty until it ends
+    stop               the stop string, or the id, that ended it
+    """
 
     id: int
     parent: int
@@ -247,13 +321,19 @@ def _told(branch: Branch) -> dict[str, Any]:
 class Completion:
     """An answer that is built from its events; complete when `finished`. It prints as its text.
 
-    trunk           branch 0
-    branches        all other branches, by id; those that were outrun, too
-    text            everything in reading order: forced text included, branches where they forked, but for
-                    those that were outrun
-    choices         each of the answers of a request that asked for `n`; else the text alone
-    finish_reason   why the trunk ended; empty until it has
-    server          which server answered, by the name that it has for itself
+    request_id        the request's id
+    server            which server answered, by the name that it has for itself
+    prompt_token_ids  if they were asked for
+    trunk             branch 0
+    branches          all other branches, by id; those that were outrun, too
+    text              everything in reading order: forced text included, branches where they forked, but for
+                      those that were outrun
+    choices           each of the answers of a request that asked for `n`; else the text alone
+    widths            (width, wanted) of every WidthChanged
+    finish_reason     why the trunk ended; empty until it has
+    usage             how many tokens there were. Raises ValueError before the end
+    timing            how long it took. Raises ValueError before the end
+    finished          the last event; None before the end
     """
 
     def __init__(self) -> None:
@@ -308,7 +388,7 @@ class Completion:
         return self._end().timing
 
     def add(self, event: Event) -> None:
-        """What comes next. Events come in the order in which the server sends them."""
+        """Take the event that comes next: they come in the order in which the server sends them."""
         match event:
             case Started():
                 self.request_id, self.server = event.request_id, event.server
@@ -333,7 +413,7 @@ class Completion:
                 self._joined_ids.update(event.branches)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON has it, under the names that it has here. Raises ValueError before its end."""
+        """All of it as JSON has it, under the names that it has here. Raises ValueError before the end."""
         return {
             "request_id": self.request_id,
             "server": self.server,

@@ -141,8 +141,7 @@ class _Connection:
 
 
 class Client(_Connection):
-    """Blocking client of a server, or of several that are alike. Thread-safe; `Options` are what a request
-    can ask for.
+    """A blocking client of a server, or of several that are alike. Thread-safe.
 
     address   host:port; a target as gRPC writes them, such as unix:/path; or several numeric addresses. Calls
               are spread over all servers that serve, also over those that one name leads to

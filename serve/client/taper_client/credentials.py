@@ -58,9 +58,10 @@ class Tls:
 
 
 def token_file(path: str | os.PathLike[str]) -> Callable[[], str]:
-    """What reads a token from a file, for each call: it may be replaced. White space around it is left out.
+    """A function that reads a token from a file, for each call: the file may be replaced meanwhile. White
+    space around the token is left out.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is no token in the file.
     """
 
     def read() -> str:

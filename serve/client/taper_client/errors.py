@@ -82,7 +82,11 @@ known; None: it does not."""
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One thing wrong with a request, at a path like `plan.stages[1].serial.stopping.max_tokens`."""
+    """One thing wrong with a request.
+
+    field        the path to it, like `plan.stages[1].serial.stopping.max_tokens`
+    description  what was given, and what is possible
+    """
 
     field: str
     description: str
@@ -91,6 +95,8 @@ class Violation:
 class ServiceError(Exception):
     """A call that failed.
 
+    message      what happened, in words
+    code         gRPC's status
     reason       a constant to branch on, e.g. QUEUE_FULL; empty when the code says it all
     violations   what is wrong with the request, by field
     metadata     numbers behind the reason, e.g. {"limit": "4096", "got": "5000"}

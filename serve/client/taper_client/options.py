@@ -13,10 +13,12 @@ from .arguments import MessageT, instance, known, merged, message
 from .v1 import inference_service_pb2 as pb
 
 OnMiss = Literal["best_effort", "reject"]
+"""What becomes of a request whose targets cannot be met: `best_effort`, it is served as well as possible;
+`reject`, it is refused in time to go elsewhere."""
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How tokens are drawn. What is not set is inherited: by a stage from its request; greedy at the end."""
+    """How tokens are drawn. What a stage does not set, it has from its request; greedy if neither does."""
 
     temperature: float | None
     """0 is greedy, the default; higher is more varied."""
@@ -52,58 +54,55 @@ class StoppingOptions(TypedDict, total=False):
 
 
 class StageOptions(SamplingOptions, StoppingOptions, total=False):
-    """What a stage or a branch can say for itself.
-
-    sampling    what `sampling(...)` returned, to be used many times; an option beside it replaces its field
-    stopping    what `stopping(...)` returned, in the same way
-    """
+    """What a stage or a branch can say for itself."""
 
     sampling: pb.SamplingParams | None
+    """What `sampling(...)` returned, to be used many times; an option beside it replaces its field."""
     stopping: pb.StoppingCriteria | None
+    """What `stopping(...)` returned, in the same way."""
 
 
 class OutputOptions(TypedDict, total=False):
-    """What comes back beside the text.
-
-    token_ids         the ids of the tokens; prompt_token_ids, the prompt's
-    logprobs          log-probabilities; top_logprobs, of so many alternatives, too
-    include_stop      keep the stop string that ended a sequence; keep_special_tokens, the model's own tokens
-    interval_ms       least time between two messages of the stream; one a step unless given
-    """
+    """What comes back beside the text."""
 
     token_ids: bool | None
+    """The ids of the answer's tokens."""
     logprobs: bool | None
+    """The log-probability of each token."""
     top_logprobs: int | None
+    """For each token, so many alternatives with their log-probabilities, too; needs `logprobs`."""
     prompt_token_ids: bool | None
+    """The ids of the prompt's tokens."""
     keep_special_tokens: bool | None
+    """Keep the model's own tokens, such as its tags, in the text."""
     include_stop: bool | None
+    """Keep the stop string that ended a sequence in the text."""
     interval_ms: float | None
+    """The least time between two messages of the stream, in milliseconds; one message a step unless given."""
 
 
 class Options(StageOptions, OutputOptions, total=False):
-    """What `generate` and `complete` take beside the prompt.
-
-    plan          stages, or `model_driven(...)`; without, one sequence. The options of a stage that are given
-                  beside a plan are for those of its stages that do not say otherwise
-    n             so many answers to the prompt, each drawn for itself
-    tpot_slo_ms   target of the time between tokens; ttft_slo_ms, of the time to the first
-    on_miss       what becomes of a request whose targets cannot be met: `best_effort`, it is served as well
-                  as possible; `reject`, it is refused in time to go elsewhere; by the server's rule unless
-                  given
-    model         name of the model that the server must be serving
-    cache_salt    requests share cached prompts only with requests of the same salt
-    priority      under the policy taper:priority, branches of a higher one join a step first; 0 unless given
-    """
+    """What `generate` and `complete` take beside the prompt. `None` is the same as leaving an option out."""
 
     plan: Sequence[pb.Stage] | pb.ModelDriven | None
+    """Stages, or `model_driven(...)`; without, one sequence. The options of a stage that are given beside a
+    plan are for those of its stages that do not say otherwise."""
     n: int | None
+    """So many answers to the prompt, each drawn for itself."""
     tpot_slo_ms: float | None
+    """Target of the time between two tokens, in milliseconds; the server's own unless given."""
     ttft_slo_ms: float | None
+    """Target of the time to the first token, in milliseconds; the server's own unless given."""
     on_miss: OnMiss | None
+    """What becomes of the request when its targets cannot be met; the server's rule unless given."""
     request_id: str | None
+    """Its id, up to 128 letters, digits, dots, dashes and underscores; the server makes one unless given."""
     model: str | None
+    """Name of the model that the server must be serving."""
     cache_salt: str | None
+    """Requests share cached prompts only with requests of the same salt."""
     priority: int | None
+    """Under the policy taper:priority, the branches of a higher one join a step first; 0 unless given."""
 
 
 ELSEWHERE = {

@@ -22,6 +22,8 @@ from .options import ELSEWHERE, StageOptions, StoppingOptions, sampling_of, stop
 from .v1 import inference_service_pb2 as pb
 
 Join = Literal["kv", "reprefill", "none"]
+"""What the stage after a parallel one sees of its branches: `kv`, their KV as it is, for models trained for
+it; `reprefill`, their texts one after the other, read again; `none`, there is no such stage."""
 
 _JOINS = {"kv": pb.JOIN_KV, "reprefill": pb.JOIN_REPREFILL, "none": pb.JOIN_NONE}
 
@@ -91,7 +93,16 @@ def model_driven(
     max_depth: int | None = None,
     **options: Unpack[StoppingOptions],
 ) -> pb.ModelDriven:
-    """Let tags in the model's own text fork; its own tags unless a set, or the tags themselves, are given."""
+    """Let tags in the model's own text open and close branches.
+
+    tag_set            name of a built-in set of tags; the model's own unless given
+    fork_tags          the tags themselves
+    branch_max_tokens  most new tokens of each branch; `max_tokens` unless given
+    max_branches       most branches that one fork may open; the branches of a larger one are decoded in turn
+    max_depth          most forks inside one another
+
+    `max_tokens` bounds the longest chain of tokens of the whole answer.
+    """
     known(options, StoppingOptions.__annotations__, ELSEWHERE)
     if tag_set is not None and fork_tags is not None:
         raise ValueError("tag_set and fork_tags are both given: one of them says what the tags are")

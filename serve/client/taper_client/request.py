@@ -20,7 +20,10 @@ _ON_MISS = {"best_effort": pb.ON_MISS_BEST_EFFORT, "reject": pb.ON_MISS_REJECT}
 
 
 def generate_request(prompt: Prompt, **options: Unpack[Options]) -> pb.GenerateRequest:
-    """What `generate` and `complete` send. Raises TypeError or ValueError for an argument that is wrong."""
+    """The message that `Client.generate` and `Client.complete` send, for those who send it themselves.
+
+    Raises TypeError or ValueError for an argument that is wrong.
+    """
     known(options, Options.__annotations__, ELSEWHERE)
     given: Mapping[str, Any] = options
     request = message(pb.GenerateRequest, {name: given.get(name) for name in _OWN})
