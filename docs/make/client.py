@@ -251,4 +251,5 @@ def _kind(annotation: str) -> str:
 
 
 def _code(text: str) -> str:
-    return f"```python\n{text}\n```"
+    """A block, with the quotation marks that the sources have."""
+    return "```python\n" + text.replace("'", '"') + "\n```"
