@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  ?= default
+# On a terminal pip says what it fetches. Python compiles what is imported, a small part of what is installed.
+PIP    := $(BIN)/pip install --no-compile $(shell test -t 2 || echo --quiet)
 
 # What costs no compilation: the scheduler, the wire, the client and the server, all where JAX is absent; then
 # the planners of attention, and the walls between rooms.
@@ -55,7 +57,7 @@ test-answers: $(VENV)/.installed-test
 # What the Dockerfile installs: every package of a server on NVIDIA GPUs, with hashes, whichever index has it.
 # Keeps the versions that it has; UPGRADE=1 looks for newer ones.
 lock: $(VENV)/.installed-test
-	$(BIN)/pip install --quiet uv
+	$(PIP) uv
 	printf 'setuptools>=77\n' | $(BIN)/uv pip compile --quiet pyproject.toml - --extra gpu --extra gateway \
 	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-emit-index-url \
 	  --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade) --output-file requirements.lock
@@ -73,19 +75,21 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --editable '.[convert]'
+	@echo 'Installing JAX and what else a server needs into $(VENV): about 600 MB, a minute or two'
+	$(PIP) --editable '.[convert]'
 	touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --editable '.[convert,test]'
+	@echo 'Installing a server and its tests into $(VENV)'
+	$(PIP) --editable '.[convert,test]'
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-tpu: $(VENV)/.installed-test
-	$(BIN)/pip install --quiet --editable '.[convert,tpu-test]'
+	$(PIP) --editable '.[convert,tpu-test]'
 	touch $@
 
 $(VENV)/.installed-oracle: $(VENV)/.installed-test
-	$(BIN)/pip install --quiet --editable '.[convert,test,oracle]'
+	$(PIP) --editable '.[convert,test,oracle]'
 	touch $@
 
 clean:

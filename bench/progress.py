@@ -1,8 +1,12 @@
-"""Shows that a long run goes on: a bar on a terminal, a line now and then elsewhere. To standard error."""
+"""Shows that a long run goes on: a bar on a terminal, a line now and then elsewhere. To standard error.
+
+Where what goes on is timed, `waiting` shows it: one line every few seconds, on a terminal, too.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -37,6 +41,24 @@ def tracked(these: Iterable[Thing], what: str, total: int) -> Iterator[Thing]:
         for each in these:
             advance()
             yield each
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says every few seconds for how long something such as "serving the requests" has gone on."""
+    began, over = clock(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(EVERY):
+            print(f"{what}: {clock() - began:.0f} s", file=sys.stderr, flush=True)
+
+    teller = threading.Thread(target=tell, name="waiting", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
 
 
 def _lines(what: str, total: int) -> Callable[[], None]:

@@ -26,6 +26,7 @@ import numpy as np
 from bench import hardware
 from bench.command import Command, split
 from bench.device.probe import probe, shapes
+from bench.progress import waiting
 from bench.result import head, ran_on, say, write
 from bench.timing import clock
 from scheduler.predictor import StepLatencyModel, StepLoad
@@ -195,7 +196,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     here.engine.stop(drain=False, timeout=10.0)
     runner = here.runner
     count = runner.config.placement.count
-    points = measure(runner, options.budget_seconds)
+    with waiting(f"measuring steps, for {options.budget_seconds:.0f} s"):
+        points = measure(runner, options.budget_seconds)
     described = head(parser.typed(arguments), hardware.describe(count))
     device, model = described["hardware"]["device"], runner.model_config.name
     name = options.name or default_name(device, model, count)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from bench import hardware
 from bench.command import Command
 from bench.device.step import tiny
+from bench.progress import waiting
 from bench.result import conclude, head
 from bench.timing import seconds_per_call
 from model.config import PRESETS, ModelConfig
@@ -133,12 +134,14 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     config = tiny(PRESETS[options.model]) if small else PRESETS[options.model]
     placement = hardware.placement(config, options.tensor_parallel, peer_memory=options.peer_memory)
     samples, timing = (4, {"calls": 2, "repeats": 1}) if small else (SAMPLES, {"calls": 10, "repeats": 5})
+    with waiting("timing collectives and samplers"):
+        times = measure(config, placement, samples, **timing)
     result = {
         **head(parser.typed(arguments), hardware.describe(placement.count)),
         "hidden": config.hidden_size,
         "vocab": config.vocab_size,
         "samples": samples,
-        **measure(config, placement, samples, **timing),
+        **times,
     }
     return conclude(result, text(result), options.json)
 

@@ -23,6 +23,7 @@ from bench.device.floor import floor_seconds
 from bench.device.probe import Shape, probe
 from bench.inside import Inside
 from bench.load.workload import Item
+from bench.progress import waiting
 from bench.result import conclude, head, say
 from bench.timing import Stopwatch, clock, spread
 from scheduler.predictor import StepLoad
@@ -140,7 +141,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     say(here.summary, options.json)
     compilations, times = Compilations(), host_times(here)
     items = [Item(0.0, options.prompt_tokens, ((options.new_tokens,),))] * options.requests
-    wall = serve_all(here, items)
+    with waiting(f"serving {options.requests} requests"):
+        wall = serve_all(here, items)
     here.engine.stop(drain=True, timeout=10.0)
 
     full = steady(results, options.requests)

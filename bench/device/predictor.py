@@ -27,6 +27,7 @@ from bench import hardware, inside
 from bench.command import Command, split
 from bench.inside import Inside
 from bench.load.workload import Item, Workload, named
+from bench.progress import waiting
 from bench.result import conclude, head, say, write
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.request import Slo
@@ -187,7 +188,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     tpot = options.tpot_slo or 2.0 * unloaded_tpot(here, ALONE.scaled(options.scale))
     workload = named(options.workload, options.seed, options.seconds, rate=options.rate).scaled(options.scale)
     begin = time.monotonic() + options.skip
-    play(here, workload, Slo(tpot=tpot, ttft=5.0), options.seconds)
+    with waiting(f"serving requests, for {options.seconds:.0f} s"):
+        play(here, workload, Slo(tpot=tpot, ttft=5.0), options.seconds)
     steps = recorder.after(begin)
     here.engine.stop(drain=False, timeout=10.0)
     if not steps:

@@ -34,3 +34,15 @@ def test_on_a_terminal_a_bar_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = terminal.getvalue()
     assert "simulations" in shown
     assert "2/2" in shown
+
+
+def test_what_is_timed_says_for_how_long_it_has_gone_on(
+    now: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.001)
+    said = ""
+    with progress.waiting("serving requests"):
+        now[0] = 12.0
+        while "12 s" not in said:
+            said += capsys.readouterr().err
+    assert "serving requests: 12 s\n" in said
