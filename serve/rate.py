@@ -1,4 +1,4 @@
-"""Tokens per second over the last few seconds, as the engine tells clients and metrics."""
+"""How fast tokens have lately come out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an address leads to this machine itself, or elsewhere."""
+"""Where an address leads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names that `taper_client` exports."""
+"""What `taper_client` exports."""
 
 from .answer import (
     BranchFinished,
