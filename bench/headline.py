@@ -8,7 +8,7 @@ folder has already are not made again, whoever made them on whichever host; the 
 everything that it has. Without minutes, nothing is run.
 
 The most telling runs come first: at every load the rivals at seed 1, then these at the other seeds, then the
-other caps.
+other caps. At one load the answers are also put together by the client (bench.load.client_forks).
 """
 
 from __future__ import annotations
@@ -34,19 +34,22 @@ SEEDS = (1, 2, 3)
 
 
 class Load(NamedTuple):
-    """A workload by its name, and requests a second; or clients, in a closed loop."""
+    """A workload by its name, and requests a second; or clients, in a closed loop. `fork`: who branches."""
 
     workload: str
     amount: float
     closed: bool = False
+    fork: str = "server"
 
     @property
     def arguments(self) -> list[str]:
         """Of bench.load.goodput."""
-        return ["--workload", self.workload, "--clients" if self.closed else "--rates", f"{self.amount:g}"]
+        amount = ["--clients" if self.closed else "--rates", f"{self.amount:g}"]
+        return ["--workload", self.workload, *amount, "--fork", self.fork]
 
     def __str__(self) -> str:
-        return f"{self.workload} {self.amount:g}"
+        by_client = "" if self.fork == "server" else ", forked by the client"
+        return f"{self.workload} {self.amount:g}{by_client}"
 
 
 # The knee of `mixed` is what bench.simulate says that taper serves within its targets, rounded to a tenth.
@@ -56,6 +59,8 @@ LOADS = (
     Load("headline", 1.6),
     Load("mixed", 2.4),
 )
+# What a user does whose server knows no branches: a request for each, over a prefix cache.
+BY_CLIENT, ITS_POLICIES = Load("headline", 1.4, fork="client"), ("taper", "eager")
 
 
 class Run(NamedTuple):
@@ -69,6 +74,8 @@ def plan() -> Iterator[Run]:
     for seeds, policies in ((SEEDS[:1], RIVALS), (SEEDS[1:], RIVALS), (SEEDS[:1], OTHERS)):
         for seed, load in itertools.product(seeds, LOADS):
             yield from (Run(load, seed, policy) for policy in policies)
+        if policies == RIVALS:
+            yield from (Run(BY_CLIENT, seed, policy) for seed in seeds for policy in ITS_POLICIES)
 
 
 # --- what a folder has -------------------------------------------------------------------------------------
@@ -85,7 +92,8 @@ def made(found: Iterable[Mapping[str, Any]]) -> dict[Run, Mapping[str, Any]]:
     for result in found:
         closed = {(point["load"], point["seed"]): point["closed"] for point in result["points"]}
         for row in result["rows"]:
-            load = Load(result["workload"], row["load"], closed[row["load"], row["seed"]])
+            is_closed = closed[row["load"], row["seed"]]
+            load = Load(result["workload"], row["load"], is_closed, result["fork"])
             run = Run(load, row["seed"], row["policy"])
             if run in rows:
                 raise ValueError(f"{run.policy} at {load}, seed {run.seed}, was made twice")
@@ -95,7 +103,8 @@ def made(found: Iterable[Mapping[str, Any]]) -> dict[Run, Mapping[str, Any]]:
 
 def file_of(folder: Path, load: Load, seed: int) -> Path:
     """One that is not there yet."""
-    name = f"{load.workload}-{load.amount:g}-seed{seed}"
+    by_client = "" if load.fork == "server" else "-by-client"
+    name = f"{load.workload}-{load.amount:g}{by_client}-seed{seed}"
     names = itertools.chain([name], (f"{name}-{part}" for part in itertools.count(2)))
     return next(path for path in (folder / f"{name}.json" for name in names) if not path.exists())
 
@@ -157,7 +166,7 @@ class Summary(NamedTuple):
 
 def summaries(rows: Mapping[Run, Mapping[str, Any]]) -> Iterator[Summary]:
     """Of every load and policy that has a run."""
-    for load, policy in itertools.product(LOADS, (*RIVALS, *OTHERS)):
+    for load, policy in itertools.product((*LOADS, BY_CLIENT), (*RIVALS, *OTHERS)):
         own = [row for each, row in rows.items() if (each.load, each.policy) == (load, policy)]
         if not own:
             continue

@@ -70,13 +70,23 @@ def message(
 
 @dataclass(slots=True)
 class Reply:
-    """A call: when it was due, sent and ended, its messages as they came, and what ended it if not OK."""
+    """A call: when it was due, sent and ended, its messages as they came, and what ended it if not OK.
+
+    An answer that a client put together (bench.load.client_forks) has no messages, but `parts`: the replies
+    of each stage in turn.
+    """
 
     due: float
     sent: float = math.nan
     ended: float = math.nan
     messages: list[tuple[float, bytes]] = field(default_factory=list)
     error: str = ""
+    parts: list[list[Reply]] = field(default_factory=list)
+
+    @property
+    def calls(self) -> list[Reply]:
+        """Those that were made for it: itself, or its parts."""
+        return [part for stage in self.parts for part in stage] or [self]
 
 
 class Emission(NamedTuple):
@@ -101,11 +111,22 @@ class Answer:
 
     @classmethod
     def of(cls, reply: Reply) -> Answer:
+        if reply.parts:
+            return cls._joined([[cls.of(part) for part in stage] for stage in reply.parts], reply.error)
         reader = _Reader()
         for at, raw in reply.messages:
             reader.read(at, pb.GenerateResponse.FromString(raw))
         stages = tuple(tuple(stage[branch] for branch in sorted(stage)) for stage in reader.stages)
         return cls(reader.emissions, stages, reader.prompt_tokens, reader.finished)
+
+    @classmethod
+    def _joined(cls, parts: Sequence[Sequence[Answer]], error: str) -> Answer:
+        """One answer of those to requests without branches, stage by stage."""
+        every = [part for stage in parts for part in stage]
+        emissions = sorted(emission for part in every for emission in part.emissions)
+        stages = tuple(tuple(sum(map(sum, part.stages)) for part in stage) for stage in parts)
+        whole = not error and all(part.finished for part in every)
+        return cls(emissions, stages, parts[0][0].prompt_tokens, whole)
 
     @property
     def token_times(self) -> list[float]:

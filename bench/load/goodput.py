@@ -63,6 +63,7 @@ class Comparison:
                     slo=slo,
                     window=Window(options.warmup, options.warmup + options.window, options.drain),
                     vocab_size=vocab_size,
+                    fork=options.fork,
                 )
                 point = {"load": load, "seed": seed}
                 closed = workload.clients is not None
@@ -149,6 +150,7 @@ def command() -> Command:
     add("--scale", type=float, default=1.0, help="factor of all lengths, for a small model")
     add("--policies", type=names, default=names(POLICIES), metavar="NAME,NAME,...")
     add("--seeds", type=ints, default=[1], metavar="N,N,...")
+    add("--fork", choices=["server", "client"], default="server", help="who branches and joins answers")
     add("--tpot-slo", type=_auto, help="seconds, or auto: twice the unloaded TPOT")
     add("--ttft-slo", type=float, default=5.0, help="seconds")
     add("--warmup", type=float, default=45.0, help="seconds before the window")
@@ -167,7 +169,7 @@ def _auto(text: str) -> float | None:
 def compare(options: argparse.Namespace, typed: str, address: str, url: str | None) -> dict[str, Any]:
     """All that was measured, also where it was interrupted."""
     times = {f"{name}_s": getattr(options, name) for name in ("warmup", "window", "cooldown", "drain")}
-    asked = {"workload": options.workload, "scale": options.scale, **times}
+    asked = {"workload": options.workload, "fork": options.fork, "scale": options.scale, **times}
     found: dict[str, Any] = {**result.head(typed), **asked, "points": [], "rows": [], "left_out": []}
     try:
         asyncio.run(Comparison(options, found, clock() + options.budget_seconds).run(address, url))

@@ -12,10 +12,13 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from statistics import fmean
+from typing import Any, Literal
 
+from bench.load.client_forks import ForkingClient
 from bench.load.driver import Answer, Driver, Reply, message, sleep_until
 from bench.load.measures import MEASURES, Run, Window, milliseconds, quantile
 from bench.load.server_metrics import late_shares, scrape, server_row
@@ -25,15 +28,18 @@ from scheduler.request import Slo
 from taper_client import AsyncClient
 from taper_client.errors import ServiceError
 
+Ask = Callable[[Reply], Coroutine[Any, Any, None]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is the same for every policy."""
+    """What is the same for every policy. `fork`: who divides answers into branches, and joins them."""
 
     workload: Workload
     slo: Slo
     window: Window
     vocab_size: int
+    fork: Literal["server", "client"] = "server"
 
 
 @dataclass(slots=True)
@@ -52,11 +58,11 @@ class Trial:
     async def play(self, driver: Driver, metrics_url: str | None) -> None:
         """Serve until every request of the window is answered, then give up the others."""
         window, clients = self.setting.window, self.setting.workload.clients
-        requests = self._messages()
+        requests = [*self._requests(driver)]
         with no_collections():
             cpu, self.start = time.process_time(), clock()
             async with asyncio.TaskGroup() as group:
-                senders = [group.create_task(sender) for sender in self._senders(group, driver, requests)]
+                senders = [group.create_task(sender) for sender in self._senders(group, requests)]
                 await sleep_until(self.start + window.warmup)
                 before = await asyncio.to_thread(scrape, metrics_url)
                 await sleep_until(self.start + window.end)
@@ -79,19 +85,23 @@ class Trial:
         window = self.setting.window
         return [i for i, reply in enumerate(self.replies) if reply.due - self.start in window]
 
-    def _messages(self) -> list[bytes]:
+    def _requests(self, driver: Driver) -> Iterator[Ask]:
+        """For each item of the workload, what asks for it."""
         salt, setting = uuid.uuid4().hex, self.setting
-        return [
-            message(item, f"{salt}-{index}", index, setting.vocab_size, slo=setting.slo, salt=salt)
-            for index, item in enumerate(setting.workload.items)
-        ]
+        for index, item in enumerate(setting.workload.items):
+            asked = {"id": f"{salt}-{index}", "seed": index, "vocab_size": setting.vocab_size}
+            asked |= {"slo": setting.slo, "salt": salt}
+            if setting.fork == "client":
+                yield partial(ForkingClient(item=item, **asked).ask, driver)
+            else:
+                yield partial(driver.ask, message(item, **asked))
 
-    def _senders(self, group: asyncio.TaskGroup, driver: Driver, requests: Sequence[bytes]) -> list[Any]:
+    def _senders(self, group: asyncio.TaskGroup, requests: Sequence[Ask]) -> list[Any]:
         items, left = self.setting.workload.items, iter(requests)
 
-        def send(request: bytes, due: float) -> asyncio.Task[None]:
+        def send(request: Ask, due: float) -> asyncio.Task[None]:
             self.replies.append(Reply(due))
-            self._calls.append(group.create_task(driver.ask(request, self.replies[-1])))
+            self._calls.append(group.create_task(request(self.replies[-1])))
             return self._calls[-1]
 
         async def open_loop() -> None:
@@ -129,11 +139,14 @@ class Trial:
         answers = [Answer.of(reply) for reply in self.replies]
         run, measured = self.run(answers), [self.replies[i] for i in self.measured]
         gaps = [gap for i in self.measured for gap in answers[i].gaps]
+        messages = [sum(len(call.messages) for call in reply.calls) for reply in measured]
         lags = [reply.sent - reply.due for reply in measured]
         return {
             **run.row(),
             **{f"good_requests_s_{each}": sum(run.good(each)) / run.seconds for each in MEASURES},
             "gap_p99_ms": milliseconds(quantile(gaps, 0.99)),
+            "calls": fmean(len(reply.calls) for reply in measured) if measured else None,
+            "messages": fmean(messages) if measured else None,
             "arrived": len(measured),
             "finished": sum(record.finished for record in run.records),
             "errors": Counter(reply.error for reply in measured if reply.error),

@@ -25,6 +25,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(headline, "RIVALS", ("taper", "off"))
     monkeypatch.setattr(headline, "OTHERS", ("cap:2",))
     monkeypatch.setattr(headline, "SEEDS", (1, 2))
+    monkeypatch.setattr(headline, "BY_CLIENT", Load("headline", 15, fork="client"))
+    monkeypatch.setattr(headline, "ITS_POLICIES", ("taper",))
     monkeypatch.setattr(trial, "ALONE", Item(0.0, 20, ((200,),)))
     with serving() as server:
         monkeypatch.setattr(headline, "started", lambda arguments: contextlib.nullcontext(server))
@@ -35,13 +37,14 @@ def test_the_most_telling_runs_come_first() -> None:
     runs = [(run.load.workload, run.seed, run.policy) for run in plan()]
     assert runs[:4] == [(name, 1, policy) for name in ("headline", "mixed") for policy in ("taper", "off")]
     assert runs[-2:] == [(name, 1, "cap:2") for name in ("headline", "mixed")]
-    assert len({*runs}) == len(runs) == 10
+    assert runs[4] == ("headline", 1, "taper")
+    assert len({*plan()}) == len(runs) == 12
 
 
 def test_what_a_folder_lacks_is_made_and_nothing_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(main([str(tmp_path)])["missing"]) == 10  # no minutes, no run
+    assert len(main([str(tmp_path)])["missing"]) == 12  # no minutes, no run
     assert main([str(tmp_path), *QUICK])["missing"] == []
     assert {*made(results(tmp_path))} == {*plan()}
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -49,8 +52,8 @@ def test_what_a_folder_lacks_is_made_and_nothing_twice(
     main([str(tmp_path), *QUICK])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     printed = capsys.readouterr().out
-    assert "10 runs are there, 0 are missing" in printed
-    assert printed.count("\ntaper        2    1.00") == 2  # at two loads, over two seeds
+    assert "12 runs are there, 0 are missing" in printed
+    assert printed.count("\ntaper        2 ") == 3  # at two loads and by the client, over two seeds
 
     (lost,) = tmp_path.glob("mixed-20-seed2.json")
     lost.unlink()
@@ -60,13 +63,13 @@ def test_what_a_folder_lacks_is_made_and_nothing_twice(
 
 
 def test_no_run_begins_that_would_not_end(tmp_path: Path) -> None:
-    assert len(main([str(tmp_path), *QUICK, "--minutes", "0.001"])["missing"]) == 10
+    assert len(main([str(tmp_path), *QUICK, "--minutes", "0.001"])["missing"]) == 12
 
 
 def test_a_run_that_was_made_twice_is_an_error(tmp_path: Path) -> None:
     def written(name: str, *, closed: bool) -> None:
         row, point = {"load": 40, "seed": 1, "policy": "off"}, {"load": 40, "seed": 1, "closed": closed}
-        found = {"workload": "headline", "points": [point], "rows": [row]}
+        found = {"workload": "headline", "fork": "server", "points": [point], "rows": [row]}
         (tmp_path / name).write_text(json.dumps(found))
 
     written("a.json", closed=False)

@@ -60,6 +60,16 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return happened
 
 
+def test_a_client_that_forks_by_itself_gets_the_same_tokens(server: Served) -> None:
+    asked = ["--policies", "eager", "--rates", "15", "--fork"]
+    by_server, by_client = (compare(server, *asked, fork)["rows"][0] for fork in ("server", "client"))
+    assert by_client["finished"] == by_server["finished"] == by_server["arrived"] > 0
+    assert by_client["errors"] == {}
+    assert by_client["attainment_stage"] is not None
+    assert by_client["calls"] > by_server["calls"] == 1
+    assert by_client["messages"] > by_server["messages"]
+
+
 def test_every_policy_serves_the_same_requests(server: Served, tmp_path: Path, done: list[str]) -> None:
     out = tmp_path / "result.json"
     options = ["--policies", "off,eager", "--rates", "15,30", "--tpot-slo", "auto", "--json", str(out)]
