@@ -1,4 +1,4 @@
-"""What a request does next: walks through its program.
+"""The cursor: walks through a request's program, and says what comes next.
 
 A program is data; a `Cursor` is where one branch stands in it. Asked at the end of a stage, or after each
 token, it answers with the next `Action`: decode, fork, or end. Answers depend on the branch's own tokens and

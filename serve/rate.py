@@ -1,4 +1,4 @@
-"""How fast tokens have lately come out."""
+"""Tokens per second over the last few seconds, as the engine tells clients and metrics."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from docs.make.pages import pages
 from taper_client.errors import RETRY_AFTER
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("attention", "model", "scheduler", "serve")
 
 
 def test_the_pages_that_are_made_from_the_code_are_those_of_the_code() -> None:
@@ -19,24 +17,11 @@ def test_the_pages_that_are_made_from_the_code_are_those_of_the_code() -> None:
     assert stale == [], "`make pages` makes them anew"
 
 
-def source_files() -> set[str]:
-    tracked = subprocess.run(
-        ["git", "ls-files", *ROOMS], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    return {
-        file
-        for file in tracked.stdout.split()
-        if file.endswith(".py")
-        and not file.startswith("serve/client/taper_client/v1/")
-        and (not file.endswith("__init__.py") or (ROOT / file).read_text().count("\n") > 1)
-    }
-
-
-def test_the_map_names_every_source_file_once() -> None:
+def test_the_files_that_a_request_passes_exist() -> None:
     page = (ROOT / "docs/life-of-a-request.md").read_text()
-    named = Counter(re.findall(rf"`((?:{'|'.join(ROOMS)})/[\w/]+\.py)`", page))
-    assert set(named) == source_files()
-    assert {file for file, times in named.items() if times > 1} == set()
+    named = re.findall(r"`((?:attention|docs|model|scheduler|serve)/[\w/]*(?:\.py)?)`", page)
+    assert len(named) > 40
+    assert [file for file in named if not (ROOT / file).exists()] == []
 
 
 RECIPES = (

@@ -1,4 +1,4 @@
-"""Where an address leads."""
+"""Whether an address leads to this machine itself, or elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `taper_client` exports."""
+"""The names that `taper_client` exports."""
 
 from .answer import (
     BranchFinished,
