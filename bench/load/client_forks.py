@@ -8,7 +8,9 @@ server's prefix cache finds again what it has computed, in whole pages.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bench.load.driver import Driver, Reply
 from bench.load.workload import Item
@@ -19,6 +21,32 @@ from taper_client import Options, generate_request
 from taper_client.v1 import inference_service_pb2 as pb
 
 Ids = tuple[int, ...]
+
+
+class Part(NamedTuple):
+    """A request without branches: its prompt, and how many tokens it gets."""
+
+    prompt: Ids
+    tokens: int
+
+
+def parts_of(item: Item, seed: int, vocab_size: int = 32_000) -> Generator[list[Part], Sequence[Ids], None]:
+    """What is asked for at a time, stage after stage; it is told what was sampled for each part.
+
+    Prompts and lengths are those of `item.request`.
+    """
+    request = item.request("", Slo(), seed, vocab_size)
+    assert isinstance(request.program, Plan)
+    said = request.prompt
+    for stage in request.program.stages:
+        branches = stage.branches if isinstance(stage, ParallelStage) else (stage,)
+        prefixes = [tuple(branch.prefix) for branch in branches]
+        sampled = yield [
+            Part(said + prefix, branch.stopping.max_tokens or 0)
+            for prefix, branch in zip(prefixes, branches, strict=True)
+        ]
+        for prefix, ids in zip(prefixes, sampled, strict=True):
+            said += prefix + ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,42 +65,37 @@ class ForkingClient:
 
     async def ask(self, driver: Driver, reply: Reply) -> None:
         """Read all requests into `reply.parts`, until one fails, whose error is then the answer's."""
-        request = self.item.request(self.id, Slo(), self.seed, self.vocab_size)
-        assert isinstance(request.program, Plan)
-        said, reply.sent = request.prompt, clock()
+        parts, reply.sent = parts_of(self.item, self.seed, self.vocab_size), clock()
         try:
-            for stage in request.program.stages:
-                branches = stage.branches if isinstance(stage, ParallelStage) else (stage,)
-                prefixes = [tuple(branch.prefix) for branch in branches]
-                lengths = [branch.stopping.max_tokens or 0 for branch in branches]
-                reply.parts.append(parts := [Reply(clock()) for _ in branches])
+            wanted = next(parts)
+            while not reply.error:
+                reply.parts.append(replies := [Reply(clock()) for _ in wanted])
                 async with asyncio.TaskGroup() as calls:
-                    for number, part in enumerate(parts):
-                        message = self._message(said + prefixes[number], lengths[number], number, reply)
-                        calls.create_task(driver.ask(message, part))
-                reply.error = next((part.error for part in parts if part.error), "")
-                if reply.error:
-                    return
-                for prefix, part in zip(prefixes, parts, strict=True):
-                    said += prefix + sampled(part)
+                    for number, (part, own) in enumerate(zip(wanted, replies, strict=True)):
+                        message = self._message(part, len(reply.parts), number)
+                        calls.create_task(driver.ask(message, own))
+                reply.error = next((own.error for own in replies if own.error), "")
+                wanted = parts.send([sampled(own) for own in replies])
+        except StopIteration:
+            return
         except asyncio.CancelledError:
             reply.error = "cancelled by the client"
             raise
         finally:
             reply.ended = clock()
 
-    def _message(self, prompt: Ids, tokens: int, branch: int, reply: Reply) -> bytes:
+    def _message(self, part: Part, stage: int, branch: int) -> bytes:
         options = Options(
-            max_tokens=tokens,
+            max_tokens=part.tokens,
             ignore_eos=True,
             seed=self.seed + branch,
             token_ids=True,
-            request_id=f"{self.id}.{len(reply.parts)}.{branch}",
+            request_id=f"{self.id}.{stage}.{branch}",
             cache_salt=self.salt,
             tpot_slo_ms=1e3 * self.slo.tpot,
             ttft_slo_ms=1e3 * self.slo.ttft,
         )
-        return generate_request(prompt, **options).SerializeToString()
+        return generate_request(part.prompt, **options).SerializeToString()
 
 
 def sampled(reply: Reply) -> Ids:

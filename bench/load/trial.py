@@ -16,13 +16,13 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from bench.load.client_forks import ForkingClient
 from bench.load.driver import Answer, Driver, Reply, message, sleep_until
 from bench.load.measures import MEASURES, Run, Window, milliseconds, quantile
 from bench.load.server_metrics import late_shares, scrape, server_row
-from bench.load.workload import ALONE, Workload
+from bench.load.workload import ALONE, Fork, Workload
 from bench.timing import clock, no_collections
 from scheduler.request import Slo
 from taper_client import AsyncClient
@@ -39,7 +39,7 @@ class Setting:
     slo: Slo
     window: Window
     vocab_size: int
-    fork: Literal["server", "client"] = "server"
+    fork: Fork = "server"
 
 
 @dataclass(slots=True)

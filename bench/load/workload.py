@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,6 +37,7 @@ HEADLINE_RATE, HEADLINE_CLIENTS = 1.6, 40
 REQUESTS_PER_SECOND = 10  # of a closed loop, at most: so many are prepared
 
 Lengths = tuple[tuple[int, ...], ...]
+Fork = Literal["server", "client"]  # who divides an answer into branches, and joins them
 
 
 @dataclass(frozen=True, slots=True)

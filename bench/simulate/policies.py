@@ -54,6 +54,7 @@ def command() -> Command:
     add("--rate", type=float, help="requests per second, instead of the workload's own")
     add("--clients", type=int, help="clients of a closed loop, instead of arrivals")
     add("--tpot-slo", type=float, help="seconds, instead of twice the unloaded TPOT")
+    add("--fork", choices=["server", "client"], default="server", help="who branches and joins answers")
     add("--reject-late", action="store_true", help="requests would rather be refused than late")
     add("--controller", default="{}", help="fields of ControllerConfig, as JSON")
     add("--max-chunk", type=int, default=512)
@@ -81,6 +82,7 @@ def setting_of(options: Namespace) -> Setting:
         slo=replace(slo, reject=options.reject_late),
         window=window,
         seed=options.seed,
+        fork=options.fork,
         controller=replace(
             ControllerConfig(**json.loads(options.controller)),
             max_chunk=options.max_chunk,
@@ -98,6 +100,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "profile": setting.profile.name,
         "step_log": options.step_log and options.step_log.name,
         "workload": options.workload,
+        "fork": options.fork,
         "seed": options.seed,
         "tpot_slo_ms": 1e3 * setting.slo.tpot,
         "ttft_slo_s": setting.slo.ttft,

@@ -9,24 +9,27 @@ import math
 import multiprocessing
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.load.client_forks import parts_of
 from bench.load.measures import Record, Run, Window
-from bench.load.workload import ALONE, TPOT_SLO_MULTIPLE, TTFT_SLO, Workload
+from bench.load.workload import ALONE, TPOT_SLO_MULTIPLE, TTFT_SLO, Fork, Item, Workload
 from bench.timing import no_collections
 from scheduler.controller import Controller, ControllerConfig
 from scheduler.events import Finished, TokenEmitted
 from scheduler.predictor import Costs, StepLatencyModel
-from scheduler.request import Slo
+from scheduler.program import Plan, SerialStage
+from scheduler.request import Request, Slo
 from scheduler.scheduler import RejectedError, Scheduler, SchedulerConfig
 from scheduler.step import Sample, ScheduledStep, StepResult
+from scheduler.stopping import Stopping
 from serve.door import StepRecord
 from serve.engine.calibration import load_profile
 from serve.engine.step_log import read_steps
@@ -95,7 +98,11 @@ class Profile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is the same for every policy. `seed`: of the noise, and of where a log's steps begin."""
+    """What is the same for every policy.
+
+    seed  of the noise, and of where a log's steps begin
+    fork  who divides answers into branches, and joins them
+    """
 
     profile: Profile
     workload: Workload
@@ -104,6 +111,7 @@ class Setting:
     seed: int = 0
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     reserve: float = 1.0
+    fork: Fork = "server"
 
 
 def late_as(profile: Profile, step_log: Path | None) -> Profile:
@@ -135,10 +143,41 @@ class NoText:
         return ""
 
 
+@dataclass(slots=True)
+class _Asked:
+    """What a client asks for. `rounds`: what it sends at a time; `open`: how much of it has no answer."""
+
+    index: int
+    record: Record
+    rounds: Iterator[Sequence[Request]]
+    open: int = 0
+
+
+def by_client(item: Item, index: int, slo: Slo) -> Iterator[list[Request]]:
+    """The requests of a client that forks and joins by itself (bench.load.client_forks)."""
+    parts = parts_of(item, index)
+    wanted = next(parts)
+    for stage in count():
+        yield [
+            Request(
+                id=f"{index}.{stage}.{number}",
+                prompt=part.prompt,
+                program=Plan(stages=(SerialStage(stopping=Stopping(max_tokens=part.tokens)),)),
+                slo=slo,
+            )
+            for number, part in enumerate(wanted)
+        ]
+        try:
+            wanted = parts.send([(Simulation.TOKEN.token,) * part.tokens for part in wanted])
+        except StopIteration:
+            return
+
+
 class Simulation:
     """One policy serving one workload: `serve`, then `run`.
 
     tokens, turns  emitted within the window, and how many pairs of a step and a request emitted any
+    computed       prompt tokens that were not in the cache, of all finished requests
     """
 
     TOKEN = Sample(0)
@@ -166,15 +205,15 @@ class Simulation:
                 max_context=MAX_CONTEXT,
                 max_queue=len(setting.workload.items) + 1,
                 reserve=setting.reserve,
-                prefix_cache=False,  # prompts are random
+                prefix_cache=setting.fork == "client",  # else no prompt comes twice
             ),
             controller(latency or profile.latency(), policy, setting.controller),
             NoText(),
         )
         self.now = 0.0
-        self.records: dict[str, Record] = {}
+        self.records: list[Record] = []  # in the order of the workload
         self.steps = 0
-        self.tokens = self.turns = 0
+        self.tokens = self.turns = self.computed = 0
         self.error_sums = [0.0, 0.0]  # of (measured - predicted) / measured, signed and absolute
         self.planning = 0.0
         self.preemptions: list[int] = []
@@ -183,7 +222,8 @@ class Simulation:
         self._excess = cycle(profile.excess[first:] + profile.excess[:first])
         self._waiting = deque(enumerate(setting.workload.items))
         self._sent = 0
-        self._to_measure: set[str] = set()
+        self._to_measure: set[int] = set()
+        self._asked: dict[str, _Asked] = {}  # by the id of a request that is not answered
 
     # --- the engine's loop -----------------------------------------------------------------------------
 
@@ -244,10 +284,11 @@ class Simulation:
             self.tokens += sampling.total()
         for event in events:
             if type(event) is TokenEmitted:
-                self.records[event.request_id].emit(end)
+                self._asked[event.request_id].record.emit(end)
             elif type(event) is Finished:
                 self.preemptions.append(event.usage.preemptions)
-                self._answered(event.request_id)
+                self.computed += event.usage.prompt_tokens - event.usage.cached_tokens
+                self._ended(event.request_id)
 
     # --- the clients -----------------------------------------------------------------------------------
 
@@ -261,30 +302,50 @@ class Simulation:
         if not self._waiting:
             return
         index, item = self._waiting.popleft()
-        request = item.request(str(index), self.setting.slo, index)
-        self.records[request.id] = Record(item, now)
+        record, slo = Record(item, now), self.setting.slo
+        self.records.append(record)
         if now in self.setting.window:
-            self._to_measure.add(request.id)
-        try:
-            self.scheduler.add(request, now)
-        except RejectedError:
-            self._refused(request.id)
+            self._to_measure.add(index)
+        if self.setting.fork == "client":
+            rounds = by_client(item, index, slo)
+        else:
+            rounds = iter([[item.request(str(index), slo, index)]])
+        self._go_on(_Asked(index, record, rounds), now)
+
+    def _go_on(self, asked: _Asked, now: float) -> None:
+        """Send what the client asks for next, if anything."""
+        requests = next(asked.rounds, []) if asked.record.refused is None else []
+        if not requests:
+            self._answered(asked)
+            return
+        asked.open = len(requests)
+        for request in requests:
+            self._asked[request.id] = asked
+            try:
+                self.scheduler.add(request, now)
+            except RejectedError:
+                self._refused(request.id)
 
     def _refused(self, request_id: str) -> None:
-        self.records[request_id].refused = self.now
-        self._answered(request_id)
+        self._asked[request_id].record.refused = self.now
+        self._ended(request_id)
 
-    def _answered(self, request_id: str) -> None:
-        record = self.records[request_id]
-        record.finished = record.refused is None
-        self._to_measure.discard(request_id)
+    def _ended(self, request_id: str) -> None:
+        asked = self._asked.pop(request_id)
+        asked.open -= 1
+        if not asked.open:
+            self._go_on(asked, self.now)
+
+    def _answered(self, asked: _Asked) -> None:
+        asked.record.finished = asked.record.refused is None
+        self._to_measure.discard(asked.index)
         if self.setting.workload.clients is not None:
             self._send_next(self.now)
 
     @property
     def measured(self) -> list[Record]:
         """Everything that arrived in the window."""
-        return [record for record in self.records.values() if record.arrival in self.setting.window]
+        return [record for record in self.records if record.arrival in self.setting.window]
 
     def run(self) -> Run:
         """What clients saw of the requests that arrived in the window, and what was served in it."""
@@ -306,7 +367,7 @@ def unloaded_tpot(profile: Profile) -> float:
     slo = Slo(tpot=1.0, ttft=TTFT_SLO)
     alone = Simulation(Setting(profile=profile.exact(), workload=workload, slo=slo), "off")
     alone.serve()
-    return alone.records["0"].mean_tpot
+    return alone.records[0].mean_tpot
 
 
 def targets(profile: Profile, multiple: float = TPOT_SLO_MULTIPLE) -> Slo:
@@ -334,5 +395,6 @@ def simulate(setting: Setting, policy: str) -> tuple[dict[str, Any], dict[str, f
         "bias": simulation.error_sums[0] / steps,
         "mape": simulation.error_sums[1] / steps,
         "preemptions": sum(simulation.preemptions),
+        "computed": simulation.computed,
     }
     return simulation.run().row(), cost

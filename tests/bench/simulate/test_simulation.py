@@ -29,13 +29,13 @@ def setting(**changes: Any) -> Setting:
 def test_what_arrived_in_the_window_is_measured() -> None:
     serial = Item(0.0, 1, ((20,),))
     simulation = Simulation(setting(window=Window(10.0, 20.0)), "off")
-    simulation.records = {
-        "before": seen(serial, 10.5, *[0.01] * 19, arrival=9.0),
-        "good": seen(serial, 11.0, *[0.01] * 19, arrival=10.0),
-        "not started": Record(serial, 13.0),
-        "answered after": seen(serial, 20.5, *[0.01] * 19, arrival=19.9),
-        "after": seen(serial, 21.0, *[0.01] * 19, arrival=20.0),
-    }
+    simulation.records = [
+        seen(serial, 10.5, *[0.01] * 19, arrival=9.0),  # before it
+        seen(serial, 11.0, *[0.01] * 19, arrival=10.0),
+        Record(serial, 13.0),  # not answered
+        seen(serial, 20.5, *[0.01] * 19, arrival=19.9),  # answered after it
+        seen(serial, 21.0, *[0.01] * 19, arrival=20.0),  # after it
+    ]
     result = simulation.run().row()
     assert result["attainment_stage"] == 2 / 3
     assert result["goodput_stage"] == (20 + 20) / 10
@@ -73,7 +73,7 @@ def test_what_is_served_counts_when_it_comes_and_not_who_asked() -> None:
         simulation.serve()
         return simulation
 
-    (whole,) = served(Window()).records.values()
+    (whole,) = served(Window()).records
     middle = (whole.first + whole.last) / 2
     before, after = served(Window(end=middle)), served(Window(middle))
     assert (before.tokens + after.tokens, before.turns + after.turns) == (40, 40)
@@ -85,7 +85,7 @@ def test_what_is_served_counts_when_it_comes_and_not_who_asked() -> None:
 def test_a_step_counts_where_it_ends() -> None:
     whole = Simulation(setting(), "off")
     whole.serve()
-    first = whole.records["0"].first
+    first = whole.records[0].first
     for end, tokens in ((first, 0), (first + 1e-9, 1)):
         simulation = Simulation(setting(window=Window(0.0, end)), "off")
         simulation.serve()
@@ -97,7 +97,24 @@ def test_it_ends_once_all_that_is_measured_is_answered() -> None:
     workload = Workload("hand-made", "poisson", 0, items)
     simulation = Simulation(setting(workload=workload, window=Window(0.0, 0.01)), "off")
     simulation.serve()
-    assert [record.finished for record in simulation.records.values()] == [True, False]
+    assert [record.finished for record in simulation.records] == [True, False]
+
+
+def test_a_client_that_forks_by_itself_gets_the_same_tokens_from_more_requests() -> None:
+    """Whole pages of what was said before are found in the cache; what the branches said is read again."""
+    item = Item(0.0, 640, ((64,), (40, 30, 50), (20,)))
+    workload = Workload("hand-made", "poisson", 0, (item, replace(item, arrival=0.1)))
+    computed = {}
+    for fork in ("server", "client"):
+        simulation = Simulation(setting(workload=workload, fork=fork), "eager")
+        simulation.serve()
+        assert [record.finished for record in simulation.records] == [True, True]
+        assert {record.tokens for record in simulation.records} == {item.tokens}
+        assert {len(record.stage_ends) for record in simulation.records} == {3}
+        computed[fork] = simulation.computed
+    assert computed["server"] == 2 * 640
+    joined, page = 40 + 30 + 50, PROFILE.page_size
+    assert 2 * (640 + joined) < computed["client"] < 2 * (640 + joined + 5 * page)
 
 
 def test_what_is_not_answered_in_time_is_given_up() -> None:
