@@ -8,7 +8,7 @@ The programs are those that taper-serve would compile there for one bucket: its 
 shapes alone. libtpu does the rest, for real chips, on this host (it comes with the extra `tpu`). Memory is
 what the compiled programs need, collectives are those of their HLO, cycles those of the kernels' static
 schedules. Seconds are estimates from these and from published figures, for a decode step of the rows in
-groups of branches: nothing of them has been measured. docs/benchmarks.md has the formulas.
+groups of branches: nothing of them has been measured. docs/notebook/measures.md has the formulas.
 """
 
 from __future__ import annotations

@@ -75,3 +75,9 @@ def test_links_between_pages_lead_somewhere() -> None:
                 headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
                 slugs = {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
                 assert anchor[1:] in slugs, f"{page.name}: {target}{anchor}"
+
+
+def test_the_files_that_hold_the_figures_exist() -> None:
+    named = re.findall(r"`([\w*-]+\.json)`", (ROOT / "docs/results.md").read_text())
+    assert len(named) > 5
+    assert [name for name in named if not [*(ROOT / "bench/results").glob(name)]] == []
