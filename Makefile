@@ -11,7 +11,7 @@ PIP    := $(BIN)/pip install --no-compile $(shell test -t 2 || echo --quiet)
 WITHOUT_JAX := $(addprefix tests/,scheduler serve/client serve/reading serve/server serve/text serve/test_config.py serve/test_config_file.py)
 PLANNERS := $(addprefix tests/,attention/test_layout.py attention/test_tiles.py test_rooms.py)
 
-.PHONY: demo test-fast test test-tpu test-all test-deploy check test-oracle test-answers lock protos pages clean
+.PHONY: demo test-fast test sample test-tpu test-all test-deploy check test-oracle test-answers lock protos pages clean
 
 demo: $(VENV)/.installed
 	$(BIN)/taper-demo --model $(MODEL)
@@ -21,9 +21,12 @@ test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --without-jax $(WITHOUT_JAX)
 	$(BIN)/python -m pytest -n 2 $(PLANNERS)
 
-# For every commit: a sample of the matrices. Its CPU seconds are printed, and those of one test are bounded;
-# CONTRIBUTING.md says how.
-test: $(VENV)/.installed-test check
+# For every commit: style and types beside a sample of the matrices. The CPU seconds of the sample are printed,
+# and those of one test are bounded; CONTRIBUTING.md says how.
+test: $(VENV)/.installed-test
+	$(MAKE) --no-print-directory --jobs 2 check sample
+
+sample: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 --cpu-bound 15 --ignore tests/tpu
 
 # The same for TPUs: what libtpu compiles for chips that are not here, and what is slow in the interpreter.

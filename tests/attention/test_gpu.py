@@ -44,7 +44,7 @@ MATRIX = list(
 )
 
 
-@pytest.mark.parametrize("seed", sampled(range(10), range(4)))
+@pytest.mark.parametrize("seed", sampled(range(10), range(2)))
 def test_groups_of_branches_agree_with_brute_force(seed: int) -> None:
     groups, width, prefix, tails, gqa, page_size, head_dim = Random(seed).choice(MATRIX)
     if not prefix and tails == [0]:
@@ -103,7 +103,7 @@ def fused_exp2(factor: float, x: Array, shift: Array, *, fast: bool) -> Array:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("head_dim", sampled([16, 32, 64, 128], [16, 128]))
+@pytest.mark.parametrize("head_dim", sampled([16, 32, 64, 128], [16]))
 def test_the_fused_exponential_is_safe_where_a_row_has_seen_nothing(
     head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +120,7 @@ def test_the_fused_exponential_is_safe_where_a_row_has_seen_nothing(
     assert lse < 5e-6
 
 
-@pytest.mark.parametrize("workers", sampled([2, 64, 4096], [2, 4096]))
+@pytest.mark.parametrize("workers", sampled([2, 64, 4096], [4096]))
 def test_splits_change_nothing(workers: int) -> None:
     reads = groups_of_branches(1, 5, 511, [300, 1, 64, 17, 255], 16)
     tiling = replace(BACKEND.tiling(heads=4, kv_heads=2, page_size=16), workers=workers)

@@ -53,7 +53,7 @@ PROGRAMS = [
     *product(["v5e", "v5p"], [1, 2], [1, 2, 5, 8], [16, 32, 64, 128], [32, 64, 128], ["bfloat16", "float32"]),
 ]
 EVERY_RUN = [
-    ("v5e", 2, 8, 64, 128, "bfloat16"),  # two heads at once, as Qwen3-32B on four devices
+    ("v5e", 2, 2, 16, 32, "bfloat16"),  # two heads at once
     ("v5p", 1, 5, 16, 32, "float32"),  # a window begins before its tile; keys and values in one plane
 ]
 
@@ -99,7 +99,7 @@ def of_three_heads(reads: list[Read]) -> Case:
 
 
 @given(forests(page_sizes=(16,)))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_random_trees_agree_with_brute_force(forest: Forest) -> None:
     of_three_heads(forest.reads)
 

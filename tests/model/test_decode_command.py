@@ -24,10 +24,7 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return capsys.readouterr().out
 
 
-SAMPLE = ["qwen3-gqa1-tied", "llama3-scaled-untied-bf16", "qwen2-yarn-untruncated"]
-
-
-@pytest.mark.parametrize("name", sampled(CHECKPOINTS, SAMPLE))
+@pytest.mark.parametrize("name", sampled(CHECKPOINTS, ["qwen3-gqa1-tied"]))
 def test_the_command_goes_on_as_transformers_does(
     name: str, golden_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,6 +77,7 @@ def test_every_policy_gives_the_same_tokens(
     assert serve(default_runner, tasks, policy=policy).answers() == served.answers()
 
 
+@pytest.mark.full
 def test_preemption_and_a_limit_of_sixteen_rows_change_no_token(
     default_runner: Runner, served: Run, tasks: list[Task]
 ) -> None:

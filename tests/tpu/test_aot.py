@@ -113,7 +113,8 @@ def test_a_topology_that_there_is_not_is_refused(topology: str, count: int | Non
         devices(topology, count)
 
 
-@pytest.mark.parametrize("chips", [pytest.param(1, marks=pytest.mark.full), 8])
+@pytest.mark.full
+@pytest.mark.parametrize("chips", [1, 8])
 def test_the_loop_of_taper_decode_compiles(chips: int) -> None:
     """For eight prompts, which are one pass of 256 rows, and 96 tokens of each of 64 branches."""
     chosen = devices("v5e:2x4", chips)

@@ -81,6 +81,7 @@ def test_a_server_answers_forks_and_joins_as_on_a_cpu(
     assert {name: len(each.tokens) for name, each in answers[Xla()].items()} == {"kv": 3, "reprefill": 3}
 
 
+@pytest.mark.full
 def test_offline_decoding_gives_the_tokens_of_a_cpu(device_backend: Callable[[Backend], None]) -> None:
     """A loop on the device, which fills the pages of two branches."""
     model = ModelSource.find("default", "auto").load(jnp.dtype("float32"), ON_ONE_DEVICE, seed=0)

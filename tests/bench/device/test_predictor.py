@@ -58,6 +58,7 @@ def test_the_margin_is_the_one_before_the_step_was_learned_from() -> None:
     assert latency.accuracy.snapshot().bias > 0.0
 
 
+@pytest.mark.full
 def test_a_server_is_calibrated_and_its_predictions_are_measured(
     tmp_path: Path, compiled: str, one_layer: str
 ) -> None:

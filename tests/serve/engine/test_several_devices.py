@@ -40,6 +40,7 @@ def served(kv_heads: int, count: int, **settings: Any) -> Run:
     return run(runner(kv_heads, count), requests(), **settings)
 
 
+@pytest.mark.full
 def test_the_memory_plan_is_that_of_each_device() -> None:
     shared = runner(2, 4)
     with compiled_quickly():
