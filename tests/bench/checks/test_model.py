@@ -72,12 +72,14 @@ def compared_with_one_device(without_a_process: None, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("without_transformers", "compared_with_one_device")
+@pytest.mark.full
 def test_a_model_over_two_devices_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--scale", "tiny", "--tensor-parallel", "2"])["ok"]
     assert "Ran on 2 x cpu" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("without_transformers", "compared_with_one_device")
+@pytest.mark.full
 def test_devices_that_tell_each_other_nothing_fail_every_check(monkeypatch: pytest.MonkeyPatch) -> None:
     def apart(config: ModelConfig, devices: int, *, peer_memory: bool) -> Placement:
         assert not peer_memory

@@ -87,7 +87,8 @@ def test_the_simulator_agrees_with_itself(
     serving = {"serving": {"factors": PROFILE.factors}}
     (tmp_path / "p.json").write_text(json.dumps(profile | {"forms": PROFILE.forms} | serving))
     monkeypatch.setattr(agreement, "in_processes", InOneProcess)
-    found = agreement.main([str(tmp_path / "real.json"), "--profile", str(tmp_path / "p.json")])
+    options = ["--profile", str(tmp_path / "p.json"), "--runs", "2"]
+    found = agreement.main([str(tmp_path / "real.json"), *options])
     (only,) = found["rows"]
     assert only["agrees"]
     assert only["goodput_off"] == 0.0
