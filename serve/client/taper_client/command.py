@@ -26,6 +26,7 @@ from .options import Options, SamplingOptions
 from .plan import branch, model_driven, parallel, serial
 from .request import Prompt
 from .terminal import SHOWN_AGAIN, show_live
+from .v1 import inference_service_pb2 as pb
 from .version import VERSION
 
 _INTERRUPTED = 130
@@ -57,7 +58,7 @@ class Ask:
     """Text that ends a sequence; repeat it for each such text."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
     keep_special_tokens: bool = False
-    """Show special tokens, such as the tags by which some models branch."""
+    """Show special tokens; and in a terminal the tags by which some models branch, special or not."""
     timeout: float | None = None
     """Seconds after which to give up; as long as it takes unless set."""
     json: bool = False
@@ -151,7 +152,9 @@ def _answer(client: Client, ask: Ask) -> None:
     if ask.json:
         print(json.dumps(client.complete(prompt, **options).as_dict()))
     elif sys.stdout.isatty():
-        show_live(client.generate(prompt, **options), Console())
+        forks_by_itself = isinstance(options.get("plan"), pb.ModelDriven)
+        tags = ask.keep_special_tokens or not forks_by_itself
+        show_live(client.generate(prompt, **options), Console(), tags=tags)
     else:
         print(client.complete(prompt, **options))
 
