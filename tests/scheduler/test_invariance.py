@@ -119,6 +119,20 @@ def test_a_token_may_be_lent_on_before_anything_follows_it(join: str, in_flight:
     assert_says(serve(load, Setting(in_flight=in_flight), MODEL), load, MODEL)
 
 
+@pytest.mark.parametrize("join", ["kv", "reprefill"])
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_a_token_comes_back_from_branches_that_are_not_joined(join: str, in_flight: int) -> None:
+    """The join further up reads it, as the last one that its branch has said."""
+    inner = ParallelStage(branches=(BranchSpec(stopping=Stopping(max_tokens=3)),) * 2, join="none")
+    outer = ParallelStage(
+        branches=(BranchSpec(stopping=Stopping(max_tokens=4), prefix=LETTERS[:1], stages=(inner,)),) * 2,
+        join=join,
+    )
+    plan = Plan(stages=(outer, SerialStage(stopping=Stopping(max_tokens=3), prefix=LETTERS[:1])))
+    load = [Request(id="r", prompt=LETTERS[:3], program=plan, slo=RELAXED)]
+    assert_says(serve(load, Setting(in_flight=in_flight), MODEL), load, MODEL)
+
+
 # --- nothing is computed twice -------------------------------------------------------------------------
 
 
