@@ -81,3 +81,36 @@ def test_the_files_that_hold_the_figures_exist() -> None:
     named = re.findall(r"`([\w*-]+\.json)`", (ROOT / "docs/results.md").read_text())
     assert len(named) > 5
     assert [name for name in named if not [*(ROOT / "bench/results").glob(name)]] == []
+
+
+def readers() -> list[Path]:
+    """Pages for readers: those of docs/, and what is made from the code."""
+    return sorted(ROOT.glob("docs/**/*.md"))
+
+
+def test_a_page_says_first_for_whom_it_is() -> None:
+    for page in readers():
+        title, paragraph, *_ = page.read_text().split("\n\n")
+        assert title.startswith("# "), page.name
+        assert paragraph.startswith("This page is for "), page.name
+
+
+def test_pages_for_those_who_begin_are_a_screen_and_a_half() -> None:
+    """Lines of 110 columns; words are what has a letter or a digit."""
+    for name in ("quick-start", "plans", "best-of-n", "model-driven-forks", "streaming"):
+        text = (ROOT / f"docs/{name}.md").read_text()
+        lines = sum(-(-len(line) // 110) for line in text.splitlines())
+        words = sum(any(map(str.isalnum, word)) for word in text.split())
+        assert (lines <= 90, words <= 650) == (True, True), f"{name}: {lines} lines, {words} words"
+
+
+def test_every_page_is_in_the_list_of_pages() -> None:
+    """Once; those of the notebook are in its own."""
+    for folder, below in (("docs", "reference/*.md"), ("docs/notebook", "*.md")):
+        listing = ROOT / folder / "README.md"
+        listed = Counter(re.findall(r"\]\(([^)#]*\.md)\)", listing.read_text().partition("\n| ")[2]))
+        there = [
+            page.relative_to(listing.parent)
+            for page in {*listing.parent.glob("*.md")} | {*listing.parent.glob(below)}
+        ]
+        assert [page for page in map(str, there) if page != "README.md" and listed[page] != 1] == []
