@@ -4,14 +4,14 @@
 
 Of a kernel benchmark: how many times the byte floor each case takes, ours and FlashInfer's. Of a comparison
 of policies: goodput and attainment against load, by the stage measure and by the mean. Of simulated maps:
-the same, by the stage measure. Of an engine: its steps against the byte floor. Of a comparison of backends:
-how many byte floors each case takes. Of a log of steps (.jsonl, as `taper-serve --step-log` writes it): width
-and slack over time, and predicted against measured times.
+the same, by the stage measure, a picture for each two maps. Of an engine: its steps against the byte floor.
+Of a calibration: steps as they were measured, against what the profile says. Of a comparison of backends: how
+many byte floors each case takes. Of a log of steps (.jsonl, as `taper-serve --step-log` writes it): width and
+slack over time, and predicted against measured times.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import sys
@@ -19,16 +19,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bench.colors import look
-from bench.device.report import label
 from bench.result import device_of
+from bench.style import (
+    ADVANCING,
+    SERIES,
+    WAITING,
+    begun,
+    beside_title,
+    explained,
+    in_percent,
+    look,
+    saved,
+    titled,
+)
+from scheduler.predictor import StepLatencyModel, StepLoad
 from serve.door import StepRecord
 from serve.engine.step_log import read_steps
 
 if TYPE_CHECKING:
     from bench.device.cases import Row
 
-SERIES = {
+WAYS = {
     "ours": ("ours_us", "o"),
     "FlashInfer composed": ("flashinfer_composed_us", "s"),
     "FlashInfer flat": ("flashinfer_flat_us", "^"),
@@ -37,28 +48,26 @@ SERIES = {
 
 
 def plot_cases(result: Mapping[str, Any], path: Path) -> None:
-    """Draws all cases but prefill's, smallest first."""
+    """Draws all cases but prefill's, by the bytes that each must read."""
     pyplot = begun()
     cases = [case for case in result["cases"] if case["suite"] != "prefill" and "ours_us" in case]
-    cases.sort(key=lambda case: case["unique_bytes"])
-    figure, axes = pyplot.subplots(figsize=(0.22 * len(cases) + 3, 6))
-    for name, (key, marker) in SERIES.items():
-        points = [(x, case[key] / case["floor_us"]) for x, case in enumerate(cases) if key in case]
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    for color, (name, (key, marker)) in zip(SERIES, WAYS.items(), strict=False):
+        points = [(case["unique_bytes"] / 1e6, case[key] / case["floor_us"]) for case in cases if key in case]
         if points:
-            axes.plot(*zip(*points, strict=True), marker, label=name, markersize=5)
+            axes.plot(*zip(*points, strict=True), marker, label=name, color=color, markersize=5)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_ylabel("time / byte floor")
-    axes.set_xticks(
-        range(len(cases)), [" ".join(label(case).split()) for case in cases], rotation=90, fontsize=6
+    for scale, axis, base in ((axes.set_xscale, axes.xaxis, 10), (axes.set_yscale, axes.yaxis, 2)):
+        scale("log", base=base)
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    titled(
+        axes,
+        f"Attention over shared prefixes on {device_of(result['hardware'])}",
+        "MB that a case must read",
+        "time, in times what the bytes take",
     )
-    axes.set_title(
-        f"Shared-prefix attention on {device_of(result['hardware'])}, smallest case first "
-        f"(floor: unique bytes at {result['copy_tb_s']:.2f} TB/s)",
-        fontsize=9,
-    )
-    axes.legend()
+    figure.suptitle(f"1 is the rate of a copy, {result['copy_tb_s']:.2f} TB/s. Lower is better.")
+    explained(figure, [axes], len(WAYS))
     saved(figure, path)
 
 
@@ -84,113 +93,212 @@ def against_load(rows: Sequence[Mapping[str, Any]], figure: str) -> dict[str, li
     }
 
 
+GOODPUT = ("goodput", "Tokens of requests that met their targets", "tokens a second")
+ATTAINMENT = ("attainment", "Requests that met their targets", "share of all that arrived")
+
+
 def plot_policies(result: Mapping[str, Any], path: Path) -> None:
     """Draws goodput and attainment of every policy against load; bars span the seeds."""
     pyplot = begun()
-    line = {"capsize": 3, "markerfacecolor": "none", "markersize": 8}  # lines may lie on one another
     figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True)
     for column, measure in zip(grid.T, ("stage", "mean"), strict=True):
-        for axes, (name, unit) in zip(column, (("goodput", "tokens/s"), ("attainment", "")), strict=True):
+        for axes, (name, title, unit) in zip(column, (GOODPUT, ATTAINMENT), strict=True):
             figures = against_load(result["rows"], f"{name}_{measure}")
             for policy, points in figures.items():
                 loads, means, least, greatest = zip(*points, strict=True)
                 below = [mean - low for mean, low in zip(means, least, strict=True)]
                 above = [high - mean for mean, high in zip(means, greatest, strict=True)]
-                axes.errorbar(loads, means, yerr=(below, above), label=policy, **look(policy), **line)
-            axes.set_title(f"{name}, {measure} TPOT", fontsize=10)
-            axes.set_ylabel(unit)
+                axes.errorbar(loads, means, yerr=(below, above), label=policy, capsize=3, **look(policy))
+            titled(axes, f"{title}, by {measure}", "load: requests a second, or clients", unit)
             axes.set_ylim(bottom=0)
-        column[-1].set_xlabel("load (requests/s, or clients of a closed loop)")
-    grid[0][0].legend()
+        in_percent(column[1])
+    explained(figure, grid.flat, 8)
     figure.suptitle(
         f"{result['workload']} on {result['server']['device']}, {result['server']['model']}: "
-        f"TPOT {result['tpot_slo_ms']:.1f} ms, TTFT {result['ttft_slo_s']:g} s",
-        fontsize=10,
+        f"TPOT {result['tpot_slo_ms']:.1f} ms, TTFT {result['ttft_slo_s']:g} s"
     )
     saved(figure, path)
 
 
+# What each map of bench.simulate.maps changes: a title, and the x axis.
+MAPS = {
+    "load": ("over load", "requests a second"),
+    "clients": ("over clients that ask again at once", "clients"),
+    "share": ("over how many branch", "share of requests that branch"),
+    "fanout": ("over the width of a fork", "branches of a fork, at as many tokens a second"),
+    "slo": ("over the TPOT target", "target, in times what one request alone takes"),
+    "family": ("over workloads", "workload"),
+    "margin": ("over rho", "share of the slack that a step may spend"),
+    "bias": ("over the predictor's error", "predicted time off by"),
+}
+
+
 def plot_maps(result: Mapping[str, Any], path: Path) -> None:
-    """Draws stage goodput (above) and attainment (below) over each map of bench.simulate.maps."""
-    pyplot = begun()
-    names = [*dict.fromkeys(row["map"] for row in result["rows"] if row["map"] != "hour")]
-    figure, grid = pyplot.subplots(2, len(names), figsize=(3.4 * len(names), 7), sharex="col", squeeze=False)
+    """Draws stage goodput (above) and attainment (below) over the maps of bench.simulate.maps.
+
+    Two maps are a picture; if there are more, each picture's path has the name of its first map.
+    """
+    names = [name for name in MAPS if any(row["map"] == name for row in result["rows"])]
+    pairs = [names[begin : begin + 2] for begin in range(0, len(names), 2)]
+    for pair in pairs:
+        rows = [row for row in result["rows"] if row["map"] in pair]
+        target = path if len(pairs) == 1 else path.with_stem(f"{path.stem}-{pair[0]}")
+        _plot_pair(pair, rows, result["profile"], target)
+
+
+def _plot_pair(names: Sequence[str], rows: Sequence[Mapping[str, Any]], profile: str, path: Path) -> None:
+    figure, grid = begun().subplots(2, len(names), figsize=(5 * len(names), 7.5), squeeze=False)
     for column, name in zip(grid.T, names, strict=True):
-        rows = [row for row in result["rows"] if row["map"] == name]
-        places = {x: place for place, x in enumerate(dict.fromkeys(row["x"] for row in rows))}
-        for axes, figure_name in zip(column, ("goodput_stage", "attainment_stage"), strict=True):
+        own = [row for row in rows if row["map"] == name]
+        places = {x: place for place, x in enumerate(dict.fromkeys(row["x"] for row in own))}
+        for axes, (kind, _, unit) in zip(column, (GOODPUT, ATTAINMENT), strict=True):
             placed = [
-                {"policy": row["label"], "load": float(places[row["x"]]), "y": row[figure_name]}
-                for row in rows
+                {"policy": row["label"], "load": float(places[row["x"]]), "y": row[f"{kind}_stage"]}
+                for row in own
             ]
-            for policy, points in against_load(placed, "y").items():
-                at, means, _, _ = zip(*points, strict=True)
-                axes.plot(at, means, label=policy, markerfacecolor="none", **look(policy))
-            axes.set_ylim(bottom=0)
-            axes.set_xticks([*places.values()], [f"{x}" for x in places], fontsize=7)
-        column[0].set_title(name, fontsize=10)
-        column[0].legend(fontsize=7)
-    grid[0][0].set_ylabel("stage goodput, tokens/s")
-    grid[1][0].set_ylabel("attained")
-    figure.suptitle(f"Simulated, {result['profile']}", fontsize=10)
+            apart = 0.1 if name == "family" else 0.0  # points that no line joins would hide each other
+            for index, (policy, points) in enumerate(against_load(placed, "y").items()):
+                at = [point.load + apart * (index - 1.5) for point in points]
+                means = [point.mean for point in points]
+                line = "none" if apart else "-"
+                axes.plot(at, means, linestyle=line, label=policy, markersize=6, **look(policy))
+            axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
+            axes.set_xticks([*places.values()], [_tick(name, x) for x in places])
+            titled(axes, f"{kind.capitalize()} {MAPS[name][0]}", MAPS[name][1], unit)
+        in_percent(column[1])
+    explained(figure, grid.flat, 7)
+    figure.suptitle(f"Simulated, profile {profile}. Goodput: tokens of requests that met their targets.")
     saved(figure, path)
+
+
+def _tick(name: str, x: float | str) -> str:
+    return f"{100 * x:+.0f} %" if name == "bias" and isinstance(x, float) else f"{x}"
 
 
 def plot_steps(steps: Sequence[StepRecord], path: Path, seconds: float = 30.0) -> None:
     """Draws `seconds` of a log of steps: how wide they were, what they were allowed and took, and how well
     all of the log's were predicted."""
     pyplot = begun()
-    figure, (width, time, errors) = pyplot.subplots(3, 1, figsize=(11, 10))
-    busy = [step for step in steps if step.requests > 1] or [*steps]
-    begin = busy[len(busy) // 2].ended
-    shown = [step for step in busy if begin <= step.ended < begin + seconds]
-    at = [step.ended - begin for step in shown]
-    width.plot(at, [step.requests for step in shown], label="requests")
-    width.plot(at, [step.branches for step in shown], label="branches that advance")
-    width.plot(at, [step.branches + step.deferred for step in shown], ":", label="and those that wait")
-    width.set_ylabel("in a step")
-    for name, values, style in (
-        ("allowed", [step.budget for step in shown], "k:"),
-        ("measured", [step.seconds for step in shown], "-"),
-        ("predicted", [step.predicted for step in shown], "-"),
-        ("predicted baseline", [step.baseline for step in shown], "-"),
-    ):
-        time.plot(at, [None if value is None else 1e3 * value for value in values], style, label=name, lw=0.8)
-    time.set_ylabel("ms")
-    time.set_xlabel("s")
-    for bucket in sorted({step.bucket for step in busy}):
-        points = [(1e3 * step.predicted, 1e3 * step.seconds) for step in busy if step.bucket == bucket]
-        errors.plot(*zip(*points, strict=True), ".", markersize=2, label=f"{bucket} rows")
+    figure, (width, time, errors) = pyplot.subplots(3, 1, figsize=(10, 12))
+    busy, shown = _some(steps, seconds)
+    draw_widths(width, shown)
+    draw_times(time, shown)
+    found = errors.scatter(
+        [1e3 * step.predicted for step in busy],
+        [1e3 * step.seconds for step in busy],
+        c=[step.bucket for step in busy],
+        s=4,
+        cmap="viridis",
+    )
     most = 1e3 * max(step.predicted for step in busy)
     errors.plot((0, most), (0, most), "k-", lw=0.6)
-    errors.set_xlim(0, 1.05 * most)
     errors.set_ylim(0, 1.3 * most)
-    errors.set_xlabel("predicted, ms")
-    errors.set_ylabel("measured, ms")
-    for axes in (width, time, errors):
-        axes.legend(fontsize=7, ncols=4, markerscale=4)
-    width.set_ylim(bottom=0)
-    time.set_ylim(0, 1.3 * most)
+    figure.colorbar(found, ax=errors, label="rows of the program")
+    titled(errors, "Time of a step, predicted and measured", "predicted, ms", "measured, ms")
+    saved(figure, path)
+
+
+def plot_tapering(steps: Sequence[StepRecord], path: Path, about: str, seconds: float = 30.0) -> None:
+    """Draws the same of steps that were simulated, whose predictions are not news."""
+    figure, (width, time) = begun().subplots(2, 1, figsize=(10, 8))
+    _, shown = _some(steps, seconds)
+    draw_widths(width, shown)
+    draw_times(time, shown, measured=False)
+    figure.suptitle(about)
+    saved(figure, path)
+
+
+def _some(steps: Sequence[StepRecord], seconds: float) -> tuple[list[StepRecord], list[StepRecord]]:
+    """The steps of several requests, and of these `seconds` from the middle of the log on."""
+    busy = [step for step in steps if step.requests > 1] or [*steps]
+    begin = busy[len(busy) // 2].ended
+    return busy, [step for step in busy if begin <= step.ended < begin + seconds]
+
+
+def draw_widths(axes: Any, steps: Sequence[StepRecord]) -> None:
+    """How many branches advance in each step, how many wait, and of how many requests they are."""
+    at, branches = [step.ended - steps[0].ended for step in steps], [step.branches for step in steps]
+    everybody = [step.branches + step.deferred for step in steps]
+    for low, high, label, color in (
+        (branches, everybody, "branches that wait", WAITING),
+        ([0] * len(at), branches, "branches that advance", ADVANCING),
+    ):
+        axes.fill_between(at, low, high, label=label, color=color, alpha=0.6, linewidth=0, step="pre")
+    axes.plot(at, [step.requests for step in steps], label="requests", color=SERIES[0])
+    titled(axes, "Branches in a step", "seconds", "branches")
+    axes.set_ylim(bottom=0)
+    beside_title(axes)
+
+
+def draw_times(axes: Any, steps: Sequence[StepRecord], measured: bool = True) -> None:
+    """What each step would have taken without extra branches, was predicted to take, was allowed and took."""
+    at = [step.ended - steps[0].ended for step in steps]
+    lines = {
+        "allowed": ([step.budget for step in steps], ":", "black"),
+        "measured": ([step.seconds for step in steps], "-", SERIES[1]),
+        "predicted": ([step.predicted for step in steps], "-", SERIES[2]),
+        "predicted without extra branches": ([step.baseline for step in steps], "-", SERIES[3]),
+    }
+    for name, (values, style, color) in lines.items():
+        if name != "measured" or measured:
+            known = [None if value is None else 1e3 * value for value in values]
+            axes.plot(at, known, style, label=name, lw=0.9, color=color)
+    titled(axes, "Time of a step", "seconds", "ms")
+    axes.set_ylim(0, 1.3e3 * max(step.predicted for step in steps))
+    beside_title(axes)
+
+
+def plot_points(result: Mapping[str, Any], path: Path) -> None:
+    """Draws the steps that a profile was fitted to: what each took, against what the profile says."""
+    pyplot = begun()
+    model = StepLatencyModel.from_profile({"forms": result["forms"]})
+    points = [(model.predict(StepLoad(**each["load"])), each) for each in result["points"]]
+    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    found = axes.scatter(
+        [1e3 * predicted for predicted, _ in points],
+        [1e3 * each["seconds"] for _, each in points],
+        c=[each["bucket"] for _, each in points],
+        s=16,
+        cmap="viridis",
+    )
+    most = 1e3 * max(each["seconds"] for _, each in points)
+    axes.plot((0, most), (0, most), "k-", lw=0.6)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    figure.colorbar(found, ax=axes, label="rows of the program")
+    titled(
+        axes,
+        f"Single steps of {result['model']} on {device_of(result['hardware'])}",
+        "ms that the fitted staircase says",
+        "ms that were measured",
+    )
     saved(figure, path)
 
 
 def plot_buckets(result: Mapping[str, Any], path: Path) -> None:
     """Draws the time of a full step of every bucket against the KV that it reads, and the byte floor."""
     pyplot = begun()
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for bucket, rows in itertools.groupby(result["buckets"], key=lambda row: row["bucket"]):
-        points = [(row["kv_tokens"] / 1000, row["step_ms"]) for row in rows]
-        axes.plot(*zip(*points, strict=True), "o-", label=f"{bucket} rows")
-    floor = sorted((row["kv_tokens"] / 1000, row["floor_ms"]) for row in result["buckets"])
-    axes.plot(*zip(*floor, strict=True), "k--", label="byte floor")
-    axes.set_xlabel("KV positions read (thousands)")
-    axes.set_ylabel("ms")
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    rows = result["buckets"]
+    buckets = [*dict.fromkeys(row["bucket"] for row in rows)]
+    colors = pyplot.get_cmap("viridis")
+    for bucket, own in itertools.groupby(rows, key=lambda row: row["bucket"]):
+        points = [(row["kv_tokens"] / 1000, row["step_ms"]) for row in own]
+        color = colors(0.9 * buckets.index(bucket) / len(buckets))
+        axes.plot(*zip(*points, strict=True), "o-", color=color, label=f"{bucket} rows")
+    floor = sorted((row["kv_tokens"] / 1000, row["floor_ms"]) for row in rows)
+    axes.plot(*zip(*floor, strict=True), "k--", label="what the bytes take")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-    axes.set_title(
-        f"{result['model']} on {device_of(result['hardware'])}, copy {result['copy_tb_s']:.2f} TB/s",
-        fontsize=10,
+    titled(
+        axes,
+        f"Steps of {result['model']} on {device_of(result['hardware'])}",
+        "thousands of KV positions that a step reads",
+        "ms",
     )
+    figure.suptitle(
+        f"Dashed: weights and KV read once at the rate of a copy, {result['copy_tb_s']:.2f} TB/s."
+    )
+    figure.legend(loc="outside right upper")
     saved(figure, path)
 
 
@@ -201,42 +309,25 @@ def plot_backends(rows: Sequence[Row], path: Path) -> None:
     cases, series = (
         list(dict.fromkeys(each)) for each in zip(*((r.case, r.series) for r in rows), strict=True)
     )
-    colors = pyplot.get_cmap("tab10")
-    figure, axes = pyplot.subplots(figsize=(11, 5))
+    figure, axes = pyplot.subplots(figsize=(11, 6))
     width = 0.85 / len(series)
     for index, name in enumerate(series):
         own = [row for row in rows if row.series == name]
-        color, guess = colors(index % 10), own[0].how == "estimated"
+        color, guess = SERIES[index % len(SERIES)], own[0].how == "estimated"
         look = {"facecolor": "white", "hatch": "////"} if guess else {"facecolor": color}
         at = [cases.index(row.case) + (index - (len(series) - 1) / 2) * width for row in own]
         bars = axes.bar(at, [r.over_floor for r in own], 0.9 * width, label=name, edgecolor=color, **look)
-        axes.bar_label(bars, [f"{row.over_floor:.3g}{'*' * row.differs}" for row in own], fontsize=6)
+        axes.bar_label(bars, [f"{row.over_floor:.3g}{'*' * row.differs}" for row in own], fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log", base=2)
     axes.set_ylim(bottom=0.5)
-    axes.yaxis.set_major_formatter(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_ylabel("time / byte floor of the device")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xticks(range(len(cases)), cases)
-    axes.legend(fontsize=7)
-    axes.set_title(
-        "Filled: measured. Hatched: estimated, for a device that was not there. *: another length", fontsize=9
-    )
+    titled(axes, "The same cases on each device", "case", "time, in times what the device's bytes take")
+    about = "Filled: measured. Hatched: estimated, for a device that was not there."
+    figure.suptitle(f"{about} *: another length." if any(row.differs for row in rows) else about)
+    explained(figure, [axes], 2)
     saved(figure, path)
-
-
-def begun() -> Any:
-    """pyplot, for files alone. What a legend needs outside of the axes is left free."""
-    matplotlib: Any = importlib.import_module("matplotlib")
-    matplotlib.use("Agg")
-    matplotlib.rcParams["figure.constrained_layout.use"] = True
-    return importlib.import_module("matplotlib.pyplot")
-
-
-def saved(figure: Any, path: Path) -> None:
-    """Write a figure, and forget it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    begun().close(figure)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -251,7 +342,13 @@ def main(arguments: Sequence[str]) -> None:
 
         plot_backends([Row.of_json(row) for row in result["rows"]], target)
         return
-    plots = {"capacity": plot_maps, "rows": plot_policies, "buckets": plot_buckets, "cases": plot_cases}
+    plots = {
+        "capacity": plot_maps,
+        "rows": plot_policies,
+        "buckets": plot_buckets,
+        "points": plot_points,
+        "cases": plot_cases,
+    }
     next(plot for key, plot in plots.items() if key in result)(result, target)
 
 

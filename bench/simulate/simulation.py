@@ -28,11 +28,11 @@ from scheduler.predictor import Costs, StepLatencyModel
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request, Slo
 from scheduler.scheduler import RejectedError, Scheduler, SchedulerConfig
-from scheduler.step import Sample, ScheduledStep, StepResult
+from scheduler.step import FinishedStep, Sample, ScheduledStep, StepResult
 from scheduler.stopping import Stopping
-from serve.door import StepRecord
+from serve.door import StepRecord, Watcher
 from serve.engine.calibration import load_profile
-from serve.engine.step_log import read_steps
+from serve.engine.step_log import Moments, read_steps, record
 
 MAX_CONTEXT = 16_384
 
@@ -190,12 +190,14 @@ class Simulation:
         latency: StepLatencyModel | None = None,
         controller: type[Controller] = Controller,
         scheduler: type[Scheduler] = Scheduler,
+        watcher: Watcher | None = None,
     ) -> None:
-        """`latency` is what the scheduler believes of steps, if not what the profile says."""
+        """`latency` is what the scheduler believes of steps, if not what the profile says. The watcher is
+        told of every step, without the host's moments."""
         profile = self.profile = setting.profile
         self._device = profile.latency()  # learns nothing: what steps really take
         self._quantiles = np.linspace(0.0, 1.0, len(profile.noise) or 1)
-        self.setting, self.name = setting, policy
+        self.setting, self.name, self._watcher = setting, policy, watcher
         buckets = profile.bucket_seconds
         self.scheduler = scheduler(
             SchedulerConfig(
@@ -276,6 +278,9 @@ class Simulation:
         samples = (self.TOKEN,) * sampling.total()
         events = self.scheduler.update(StepResult(scheduled.step, samples, end - begin), end)
         self.steps += 1
+        if self._watcher is not None:
+            finished = FinishedStep(scheduled.step, scheduled.forecast, end - begin)
+            self._watcher(record(finished, Moments(begin, begin, begin, end, end, end, 0.0, False, 0.0)))
         error = 1.0 - scheduled.forecast.seconds / (end - begin)
         self.error_sums[0] += error
         self.error_sums[1] += abs(error)

@@ -6,7 +6,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from bench import plot
+from bench import plot, style
 from bench.device.cases import STEP, Row
 from bench.plot import against_load
 from scheduler.predictor import StepLoad
@@ -35,29 +35,28 @@ def drawing(monkeypatch: pytest.MonkeyPatch, axes: object) -> None:
     """Everything is drawn on `axes`, of which a test looks at the calls."""
     pyplot = MagicMock()
     pyplot.subplots.return_value = MagicMock(), axes
-    monkeypatch.setattr(plot, "begun", lambda: pyplot)
+    for module in (plot, style):
+        monkeypatch.setattr(module, "begun", lambda: pyplot)
 
 
-def test_cases_are_drawn_smallest_first_over_their_floors(
+def test_cases_are_drawn_over_their_floors_by_what_they_must_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def case(name: str, suite: str, unique_bytes: int, **times: float) -> dict[str, object]:
         return {"name": name, "suite": suite, "unique_bytes": unique_bytes, "floor_us": 2.0, **times}
 
     cases = [
-        case("large", "decode", 9, ours_us=3.0),
+        case("large", "decode", 9_000_000, ours_us=3.0),
         case("prompt", "prefill", 5, ours_us=4.0),
         case("not run", "decode", 4),
-        case("small", "decode", 1, ours_us=5.0, flashinfer_flat_us=8.0),
+        case("small", "decode", 1_000_000, ours_us=5.0, flashinfer_flat_us=8.0),
     ]
     axes = MagicMock()
     drawing(monkeypatch, axes)
-    monkeypatch.setattr(plot, "label", lambda each: each["name"])
     result = {"cases": cases, "hardware": {"device": "H200"}, "copy_tb_s": 4.0}
     plot.plot_cases(result, tmp_path / "plot.png")
-    assert axes.set_xticks.call_args.args[1] == ["small", "large"]
     lines = {call.kwargs["label"]: call.args[:2] for call in axes.plot.call_args_list}
-    assert lines == {"ours": ((0, 1), (2.5, 1.5)), "FlashInfer flat": ((0,), (4.0,))}
+    assert lines == {"ours": ((9.0, 1.0), (1.5, 2.5)), "FlashInfer flat": ((1.0,), (4.0,))}
 
 
 def test_steps_are_drawn_from_the_middle_of_the_log_for_some_seconds(
@@ -72,11 +71,12 @@ def test_steps_are_drawn_from_the_middle_of_the_log_for_some_seconds(
     plot.plot_steps(steps, tmp_path / "plot.png", seconds=5.0)
     shown = {call.kwargs["label"]: call.args[:2] for call in width.plot.call_args_list}
     assert shown["requests"] == ([0.0, 2.0], [2, 2])
-    assert shown["and those that wait"] == ([0.0, 2.0], [5, 5])
+    areas = {call.kwargs["label"]: call.args for call in width.fill_between.call_args_list}
+    assert areas["branches that wait"] == ([0.0, 2.0], [3, 3], [5, 5])
     times = {call.kwargs["label"]: call.args[1] for call in time.plot.call_args_list}
     assert times["allowed"] == [None, None]
     assert times["measured"] == [30.0, 30.0]
-    assert len(errors.plot.call_args_list[0].args[0]) == 5, "of all steps of several requests"
+    assert len(errors.scatter.call_args.args[0]) == 5, "of all steps of several requests"
 
 
 def test_bars_are_hatched_where_they_are_estimated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
