@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+from bench import pictures
 from bench.command import Command, split
 from bench.load import goodput
 from bench.load.measures import COLUMNS
@@ -206,6 +207,7 @@ def command() -> Command:
     add("--cooldown", type=float, default=5.0, help="seconds of arrivals after it")
     add("--drain", type=float, default=300.0, help="seconds after the window that its requests get")
     add("--scale", type=float, default=1.0, help="factor of all lengths, for a small model")
+    add("--plot", type=Path, help="the picture, over the simulated lines (needs matplotlib)")
     return parser
 
 
@@ -228,6 +230,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "missing": [f"{each.policy} at {each.load}, seed {each.seed}" for each in missing],
     }
     write(found, options.json)
+    if options.plot is not None:
+        pictures.headline([pictures.LINES, *sorted(options.folder.glob("*.json"))], options.plot)
     return found
 
 

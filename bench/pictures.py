@@ -35,6 +35,7 @@ from serve.door import StepRecord
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+LINES = RESULTS / "maps-h200.json"
 POLICIES = ("taper", "cap:8", "cap:4", "cap:2", "eager", "off")
 
 
@@ -58,12 +59,17 @@ def simulated(maps: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def measured(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of runs of the headline workload."""
-    return [row for result in results if result["workload"] == "headline" for row in result["rows"]]
+    """The rows of runs of the headline workload, in which the server branches."""
+    return [
+        row
+        for result in results
+        if result["workload"] == "headline" and result.get("fork", "server") == "server"
+        for row in result["rows"]
+    ]
 
 
 def headline(sources: Sequence[Path], path: Path) -> None:
-    """Goodput and attainment over load, all policies: the picture of why."""
+    """Goodput and attainment over load, all policies: the picture of why. Lines are from the first source."""
     maps, *runs = [json.loads(file.read_text()) for file in sources]
     marks = measured(runs)
     figure, grid = begun().subplots(1, 2, figsize=(10, 4.4))

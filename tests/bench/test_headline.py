@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import headline
+from bench import headline, pictures
 from bench.headline import Load, made, main, plan, results
 from bench.load import trial
 from bench.load.workload import Item
@@ -42,10 +42,13 @@ def test_the_most_telling_runs_come_first() -> None:
 
 
 def test_what_a_folder_lacks_is_made_and_nothing_twice(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(main([str(tmp_path)])["missing"]) == 12  # no minutes, no run
-    assert main([str(tmp_path), *QUICK])["missing"] == []
+    drawn: list[int] = []
+    monkeypatch.setattr(pictures, "headline", lambda sources, path: drawn.append(len(sources)))
+    assert main([str(tmp_path), "--plot", "PNG", *QUICK])["missing"] == []
+    assert drawn == [1 + len([*tmp_path.iterdir()])], "of the simulated lines and all runs"
     assert {*made(results(tmp_path))} == {*plan()}
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     capsys.readouterr()

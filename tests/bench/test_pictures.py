@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import style
-from bench.pictures import PICTURES, POLICIES, RESULTS, ROOT, measured, simulated
+from bench.pictures import LINES, PICTURES, POLICIES, ROOT, measured, simulated
 from bench.plot import against_load
 
 TAKEN = {"docs/status.png"}  # by tests/outside/test_status_page.py, in a browser
@@ -43,7 +43,7 @@ def test_a_page_shows_each_picture_and_says_what_it_shows() -> None:
 
 
 def test_every_policy_has_a_line_and_a_color_of_its_own() -> None:
-    lines = against_load(simulated(json.loads((RESULTS / "maps-h200.json").read_text())), "goodput_stage")
+    lines = against_load(simulated(json.loads(LINES.read_text())), "goodput_stage")
     assert {len(lines[policy]) for policy in POLICIES} == {6}
     assert len({style.look(policy)["color"] for policy in POLICIES}) == len(POLICIES)
     assert style.look("taper:paper") == style.look("taper:paper") != style.look("taper")
@@ -53,6 +53,7 @@ def test_marks_are_of_the_workload_that_the_lines_are_of() -> None:
     runs = [
         {"workload": "headline", "rows": [{"policy": "taper"}]},
         {"workload": "headline-closed", "rows": [{"policy": "off"}]},
+        {"workload": "headline", "fork": "client", "rows": [{"policy": "eager"}]},
     ]
     assert measured(runs) == [{"policy": "taper"}]
 
