@@ -75,10 +75,11 @@ class Reader:
         text = text.replace(".venv/bin/", f"{Path(sys.executable).parent}/").replace("0.0.0.0", "127.0.0.1")
         for port, own in self.ports.items():
             text = re.sub(rf"\b{port}\b", own, text)
-        text = text.replace("taper-client ", f"taper-client --address 127.0.0.1:{self.ports['50051']} ")
-        few = "" if "--buckets" in text else "--buckets 16 "
+        address = f"--address 127.0.0.1:{self.ports['50051']}"
+        few = "" if "--buckets" in text else "--buckets 16"
         options = f"--port {self.ports['50051']} --compilation-cache {self.compiled} {few}"
-        return text.replace("taper-serve ", f"taper-serve {options}")
+        text = re.sub(r"taper-client(?= )", f"taper-client {address}", text)
+        return re.sub(r"taper-serve(?= |$)", f"taper-serve {options}", text, flags=re.MULTILINE)
 
     def end_server(self) -> None:
         if self._server is not None:

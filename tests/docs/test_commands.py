@@ -18,6 +18,7 @@ from tests.model.folders import Folder
 OF_THEIR_OWN = {
     "docs/client.md": "tests/serve/client/test_page.py, with certificates and tokens",
     "docs/replicas.md": "tests/serve/client/test_replicas.py, with several servers",
+    "docs/life-of-a-request.md": "docs/make/request.py, which prints what comes of it",
     "docs/openai.md": "the gateway, below",
     "docs/quick-start.md": "as its page says, below",
 }
@@ -75,6 +76,7 @@ def test_the_commands_of_the_readme_run(reader: Reader) -> None:
     folder = reader.folder / "PATH/TO/Qwen3-0.6B"
     folder.parent.mkdir(parents=True)
     Folder.make(folder)
+    reader.type(".venv/bin/taper-serve")
     reader.follow("README.md")
 
 
