@@ -28,6 +28,7 @@ SECTIONS = {
     "credentials": "TLS and tokens",
     "errors": "Errors",
 }
+FIRST = ("Client", "AsyncClient")  # in their section, though they stand below what they return
 _WIDTH = 96  # of a signature; a longer one has a line for each argument
 _DESCRIBED = re.compile(
     r"(\w+) {2,}(\S.*)"
@@ -55,7 +56,8 @@ def page(package: Path) -> str:
     for name, module in modules.items():
         about = " ".join((ast.get_docstring(module) or "").partition("\n\n")[0].split())
         parts.append(f"## {SECTIONS[name]}\n\n{about}\n")
-        parts += [_section(entry, entries) for entry in _entries(module.body) if entry.name in shown]
+        own = [entry for entry in _entries(module.body) if entry.name in shown]
+        parts += [_section(entry, entries) for entry in sorted(own, key=lambda each: each.name not in FIRST)]
     return "\n".join(parts)
 
 

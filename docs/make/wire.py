@@ -81,7 +81,7 @@ class _Comments:
             path = tuple(location.path)
             self._line.setdefault(path, location.span[0])
             if location.leading_comments:
-                self._of[path] = " ".join(location.leading_comments.split())
+                self._of[path] = " ".join(location.leading_comments.split()).replace("|", "\\|")
 
     def __getitem__(self, path: _Path) -> str:
         return self._of[path]
