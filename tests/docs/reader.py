@@ -32,33 +32,38 @@ class Reader:
     ports: dict[str, str] = field(default_factory=lambda: {port: str(free_port()) for port in PORTS})
     said: str = ""
     _server: subprocess.Popen[bytes] | None = None
-    _others: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _gateway: subprocess.Popen[bytes] | None = None
 
     def follow(self, page: str) -> None:
         """Type its blocks, in their order, and run its Python; not what another test runs, or nobody can."""
         ways = iter(WAYS[page])
         for block in blocks(page):
             if block.language == "sh" and isinstance(next(ways), Run):
-                for line in block.lines:
-                    self.type(line)
+                self.type(block)
             elif block.language == "python":
                 self.run(block)
 
-    def type(self, line: str) -> None:
-        """A line. One that starts a server ends the one before, and has a terminal of its own."""
-        if "pip install -e" in line:
-            return  # what runs this has it
-        typed = self.translated(line)
-        if SERVES.search(line):
-            self.end_server()
-            self._server = self._in_background(typed, "server.log")
-            self._until(lambda: bool(READY.search((self.folder / "server.log").read_text())), self._server)
-        elif "smg launch" in line:
-            gateway = self._in_background(f"{typed} --prometheus-port {free_port()}", "gateway.log")
-            self._others.append(gateway)
-            self._until(self._gateway_answers, gateway)
-        else:
-            self.said = self._ran(["bash", "-euo", "pipefail", "-c", typed])
+    def type(self, block: Block) -> None:
+        """All lines into one shell, but a last one that starts a server into a terminal of its own."""
+        lines = [line for line in block.lines if "pip install -e" not in line]  # what runs this has it
+        last = lines[-1]
+        serves, leads = SERVES.search(last), "smg launch" in last
+        script = "\n".join(lines[:-1] if serves or leads else lines)
+        if script:
+            self.said = self._ran(["bash", "-euo", "pipefail", "-c", self.translated(script)])
+        if serves:
+            self.serve(last)
+        elif leads:
+            end(self._gateway)
+            options = f"--prometheus-port {free_port()}"
+            self._gateway = self._in_background(f"{self.translated(last)} {options}", "gateway.log")
+            self._until(self._gateway_answers, self._gateway)
+
+    def serve(self, line: str = ".venv/bin/taper-serve") -> None:
+        """In place of the server before."""
+        self.end_server()
+        self._server = self._in_background(self.translated(line), "server.log")
+        self._until(lambda: bool(READY.search((self.folder / "server.log").read_text())), self._server)
 
     def run(self, block: Block) -> None:
         """Save it, if that is what the page says, or run it where its packages are."""
@@ -88,10 +93,8 @@ class Reader:
             self._server = None
 
     def end(self) -> None:
-        for process in (self._server, *self._others):
-            if process is not None and process.poll() is None:
-                process.kill()
-                process.wait()
+        end(self._server)
+        end(self._gateway)
 
     def _ran(self, command: list[str]) -> str:
         ran = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE)
@@ -122,6 +125,12 @@ class Reader:
         ):
             return answer.status == 200
         return False
+
+
+def end(process: subprocess.Popen[bytes] | None) -> None:
+    if process is not None and process.poll() is None:
+        process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager

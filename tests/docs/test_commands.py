@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -22,7 +23,8 @@ OF_THEIR_OWN = {
     "docs/openai.md": "the gateway, below",
     "docs/quick-start.md": "as its page says, below",
 }
-WIDTHS = re.compile(r"  \d of \d branches advance")
+WIDTHS = re.compile(r"  \d of \d branches advance\n")
+DELTAS = re.compile(r"  (branch \d): (.*)\n")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def test_the_demo_runs(compiled: str) -> None:
 
 @pytest.mark.full
 def test_python_of_the_pages_runs(reader: Reader) -> None:
-    reader.type(".venv/bin/taper-serve")
+    reader.serve()
     for page in sorted({block.page for block in BLOCKS if block.language == "python"} - OF_THEIR_OWN.keys()):
         code = "".join(block.text for block in blocks(page) if block.language == "python")
         ran = subprocess.run(
@@ -57,17 +59,20 @@ def test_python_of_the_pages_runs(reader: Reader) -> None:
             assert told(ran.stdout) == told(printed)
 
 
-def told(stream: str) -> list[str]:
-    """What is in a stream whatever the server's load: which branch is first, and how many advance, is not."""
-    return sorted(line for line in stream.splitlines() if not WIDTHS.fullmatch(line))
+def told(stream: str) -> tuple[dict[str, str], list[str]]:
+    """What is in a stream whatever the server's load: the text of each branch, and what else happened."""
+    texts: dict[str, str] = {}
+    for branch, text in DELTAS.findall(stream):
+        texts[branch] = texts.get(branch, "") + ast.literal_eval(text)
+    return texts, sorted(WIDTHS.sub("", DELTAS.sub("", stream)).split("\n"))
 
 
 @pytest.mark.full
 def test_the_commands_of_the_client_run(reader: Reader) -> None:
-    reader.type(".venv/bin/taper-serve")
+    reader.serve()
     for block in blocks("docs/client.md"):
-        for line in block.lines if block.language == "sh" else ():
-            reader.type(line)
+        if block.language == "sh":
+            reader.type(block)
     assert '"choices": [' in reader.said
 
 
@@ -76,7 +81,7 @@ def test_the_commands_of_the_readme_run(reader: Reader) -> None:
     folder = reader.folder / "PATH/TO/Qwen3-0.6B"
     folder.parent.mkdir(parents=True)
     Folder.make(folder)
-    reader.type(".venv/bin/taper-serve")
+    reader.serve()
     reader.follow("README.md")
 
 
