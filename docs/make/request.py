@@ -162,14 +162,19 @@ def _row(life: Life, ran: Ran) -> str:
 def _computed(life: Life, entry: Entry) -> str:
     if entry.tokens is None:
         return f"{entry.branch}: its last token"
-    text = life.tokenizer.decode([*entry.tokens]).replace("\n", "\\n")
+    text = _visible(life.tokenizer.decode([*entry.tokens]))
     return f"{entry.branch}: `{text}`" if entry.samples else f"the prompt, `{text}`"
+
+
+def _visible(text: str) -> str:
+    """A space alone would not be seen in a table, and a line break would end its row."""
+    return "␣" if text == " " else text.replace("\n", "\\n")
 
 
 def _told(event: Event) -> str:
     match event:
         case Delta():
-            return f"{event.branch}: `{event.text}`"
+            return f"{event.branch}: `{_visible(event.text)}`"
         case BranchFinished():
             return f"*BranchFinished* {event.branch}"
         case WidthChanged():

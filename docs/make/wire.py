@@ -111,7 +111,7 @@ def _message(message: DescriptorProto, comments: _Comments, path: _Path) -> str:
             name, about = message.oneof_decl[own].name, comments[(*path, _ONE_OFS, own)]
             rows.append(f"| *one of `{name}`* | | {about} |")
         group = own
-        indent = "" if own is None else "&emsp;"
+        indent = "" if own is None else "&nbsp;&nbsp;"
         about = comments[(*path, _FIELDS, index)]
         rows.append(f"| {indent}`{field.name}` | {_type(field, entries)} | {about} |")
     return _section(message.name, comments[path], "| field | type | meaning |\n|---|---|---|", rows)
