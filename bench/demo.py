@@ -1,9 +1,8 @@
-"""`taper-demo`: a real server, one answer that branches, and one load of questions under three policies.
+"""`taper-demo`: a real server whose answer branches, the same tokens under every policy, a card simulated.
 
-The server runs as a process of its own; everything here goes over gRPC. The embedded model forks by itself,
-and its answers can be checked. Questions and arrivals are the same for every policy, so the tokens must be
-too: the demo fails if they are not. It does not assert which policy wins, because that takes a quieter
-machine than this one may be.
+The server runs as a process of its own, and is asked over gRPC. The embedded model forks by itself, and its
+answers can be checked: the demo fails if a policy changes them. What a policy is worth does not show on a CPU
+and a model of this size, so the last part simulates a card (bench.simulate.card).
 """
 
 from __future__ import annotations
@@ -11,29 +10,28 @@ from __future__ import annotations
 import asyncio
 import io
 import itertools
-import random
+import re
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 from rich.console import Console
 from rich.rule import Rule
-from rich.table import Table
 
 from bench.load import driver
-from bench.load.driver import Driver, connected
-from bench.load.measures import COLUMNS, Record, Run
-from bench.load.workload import Item
+from bench.load.driver import connected
+from bench.load.workload import TPOT_SLO_MULTIPLE
+from bench.progress import progress, waiting
 from bench.server import started
-from bench.timing import clock
+from bench.simulate import card
 from model.tiny.layout import lay_out
 from model.tiny.lessons import tokenizer
 from model.tiny.tasks import Fork, Task, transcript, write_task
-from scheduler.request import Slo
 from taper_client import (
     AsyncClient,
     Client,
@@ -46,56 +44,112 @@ from taper_client import (
     parallel,
     serial,
 )
-from taper_client.answer import events_of
+from taper_client.answer import Timing, events_of
 from taper_client.errors import ServiceError
 from taper_client.terminal import Answer, show_live, summary
 from taper_client.v1 import inference_service_pb2 as pb
 
-POLICIES = ("off", "eager", "taper")
+POLICIES = tuple(card.POLICIES)
 SIX_PART_QUESTIONS = 200
 SPEED_TURNS = 3
-CROWD = 8
+BUCKETS = ["1", "8"]  # two programs: one row for one branch at a time, eight for six at once
 SMOLLM2_FOLDER = Path("checkpoints/smollm2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demo:
-    """Watch an answer branch, and compare admission policies on one load."""
+    """Watch an answer branch, and see what admission policies do."""
 
     model: Literal["default", "smollm2"] = "default"
     """`default`, or `smollm2`, which is fetched when first used and answers one question."""
-    requests: int = 48
-    """Questions of the load; every second one has independent parts."""
+    requests: int = 16
+    """Questions that are asked under every policy; every second one has independent parts."""
     seed: int = 3_000_017
-    """Of the questions, which training has not seen, and of their arrivals."""
+    """Of the questions, which training has not seen."""
 
 
 def main(args: list[str] | None = None) -> None:
     """Console entry point."""
     demo = tyro.cli(Demo, prog="taper-demo", description=Demo.__doc__, args=args)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print("Starting taper-serve: it compiles one program per bucket and measures each …")
+    console = Console(highlight=False)
     try:
-        with started(_server_options(demo.model), log=io.StringIO()) as server:
-            console.print(f"It serves on {server.address} after {server.ready_seconds:.0f} s.\n")
-            show(server.address, demo, console)
+        with serving(server_options(demo.model, console), console) as address:
+            ask(address, demo, console)
+        if demo.model == "default":
+            simulate(console)
     except (ChildProcessError, ServiceError) as error:
         sys.exit(f"taper-demo: {error}")
 
 
-def show(address: str, demo: Demo, console: Console) -> None:
-    """Everything that there is to see of a server."""
+def ask(address: str, demo: Demo, console: Console) -> None:
+    """What a server has to show."""
     if demo.model == "smollm2":
+        headline("One answer that branches", console)
         watch(address, ADVICE, "What should I know before I adopt a dog?", console)
         return
-    show_speed(address, demo, console)
-    loads = asyncio.run(compare(address, demo, console))
-    first = loads[POLICIES[0]]
-    disagreeing = {policy for policy in POLICIES if loads[policy].answers != first.answers}
-    if disagreeing:
-        sys.exit(f"taper-demo: the tokens under {', '.join(sorted(disagreeing))} differ from {POLICIES[0]}'s")
-    right = f"{first.right} of {demo.requests} answers are right to the letter"
-    console.print(f"The same tokens under every policy; {right}.")
+    tpot = show_speed(address, demo, console)
+    compare(address, demo, tpot, console)
+
+
+def simulate(console: Console) -> None:
+    """What policies do where steps take longer the more they hold. Ends with what it came to, in a line."""
+    setting = card.setting()
+    headline("Policies on a card, simulated", console)
+    console.print(card.described(setting))
+    total = len(POLICIES) * len(setting.workload.items)
+    with progress("simulated answers", total, transient=True) as advance:
+        found = card.outcomes(setting, advance)
+    console.print(card.table([*found.values()]))
+    console.print(card.verdict(found))
+
+
+def headline(text: str, console: Console) -> None:
+    console.print()
+    console.print(Rule(text))
+
+
+# --- the server --------------------------------------------------------------------------------------------
+
+
+class Log(io.StringIO):
+    """Keeps what the server says, and tells how far its start has come."""
+
+    COMPILED = re.compile(r"compiled .*program='(\d+ of \d+)'")
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def write(self, text: str, /) -> int:
+        if compiled := self.COMPILED.search(text):
+            self._tell(f"compiled {compiled[1]} programs")
+        return super().write(text)
+
+
+@contextmanager
+def serving(options: Sequence[str], console: Console) -> Iterator[str]:
+    """The address of a server, as long as it is needed. Raises ChildProcessError with what it said."""
+    with ExitStack() as stack:
+        with moving("Starting taper-serve", console) as tell:
+            log = Log(tell)
+            try:
+                server = stack.enter_context(started(options, log, quiet=True))
+            except ChildProcessError as error:
+                raise ChildProcessError(f"{error}\n{log.getvalue()}") from error
+        console.print(f"taper-serve is ready after {server.ready_seconds:.0f} s.")
+        yield server.address
+
+
+@contextmanager
+def moving(what: str, console: Console) -> Iterator[Callable[[str], None]]:
+    """Shows that something goes on, and takes what is new of it: lines where there is no terminal."""
+    if console.is_terminal:
+        with console.status(f"{what} …") as status:
+            yield lambda news: status.update(f"{what}: {news} …")
+    else:
+        console.print(f"{what} …")
+        with waiting(what):
+            yield console.print
 
 
 BY_ITSELF = Options(plan=model_driven(max_tokens=448, branch_max_tokens=300))
@@ -127,13 +181,18 @@ def watched_question(seed: int) -> Task:
     return max(itertools.islice(six, SIX_PART_QUESTIONS), key=gain)
 
 
-def _server_options(model: str) -> list[str]:
-    if model != "smollm2":
-        return ["--buckets", "1", "4", "8", "16", "32"]
+def server_options(model: str, console: Console) -> list[str]:
+    """What taper-serve is started with; fetches a model that is not there yet."""
+    if model == "default":
+        return ["--buckets", *BUCKETS]
     if not (SMOLLM2_FOLDER / "config.json").exists():
-        from model.smollm2 import convert
+        from model.smollm2 import ConversionError, convert  # imports JAX, which nothing else here does
 
-        convert(SMOLLM2_FOLDER)
+        with moving("Fetching SmolLM2-135M-Instruct, 90 MB", console):
+            try:
+                convert(SMOLLM2_FOLDER)
+            except ConversionError as error:
+                sys.exit(f"taper-demo: {error}")
     return ["--model", str(SMOLLM2_FOLDER), "--buckets", "4", "16", "64", "--max-context", "2048"]
 
 
@@ -156,66 +215,54 @@ ADVICE = Options(
 
 def watch(address: str, options: Options, question: str, console: Console) -> None:
     """Ask one question; in a terminal its branches grow side by side, elsewhere they are shown at the end."""
-    console.print(Rule(question))
+    console.print(question, style="bold")
     with Client(address) as client:
         events = client.generate(chat(question), **options)
         if console.is_terminal:
-            show_live(events, console)
+            show_live(events, console, tags=False)
             return
         completion = Completion()
         for event in events:
             completion.add(event)
-    console.print(Answer(completion))
+    console.print(Answer(completion, tags=False))
     console.print(summary(completion), style="dim")
 
 
-def show_speed(address: str, demo: Demo, console: Console) -> None:
-    """One question with six parts, watched; then with branches and without, in turns."""
+def show_speed(address: str, demo: Demo, console: Console) -> float:
+    """One question with six parts, watched; then with branches and without, in turns.
+
+    Returns the seconds that a token takes without branches.
+    """
     task = watched_question(demo.seed)
-    seconds: dict[str, list[float]] = {"eager": [], "off": []}
+    timings: dict[str, list[Timing]] = {"eager": [], "off": []}
+    headline("One answer that branches", console)
     with Client(address) as client:
         client.set_policy("eager")
         watch(address, BY_ITSELF, task.question, console)
-        for _ in range(SPEED_TURNS):
-            for policy, measured in seconds.items():
+        with progress("answers", len(timings) * SPEED_TURNS, transient=True) as advance:
+            for policy, measured in SPEED_TURNS * [*timings.items()]:
                 client.set_policy(policy)
-                measured.append(client.complete(chat(task.question), **BY_ITSELF).timing.total)
-    branched, serial = (statistics.median(measured) for measured in seconds.values())
+                measured.append(client.complete(chat(task.question), **BY_ITSELF).timing)
+                advance()
+    branched, serial = (statistics.median(each.total for each in measured) for measured in timings.values())
     console.print(
-        f"Again, {SPEED_TURNS} times each in turns, medians: {branched:.2f} s with all branches at once,"
-        f" {serial:.2f} s with one at a time: {serial / branched:.1f} times as long."
+        f"Again, {SPEED_TURNS} times each in turns: {branched:.2f} s with all branches at once,"
+        f" {serial:.2f} s with one at a time, {serial / branched:.1f} times as long (medians). Its"
+        f" tokens and its longest path allow {gain(task):.1f}; it was chosen among {SIX_PART_QUESTIONS}"
+        " questions for that."
     )
-    console.print(
-        f"(Of {SIX_PART_QUESTIONS} questions with six parts, it has most to win: {gain(task):.1f} tokens for"
-        " each position on its longest path.)\n"
-    )
+    return statistics.median(each.tpot for each in timings["off"])
 
 
-# --- one load, three policies ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A question of the load, and when it arrives in seconds."""
-
-    at: float
-    task: Task
-
-    def message(self, slo: Slo | None) -> bytes:
-        options = BY_ITSELF | Options(token_ids=True)
-        if slo is not None:
-            options |= Options(tpot_slo_ms=1e3 * slo.tpot, ttft_slo_ms=1e3 * slo.ttft)
-        return generate_request(chat(self.task.question), **options).SerializeToString()
+# --- the same tokens under every policy --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A question, what its asker read, and when."""
+    """A question, and what its asker read."""
 
     task: Task
     completion: Completion
-    answer: driver.Answer
-    record: Record
 
     @classmethod
     def of(cls, task: Task, reply: driver.Reply) -> Answered:
@@ -226,9 +273,7 @@ class Answered:
         for _, raw in reply.messages:
             for event in events_of(pb.GenerateResponse.FromString(raw)):
                 completion.add(event)
-        answer = driver.Answer.of(reply)
-        item = Item(0.0, answer.prompt_tokens, answer.stages)  # whose lengths are the model's own choice
-        return cls(task, completion, answer, answer.record(item, reply.due))
+        return cls(task, completion)
 
     @property
     def right(self) -> bool:
@@ -249,112 +294,48 @@ class Answered:
         return {label: sorted(all_said) for label, all_said in said.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A load, answered under one policy in so many steps."""
+def compare(address: str, demo: Demo, tpot: float, console: Console) -> dict[str, list[Answered]]:
+    """The same questions at once under every policy, with twice the `tpot` as target, so that taper chooses.
 
-    run: Run
-    answered: Sequence[Answered]
-    steps: int
-
-    @classmethod
-    def of(cls, policy: str, answered: Sequence[Answered], slo: Slo, seconds: float, steps: int) -> Load:
-        emissions = [emission for each in answered for emission in each.answer.emissions]
-        run = Run(
-            policy=policy,
-            slo=slo,
-            seconds=seconds,
-            records=[each.record for each in answered],
-            tokens=sum(emission.tokens for emission in emissions),
-            turns=sum(emission.steps for emission in emissions),
-        )
-        return cls(run, answered, steps)
-
-    @property
-    def answers(self) -> list[dict[tuple[int, str], list[tuple[int, ...]]]]:
-        return [each.tokens_by_label() for each in self.answered]
-
-    @property
-    def right(self) -> int:
-        return sum(each.right for each in self.answered)
-
-    def cells(self) -> list[str]:
-        row, serial_ms = self.run.row(), [1e3 * tpot for tpot in self.run.serial_tpots]
-        goodput, attained, width = (COLUMNS[name].cell(row[name]) for name in FIGURES)
-        right, serial = f"{self.right} of {len(self.answered)}", "-"
-        if serial_ms:
-            serial = f"{statistics.median(serial_ms):.1f} / {max(serial_ms):.1f}"
-        return [goodput, attained, right, serial, width, f"{self.steps}", f"{self.run.seconds:.1f}"]
-
-
-FIGURES = ("goodput_mean", "attainment_mean", "mean_width")
-TITLES = (
-    "goodput tok/s", "attainment", "right", "serial TPOT ms p50 / max", "mean width", "steps", "seconds",
-)  # fmt: skip
-
-
-async def compare(address: str, demo: Demo, console: Console) -> dict[str, Load]:
-    """The same load under every policy, at targets that follow from this machine's own speed."""
-    async with AsyncClient(address) as client, connected(address) as calls:
-        await client.set_policy("off")
-        crowd = await play(calls, mixed_load(replace(demo, requests=CROWD, seed=demo.seed + 1), spacing=0.0))
-        tpot = 2 * statistics.quantiles([each.record.mean_tpot for each in crowd], n=4)[2]
-        slo = Slo(tpot=tpot, ttft=100 * tpot)
-        spacing = statistics.mean(each.record.latency for each in crowd) / CROWD
-        jobs = mixed_load(demo, spacing=spacing)
-        console.print(
-            Rule(f"{demo.requests} questions, half of them with independent parts, under three policies")
-        )
-        console.print(
-            f"Targets by rule: TPOT {1e3 * slo.tpot:.1f} ms, twice the upper quartile of {CROWD} such"
-            f" questions at once, under off; TTFT {1e3 * slo.ttft:.0f} ms, 100 times that. A question comes"
-            f" every {1e3 * spacing:.0f} ms on average, the crowd's mean time for an answer by {CROWD}."
-        )
-        table = Table("policy", *TITLES)
-        loads: dict[str, Load] = {}
-        for policy in POLICIES:
-            await client.set_policy(policy)
-            steps, began = (await client.load()).steps, clock()
-            answered = await play(calls, jobs, slo)
-            seconds, steps = clock() - began, (await client.load()).steps - steps
-            loads[policy] = Load.of(policy, answered, slo, seconds, steps)
-            table.add_row(policy, *loads[policy].cells())
-        console.print(table)
-        console.print(knee(loads["eager"].run))
-    return loads
-
-
-def knee(eager: Run) -> str:
-    """Whether it cost others their target that every branch was admitted."""
-    slowed = sum(tpot > eager.slo.tpot for tpot in eager.serial_tpots)
-    if slowed:
-        return (
-            f"With every branch admitted, {slowed} serial answers missed their TPOT: taper is there for them."
-        )
-    return (
-        "No knee here: with every branch admitted, no serial answer missed its TPOT. Steps of many rows cost"
-        " this machine hardly more than steps of few, so taper has nothing to hold back."
+    Ends the process with an error if the tokens differ.
+    """
+    headline("The same tokens, whatever the policy", console)
+    tasks = mixed(demo)
+    slo = Options(tpot_slo_ms=1e3 * TPOT_SLO_MULTIPLE * tpot, on_miss="best_effort")
+    with progress("answers", len(POLICIES) * len(tasks), transient=True) as advance:
+        answers = asyncio.run(_play(address, tasks, slo, advance))
+    first, *others = POLICIES
+    tokens = {policy: [each.tokens_by_label() for each in answers[policy]] for policy in POLICIES}
+    differing = [policy for policy in others if tokens[policy] != tokens[first]]
+    if differing:
+        sys.exit(f"taper-demo: the tokens under {' and '.join(differing)} differ from {first}'s")
+    right = sum(each.right for each in answers[first])
+    console.print(
+        f"{len(tasks)} questions at once, half of them with independent parts, under {', '.join(POLICIES)}:"
+        f" the same tokens under each. {right} of {len(tasks)} answers are right to the letter."
     )
+    return answers
 
 
-def mixed_load(demo: Demo, *, spacing: float) -> list[Job]:
-    """Poisson arrivals, on average `spacing` seconds apart; every second answer forks."""
-    rng = random.Random(demo.seed)
+def mixed(demo: Demo) -> list[Task]:
+    """Questions of which every second one has independent parts."""
     whole = (task for task in questions(demo.seed) if not parts(task))
     parted = (task for task in questions(demo.seed) if parts(task))
-    jobs: list[Job] = []
-    at = 0.0
-    for index in range(demo.requests):
-        jobs.append(Job(at, next(parted if index % 2 else whole)))
-        at += spacing * rng.expovariate(1.0)
-    return jobs
+    return [next(parted if index % 2 else whole) for index in range(demo.requests)]
 
 
-async def play(calls: Driver, jobs: Sequence[Job], slo: Slo | None = None) -> list[Answered]:
-    """Every question asked at its time."""
-    messages = [job.message(slo) for job in jobs]
-    replies = await driver.play(calls, messages, [job.at for job in jobs])
-    return [Answered.of(job.task, reply) for job, reply in zip(jobs, replies, strict=True)]
+async def _play(
+    address: str, tasks: Sequence[Task], slo: Options, advance: Callable[[], None]
+) -> dict[str, list[Answered]]:
+    options = BY_ITSELF | slo | Options(token_ids=True)
+    messages = [generate_request(chat(task.question), **options).SerializeToString() for task in tasks]
+    answers: dict[str, list[Answered]] = {}
+    async with AsyncClient(address) as client, connected(address) as calls:
+        for policy in POLICIES:
+            await client.set_policy(policy)
+            replies = await driver.play(calls, messages, [0.0] * len(tasks), on_reply=lambda reply: advance())
+            answers[policy] = [Answered.of(*each) for each in zip(tasks, replies, strict=True)]
+    return answers
 
 
 if __name__ == "__main__":

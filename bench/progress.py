@@ -22,15 +22,18 @@ EVERY = 10.0  # seconds between two lines
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """What moves a display of `total` things, such as "simulations", on by one."""
+def progress(what: str, total: int, *, transient: bool = False) -> Iterator[Callable[[], None]]:
+    """What moves a display of `total` things, such as "simulations", on by one.
+
+    A bar that is transient leaves nothing on the terminal.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines(what, total)
         return
     left = TimeRemainingColumn(elapsed_when_finished=True)
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), left
-    with Progress(*columns, console=console, refresh_per_second=4) as bar:
+    with Progress(*columns, console=console, refresh_per_second=4, transient=transient) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
 

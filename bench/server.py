@@ -31,11 +31,12 @@ class Server:
 
 @contextmanager
 def started(
-    arguments: Sequence[str], log: TextIO | None = None, program: str | None = None
+    arguments: Sequence[str], log: TextIO | None = None, program: str | None = None, *, quiet: bool = False
 ) -> Iterator[Server]:
     """Start taper-serve, or another `program`, with these arguments on a free port, and drain it at the end.
 
-    What it prints goes to `log` (standard error unless given). Raises ChildProcessError if it does not start.
+    What it prints goes to `log` (standard error unless given); what it logs, too, if it is to be `quiet`.
+    Raises ChildProcessError if it does not start.
     """
     said: TextIO = log or sys.stderr
     began, metrics = clock(), free_port()
@@ -49,7 +50,8 @@ def started(
         str(metrics),
         *arguments,
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    errors = subprocess.STDOUT if quiet else None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
         assert process.stdout is not None
         echo = threading.Thread(target=said.writelines, args=(process.stdout,))
         try:

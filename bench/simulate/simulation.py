@@ -9,7 +9,7 @@ import math
 import multiprocessing
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count, cycle
@@ -191,9 +191,11 @@ class Simulation:
         controller: type[Controller] = Controller,
         scheduler: type[Scheduler] = Scheduler,
         watcher: Watcher | None = None,
+        on_answer: Callable[[], None] = lambda: None,
     ) -> None:
         """`latency` is what the scheduler believes of steps, if not what the profile says. The watcher is
         told of every step, without the host's moments."""
+        self._on_answer = on_answer
         profile = self.profile = setting.profile
         self._device = profile.latency()  # learns nothing: what steps really take
         self._quantiles = np.linspace(0.0, 1.0, len(profile.noise) or 1)
@@ -344,6 +346,7 @@ class Simulation:
     def _answered(self, asked: _Asked) -> None:
         asked.record.finished = asked.record.refused is None
         self._to_measure.discard(asked.index)
+        self._on_answer()
         if self.setting.workload.clients is not None:
             self._send_next(self.now)
 

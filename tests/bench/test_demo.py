@@ -1,20 +1,19 @@
-"""What the demo chooses and says; tests/serve/test_end_to_end.py runs its load against a server."""
+"""What the demo chooses and says; tests/serve/test_end_to_end.py has it ask a server."""
 
 from __future__ import annotations
 
+import io
 from itertools import islice
 
 import pytest
+from rich.console import Console
 
-from bench.demo import Answered, Demo, Load, gain, knee, mixed_load, parts, questions, watched_question
+from bench import server
+from bench.demo import Answered, Demo, gain, mixed, parts, questions, serving, watched_question
 from bench.load.driver import Reply
-from bench.load.measures import Run
-from bench.load.workload import Item
 from model.tiny.tasks import Fork, Task, transcript
-from scheduler.request import Slo
 from taper_client.errors import ServiceError
 from taper_client.v1 import inference_service_pb2 as pb
-from tests.bench.load.test_measures import seen
 
 
 def task(*answer: str | Fork) -> Task:
@@ -39,27 +38,38 @@ def test_the_watched_question_has_six_parts_and_most_to_win() -> None:
     assert gain(watched) == max(map(gain, six))
 
 
-def test_every_second_question_of_a_load_forks_and_a_seed_always_draws_the_same() -> None:
-    load, again = (mixed_load(Demo(requests=8), spacing=0.5) for _ in range(2))
-    assert [bool(parts(job.task)) for job in load] == [False, True] * 4
-    assert load == again
-    assert load[0].at == 0.0
-    assert [job.at for job in load] == sorted(job.at for job in load)
-    slower = mixed_load(Demo(requests=8), spacing=1.0)
-    assert [job.at for job in slower] == pytest.approx([2 * job.at for job in load])
+def test_every_second_question_forks_and_a_seed_always_draws_the_same() -> None:
+    drawn, again = (mixed(Demo(requests=8)) for _ in range(2))
+    assert [bool(parts(each)) for each in drawn] == [False, True] * 4
+    assert drawn == again
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.1, "No knee"), (0.3, "1 serial answers missed")])
-def test_the_demo_says_whether_branches_cost_others_their_target(seconds: float, said: str) -> None:
-    eager = Run(
-        policy="eager",
-        slo=Slo(tpot=0.2, ttft=5.0),
-        seconds=1.0,
-        records=[seen(Item(0.0, 1, ((2,),)), 1.0, seconds), seen(Item(0.0, 1, ((1, 1),)), 1.0, 9.0)],
-        tokens=4,
-        turns=4,
-    )
-    assert said in knee(eager), "an answer with branches is not a serial one"
+STARTS = """
+import sys
+print("2026-01-01 [info     ] compiled                       program='1 of 2' rows=8", file=sys.stderr)
+{end}
+"""
+READY = "print('taper-serve ready on 127.0.0.1:4242', flush=True)"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_start_of_the_server_is_told_as_it_goes_on(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server, "PROGRAM", STARTS.format(end=READY))
+    screen = io.StringIO()
+    with serving([], Console(file=screen, force_terminal=terminal)) as address:
+        assert address == "127.0.0.1:4242"
+    assert "Starting taper-serve" in screen.getvalue()
+    assert "compiled 1 of 2 programs" in screen.getvalue()
+    assert capfd.readouterr().err == "", "the log itself is not shown"
+
+
+def test_a_server_that_does_not_start_shows_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "PROGRAM", STARTS.format(end="raise SystemExit('no such model')"))
+    quiet = Console(file=io.StringIO())
+    with pytest.raises(ChildProcessError, match=r"did not start(.|\n)*no such model"), serving([], quiet):
+        pass
 
 
 def answered(asked: Task, *said: tuple[int, str, str]) -> Answered:
@@ -95,15 +105,6 @@ def test_tokens_are_compared_by_label_whatever_the_order() -> None:
     same = answered(asked, (0, "", "x"), (1, "b", "right"), (2, "a", "left"))
     other = answered(asked, (0, "", "x"), (1, "a", "lift"), (2, "b", "right"))
     assert one.tokens_by_label() == same.tokens_by_label() != other.tokens_by_label()
-
-
-def test_a_load_is_measured_as_any_other() -> None:
-    asked = task("abc")
-    load = Load.of("off", [answered(asked, (0, "", "word"))] * 2, Slo(tpot=1.0, ttft=2.0), 4.0, steps=9)
-    assert load.cells() == ["2", "100.0%", "0 of 2", "0.0 / 0.0", "1.00", "9", "4.0"]
-    assert [record.latency for record in load.run.records] == [1.0, 1.0], "since it was due"
-    late = Load.of("off", load.answered, Slo(tpot=1.0, ttft=0.5), 4.0, steps=9)
-    assert late.cells()[:2] == ["0", "0.0%"]
 
 
 def test_a_question_that_fails_ends_the_demo() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import io
 import shutil
 import signal
 import subprocess
@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from bench import demo
-from bench.demo import POLICIES, TITLES, Demo, compare
+from bench.demo import POLICIES, Demo, compare
 from model import decode
 from model.checkpoint import load_model
 from scheduler.sampling import SamplingParams
@@ -96,17 +95,16 @@ def test_a_race_is_decided_and_its_loser_is_not_in_the_answer(address: str) -> N
 SHORT = 3_000_315  # a seed of the demo with short answers, of which the second branches
 
 
-def test_every_policy_gives_every_request_the_same_tokens(
-    address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo, "CROWD", 2)
-    loads = asyncio.run(compare(address, Demo(requests=3, seed=SHORT), Console(quiet=True)))
-    assert set(loads) == set(POLICIES)
-    assert all(load.answers == loads["off"].answers for load in loads.values())
-    assert {len(load.cells()) for load in loads.values()} == {len(TITLES)}
-    # A message of a busy host brings two steps now and then, which looks like a width of two.
-    assert loads["off"].run.row()["mean_width"] < 1.1 < loads["eager"].run.row()["mean_width"]
-    assert len({str(answer) for answer in loads["off"].answers}) == 3, "different prompts, different answers"
+def test_every_policy_gives_every_request_the_same_tokens(address: str) -> None:
+    screen = io.StringIO()
+    answers = compare(address, Demo(requests=3, seed=SHORT), 0.01, Console(file=screen, width=200))
+    assert set(answers) == set(POLICIES)
+    assert "the same tokens under each" in screen.getvalue()
+    tokens = [each.tokens_by_label() for each in answers["off"]]
+    assert tokens == [each.tokens_by_label() for each in answers["eager"]]
+    assert len({str(each) for each in tokens}) == 3, "different prompts, different answers"
+    most = {policy: max(width for width, _ in answers[policy][1].completion.widths) for policy in POLICIES}
+    assert most["off"] == 1 < most["eager"], "and not in the same way"
 
 
 WAYS = [(0.0, 1), (0.9, 1), (0.9, 3)]  # (temperature, branches)
