@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from tests.bench.simulate.test_card import FOUND
 from tests.screen import lines, svg
 
 PICTURE = Path(__file__).parents[2] / "docs/demo.svg"
-CHANGES = ("tokens, ", "Again, 3 times", " s with one at a", " ms each; ")  # how fast it was
 
 
 def test_the_picture_ends_as_the_demo_does() -> None:
@@ -43,7 +43,6 @@ def test_the_picture_is_what_the_demo_shows(request: pytest.FixtureRequest) -> N
     if pictures := request.config.getoption("--pictures"):
         (Path(pictures) / PICTURE.name).write_text(picture)
     was, now = (
-        [line for line in lines(each) if not any(change in line for change in CHANGES)]
-        for each in (PICTURE.read_text(), picture)
+        re.sub(r"[\d.]+", "0", " ".join(lines(each)).strip()) for each in (PICTURE.read_text(), picture)
     )
-    assert now == was
+    assert re.sub(r"\s+", " ", now) == re.sub(r"\s+", " ", was), "but for how fast it was"
