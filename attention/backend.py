@@ -106,6 +106,14 @@ class Backend(ABC):
         """
         raise ValueError(f"attention by {self.name} has no deterministic form: leave --deterministic out")
 
+    def fitted(self, head_dim: int, dtype: Any) -> Backend:
+        """This backend, with whatever the device at hand has for models of this head size and type.
+
+        For models that one device holds alone.
+        """
+        del head_dim, dtype
+        return self
+
     def pages(self, sizes: Sizes, head_dim: int, dtype: Any) -> Sequence[PageArray]:
         """The arrays that hold the pages of one layer.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from attention.backend import Backend, Sizes
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
     from attention.reads import Reads
 
 BLOCK_TOKENS = 64
-# Multiprocessors of an H100 or H200, each with room for two workers' shared memory.
-WORKERS = 2 * 132
+MULTIPROCESSORS = 132  # of an H100 or H200, each with room for two workers' shared memory, or a tall tile's
+WORKERS = 2 * MULTIPROCESSORS
+TALL_LANES = 128
+TALL_STEP = 384  # rows from which steps hold prompts rather than branches: the launch takes 3 µs, used or not
+TALL_PAGES = (16, 32, 64, 128)
 # With head_dim 128 in bfloat16 the workers of an H200 stream 4.06 TB/s together through narrow tiles, and
 # 3.6 through wide ones; partial results, float32, move at 4. `alone` is an estimate.
 H200 = Costs(
@@ -39,6 +43,7 @@ H200 = Costs(
     tile=1.5e-6,
     partial=128 * 8 * WORKERS / 4e12,
     alone=0.4,
+    tall_token=1.5e-8,
 )
 
 
@@ -46,10 +51,12 @@ H200 = Costs(
 class Gpu(Backend):
     """alone      every read has a tile of its own, so that a row's result does not depend on the other rows
     interpret  the kernels run without a GPU, slowly
+    tall_step  rows of the smallest bucket with tall tiles, for prompts (`attention.gpu_tall`); 0: none has
     """
 
     alone: bool = False
     interpret: bool = False
+    tall_step: int = 0
 
     @property
     def name(self) -> str:
@@ -63,11 +70,18 @@ class Gpu(Backend):
         return "interpreted" if self.interpret else "compiled"
 
     def deterministic(self) -> Gpu:
-        return replace(self, alone=True)
+        return replace(self, alone=True, tall_step=0)
 
-    def tiling(self, heads: int, kv_heads: int, page_size: int) -> Tiling:
-        """How the kernels cut a step into tiles."""
+    def fitted(self, head_dim: int, dtype: Any) -> Gpu:
+        hopper = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
+        takes = head_dim == 128 and jnp.dtype(dtype) == jnp.bfloat16
+        compiled = not (self.alone or self.interpret)
+        return replace(self, tall_step=TALL_STEP) if hopper and takes and compiled else self
+
+    def tiling(self, heads: int, kv_heads: int, page_size: int, rows: int = 0) -> Tiling:
+        """How the kernels cut a step of a bucket of so many rows into tiles."""
         group = group_size(heads, kv_heads)
+        tall = 0 < self.tall_step <= rows and page_size in TALL_PAGES and group <= NARROW
         return Tiling(
             page_size=page_size,
             kv_heads=kv_heads,
@@ -77,10 +91,12 @@ class Gpu(Backend):
             workers=WORKERS,
             costs=H200,
             alone=self.alone,
+            tall_rows=TALL_LANES // group if tall else 0,
+            tall_workers=MULTIPROCESSORS if tall else 0,
         )
 
     def capacity(self, rows: int, sizes: Sizes, pages_per_read: int | None = None) -> TileCapacity:
-        tiling = self.tiling(sizes.heads, sizes.kv_heads, sizes.page_size)
+        tiling = self.tiling(sizes.heads, sizes.kv_heads, sizes.page_size, rows)
         return TileCapacity.for_bucket(rows, sizes.num_pages, tiling, pages_per_read, paths=sizes.paths)
 
     def lay_out(self, reads: Reads, capacity: Any) -> tuple[Int[np.ndarray, " reads"], TileList]:
@@ -98,7 +114,7 @@ class Gpu(Backend):
     ) -> tuple[Array, Array]:
         """As any backend; and raises ValueError if page_size is not a power of two from 2 on, or the pages
         have more elements than the kernels' 32-bit offsets reach."""
-        _, heads, head_dim = q.shape
+        rows, heads, head_dim = q.shape
         _, kv_heads, page_size, _ = pages[0].shape
         if not self.supports(head_dim, q.dtype):
             raise ValueError(
@@ -111,7 +127,7 @@ class Gpu(Backend):
             raise ValueError(
                 f"the GPU kernels reach 2**31 elements of keys, not {pages[0].size} {pages[0].shape}"
             )
-        tiling = self.tiling(heads, kv_heads, page_size)
+        tiling = self.tiling(heads, kv_heads, page_size, rows)
         return attend(q, pages, work, tiling, scale=scale, interpret=self.interpret)
 
     def refill(self, work: TileList, filled: Int32[Array, " pages"]) -> TileList:

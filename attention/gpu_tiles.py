@@ -1,6 +1,7 @@
 """The kernels of attention on a GPU: Pallas, lowered by Triton, over the tiles of `attention.tiles`.
 
-`attend` is two launches. The first runs a fixed grid of workers over the tiles, longest first. A tile's rows
+`attend` is two launches; three with tall tiles, which another kernel computes first (`attention.gpu_tall`) in
+the same arrays. The first runs a fixed grid of workers over the tiles, longest first. A tile's rows
 times their query heads per KV head are the rows of two matrix products for each block of pages, with a
 running softmax in base 2 (FlashAttention-2, arXiv 2307.08691); pages that several rows share are read once
 for all of them. A tile that was split leaves float32 partial results, which the second launch merges by their
@@ -46,6 +47,11 @@ def attend(
     slots = tiles.part_slots.shape[0]
     partial_type = jnp.promote_types(jnp.float32, q.dtype)
     shape = jax.ShapeDtypeStruct
+    begun: tuple[Array, ...] = ()
+    if tiling.tall_rows:
+        from attention.gpu_tall import attend_tall  # Mosaic GPU is not loaded where it is not used
+
+        begun = attend_tall(q, pages, tiles, tiling, scale=scale)
     out, lse, part_out, part_lse = launch(
         partial(_tiles_kernel, tiling=tiling, scale=scale, interpret=interpret),
         grid=(min(2 * tiling.workers, tiles.tile_rows.shape[0] * tiling.kv_heads),),
@@ -58,6 +64,7 @@ def attend(
         num_warps=NUM_WARPS,
         num_stages=STAGES if q.dtype.itemsize <= 2 else 1,
         interpret=interpret,
+        input_output_aliases={11 + index: index for index in range(len(begun))},
     )(
         q,
         *pages,
@@ -69,6 +76,7 @@ def attend(
         tiles.page_ids,
         tiles.page_sees,
         tiles.num_tiles.reshape(1),
+        *begun,
     )
     merge_heads, merge_parts = merged_at_once(rows)
     out, lse = launch(
@@ -114,15 +122,12 @@ def _tiles_kernel(
     page_ids_ref,
     page_sees_ref,
     num_tiles_ref,
-    out_ref,
-    lse_ref,
-    part_out_ref,
-    part_lse_ref,
-    *,
+    *refs,
     tiling: Tiling,
     scale: float,
     interpret: bool,
 ) -> None:
+    out_ref, lse_ref, part_out_ref, part_lse_ref = refs[-4:]
     group = q_ref.shape[1] // tiling.kv_heads
     head_dim = q_ref.shape[2]
     block_tokens = tiling.block_pages * tiling.page_size
@@ -224,8 +229,9 @@ def _tiles_kernel(
             part=tile_part_ref[at],
         )
         rows = tile.rows[1]
+        mine = (rows > 0) & (rows <= tiling.wide_rows) if tiling.tall_rows else rows > 0
 
-        @pl.when(rows > 0)
+        @pl.when(mine)
         def _() -> None:
             if tiling.alone:  # matrix products of other shapes may round differently
                 run(tile, head, WIDE)

@@ -15,6 +15,7 @@ def cut(reads: ReadTree, tiling: Tiling) -> np.ndarray:
 
     A wide tile reads what its rows share once, but takes longer than narrow ones for every page. So rows go
     into wide tiles where they share much beside what they have alone, and into narrow ones where they do not.
+    A read of more rows than a wide tile has is a tile by itself.
     """
     rows, shared, narrow = reads.rows, reads.shared, tiling.narrow_rows
     if not shared.any():
@@ -27,6 +28,7 @@ def cut(reads: ReadTree, tiling: Tiling) -> np.ndarray:
     again_beside = page * beside + tiling.costs.tile * (beside > 0)
     small = rows <= narrow
     joins = ~small | (again_beside > narrow * more * (reads.count - beside))
+    joins &= rows <= tiling.wide_rows
     first = _pack(reads, _with_previous(joins), again, tiling.wide_rows)
 
     # A tile stays if what narrow ones would read again costs more than what a wide one takes longer.
@@ -47,7 +49,8 @@ def cut(reads: ReadTree, tiling: Tiling) -> np.ndarray:
 def cut_least(reads: ReadTree, tiling: Tiling) -> np.ndarray:
     """The first read of every tile so that page references are few: all that share are together."""
     cost = tiling.page_size * reads.shared + 1.0
-    return _pack(reads, reads.shared > 0, cost, tiling.wide_rows).nonzero()[0]
+    together = _with_previous(reads.rows <= tiling.wide_rows)
+    return _pack(reads, together, cost, tiling.wide_rows).nonzero()[0]
 
 
 def _pack(reads: ReadTree, link: np.ndarray, cost: np.ndarray, most_rows: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from attention.reads import ragged_ranges
 from attention.tile_reads import Tiles
 from attention.tiles import NO_LIMIT, TileCapacity, TileList, Tiling, pack_sees, unpack_sees
 
+MOST_PIECES = 16  # of a tall tile
 CLOSE = 1.2  # tiles, or parts, this near to an even load are rarely bettered: not worth planning more splits
 
 
@@ -75,16 +76,16 @@ class Parts:
         seconds = tiling.tile_seconds(row_end - row, blocks)
         return cls(tile, row, row_end, whole, masked, blocks, slots, seconds)
 
-    def predict(self, tiling: Tiling) -> tuple[float, float]:
+    def predict(self, tiling: Tiling, which: np.ndarray | slice = slice(None)) -> tuple[float, float]:
         """Seconds that the parts take together, and that they would take if the load were even."""
-        workers = tiling.head_workers
-        mean = (self.seconds.sum() + tiling.partial_row_seconds * self.slots.sum()) / workers
-        if len(self.seconds) <= workers:
-            return mean + tiling.costs.alone * max(0.0, self.seconds.max() - mean), mean
+        workers, seconds = tiling.head_workers, self.seconds[which]
+        mean = (seconds.sum() + tiling.partial_row_seconds * self.slots[which].sum()) / workers
+        if len(seconds) <= workers:
+            return mean + tiling.costs.alone * max(0.0, seconds.max() - mean), mean
         # Longest first, as many at a time as there are workers, and the longest to whoever has least.
-        rounds = -(-len(self.seconds) // workers)
+        rounds = -(-len(seconds) // workers)
         ranked = np.zeros(rounds * workers)
-        ranked[len(ranked) - len(self.seconds) :] = self.seconds
+        ranked[len(ranked) - len(seconds) :] = seconds
         ranked.sort()
         load = ranked[-workers:]
         for begin in range(len(ranked) - 2 * workers, -1, -workers):
@@ -94,9 +95,11 @@ class Parts:
         # Who is left at the end has more of the memory's bandwidth.
         return mean + tiling.costs.alone * (longest - mean), mean
 
-    def listed(self, tiles: Tiles) -> TileList:
+    def listed(self, tiles: Tiles, tiling: Tiling) -> TileList:
         """As the kernels read them."""
         order = np.argsort(-self.seconds, kind="stable")
+        if tiling.tall_rows:
+            order = order[np.argsort((self.row_end - self.row)[order] <= tiling.wide_rows, kind="stable")]
         slots, row = self.slots[order], self.row[order]
         count, rows, refs = len(order), int(tiles.row_end[-1]), tiles.page_ids
         ranges = np.empty((3, count, 2), np.int32)
@@ -145,37 +148,69 @@ def split_tiles(tiles: Tiles, capacity: TileCapacity) -> Parts:
     """The tiles as they are, or cut for an even load where that is predicted to be faster.
 
     To cut, the tiles are laid end to end and the line is divided evenly among all or some of the workers.
+    Tall tiles have workers of their own: see `_tall_begins`.
     """
     tiling = capacity.tiling
-    best = Parts.unsplit(tiles, tiling)
-    seconds, mean = best.predict(tiling)
+    best = whole = Parts.unsplit(tiles, tiling)
+    begins, others = np.arange(len(whole.blocks)) << 32, slice(None)
+    tall = tiles.row_end - tiles.row > tiling.wide_rows
+    if tall.any():
+        begins = np.concatenate([begins, _tall_begins(whole, tall.nonzero()[0], tiling)])
+        best, others = _cut(tiles, begins, tiling), (~tall).nonzero()[0]
+        if not len(others):
+            return best
+    seconds, mean = whole.predict(tiling, others)
     if seconds < CLOSE * mean:
         return best
     block_seconds = tiling.block_seconds(tiles.row_end - tiles.row)
-    blocks, end, previous = best.blocks, np.cumsum(best.seconds), np.inf
+    blocks, end, previous = whole.blocks, np.cumsum(whole.seconds[others]), np.inf
     for share in (1, 2, 4, 8):
         workers = tiling.head_workers // share
         if workers < 2 or seconds < CLOSE * mean:
             break
         cuts = np.arange(1, workers) * end[-1] / workers
-        tile = np.searchsorted(end, cuts, side="right")
-        block = blocks[tile] - np.rint((end[tile] - cuts) / block_seconds[tile]).astype(np.int64)
+        at = np.searchsorted(end, cuts, side="right")
+        tile = np.arange(len(blocks))[others][at]
+        block = blocks[tile] - np.rint((end[at] - cuts) / block_seconds[tile]).astype(np.int64)
         # A short end of a tile is not worth a part of its own.
         least = np.maximum(cuts[0] / 8 / block_seconds[tile], 1)
         worth = (least <= block) & (block <= blocks[tile] - least)
-        begin = np.concatenate([np.arange(len(blocks)) << 32, tile[worth] << 32 | block[worth]])
-        begin.sort()
-        begin = begin[np.append(True, begin[1:] > begin[:-1])]
-        parts = Parts.split(tiles, begin >> 32, begin & 0xFFFFFFFF, tiling)
-        if len(begin) > capacity.tiles or parts.slots.sum() > capacity.slots:
+        parts = _cut(tiles, np.concatenate([begins, tile[worth] << 32 | block[worth]]), tiling)
+        if len(parts.tile) > capacity.tiles or parts.slots.sum() > capacity.slots:
             continue
-        predicted, _ = parts.predict(tiling)
+        predicted, _ = parts.predict(tiling, others if isinstance(others, slice) else ~tall[parts.tile])
         if predicted < seconds:
             best, seconds = parts, predicted
         elif predicted > previous:
             break
         previous = predicted
     return best
+
+
+def _cut(tiles: Tiles, begins: np.ndarray, tiling: Tiling) -> Parts:
+    """Parts that begin where `begins` says: a tile's index << 32 | a block of it."""
+    begins = np.sort(begins)
+    begins = begins[np.append(True, begins[1:] > begins[:-1])]
+    return Parts.split(tiles, begins >> 32, begins & 0xFFFFFFFF, tiling)
+
+
+def _tall_begins(whole: Parts, tall: np.ndarray, tiling: Tiling) -> np.ndarray:
+    """Where parts of the tall tiles begin: pieces of nearly equal length, as many as make the load even.
+
+    These tiles are few and alike, so that parts of one length fill the device in whole rounds.
+    """
+    blocks, rows = whole.blocks[tall], (whole.row_end - whole.row)[tall]
+    block_seconds, best, chosen = float(tiling.block_seconds(rows).max()), np.inf, np.ones_like(blocks)
+    for pieces in range(1, MOST_PIECES + 1):
+        length = -(-int(blocks.max()) // pieces)
+        count = -(-blocks // length)
+        rounds = -(-int(count.sum()) // tiling.tall_head_workers)
+        partial = tiling.partial_row_seconds * float((rows * count)[count > 1].sum()) / tiling.head_workers
+        seconds = rounds * (tiling.costs.tile + length * block_seconds) + partial
+        if count[count > 1].sum() <= tiling.most_tall_parts and seconds < best:
+            best, chosen = seconds, count
+    tile, piece = tall.repeat(chosen), ragged_ranges(np.zeros_like(chosen), chosen)
+    return tile << 32 | piece * blocks.repeat(chosen) // chosen.repeat(chosen)
 
 
 def _blocks(refs: np.ndarray, block_pages: int) -> np.ndarray:

@@ -30,19 +30,19 @@ def lay_out_tiles(reads: Reads, capacity: TileCapacity) -> tuple[Int[np.ndarray,
     if not reads.own:
         return np.zeros(0, np.int64), capacity.empty()
     order, tree = ReadTree.of(reads, tiling.page_size)
-    tree = tree.split(tiling.wide_rows)
+    tree = tree.split(tiling.most_rows)
     check_fits("rows", int(tree.rows.sum()), capacity.rows)
 
     if tiling.alone:
         tiles = Tiles.of(tree, np.arange(len(tree.rows)), tiling)
         _check_fits(tiles, capacity)
-        return order, Parts.unsplit(tiles, tiling).listed(tiles)
+        return order, Parts.unsplit(tiles, tiling).listed(tiles, tiling)
     tiles = Tiles.of(tree, cut(tree, tiling), tiling)
     if len(tiles.page_ids) > capacity.page_refs:
         tiles = Tiles.of(tree, cut_least(tree, tiling), tiling)
     _check_fits(tiles, capacity)
     parts = split_tiles(tiles, capacity) if tiling.splits else Parts.unsplit(tiles, tiling)
-    return order, parts.listed(tiles)
+    return order, parts.listed(tiles, tiling)
 
 
 def _check_fits(tiles: Tiles, capacity: TileCapacity) -> None:

@@ -36,6 +36,7 @@ class Costs:
     tile: float
     partial: float
     alone: float
+    tall_token: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ class Tiling:
     alone        each read has a tile of its own, whose pages come in order and unsplit: what a row computes
                  does not depend on the other rows
     splits       a tile may be split among workers, whose partial results are then merged
+    tall_rows    most rows of a tall tile, which has rows of one read alone and workers of its own; 0: none
+    tall_workers (tile, KV head) pairs of tall tiles that the device computes at the same time
     """
 
     page_size: int
@@ -63,6 +66,8 @@ class Tiling:
     costs: Costs
     alone: bool = False
     splits: bool = True
+    tall_rows: int = 0
+    tall_workers: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.page_size <= MAX_PAGE_SIZE:
@@ -73,15 +78,34 @@ class Tiling:
             raise ValueError("a Tiling needs kv_heads, block_pages and workers >= 1")
         if self.alone and self.block_pages > 1:
             raise ValueError("tiles of reads alone need blocks of one page: a larger page_size")
+        if self.tall_rows and not (self.wide_rows < self.tall_rows <= MAX_ROWS and self.tall_workers >= 1):
+            raise ValueError(f"tall tiles need wide_rows < tall_rows <= {MAX_ROWS}, and tall_workers >= 1")
 
     @property
     def head_workers(self) -> int:
         """How many tiles the device computes at the same time, with all of their heads."""
         return max(1, self.workers // self.kv_heads)
 
+    @property
+    def tall_head_workers(self) -> int:
+        """How many tall tiles the device computes at the same time, with all of their heads."""
+        return max(1, self.tall_workers // self.kv_heads)
+
+    @property
+    def most_rows(self) -> int:
+        """Of a read in one tile."""
+        return self.tall_rows or self.wide_rows
+
+    @property
+    def most_tall_parts(self) -> int:
+        """Parts that the tall tiles of a step may be split into."""
+        return 3 * self.tall_head_workers if self.tall_rows else 0
+
     def block_seconds(self, rows: Int[np.ndarray, " tiles"]) -> np.ndarray:
         """What a tile of so many rows takes a worker for a block, of one head."""
         token = np.where(rows > self.narrow_rows, self.costs.wide_token, self.costs.narrow_token)
+        if self.tall_rows:
+            token = np.where(rows > self.wide_rows, self.costs.tall_token, token)
         return self.block_pages * self.page_size * token
 
     def tile_seconds(
@@ -118,7 +142,8 @@ class TileCapacity:
     ) -> TileCapacity:
         """Room for every step of at most `rows` rows.
 
-        Splitting makes one tile more per cut, and there are fewer cuts than `tiling.head_workers`. A pool
+        Splitting makes one tile more per cut, and there are fewer cuts than `tiling.head_workers`, besides
+        those of tall tiles, all of whose parts may have partial results. A pool
         page is referred to once for each of the `paths` on which reads come to it (see `Sizes`), once more by
         each read that sees only a part of it, and once more where a run of rows that shares it is cut: two
         neighbours of such a run have more than `wide_rows` rows. `pages_per_read` (the longest context in
@@ -128,10 +153,12 @@ class TileCapacity:
         cuts = min(rows - 1, rows if tiling.alone else 2 * rows // (tiling.wide_rows + 1))
         return cls(
             rows=rows,
-            tiles=rows + tiling.head_workers,
+            tiles=rows + tiling.head_workers + tiling.most_tall_parts,
             page_refs=min(paths * num_pages + rows + cuts * longest, rows * longest)
             + rows * (tiling.block_pages - 1),
-            slots=rows + tiling.head_workers * min(rows, tiling.wide_rows),
+            slots=rows
+            + tiling.head_workers * min(rows, tiling.wide_rows)
+            + tiling.most_tall_parts * min(rows, tiling.tall_rows),
             tiling=tiling,
         )
 
@@ -150,7 +177,7 @@ class TileCapacity:
 
 
 class TileList(NamedTuple):
-    """The tiles of a step, longest first: int32 arrays, NumPy or JAX; a pytree.
+    """The tiles of a step, tall ones first, then longest first: int32 arrays, NumPy or JAX; a pytree.
 
     Entries past the counts are padding. A tile has at least one row and at least one page.
 

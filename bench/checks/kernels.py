@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention import Backend, Sizes, backend_named, default_backend
+from attention.gpu import Gpu
 from bench import hardware
 from bench.checks.forests import LARGE_LOGITS, SMALL, Forest, Grid, Matrix, Tree
 from bench.command import Command
@@ -243,6 +244,9 @@ def all_cases(matrix: Matrix, seed: int) -> Iterator[Case]:
 
 def setup_of(case: Case, matrix: Matrix, backend: Backend) -> Setup:
     grid = Grid.of(matrix, case.page, narrow=case.width <= matrix.narrow)
+    backend = backend.fitted(case.head_dim, jnp.bfloat16)
+    if isinstance(backend, Gpu) and backend.tall_step:
+        backend = replace(backend, tall_step=1)  # so that steps of any size have tall tiles
     return Setup(case.kind, case.group_size, case.page, case.head_dim, matrix.kv_heads, grid, backend)
 
 

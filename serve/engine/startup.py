@@ -280,4 +280,7 @@ def _attention(config: ServerConfig, model: Decoder) -> Backend:
     with naming("attention"):
         named = None if config.attention == "auto" else backend_named(config.attention)
     backend = named or default_backend(model.config.head_dim, model.dtype)
-    return backend.deterministic() if config.deterministic else backend
+    if config.deterministic:
+        return backend.deterministic()
+    alone = config.tensor_parallel == 1
+    return backend.fitted(model.config.head_dim, model.dtype) if alone else backend

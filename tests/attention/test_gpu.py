@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from random import Random
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -263,7 +264,8 @@ def test_what_the_kernels_just_can_do_is_not_refused() -> None:
 def test_the_kernels_lower_for_cuda_without_a_gpu(page_size: int, dtype: type) -> None:
     """No PTX is made here; this notices a JAX whose Pallas no longer takes what the kernels are made of."""
     rows, heads, kv_heads, head_dim, num_pages = 16, 40, 8, 128, 64
-    gpu = Gpu()
+    tall = dtype is jnp.bfloat16 and page_size == 64
+    gpu = Gpu(tall_step=rows if tall else 0)
     sizes = Sizes(num_pages=num_pages, page_size=page_size, heads=heads, kv_heads=kv_heads)
     tiles = gpu.capacity(rows, sizes).empty()
     pool = jax.ShapeDtypeStruct((num_pages, kv_heads, page_size, head_dim), dtype)
@@ -279,7 +281,8 @@ def test_the_kernels_lower_for_cuda_without_a_gpu(page_size: int, dtype: type) -
 
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    calls = "__gpu$xla.gpu.triton", "mosaic_gpu_v2"
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(call) for call in calls]
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         # Triton is announced to leave Pallas some day: docs/gpu-attention.md.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -287,4 +290,24 @@ def test_the_kernels_lower_for_cuda_without_a_gpu(page_size: int, dtype: type) -
             pool, pool, new, scale, angle, Places(index, index), tiles
         )
     text = exported.mlir_module()
-    assert text.count("__gpu$xla.gpu.triton") == 3
+    assert [text.count(f"@{call}(") for call in calls] == [3, tall]
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "dtype", "tall"),
+    [
+        ("9.0", 128, jnp.bfloat16, True),
+        ("8.0", 128, jnp.bfloat16, False),
+        ("9.0", 64, jnp.bfloat16, False),
+        ("9.0", 128, jnp.float32, False),
+    ],
+)
+def test_a_hopper_gpu_has_tall_tiles_for_steps_of_many_rows(
+    capability: str, head_dim: int, dtype: type, tall: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    gpu = Gpu().fitted(head_dim, dtype)
+    assert [gpu.tiling(64, 8, 64, rows).tall_rows for rows in (256, 384)] == [0, 16 * tall]
+    assert not gpu.tiling(64, 8, 8, 384).tall_rows, "pages that no block of keys is made of"
+    assert gpu.deterministic() == Gpu(alone=True).fitted(head_dim, dtype) == Gpu(alone=True)

@@ -53,6 +53,11 @@ def tiling(
     )
 
 
+def with_tall(cut: Tiling, workers: int = 132) -> Tiling:
+    """The same with tall tiles of twice a wide one's rows, for so many workers."""
+    return replace(cut, tall_rows=2 * cut.wide_rows, tall_workers=workers)
+
+
 def capacity_for(reads: list[Read], cut: Tiling, num_pages: int = NUM_PAGES) -> TileCapacity:
     longest = max(len(pages_of(read)) for read in reads)
     return TileCapacity.for_bucket(sum(read.rows for read in reads), num_pages, cut, pages_per_read=longest)
@@ -106,7 +111,9 @@ def check(reads: list[Read], order: np.ndarray, tiles: TileList, cut: Tiling) ->
     count = int(tiles.num_tiles)
     rows = tiles.tile_rows[:count]
     assert (rows[:, 1] >= 1).all()
-    assert (rows[:, 1] <= cut.wide_rows).all()
+    assert (rows[:, 1] <= cut.most_rows).all()
+    tall = rows[:, 1] > cut.wide_rows
+    assert tall[: tall.sum()].all(), "tall tiles come first"
     assert (tiles.tile_whole[:count, 1] + tiles.tile_masked[:count, 1] >= 1).all()
 
     seen = Counter()
@@ -141,6 +148,8 @@ def test_every_row_sees_every_position_that_it_must_once_and_no_other(
         workers=data.draw(st.sampled_from([1, 7, 64, 264])),
         costs=H200,
     )
+    if cut.wide_rows < 128 and data.draw(st.booleans()):
+        cut = with_tall(cut, data.draw(st.sampled_from([1, 7, 132])))
     order, tiles = lay_out_tiles(Reads.of(forest.reads), capacity_for(forest.reads, cut))
     check(forest.reads, order, tiles, cut)
 
@@ -163,10 +172,13 @@ def test_a_step_of_everything_is_covered(page_size: int, group: int, workers: in
     check(reads, order, tiles, cut)
 
 
-@given(forests(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 2, 64]))
+@given(forests(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 2, 64]), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_the_bucket_capacity_always_suffices(forest: Forest, wide_rows: int, workers: int) -> None:
+def test_the_bucket_capacity_always_suffices(
+    forest: Forest, wide_rows: int, workers: int, tall: bool
+) -> None:
     cut = Tiling(forest.page_size, 1, 1, wide_rows, block_pages=2, workers=workers, costs=H200)
+    cut = with_tall(cut, workers) if tall else cut
     rows = sum(read.rows for read in forest.reads)
     pages = len({page for read in forest.reads for page in pages_of(read)})
     longest = max(len(pages_of(read)) for read in forest.reads)
@@ -252,6 +264,37 @@ def test_a_prompt_chunk_lists_its_context_once() -> None:
     assert tiles.tile_whole[:count, 1].max() == 39
     assert tiles.tile_masked[:count, 1].max() == 2  # the diagonal: eight rows cross one page border at most
     assert references(tiles) == 39 + tiles.tile_masked[:count, 1].sum()
+
+
+@pytest.mark.parametrize(
+    ("group", "rows", "tiles", "longest"),
+    [(8, 512, 32, 136), (8, 384, 48, 67), (2, 512, 16, 68), (2, 256, 16, 33)],
+)
+def test_tall_tiles_of_a_prompt_chunk_fill_the_device_in_whole_rounds(
+    group: int, rows: int, tiles: int, longest: int
+) -> None:
+    """Of 16 at a time: unsplit in two rounds, halves in three or one, quarters in one."""
+    context = PageRun(list(range(128)), 8192)
+    chunk = Read((context,), PageRun(list(range(128, 136))[: -(-rows // 64)], rows), rows, 0)
+    cut = with_tall(tiling(group))
+    _, found = lay_out_tiles(Reads.of([chunk]), capacity_for([chunk], cut))
+    count = int(found.num_tiles)
+    assert count == tiles
+    assert (found.tile_rows[:count, 1] == cut.tall_rows).all()
+    assert (found.tile_whole[:count, 1] + found.tile_masked[:count, 1]).max() == longest
+
+
+def test_branches_beside_tall_tiles_are_planned_as_if_these_were_not_there() -> None:
+    branches, cut = groups(3, 5, 640, 64), with_tall(tiling())
+    chunk = Read((), PageRun(list(range(4000, 4008)), 496), rows=496, ordinal=0)
+
+    def tiles_of(reads: list[Read]) -> list[list[int]]:
+        _, tiles = lay_out_tiles(Reads.of(reads), capacity_for(reads, cut))
+        ranges = np.concatenate([tiles.tile_rows, tiles.tile_whole[:, 1:]], 1)[: int(tiles.num_tiles)]
+        return ranges[ranges[:, 1] <= cut.wide_rows].tolist()
+
+    assert len(tiles_of(branches)) > 3
+    assert tiles_of([*branches, chunk]) == tiles_of(branches)
 
 
 def test_rows_with_little_in_common_stay_in_narrow_tiles() -> None:
@@ -529,6 +572,9 @@ def test_a_malformed_read_is_refused() -> None:
         ({"kv_heads": 0}, "kv_heads"),
         ({"block_pages": 0}, "block_pages"),
         ({"alone": True, "block_pages": 2}, "blocks of one page"),
+        ({"tall_rows": 8, "tall_workers": 1}, "wide_rows < tall_rows"),
+        ({"tall_rows": 129, "tall_workers": 1}, "tall_rows <= 128"),
+        ({"tall_rows": 16}, "tall_workers >= 1"),
     ],
 )
 def test_a_tiling_must_be_possible(change: dict[str, int], message: str) -> None:
