@@ -38,7 +38,7 @@ def test_the_demo_runs(compiled: str) -> None:
     """As make has it: the folder that it installs into is the one that runs this. It judges itself."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": compiled}
     command = ["make", "demo", f"VENV={Path(sys.executable).parents[1]}"]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
