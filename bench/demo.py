@@ -193,7 +193,7 @@ def server_options(model: str, console: Console) -> list[str]:
                 convert(SMOLLM2_FOLDER)
             except ConversionError as error:
                 sys.exit(f"taper-demo: {error}")
-    return ["--model", str(SMOLLM2_FOLDER), "--buckets", "4", "16", "64", "--max-context", "2048"]
+    return ["--model", str(SMOLLM2_FOLDER), "--buckets", "4", "32", "--max-context", "2048"]
 
 
 # --- one answer, watched -----------------------------------------------------------------------------------
@@ -214,9 +214,11 @@ ADVICE = Options(
 
 
 def watch(address: str, options: Options, question: str, console: Console) -> None:
-    """Ask one question; in a terminal its branches grow side by side, elsewhere they are shown at the end."""
+    """Ask one question, whatever the machine can promise; its branches grow side by side in a terminal, and
+    are shown at the end elsewhere."""
     console.print(question, style="bold")
     with Client(address) as client:
+        client.set_policy("eager")
         events = client.generate(chat(question), **options)
         if console.is_terminal:
             show_live(events, console, tags=False)
@@ -236,14 +238,13 @@ def show_speed(address: str, demo: Demo, console: Console) -> float:
     task = watched_question(demo.seed)
     timings: dict[str, list[Timing]] = {"eager": [], "off": []}
     headline("One answer that branches", console)
-    with Client(address) as client:
-        client.set_policy("eager")
-        watch(address, BY_ITSELF, task.question, console)
-        with progress("answers", len(timings) * SPEED_TURNS, transient=True) as advance:
-            for policy, measured in SPEED_TURNS * [*timings.items()]:
-                client.set_policy(policy)
-                measured.append(client.complete(chat(task.question), **BY_ITSELF).timing)
-                advance()
+    watch(address, BY_ITSELF, task.question, console)
+    bar = progress("answers", len(timings) * SPEED_TURNS, transient=True)
+    with Client(address) as client, bar as advance:
+        for policy, measured in SPEED_TURNS * [*timings.items()]:
+            client.set_policy(policy)
+            measured.append(client.complete(chat(task.question), **BY_ITSELF).timing)
+            advance()
     branched, serial = (statistics.median(each.total for each in measured) for measured in timings.values())
     console.print(
         f"Again, {SPEED_TURNS} times each in turns: {branched:.2f} s with all branches at once,"
