@@ -42,6 +42,7 @@ SCORES = mgpu.WGMMAAccumulatorRef((HALF, BLOCK_TOKENS), jnp.float32)
 LOWEST = -1e30  # where a running maximum starts: finite, as inf - inf is not a number
 
 
+@partial(jax.jit, static_argnames=("tiling", "scale"))  # of all layers, one lowering: it takes half a second
 def attend_tall(
     q: Array, pages: Sequence[Array], tiles: TileList, tiling: Tiling, *, scale: float
 ) -> tuple[Array, Array, Array, Array]:
