@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ PACKAGES = ("grpcio", "protobuf", "numpy")
 
 def head(command: str, device: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`command`, when it ran, and what on: a device as bench.hardware describes it, or this host alone."""
-    ran_on = device or {"client": {"host": platform.machine(), **versions(PACKAGES)}}
+    ran_on = device or {"client": {"host": processor(), **versions(PACKAGES)}}
     return {"command": command, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **ran_on}
 
 
@@ -31,6 +32,15 @@ def ran_on(result: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{package} {each}" for package, each in (client or result["versions"]).items())
     server = f", against {device_of(result['server'])}" if "server" in result else ""
     return f"Ran on {name} ({packages}){server}."
+
+
+def processor() -> str:
+    """The name of this host's processor, where Linux tells it; hosts with one device differ much in it."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return f"{platform.machine()}, {found[1].strip()}" if found else platform.machine()
 
 
 def device_of(described: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ from bench.load.trial import Setting, Trial, drained, unloaded_tpot
 from bench.load.workload import ARRIVALS, TPOT_SLO_MULTIPLE, Workload, named
 from bench.plot import plot_policies
 from bench.server import started
-from bench.timing import clock
+from bench.timing import clock, python_ms
 from scheduler.request import Slo
 from serve.lateness import CAUSES
 from taper_client import AsyncClient
@@ -170,7 +170,8 @@ def compare(options: argparse.Namespace, typed: str, address: str, url: str | No
     """All that was measured, also where it was interrupted."""
     times = {f"{name}_s": getattr(options, name) for name in ("warmup", "window", "cooldown", "drain")}
     asked = {"workload": options.workload, "fork": options.fork, "scale": options.scale, **times}
-    found: dict[str, Any] = {**result.head(typed), **asked, "points": [], "rows": [], "left_out": []}
+    head = {**result.head(typed), "python_ms": python_ms()}
+    found: dict[str, Any] = {**head, **asked, "points": [], "rows": [], "left_out": []}
     try:
         asyncio.run(Comparison(options, found, clock() + options.budget_seconds).run(address, url))
     except (KeyboardInterrupt, ServiceError) as stopped:
