@@ -131,6 +131,8 @@ def run(wanted: Sequence[Run], folder: Path, address: str, url: str | None, opti
         ]
         parser = goodput.command()
         found = goodput.compare(parser.parse_args(arguments), parser.typed(arguments), address, url)
+        if found["rows"]:
+            write(found, path)  # with what was left out
         slo = ["--tpot-slo", f"{found['tpot_slo_ms'] / 1e3:.6f}"]  # the first finds it for all of a server's
         if "stopped" in found:
             return
