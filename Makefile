@@ -11,6 +11,9 @@ PIP    := $(BIN)/pip install --no-compile $(shell test -t 2 || echo --quiet)
 WITHOUT_JAX := $(addprefix tests/,scheduler serve/client serve/reading serve/server serve/text serve/test_config.py serve/test_config_file.py)
 PLANNERS := $(addprefix tests/,attention/test_layout.py attention/test_tiles.py test_rooms.py)
 
+# A file's tests share what they compile. tests/conftest.py says in which order files are run.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder --cpu 20
+
 .PHONY: demo test-fast test sample test-tpu test-all test-deploy check test-oracle test-answers lock protos pages clean
 
 demo: $(VENV)/.installed
@@ -27,15 +30,15 @@ test: $(VENV)/.installed-test
 	$(MAKE) --no-print-directory --jobs 2 check sample
 
 sample: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 --cpu-bound 15 --ignore tests/tpu
+	$(BIN)/python -m pytest $(SHARED) --cpu-bound 15 --ignore tests/tpu
 
 # The same for TPUs: what libtpu compiles for chips that are not here, and what is slow in the interpreter.
 test-tpu: $(VENV)/.installed-tpu
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 tests/tpu
+	$(BIN)/python -m pytest $(SHARED) tests/tpu
 
 # Before a release: everything but the oracle. The clients and gateways that nobody here wrote are named.
 test-all: $(VENV)/.installed-tpu check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cpu 20 -m 'not oracle and not outside'
+	$(BIN)/python -m pytest $(SHARED) -m 'not oracle and not outside'
 	$(BIN)/python -m pytest --verbose -m outside
 
 # What operators are given, by the programs that read it; without Prometheus and Python 3.12, less of it.

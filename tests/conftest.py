@@ -49,6 +49,17 @@ def pytest_configure(config: pytest.Config) -> None:
         keep_away(*DEVICE)
 
 
+# Whose files take seconds each: they come last, and fill what a long file leaves of another worker's time.
+SHORT = tuple(
+    f"tests/{name}/"
+    for name in ("deploy", "docs", "scheduler", "serve/client", "serve/reading", "serve/text")
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.nodeid.startswith(SHORT))
+
+
 def pytest_report_header() -> str:
     return (
         f"libtpu: {version('libtpu')}" if installed() else "libtpu: none, so that tests/tpu is not collected"

@@ -20,8 +20,8 @@ QUICK = ["--warmup", "0.1", "--window", "0.3", "--cooldown", "0.1", "--scale", "
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two loads that a server without a model serves in moments."""
-    monkeypatch.setattr(headline, "LOADS", (Load("headline", 15), Load("mixed", 20)))
+    """A load that a server without a model serves in moments."""
+    monkeypatch.setattr(headline, "LOADS", (Load("headline", 15),))
     monkeypatch.setattr(headline, "RIVALS", ("taper", "off"))
     monkeypatch.setattr(headline, "OTHERS", ("cap:2",))
     monkeypatch.setattr(headline, "SEEDS", (1, 2))
@@ -34,17 +34,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_the_most_telling_runs_come_first() -> None:
-    runs = [(run.load.workload, run.seed, run.policy) for run in plan()]
-    assert runs[:4] == [(name, 1, policy) for name in ("headline", "mixed") for policy in ("taper", "off")]
-    assert runs[-2:] == [(name, 1, "cap:2") for name in ("headline", "mixed")]
-    assert runs[4] == ("headline", 1, "taper")
-    assert len({*plan()}) == len(runs) == 12
+    runs = [(run.load.fork, run.seed, run.policy) for run in plan()]
+    assert runs[:3] == [("server", 1, "taper"), ("server", 1, "off"), ("client", 1, "taper")]
+    assert runs[-1] == ("server", 1, "cap:2")
+    assert len({*plan()}) == len(runs) == 7
 
 
 def test_what_a_folder_lacks_is_made_and_nothing_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert len(main([str(tmp_path)])["missing"]) == 12  # no minutes, no run
+    assert len(main([str(tmp_path)])["missing"]) == 7  # no minutes, no run
     drawn: list[int] = []
     monkeypatch.setattr(pictures, "headline", lambda sources, path: drawn.append(len(sources)))
     assert main([str(tmp_path), "--plot", "PNG", *QUICK])["missing"] == []
@@ -55,10 +54,10 @@ def test_what_a_folder_lacks_is_made_and_nothing_twice(
     main([str(tmp_path), *QUICK])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     printed = capsys.readouterr().out
-    assert "12 runs are there, 0 are missing" in printed
-    assert printed.count("\ntaper        2 ") == 3  # at two loads and by the client, over two seeds
+    assert "7 runs are there, 0 are missing" in printed
+    assert printed.count("\ntaper        2 ") == 2  # by the server and by the client, over two seeds
 
-    (lost,) = tmp_path.glob("mixed-20-seed2.json")
+    (lost,) = tmp_path.glob("headline-15-by-client-seed2.json")
     lost.unlink()
     main([str(tmp_path), *QUICK])
     assert {*made(results(tmp_path))} == {*plan()}
@@ -66,7 +65,7 @@ def test_what_a_folder_lacks_is_made_and_nothing_twice(
 
 
 def test_no_run_begins_that_would_not_end(tmp_path: Path) -> None:
-    assert len(main([str(tmp_path), *QUICK, "--minutes", "0.001"])["missing"]) == 12
+    assert len(main([str(tmp_path), *QUICK, "--minutes", "0.001"])["missing"]) == 7
 
 
 def test_a_run_that_was_made_twice_is_an_error(tmp_path: Path) -> None:

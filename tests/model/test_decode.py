@@ -90,6 +90,7 @@ def test_draws_are_keyed_by_seed_path_and_position(model: Decoder, branches: int
         assert len({tuple(ids) for ids in answers}) == branches
 
 
+@pytest.mark.full
 def test_penalties_count_the_prompt_and_what_was_generated(model: Decoder) -> None:
     sampling = SamplingParams(repetition_penalty=1e6, frequency_penalty=1e6)
     generation = generate(model, PROMPTS, max_tokens=TOKENS, branches=2, sampling=sampling)

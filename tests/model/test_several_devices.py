@@ -49,7 +49,7 @@ def decoded(kv_heads: int, count: int, sampling: str, **sizes: int) -> list[list
         return generate(model, PROMPTS, max_tokens=16, branches=3, **options).ids
 
 
-@pytest.mark.parametrize(("kv_heads", "count"), meshes((1, 8)))
+@pytest.mark.parametrize(("kv_heads", "count"), meshes())
 def test_tokens_are_those_of_one_device(kv_heads: int, count: int) -> None:
     assert decoded(kv_heads, count, "every option") == decoded(kv_heads, 1, "every option")
     assert len({token for branches in decoded(kv_heads, count, "every option") for token in branches[0]}) > 4

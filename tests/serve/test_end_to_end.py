@@ -97,12 +97,12 @@ SHORT = 3_000_315  # a seed of the demo with short answers, of which the second 
 
 def test_every_policy_gives_every_request_the_same_tokens(address: str) -> None:
     screen = io.StringIO()
-    answers = compare(address, Demo(requests=3, seed=SHORT), 0.01, Console(file=screen, width=200))
+    answers = compare(address, Demo(requests=2, seed=SHORT), 0.01, Console(file=screen, width=200))
     assert set(answers) == set(POLICIES)
     assert "the same tokens under each" in screen.getvalue()
     tokens = [each.tokens_by_label() for each in answers["off"]]
     assert tokens == [each.tokens_by_label() for each in answers["eager"]]
-    assert len({str(each) for each in tokens}) == 3, "different prompts, different answers"
+    assert len({str(each) for each in tokens}) == 2, "different prompts, different answers"
     most = {policy: max(width for width, _ in answers[policy][1].completion.widths) for policy in POLICIES}
     assert most["off"] == 1 < most["eager"], "and not in the same way"
 

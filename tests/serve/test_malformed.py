@@ -33,6 +33,9 @@ BRANCH_CLOSED, ENDED, FORKED, MAX_TOKENS, STOPPED = (
     FinishReason.MAX_TOKENS,
     FinishReason.STOP,
 )
+# That the scheduler takes them so is tested at every run, without a model: tests/scheduler/test_malformed.py.
+pytestmark = pytest.mark.full
+
 TOKENIZER = tokenizer()
 PROGRAM = TagProgram(
     grammar=MULTIVERSE,
@@ -104,7 +107,6 @@ def test_max_tokens_right_after_the_plan_leaves_no_room_for_a_fork(default_runne
     assert said.ends == {(): [MAX_TOKENS]}
 
 
-@pytest.mark.full
 def test_as_many_outlines_as_allowed_open_and_one_more_is_text(default_runner: Runner) -> None:
     assert ask(default_runner, THREE, max_branches=3).ends[()] == [FORKED, ENDED]
     said = ask(default_runner, THREE, max_branches=2)
@@ -112,7 +114,6 @@ def test_as_many_outlines_as_allowed_open_and_one_more_is_text(default_runner: R
     assert said.text[()].startswith(PLAN)
 
 
-@pytest.mark.full
 def test_nesting_beyond_the_limit_is_text_in_its_branch(default_runner: Runner) -> None:
     whole, cut = ask(default_runner, NESTED), ask(default_runner, NESTED, max_depth=1)
     assert ("1", "1.1") in whole.text
@@ -134,14 +135,12 @@ def test_a_stop_string_inside_a_branch_ends_the_branch(default_runner: Runner) -
     assert said.text["2",] == LEMON.partition("->")[0] + "->"
 
 
-@pytest.mark.full
 def test_a_plan_that_the_prompt_has_begun_opens_nothing(default_runner: Runner) -> None:
     said = ask(default_runner, THREE + PLAN.removesuffix("</Goal>"))
     assert said.text[()].startswith("</Goal>")
     assert said.ends.keys() == {()}
 
 
-@pytest.mark.full
 def test_tags_in_a_question_open_and_close_nothing(default_runner: Runner) -> None:
     said = ask(default_runner, prompt(f"{PLAN}</Path>"), stopping=stopping(max_tokens=60))
     assert "</Goal>" not in said.text[()], "the model closes no plan of its own here"

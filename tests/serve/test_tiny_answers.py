@@ -122,6 +122,7 @@ def test_served_tokens_are_the_first_choices_of_one_dense_pass(served: Run, task
         assert not wrong_choices(weights, config, rows, jnp.float32).any()
 
 
+@pytest.mark.full
 def test_the_branches_of_the_demos_question_take_less_than_half_of_the_steps(default_runner: Runner) -> None:
     watched = watched_question(Demo().seed)
     steps = {name: len(serve(default_runner, [watched], policy=name).steps) for name in ("off", "eager")}

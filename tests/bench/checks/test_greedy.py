@@ -28,6 +28,7 @@ def test_tokens_count_up_to_a_branchs_first_difference() -> None:
     assert compare_tokens(ours, [[[1, 9, 3, 4], [5, 6, 7, 8]]]) == {"same": 5, "tokens": 8, "ok": False}
 
 
+@pytest.mark.full
 def test_taper_decode_in_a_process_of_its_own_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greedy, "greedy_of_transformers", lambda *_: None)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # there, as here

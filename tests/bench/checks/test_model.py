@@ -57,6 +57,7 @@ class Wrong(Wrapped):
 
 
 @pytest.mark.usefixtures("without_transformers", "without_a_process")
+@pytest.mark.full
 def test_a_model_that_attends_wrongly_fails_every_check() -> None:
     result = main(["--scale", "tiny"], Wrong(Xla()))
     assert not result["ok"]

@@ -15,6 +15,7 @@ from serve.door import StepRecord
 from tests.serve.fakes import STEP
 
 
+@pytest.mark.full
 def test_a_small_load_is_measured_over_both_processes(tmp_path: Path) -> None:
     target = tmp_path / "host.json"
     asked = ["--streams", "3", "--widths", "1,2", "--steps", "40", "--device-ms", "4", "--prompt-tokens", "9"]

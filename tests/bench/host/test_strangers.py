@@ -26,6 +26,7 @@ def test_more_than_a_server_can_serve_is_refused_in_time(tmp_path: Path) -> None
     assert found["wait"]["waited_s"] > 0
 
 
+@pytest.mark.full
 def test_ordinary_clients_are_measured_beside_a_hostile_one(tmp_path: Path) -> None:
     target = tmp_path / "strangers.json"
     asked = ["--kinds", "tight", "--clients", "2", "--seconds", "1", "--tokens", "4"]

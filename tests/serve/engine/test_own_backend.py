@@ -117,6 +117,7 @@ def model() -> Decoder:
     return tiny_model(jnp.float32)
 
 
+@pytest.mark.full
 def test_it_serves_the_same_tokens_through_the_engine(runner: Runner, model: Decoder) -> None:
     """Forks, joins, prompt chunks, preemption."""
     own = compiled_runner(model, (16,), Tabular())

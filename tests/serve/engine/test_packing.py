@@ -175,7 +175,7 @@ def test_after_a_join_of_kv_a_row_reads_more_than_a_context_holds(backend: Backe
 
 
 @BACKENDS
-@examples(15)
+@examples(8)
 @given(loads(plans, least=3, most=6, slos=st.just(RELAXED)), serving, st.integers(0, 24))
 def test_every_step_of_any_load_fits_its_bucket(
     backend: Backend, load: list[Request], setting: Setting, spare: int
