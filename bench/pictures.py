@@ -36,7 +36,7 @@ from serve.door import StepRecord
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 LINES = RESULTS / "maps-h200.json"
-POLICIES = ("taper", "cap:8", "cap:4", "cap:2", "eager", "off")
+POLICIES = ("taper", "cap:8", "cap:6", "cap:4", "cap:2", "eager", "off")
 
 
 class Picture(NamedTuple):
@@ -80,7 +80,8 @@ def headline(sources: Sequence[Path], path: Path) -> None:
             style = look(policy)
             loads, means, _, _ = zip(*found[policy], strict=True)
             width = 2.6 if policy == "taper" else 1.4
-            axes.plot(loads, means, color=style["color"], linewidth=width, label=policy)
+            axes.plot(loads, means, color=style["color"], linewidth=width)
+            axes.plot([], [], linewidth=width, markeredgecolor="white", markersize=8, label=policy, **style)
             own = [row for row in marks if row["policy"] == policy and row[column] is not None]
             at, values = [row["load"] for row in own], [row[column] for row in own]
             axes.plot(at, values, linestyle="", markeredgecolor="white", markersize=8, zorder=3, **style)
