@@ -11,8 +11,9 @@ PIP    := $(BIN)/pip install --no-compile $(shell test -t 2 || echo --quiet)
 WITHOUT_JAX := $(addprefix tests/,scheduler serve/client serve/reading serve/server serve/text serve/test_config.py serve/test_config_file.py)
 PLANNERS := $(addprefix tests/,attention/test_layout.py attention/test_tiles.py test_rooms.py)
 
-# A file's tests share what they compile. tests/conftest.py says in which order files are run.
-SHARED := -n 2 --dist loadfile --no-loadscope-reorder --cpu 20
+# A file's tests share what they compile; tests/conftest.py says in which order files are run. Two cores have
+# time for a third worker while tests wait for the processes that they start.
+SHARED := -n 3 --dist loadfile --no-loadscope-reorder --cpu 20
 
 .PHONY: demo test-fast test sample test-tpu test-all test-deploy check test-oracle test-answers lock protos pages clean
 

@@ -60,6 +60,7 @@ def test_greedy_tokens_are_those_of_one_device(kv_heads: int, count: int) -> Non
     assert decoded(kv_heads, count, "greedy") == decoded(kv_heads, 1, "greedy")
 
 
+@pytest.mark.full
 def test_a_vocabulary_that_cannot_be_divided_is_whole_everywhere() -> None:
     sizes = {"vocab_size": 131, "num_layers": 1}
     assert decoded(2, 4, "every option", **sizes) == decoded(2, 1, "every option", **sizes)

@@ -31,8 +31,8 @@ def command(compiled: str) -> list[str]:
     return [program, "--port", "0", "--compilation-cache", compiled, "--buckets", "32"]
 
 
+@pytest.mark.full
 def test_explain_says_what_serving_takes_and_leaves(command: list[str]) -> None:
-    """First in this file: it compiles the program that the server below finds."""
     told = subprocess.run([*command, "--explain"], stdout=subprocess.PIPE, text=True, timeout=300, check=True)
     assert "2048 pages of 16 tokens: 32768 tokens" in told.stdout
     rows = [line.split()[0] for line in told.stdout.splitlines()]
@@ -100,6 +100,7 @@ def test_every_policy_gives_every_request_the_same_tokens(address: str) -> None:
     answers = compare(address, Demo(requests=2, seed=SHORT), 0.01, Console(file=screen, width=200))
     assert set(answers) == set(POLICIES)
     assert "the same tokens under each" in screen.getvalue()
+    assert [each.right for each in answers["off"]] == [True, True]
     tokens = [each.tokens_by_label() for each in answers["off"]]
     assert tokens == [each.tokens_by_label() for each in answers["eager"]]
     assert len({str(each) for each in tokens}) == 2, "different prompts, different answers"

@@ -26,7 +26,9 @@ from scheduler.stopping import FinishReason, Stopping
 from serve.engine.runner import Runner
 from serve.text.codec import TextCodec
 from tests.serve.lab import Answer, Run, run
-from tests.sizes import sampled
+
+# Every run asks the default model a question or two over the wire: tests/serve/test_end_to_end.py.
+pytestmark = pytest.mark.full
 
 
 def request(index: int, task: Task) -> Request:
@@ -70,14 +72,13 @@ def test_branches_close_with_their_tag_and_the_answer_with_the_end_of_the_turn(s
             assert reasons[-1] is (FinishReason.BRANCH_CLOSED if name else FinishReason.EOS)
 
 
-@pytest.mark.parametrize("policy", sampled(["off", "cap:2", "eager"], ["eager"]))
+@pytest.mark.parametrize("policy", ["off", "cap:2", "eager"])
 def test_every_policy_gives_the_same_tokens(
     default_runner: Runner, served: Run, tasks: list[Task], policy: str
 ) -> None:
     assert serve(default_runner, tasks, policy=policy).answers() == served.answers()
 
 
-@pytest.mark.full
 def test_preemption_and_a_limit_of_sixteen_rows_change_no_token(
     default_runner: Runner, served: Run, tasks: list[Task]
 ) -> None:
@@ -122,7 +123,6 @@ def test_served_tokens_are_the_first_choices_of_one_dense_pass(served: Run, task
         assert not wrong_choices(weights, config, rows, jnp.float32).any()
 
 
-@pytest.mark.full
 def test_the_branches_of_the_demos_question_take_less_than_half_of_the_steps(default_runner: Runner) -> None:
     watched = watched_question(Demo().seed)
     steps = {name: len(serve(default_runner, [watched], policy=name).steps) for name in ("off", "eager")}

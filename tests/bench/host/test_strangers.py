@@ -11,6 +11,7 @@ from bench.host import overload, strangers
 from bench.host.attackers import KINDS
 
 
+@pytest.mark.full
 def test_more_than_a_server_can_serve_is_refused_in_time(tmp_path: Path) -> None:
     target = tmp_path / "overload.json"
     asked = ["--factors", "1,4", "--seconds", "1.5", "--rows", "4", "--tokens", "8", "--crowd", "24"]

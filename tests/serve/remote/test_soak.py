@@ -180,6 +180,7 @@ def check(figures: dict[str, Any], requests: int) -> None:
     assert figures["said"] == []
 
 
+@pytest.mark.full
 def test_a_short_soak_leaves_nothing_behind(tmp_path: Path) -> None:
     with serving(tmp_path, "fake") as server:
         check(soaked(server, 60, 4.0, text=False), 60)
