@@ -33,7 +33,7 @@ test: $(VENV)/.installed-test
 sample: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(SHARED) --cpu-bound 15 --ignore tests/tpu
 
-# The same for TPUs: what libtpu compiles for chips that are not here, and what is slow in the interpreter.
+# The same for TPUs: what libtpu compiles for chips that are not here.
 test-tpu: $(VENV)/.installed-tpu
 	$(BIN)/python -m pytest $(SHARED) tests/tpu
 

@@ -68,6 +68,7 @@ def served(backend: Backend) -> dict[str, Answer]:
     return run(started.runner, REQUESTS, max_chunk=16).answers()
 
 
+@pytest.mark.full
 def test_a_server_answers_forks_and_joins_as_on_a_cpu(
     device_backend: Callable[[Backend], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
