@@ -103,6 +103,7 @@ def fused_exp2(factor: float, x: Array, shift: Array, *, fast: bool) -> Array:
     return jnp.exp2((product + shift).astype(jnp.float32))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("head_dim", sampled([16, 32, 64, 128], [16]))
 def test_the_fused_exponential_is_safe_where_a_row_has_seen_nothing(

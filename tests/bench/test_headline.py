@@ -40,6 +40,7 @@ def test_the_most_telling_runs_come_first() -> None:
     assert len({*plan()}) == len(runs) == 7
 
 
+@pytest.mark.full
 def test_what_a_folder_lacks_is_made_and_nothing_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_the_gpu_kernels_generate_the_same(golden_folder: Callable[[str], Path])
     assert ours.ids == theirs.ids
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("branches", sampled([1, 2], [2]))
 def test_draws_are_keyed_by_seed_path_and_position(model: Decoder, branches: int) -> None:
     """Drawn again from the dense oracle's logits. One branch is the trunk; several are a stage's children."""
@@ -182,6 +183,7 @@ def test_prompts_of_other_lengths_and_other_options_use_the_same_program(model: 
     assert decode.compile_generation.cache_info().misses == compiled
 
 
+@pytest.mark.full
 def test_a_program_compiled_ahead_of_the_weights_is_the_one_that_generates(model: Decoder) -> None:
     abstract = place_model(Decoder(model.config, jnp.float32), ON_ONE_DEVICE)
     ahead = compile_ahead(

@@ -38,6 +38,7 @@ def test_the_command_goes_on_as_transformers_does(
     assert answers == [expected for _, expected in continuations]
 
 
+@pytest.mark.full
 def test_json_has_ids_and_text_of_every_branch(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--max-tokens", "5", "--branches", "2", "--temperature", "0.9", "--seed", "3", "--ignore-eos")
     prompts = ("--prompt", "The sun", "--prompt", "A", "--prompt-ids", "5,6,7")

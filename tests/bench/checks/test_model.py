@@ -34,6 +34,7 @@ def without_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greedy, "greedy_on_cpu", lambda *arguments: here(*arguments, Xla()))
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("without_transformers", "without_a_process")
 def test_a_right_model_passes_every_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "check.json"

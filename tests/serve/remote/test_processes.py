@@ -219,6 +219,7 @@ def test_a_cancelled_call_leaves_no_page_behind(both: Both) -> None:
         until(lambda: client.load().running_requests == 0 and client.load().kv_used_tokens == 0, 5)
 
 
+@pytest.mark.full
 def test_an_engine_that_is_killed_while_it_drains_is_a_failure(both: Both) -> None:
     with Client(both.address) as client, client.generate([1], max_tokens=LONG) as running:
         events = iter(running)
@@ -232,6 +233,7 @@ def test_an_engine_that_is_killed_while_it_drains_is_a_failure(both: Both) -> No
     assert both.server.wait(10) == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dies", [True, False])
 def test_it_does_not_matter_whether_anybody_reads_the_log(both: Both, dies: bool) -> None:
     assert both.server.stderr is not None
@@ -338,12 +340,14 @@ def test_an_engine_that_does_not_listen_yet_ends_with_its_server() -> None:
     end(both)
 
 
+@pytest.mark.full
 def test_modules_in_the_folder_that_the_server_is_run_from_are_not_the_engines(tmp_path: Path) -> None:
     (tmp_path / "structlog.py").write_text("raise SystemExit('this is somebody else')")
     both = begun(UNLUCKY, cwd=tmp_path)
     assert "an unlucky number" in both.server.communicate(timeout=30)[1]
 
 
+@pytest.mark.full
 def test_a_process_that_nobody_uses_ends_with_its_context() -> None:
     with spawned("tests.serve.remote.slow.main"):
         pass
