@@ -31,7 +31,7 @@ test: $(VENV)/.installed-test
 	$(MAKE) --no-print-directory --jobs 2 check sample
 
 sample: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(SHARED) --cpu-bound 15 --ignore tests/tpu
+	$(BIN)/python -m pytest $(SHARED) --cpu-bound 25 --ignore tests/tpu
 
 # The same for TPUs: what libtpu compiles for chips that are not here.
 test-tpu: $(VENV)/.installed-tpu

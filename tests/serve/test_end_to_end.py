@@ -31,8 +31,8 @@ def command(compiled: str) -> list[str]:
     return [program, "--port", "0", "--compilation-cache", compiled, "--buckets", "32"]
 
 
-@pytest.mark.full
 def test_explain_says_what_serving_takes_and_leaves(command: list[str]) -> None:
+    """First in this file: it compiles the program that the server below finds."""
     told = subprocess.run([*command, "--explain"], stdout=subprocess.PIPE, text=True, timeout=300, check=True)
     assert "2048 pages of 16 tokens: 32768 tokens" in told.stdout
     rows = [line.split()[0] for line in told.stdout.splitlines()]
