@@ -378,9 +378,7 @@ class _Computing:
 
         def multiply(refs: Sequence[Any]) -> None:
             acc, scores = refs
-            scores[...] = pl.run_scoped(
-                partial(begin, acc), mgpu.WGMMAAccumulatorRef((HALF, BLOCK_TOKENS), jnp.float32)
-            )
+            scores[...] = pl.run_scoped(partial(begin, acc), SCORES)
 
         nothing = mgpu.layout_cast(jnp.zeros((HALF, BLOCK_TOKENS), jnp.float32), mgpu.Layout.WGMMA)
         begun: Any = (mgpu.WGMMAAccumulatorRef.init(state.acc), nothing)

@@ -20,6 +20,14 @@ class Command(argparse.ArgumentParser):
         self.add_argument("--tensor-parallel", type=int, default=1, help="devices that share the model")
         self.add_argument("--peer-memory", action="store_true", help="two GPUs add up through their memory")
 
+    def add_window(self, *, warmup: float, window: float, cooldown: float, drain: float) -> None:
+        """For those that measure the requests of a window."""
+        add = self.add_argument
+        add("--warmup", type=float, default=warmup, help="seconds before the window")
+        add("--window", type=float, default=window, help="seconds in which requests count")
+        add("--cooldown", type=float, default=cooldown, help="seconds of arrivals after it")
+        add("--drain", type=float, default=drain, help="seconds after the window that its requests get")
+
     def typed(self, arguments: Sequence[str]) -> str:
         """The line that runs it with these arguments, as a shell takes it."""
         return shlex.join([*self.prog.split(), *arguments])

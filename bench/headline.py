@@ -204,10 +204,7 @@ def command() -> Command:
     add = parser.add_argument
     add("folder", type=Path, help="what holds the results")
     add("--minutes", type=float, default=0.0, help="that it may take, with the server's start")
-    add("--warmup", type=float, default=30.0, help="seconds before the window")
-    add("--window", type=float, default=30.0, help="seconds in which requests count")
-    add("--cooldown", type=float, default=5.0, help="seconds of arrivals after it")
-    add("--drain", type=float, default=300.0, help="seconds after the window that its requests get")
+    parser.add_window(warmup=30.0, window=30.0, cooldown=5.0, drain=300.0)
     add("--scale", type=float, default=1.0, help="factor of all lengths, for a small model")
     add("--plot", type=Path, help="the picture, over the simulated lines (needs matplotlib)")
     return parser

@@ -183,17 +183,9 @@ def plot_steps(steps: Sequence[StepRecord], path: Path, seconds: float = 30.0) -
     busy, shown = _some(steps, seconds)
     draw_widths(width, shown)
     draw_times(time, shown)
-    found = errors.scatter(
-        [1e3 * step.predicted for step in busy],
-        [1e3 * step.seconds for step in busy],
-        c=[step.bucket for step in busy],
-        s=4,
-        cmap="viridis",
-    )
     most = 1e3 * max(step.predicted for step in busy)
-    errors.plot((0, most), (0, most), "k-", lw=0.6)
+    draw_predicted(figure, errors, [(each.predicted, each.seconds, each.bucket) for each in busy], 4, most)
     errors.set_ylim(0, 1.3 * most)
-    figure.colorbar(found, ax=errors, label="rows of the program")
     titled(errors, "Time of a step, predicted and measured", "predicted, ms", "measured, ms")
     saved(figure, path)
 
@@ -248,24 +240,30 @@ def draw_times(axes: Any, steps: Sequence[StepRecord], measured: bool = True) ->
     beside_title(axes)
 
 
+def draw_predicted(
+    figure: Any, axes: Any, points: Sequence[tuple[float, float, int]], size: float, most: float
+) -> None:
+    """Steps by what was predicted and what was measured, in seconds, colored by the rows of their programs;
+    and the line on which both are the same, up to `most` ms."""
+    predicted, measured, rows = zip(*points, strict=True)
+    at = [1e3 * each for each in predicted], [1e3 * each for each in measured]
+    found = axes.scatter(*at, c=rows, s=size, cmap="viridis")
+    axes.plot((0, most), (0, most), "k-", lw=0.6)
+    figure.colorbar(found, ax=axes, label="rows of the program")
+
+
 def plot_points(result: Mapping[str, Any], path: Path) -> None:
     """Draws the steps that a profile was fitted to: what each took, against what the profile says."""
     pyplot = begun()
     model = StepLatencyModel.from_profile({"forms": result["forms"]})
-    points = [(model.predict(StepLoad(**each["load"])), each) for each in result["points"]]
+    points = [
+        (model.predict(StepLoad(**each["load"])), each["seconds"], each["bucket"])
+        for each in result["points"]
+    ]
     figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    found = axes.scatter(
-        [1e3 * predicted for predicted, _ in points],
-        [1e3 * each["seconds"] for _, each in points],
-        c=[each["bucket"] for _, each in points],
-        s=16,
-        cmap="viridis",
-    )
-    most = 1e3 * max(each["seconds"] for _, each in points)
-    axes.plot((0, most), (0, most), "k-", lw=0.6)
+    draw_predicted(figure, axes, points, 16, 1e3 * max(measured for _, measured, _ in points))
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    figure.colorbar(found, ax=axes, label="rows of the program")
     titled(
         axes,
         f"Single steps of {result['model']} on {device_of(result['hardware'])}",

@@ -153,10 +153,7 @@ def command() -> Command:
     add("--fork", choices=["server", "client"], default="server", help="who branches and joins answers")
     add("--tpot-slo", type=_auto, help="seconds, or auto: twice the unloaded TPOT")
     add("--ttft-slo", type=float, default=5.0, help="seconds")
-    add("--warmup", type=float, default=45.0, help="seconds before the window")
-    add("--window", type=float, default=45.0, help="seconds in which requests count")
-    add("--cooldown", type=float, default=15.0, help="seconds of arrivals after it")
-    add("--drain", type=float, default=600.0, help="seconds after the window that its requests get")
+    parser.add_window(warmup=45.0, window=45.0, cooldown=15.0, drain=600.0)
     add("--budget-seconds", type=float, default=math.inf, help="start no run that would end later")
     add("--plot", type=Path, help="goodput and attainment against load (needs matplotlib)")
     return parser

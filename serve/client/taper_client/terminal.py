@@ -35,9 +35,8 @@ def show_live(events: Iterable[Event], console: Console, *, tags: bool = True) -
     with Live(growing, console=console, refresh_per_second=12, vertical_overflow="crop") as live:
         for event in events:
             growing.add(event)
-        live.update(
-            Answer(growing.completion, tags=tags)
-        )  # all of it, also where it is longer than the screen
+        # All of it, also where it is longer than the screen.
+        live.update(Answer(growing.completion, tags=tags))
     console.print(Text(summary(growing.completion), style="dim"))
 
 
