@@ -15,7 +15,7 @@ PLANNERS := $(addprefix tests/,attention/test_layout.py attention/test_tiles.py 
 # time for a third worker while tests wait for the processes that they start.
 SHARED := -n 3 --dist loadfile --no-loadscope-reorder --cpu 20
 
-.PHONY: demo test-fast test sample test-tpu test-all test-deploy check test-oracle test-answers lock protos pages clean
+.PHONY: demo test-fast test sample test-tpu test-all test-deploy check test-oracle test-answers lock protos pages figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/taper-demo --model $(MODEL)
@@ -77,6 +77,10 @@ protos: $(VENV)/.installed-test
 # The pages of docs/ that are made from the code.
 pages: $(VENV)/.installed-test
 	$(BIN)/python -m docs.make
+
+# The figures of pages, where a file of bench/results says something else.
+figures: $(VENV)/.installed-test
+	$(BIN)/python -m docs.make.stale --write
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from docs.make import client, files, request, wire
+from docs.make import client, files, request, stale, wire
 
 ROOT = Path(__file__).parents[2]
 
@@ -14,12 +14,13 @@ ROOT = Path(__file__).parents[2]
 def pages() -> dict[Path, str]:
     """The text of each page, or of each page with parts that are made, by where it belongs."""
     docs = ROOT / "docs"
-    life = docs / "life-of-a-request.md"
+    life, claims = docs / "life-of-a-request.md", docs / "claims/README.md"
     return {
         docs / "reference/grpc.md": wire.page(wire.described(ROOT / "serve/client/protos")),
         docs / "reference/python.md": client.page(ROOT / "serve/client/taper_client"),
         docs / "files.md": files.page(ROOT),
         life: filled(life.read_text(), request.printed()),
+        claims: filled(claims.read_text(), {"table": stale.table(stale.pages(), stale.claimed())}),
     }
 
 
