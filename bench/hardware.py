@@ -28,7 +28,7 @@ def describe(devices: int = 1) -> dict[str, Any]:
     device = jax.devices()[0]
     found = versions(PACKAGES)
     if device.platform == "gpu":
-        found["driver"] = _driver()
+        found["driver"] = driver()
     return {
         "hardware": {
             "device": device.device_kind,
@@ -51,7 +51,7 @@ def placement(config: ModelConfig, devices: int, *, peer_memory: bool = False) -
     return Placement.over(config, devices, peer_memory=peer_memory)
 
 
-def _driver() -> str:
+def driver() -> str:
     """Of all devices: they have one."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:

@@ -1,182 +1,284 @@
 """The comparison of docs/results.md, by one command: plans the runs, makes those that fit the time, resumes.
 
-    python -m bench.headline bench/results/headline --minutes 25 -- --model qwen3-32b --load-format random
+    python -m bench.headline bench/results/headline --minutes 25 -- --model qwen3-32b --load-format random \\
+        --max-queue 1024 --step-log STEPS.jsonl
 
 What follows `--` are arguments of the taper-serve that is started. Every run is a policy at a load with one
-seed, as `bench.load.goodput` plays it, and is written to the folder as soon as it is over. Runs that the
-folder has already are not made again, whoever made them on whichever host; the table and the picture are of
-everything that it has. Without minutes, nothing is run.
+seed, as `bench.load.goodput` plays it, and has a file in the folder as soon as it is over: with the host that
+it ran on and, if the server keeps a log of its steps, how late these were (bench.simulate.lateness). What the
+folder has already is not made again, whoever made it on whichever host; the table and the picture are of all
+that it has. Without minutes, nothing is run. A run that would not end in time is passed over.
 
-The most telling runs come first: at every load the rivals at seed 1, then these at the other seeds, then the
-other caps. At one load the answers are also put together by the client (bench.load.client_forks).
+A card may be there for a dozen runs only, so they are made in the order of what they tell: see `ORDER`.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
+import os
+import subprocess
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from bench import pictures
+from bench import hardware, pictures
 from bench.command import Command, split
 from bench.load import goodput
-from bench.load.measures import COLUMNS
-from bench.result import head, say, write
-from bench.server import started
+from bench.load.measures import COLUMNS, titles
+from bench.load.runs import Load, Made, Run, made, results
+from bench.result import device_of, head, say, versions, write
+from bench.server import Server, started
+from bench.simulate.lateness import Lateness
+from bench.simulate.simulation import Profile
 from bench.timing import clock
+from serve.engine.step_log import read_steps
+from taper_client.errors import ServiceError
 
-RIVALS = ("taper", "eager", "off", "cap:4")
+RIVALS = ("taper", "eager", "cap:4", "off")
 OTHERS = ("cap:2", "cap:6", "cap:8")
 SEEDS = (1, 2, 3)
 
-
-class Load(NamedTuple):
-    """A workload by its name, and requests a second; or clients, in a closed loop. `fork`: who branches."""
-
-    workload: str
-    amount: float
-    closed: bool = False
-    fork: str = "server"
-
-    @property
-    def arguments(self) -> list[str]:
-        """Of bench.load.goodput."""
-        amount = ["--clients" if self.closed else "--rates", f"{self.amount:g}"]
-        return ["--workload", self.workload, *amount, "--fork", self.fork]
-
-    def __str__(self) -> str:
-        by_client = "" if self.fork == "server" else ", forked by the client"
-        return f"{self.workload} {self.amount:g}{by_client}"
-
-
-# The knee of `mixed` is what bench.simulate says that taper serves within its targets, rounded to a tenth.
-LOADS = (
-    Load("headline", 1.4),
-    Load("headline-closed", 40, closed=True),
-    Load("headline", 1.6),
-    Load("mixed", 2.4),
-)
-# What a user does whose server knows no branches: a request for each, over a prefix cache.
+# As many requests as taper serves within their targets.
+KEPT = (Load("headline", 1.4), Load("headline-closed", 40, closed=True))
+# What a user does whose server knows no branches: a request for each, over a prefix cache. There, a policy
+# has nothing to decide.
 BY_CLIENT, ITS_POLICIES = Load("headline", 1.4, fork="client"), ("taper", "eager")
+# More than that, and requests of another kind: as many of these as bench.simulate says that taper serves
+# within their targets, rounded to a tenth.
+OTHER_LOADS = (Load("headline", 1.6), Load("mixed", 2.4))
+# About as many as taper serves at all, and 1.3 times as many: a refusal in time must not cost goodput.
+OVERLOADS = (Load("headline", 1.6, reject=True), Load("headline", 2.1, reject=True), Load("headline", 2.1))
+OVERLOAD_WINDOW = 1.5  # times the window of other loads: a whole period of the bursts, if that is 30 s
+LOADS = (*KEPT, BY_CLIENT, *OTHER_LOADS, *OVERLOADS)
+
+ORDER = (
+    (KEPT, RIVALS, SEEDS[:1]),  # is taper ahead, where it is to keep what it promises?
+    ((BY_CLIENT,), ITS_POLICIES[:1], SEEDS[:1]),  # and of a server that knows no branches?
+    (OTHER_LOADS, RIVALS[:1], SEEDS[:1]),  # what is it where it cannot promise all?
+    (OVERLOADS, RIVALS[:1], SEEDS[:1]),
+    (KEPT, RIVALS, SEEDS),  # is that more than chance?
+    (KEPT, OTHERS, SEEDS[:1]),  # is another cap better?
+    ((BY_CLIENT,), ITS_POLICIES, SEEDS),
+    (OTHER_LOADS, RIVALS, SEEDS),
+    (OTHER_LOADS, OTHERS, SEEDS[:1]),
+)
+"""Blocks of runs, the most telling first: of each, all loads under all policies, one seed after the other."""
 
 
-class Run(NamedTuple):
-    load: Load
-    seed: int
-    policy: str
-
-
-def plan() -> Iterator[Run]:
-    """All runs, the most telling first."""
-    for seeds, policies in ((SEEDS[:1], RIVALS), (SEEDS[1:], RIVALS), (SEEDS[:1], OTHERS)):
-        for seed, load in itertools.product(seeds, LOADS):
-            yield from (Run(load, seed, policy) for policy in policies)
-        if policies == RIVALS:
-            yield from (Run(BY_CLIENT, seed, policy) for seed in seeds for policy in ITS_POLICIES)
-
-
-# --- what a folder has -------------------------------------------------------------------------------------
-
-
-def results(folder: Path) -> list[dict[str, Any]]:
-    """Of bench.load.goodput, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
-def made(found: Iterable[Mapping[str, Any]]) -> dict[Run, Mapping[str, Any]]:
-    """The row of every run. Raises ValueError if a run was made twice: one of the two would be a choice."""
-    rows: dict[Run, Mapping[str, Any]] = {}
-    for result in found:
-        closed = {(point["load"], point["seed"]): point["closed"] for point in result["points"]}
-        for row in result["rows"]:
-            is_closed = closed[row["load"], row["seed"]]
-            load = Load(result["workload"], row["load"], is_closed, result["fork"])
-            run = Run(load, row["seed"], row["policy"])
-            if run in rows:
-                raise ValueError(f"{run.policy} at {load}, seed {run.seed}, was made twice")
-            rows[run] = row
-    return rows
-
-
-def file_of(folder: Path, load: Load, seed: int) -> Path:
-    """One that is not there yet."""
-    by_client = "" if load.fork == "server" else "-by-client"
-    name = f"{load.workload}-{load.amount:g}{by_client}-seed{seed}"
-    names = itertools.chain([name], (f"{name}-{part}" for part in itertools.count(2)))
-    return next(path for path in (folder / f"{name}.json" for name in names) if not path.exists())
+def plan() -> list[Run]:
+    """All runs, in order; what a block has of those before it is not repeated."""
+    runs = (
+        Run(load, seed, policy)
+        for loads, policies, seeds in ORDER
+        for seed, load, policy in itertools.product(seeds, loads, policies)
+    )
+    return [*dict.fromkeys(runs)]
 
 
 # --- running -----------------------------------------------------------------------------------------------
 
 
-def run(wanted: Sequence[Run], folder: Path, address: str, url: str | None, options: Any) -> None:
-    """Makes the runs, one load and seed after another, until `options.until` on the clock."""
+def expected_seconds(run: Run, there: Mapping[Run, Made], window_end: float) -> float:
+    """What it takes: as long as with another seed, or else so many times the seconds until its window ends,
+    by what bench.simulate says; `off` is slow to end long answers, and a client that forks asks for more."""
+    known = [each.row["run_s"] for other, each in there.items() if other._replace(seed=run.seed) == run]
+    times = 4.0 if run.policy == "off" else 2.6 if run.load.fork == "client" else 2.0
+    return max(known, default=times * window_end)
+
+
+def make(wanted: Sequence[Run], options: Namespace, server: Server, log: Path | None) -> None:
+    """Makes those of the runs that should end before `options.until` on the clock, in their order; one that
+    fails is said to. `log`: where the server writes its steps down.
+    """
     slo: list[str] = []
-    for (load, seed), runs in itertools.groupby(wanted, lambda each: (each.load, each.seed)):
+    here = host(options.commit)
+    for run in wanted:
         left = options.until - clock()
-        if left <= options.warmup + options.window:
-            return
-        path = file_of(folder, load, seed)
-        times = ("warmup", "window", "cooldown", "drain")
+        window = options.window * (OVERLOAD_WINDOW if run.load in OVERLOADS else 1.0)
+        if left < expected_seconds(run, made(results(options.folder)), options.warmup + window):
+            continue
+        seconds = {name: getattr(options, name) for name in ("warmup", "cooldown", "drain")}
+        seconds |= {"window": window, "budget-seconds": left}
         arguments = [
-            *load.arguments,
-            *("--seeds", str(seed), "--policies", ",".join(each.policy for each in runs)),
-            *itertools.chain.from_iterable((f"--{name}", f"{getattr(options, name):g}") for name in times),
-            *("--scale", f"{options.scale:g}", "--budget-seconds", f"{left:.0f}", "--json", str(path)),
+            *run.load.arguments,
+            *("--seeds", str(run.seed), "--policies", run.policy),
+            *itertools.chain.from_iterable((f"--{name}", f"{each:g}") for name, each in seconds.items()),
+            *("--scale", f"{options.scale:g}"),
             *slo,
         ]
         parser = goodput.command()
-        found = goodput.compare(parser.parse_args(arguments), parser.typed(arguments), address, url)
-        if found["rows"]:
-            write(found, path)  # with what was left out
-        slo = ["--tpot-slo", f"{found['tpot_slo_ms'] / 1e3:.6f}"]  # the first finds it for all of a server's
-        if "stopped" in found:
-            return
+        typed = parser.parse_args(arguments), parser.typed(arguments)
+        try:
+            compared = goodput.compare(*typed, server.address, server.metrics_url)
+        except (ServiceError, ValueError) as error:
+            print(f"bench.headline: {run} failed: {error}", file=sys.stderr)
+            continue
+        found: dict[str, Any] = {**compared, "host": here}
+        for row in found["rows"]:  # one, or none if it did not end in time
+            write(found, path := options.folder / run.file)
+            if log is not None:
+                row["lateness"] = lateness(log, row, options.profile)
+                write(found, path)
+        slo = ["--tpot-slo", f"{found['tpot_slo_ms'] / 1e3}"]  # the first finds it for all of a server's
+
+
+def step_log(of_server: Sequence[str]) -> Path | None:
+    """Where a server with these arguments writes its steps down."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--step-log", type=Path)
+    return parser.parse_known_args(of_server)[0].step_log
+
+
+def lateness(log: Path, row: Mapping[str, Any], profile: str) -> dict[str, Any] | None:
+    """Of the steps of a run; None, with a word about it, where the log or the profile does not tell."""
+    begin, end = row["began_s"], row["began_s"] + row["run_s"]
+    with log.open() as lines:
+        steps = [step for step in read_steps(lines) if begin < step.ended <= end]
+    try:
+        return asdict(Lateness.of(steps, Profile.load(profile)))
+    except ValueError as error:
+        print(f"bench.headline: how late steps were is not known: {error}", file=sys.stderr)
+        return None
+
+
+# --- hosts -------------------------------------------------------------------------------------------------
+
+
+def host(commit: str | None) -> dict[str, Any]:
+    """What tells this host from others, and what it runs: client and server are both here."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "boot": boot.read_text()[:8] if boot.exists() else None,
+        "driver": hardware.driver(),
+        "versions": versions(hardware.PACKAGES),
+        "commit": commit or checked_out(),
+    }
+
+
+def checked_out() -> str | None:
+    """The commit of these files, marked if they are no longer its; None where git does not tell."""
+    git = [
+        "git",
+        "-C",
+        str(pictures.ROOT),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude",
+        "*",
+    ]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hosts(runs: Iterable[Made]) -> dict[str, list[Mapping[str, Any]]]:
+    """By a letter, in order of time: the results that were made on the same host with the same versions."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for result in sorted((each.result for each in runs), key=lambda result: result["time"]):
+        found.setdefault(described(result), []).append(result)
+    return dict(zip(map(chr, itertools.count(ord("A"))), found.values(), strict=False))
+
+
+def described(result: Mapping[str, Any]) -> str:
+    """The host of a result, in words."""
+    here, client = result["host"], result["client"]
+    packages = ", ".join(f"{name} {each}" for name, each in here["versions"].items())
+    return (
+        f"{device_of(result['server'])} (driver {here['driver']}), {here['cores']} cores of {client['host']}"
+        f" (boot {here['boot']}), {packages}, commit {here['commit']}"
+    )
+
+
+def said_of_hosts(runs: Iterable[Made]) -> str:
+    lines: list[str] = []
+    for letter, own in hosts(runs).items():
+        python = [result["python_ms"] for result in own]
+        fast = f"a loop of Python's in {min(python):.1f} to {max(python):.1f} ms"
+        lines.append(f"{letter}: {described(own[0])}; {fast}; runs: {len(own)}")
+    return "\n".join(lines)
 
 
 # --- what it came to ---------------------------------------------------------------------------------------
 
-MEANS = ("goodput_stage", "mean_width", "e2e_p50_s", "gap_p99_ms")
+MEANS = ("goodput_stage", "good_tokens_s", "raw_tokens_s", "mean_width", "e2e_p50_s", "refused")
 
 
 class Summary(NamedTuple):
-    """A policy at a load, over its seeds. `late`: requests that missed a target, of all that arrived."""
+    """A policy at a load, over its seeds.
+
+    over      taper's goodput with the same seeds, by the stage measure, over this policy's
+    attained  requests within their targets, by the stage measure, as a share of all that arrived
+    late      by seed: how many were not, be they late, refused or without an answer
+    gap       the longest p99 gap between messages of a run, in TPOT targets
+    hosts     letters, as `hosts` has them
+    """
 
     load: Load
     policy: str
-    seeds: int
-    arrived: int
-    late: int
+    seeds: Sequence[int]
+    over: float | None
+    attained: float | None
+    late: Sequence[int]
+    gap: float | None
     means: Mapping[str, float | None]
-
-    @property
-    def goodput(self) -> float:
-        return self.means["goodput_stage"] or 0.0
+    hosts: str
 
     def as_json(self) -> dict[str, Any]:
         return {**self._asdict(), "load": str(self.load)}
 
-    def line(self, best: float) -> str:
-        cells = "".join(f"{COLUMNS[name].cell(value):>12}" for name, value in self.means.items())
-        attained = 1.0 - self.late / self.arrived if self.arrived else 0.0
-        ratio = f"{best / self.goodput:.2f}" if self.goodput else "-"
-        return f"{self.policy:<8}{self.seeds:>6}{ratio:>8}{attained:>10.1%}{self.late:>6}{cells}"
+    def line(self) -> str:
+        seeds, late = (",".join(map(str, each)) for each in (self.seeds, self.late))
+        over, attained, gap = (
+            "-" if value is None else format(value, form)
+            for value, form in ((self.over, ".2f"), (self.attained, ".1%"), (self.gap, ".2f"))
+        )
+        means = "".join(f"{COLUMNS[name].cell(value):>14}" for name, value in self.means.items())
+        return f"{self.policy:<8}{seeds:>6}{over:>8}{attained:>10}{late:>10}{gap:>10}{means}  {self.hosts}"
 
 
-def summaries(rows: Mapping[Run, Mapping[str, Any]]) -> Iterator[Summary]:
+TITLES = (
+    f"{'policy':<8}{'seeds':>6}{'taper/':>8}{'attained':>10}{'late':>10}{'gap/TPOT':>10}{titles(MEANS)}  host"
+)
+
+
+def summaries(runs: Mapping[Run, Made]) -> Iterator[Summary]:
     """Of every load and policy that has a run."""
-    for load, policy in itertools.product((*LOADS, BY_CLIENT), (*RIVALS, *OTHERS)):
-        own = [row for each, row in rows.items() if (each.load, each.policy) == (load, policy)]
+    letters = {id(result): letter for letter, own in hosts(runs.values()).items() for result in own}
+    for load, policy in itertools.product(LOADS, (*RIVALS, *OTHERS)):
+        own = {seed: runs[run] for seed in SEEDS if (run := Run(load, seed, policy)) in runs}
         if not own:
             continue
-        met = sum(round(row["attainment_stage"] * row["arrived"]) for row in own if row["arrived"])
-        arrived = sum(row["arrived"] for row in own)
-        means = {name: _mean([row[name] for row in own]) for name in MEANS}
-        yield Summary(load, policy, len(own), arrived, arrived - met, means)
+        arrived = sum(each.row["arrived"] for each in own.values())
+        yield Summary(
+            load=load,
+            policy=policy,
+            seeds=[*own],
+            over=_over({seed: runs.get(Run(load, seed, "taper")) for seed in own}, own),
+            attained=sum(each.good for each in own.values()) / arrived if arrived else None,
+            late=[each.row["arrived"] - each.good for each in own.values()],
+            gap=max((each.gap for each in own.values() if each.gap is not None), default=None),
+            means={name: _mean(each.row[name] for each in own.values()) for name in MEANS},
+            hosts="".join(sorted({letters[id(each.result)] for each in own.values()})),
+        )
+
+
+def _over(taper: Mapping[int, Made | None], own: Mapping[int, Made]) -> float | None:
+    """The ratio of goodputs over the seeds that both have; None where there is none."""
+    pairs = [
+        (beside.row["goodput_stage"], own[seed].row["goodput_stage"])
+        for seed, beside in taper.items()
+        if beside is not None
+    ]
+    above, below = (sum(side) for side in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
+    return above / below if below else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -184,16 +286,12 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return mean(known) if known else None
 
 
-def table(rows: Mapping[Run, Mapping[str, Any]]) -> str:
-    """For each load, every policy beside taper, of which it says how many times the goodput taper has."""
+def table(runs: Mapping[Run, Made]) -> str:
+    """For each load, every policy beside taper; then the hosts."""
     lines: list[str] = []
-    for load, of_load in itertools.groupby(summaries(rows), lambda each: each.load):
-        policies = [*of_load]
-        taper = next((each.goodput for each in policies if each.policy == "taper"), 0.0)
-        titles = "".join(f"{COLUMNS[name].title:>12.12}" for name in MEANS)
-        lines += [f"{load}", f"{'policy':<8}{'seeds':>6}{'taper/':>8}{'attained':>10}{'late':>6}{titles}"]
-        lines += [each.line(taper) for each in policies]
-    return "\n".join(lines)
+    for load, of_load in itertools.groupby(summaries(runs), lambda each: each.load):
+        lines += [f"{load}", TITLES, *(each.line() for each in of_load)]
+    return "\n".join([*lines, said_of_hosts(runs.values())])
 
 
 # --- command line ------------------------------------------------------------------------------------------
@@ -206,6 +304,12 @@ def command() -> Command:
     add("--minutes", type=float, default=0.0, help="that it may take, with the server's start")
     parser.add_window(warmup=30.0, window=30.0, cooldown=5.0, drain=300.0)
     add("--scale", type=float, default=1.0, help="factor of all lengths, for a small model")
+    add(
+        "--profile",
+        default="h200-qwen3-32b",
+        help="whose predictions steps are late beyond: a name, or a file",
+    )
+    add("--commit", help="what is checked out, where git does not tell")
     add("--plot", type=Path, help="the picture, over the simulated lines (needs matplotlib)")
     return parser
 
@@ -219,14 +323,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     say(f"{len(there)} runs are there, {len(wanted)} are missing", options.json)
     if wanted and options.minutes:
         with started(of_server) as server:
-            run(wanted, options.folder, server.address, server.metrics_url, options)
-    rows = made(results(options.folder))
-    say(table(rows), options.json)
-    missing = [each for each in plan() if each not in rows]
+            make(wanted, options, server, step_log(of_server))
+    runs = made(results(options.folder))
+    say(table(runs), options.json)
     found = {
         **head(command().typed(arguments)),
-        "summaries": [each.as_json() for each in summaries(rows)],
-        "missing": [f"{each.policy} at {each.load}, seed {each.seed}" for each in missing],
+        "summaries": [each.as_json() for each in summaries(runs)],
+        "missing": [str(each) for each in plan() if each not in runs],
     }
     write(found, options.json)
     if options.plot is not None:

@@ -4,7 +4,7 @@
     python -m bench.pictures docs/headline.png     # this one
 
 Lines of the headline are simulated, from `bench.simulate.maps`; marks are measured, one for each run of
-`bench.load.goodput` on an H200. The picture of steps is simulated while it is drawn, which takes ten seconds.
+`bench.headline` on an H200. The picture of steps is simulated while it is drawn, which takes ten seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from bench.device.cases import Row
 from bench.load.measures import Window
+from bench.load.runs import Load, Run
 from bench.load.workload import named
 from bench.plot import (
     ATTAINMENT,
@@ -59,12 +60,13 @@ def simulated(maps: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def measured(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of runs of the headline workload, in which the server branches."""
+    """The rows of runs like those of the lines: of the headline workload, in which the server branches and
+    refuses nothing."""
     return [
         row
         for result in results
-        if result["workload"] == "headline" and result.get("fork", "server") == "server"
         for row in result["rows"]
+        if (load := Run.of(result, row).load) == Load("headline", load.amount)
     ]
 
 
@@ -133,9 +135,14 @@ def steps(sources: Sequence[Path], path: Path) -> None:
 
 
 HELD = "bench/results"
+MARKS = (f"{HELD}/headline/*.json", f"{HELD}/goodput-h200-o*.json")
+"""What the headline's marks are of: the first of these that has files. The second are of runs that were made
+before there was bench.headline."""
 OF_BACKENDS = ("h200", "h200x2", "tpu-estimates", "cpu")
 PICTURES = {
-    "docs/headline.png": Picture(headline, (f"{HELD}/maps-h200.json", f"{HELD}/goodput-h200-o*.json")),
+    "docs/headline.png": Picture(
+        headline, (f"{HELD}/maps-h200.json", next(each for each in MARKS if [*ROOT.glob(each)]))
+    ),
     f"{HELD}/maps-h200-load.png": Picture(maps("load", "clients"), (f"{HELD}/maps-h200.json",)),
     f"{HELD}/maps-h200-share.png": Picture(maps("share", "fanout"), (f"{HELD}/maps-h200.json",)),
     f"{HELD}/maps-h200-slo.png": Picture(maps("slo", "family"), (f"{HELD}/maps-h200.json",)),

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bench.load.driver import Driver, Reply
+from bench.load.driver import Driver, Reply, asking_for
 from bench.load.workload import Item
 from bench.timing import clock
 from scheduler.program import ParallelStage, Plan
@@ -92,10 +92,8 @@ class ForkingClient:
             token_ids=True,
             request_id=f"{self.id}.{stage}.{branch}",
             cache_salt=self.salt,
-            tpot_slo_ms=1e3 * self.slo.tpot,
-            ttft_slo_ms=1e3 * self.slo.ttft,
         )
-        return generate_request(part.prompt, **options).SerializeToString()
+        return generate_request(part.prompt, **options | asking_for(self.slo)).SerializeToString()
 
 
 def sampled(reply: Reply) -> Ids:

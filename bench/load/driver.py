@@ -59,10 +59,16 @@ def message(
             stages.append(serial(prefix, max_tokens=stage.stopping.max_tokens))
     options = Options(plan=stages, ignore_eos=True, seed=seed, request_id=id, cache_salt=salt)
     if slo is not None:
-        options |= Options(tpot_slo_ms=1e3 * slo.tpot, ttft_slo_ms=1e3 * slo.ttft)
+        options |= asking_for(slo)
     if interval_ms is not None:
         options |= Options(interval_ms=interval_ms)
     return generate_request(request.prompt, **options).SerializeToString()
+
+
+def asking_for(slo: Slo) -> Options:
+    """The targets, and whether the request would rather be refused than late, if it would."""
+    options = Options(tpot_slo_ms=1e3 * slo.tpot, ttft_slo_ms=1e3 * slo.ttft)
+    return options | Options(on_miss="reject") if slo.reject else options
 
 
 # --- what comes back ---------------------------------------------------------------------------------------
@@ -82,6 +88,11 @@ class Reply:
     messages: list[tuple[float, bytes]] = field(default_factory=list)
     error: str = ""
     parts: list[list[Reply]] = field(default_factory=list)
+
+    @property
+    def refused(self) -> float | None:
+        """When the server said that it would not serve it, if it did."""
+        return self.ended if self.error.startswith("RESOURCE_EXHAUSTED") else None
 
     @property
     def calls(self) -> list[Reply]:

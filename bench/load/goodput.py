@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +85,13 @@ class Comparison:
             self.found["unloaded_tpot_ms"] = 1e3 * alone
             tpot = TPOT_SLO_MULTIPLE * alone
         self.found |= {"tpot_slo_ms": 1e3 * tpot, "ttft_slo_s": self.options.ttft_slo}
-        return Slo(tpot=tpot, ttft=self.options.ttft_slo)
+        return Slo(tpot=tpot, ttft=self.options.ttft_slo, reject=self.options.reject_late)
 
     async def _policy(
         self, client: AsyncClient, driver: Driver, setting: Setting, point: dict[str, Any], url: str | None
     ) -> None:
-        began, trial, whole = clock(), Trial(setting, point["policy"]), False
+        began, moment = clock(), time.monotonic()
+        trial, whole = Trial(setting, point["policy"]), False
         left = self.deadline - began
         if left > setting.window.end:
             with contextlib.suppress(TimeoutError):
@@ -102,7 +104,7 @@ class Comparison:
             self.found["left_out"].append(point)
             self.say(f"left out for want of time: {trial.policy} at {point['load']}, seed {point['seed']}")
             return
-        row = {**point, **trial.row(), "run_s": clock() - began}
+        row = {**point, **trial.row(), "began_s": moment, "run_s": clock() - began}
         self.found["rows"].append(row)
         self.say(line(row))
         result.keep(self.found, self.options.json)
@@ -127,7 +129,8 @@ def points(options: argparse.Namespace) -> Iterator[tuple[float | None, int, Wor
 
 FIGURES = (
     "goodput_stage", "attainment_stage", "serial_attainment", "parallel_attainment", "ttft_attainment",
-    "goodput_mean", "goodput_critical", "raw_tokens_s", "mean_width", "e2e_p50_s", "e2e_p99_s", "gap_p99_ms",
+    "refused", "goodput_mean", "goodput_critical", "raw_tokens_s", "good_tokens_s", "mean_width", "e2e_p50_s",
+    "e2e_p99_s", "gap_p99_ms",
     *(f"late_{cause}" for cause in CAUSES),
 )  # fmt: skip
 TITLES = f"{'load':>6}{'seed':>5}  {'policy':<8}{titles(FIGURES)}"
@@ -151,6 +154,7 @@ def command() -> Command:
     add("--policies", type=names, default=names(POLICIES), metavar="NAME,NAME,...")
     add("--seeds", type=ints, default=[1], metavar="N,N,...")
     add("--fork", choices=["server", "client"], default="server", help="who branches and joins answers")
+    add("--reject-late", action="store_true", help="requests would rather be refused than late")
     add("--tpot-slo", type=_auto, help="seconds, or auto: twice the unloaded TPOT")
     add("--ttft-slo", type=float, default=5.0, help="seconds")
     parser.add_window(warmup=45.0, window=45.0, cooldown=15.0, drain=600.0)
@@ -166,9 +170,9 @@ def _auto(text: str) -> float | None:
 def compare(options: argparse.Namespace, typed: str, address: str, url: str | None) -> dict[str, Any]:
     """All that was measured, also where it was interrupted."""
     times = {f"{name}_s": getattr(options, name) for name in ("warmup", "window", "cooldown", "drain")}
-    asked = {"workload": options.workload, "fork": options.fork, "scale": options.scale, **times}
+    asked = {name: getattr(options, name) for name in ("workload", "fork", "reject_late", "scale")}
     head = {**result.head(typed), "python_ms": python_ms()}
-    found: dict[str, Any] = {**head, **asked, "points": [], "rows": [], "left_out": []}
+    found: dict[str, Any] = {**head, **asked, **times, "points": [], "rows": [], "left_out": []}
     try:
         asyncio.run(Comparison(options, found, clock() + options.budget_seconds).run(address, url))
     except (KeyboardInterrupt, ServiceError) as stopped:

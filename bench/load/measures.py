@@ -156,10 +156,11 @@ class Window:
 class Run:
     """A workload served once under a policy: what clients saw of the requests that arrived in the window.
 
-    slo      the targets that they are held to
-    seconds  of the window
-    tokens   that came within it, whoever had asked for them
-    turns    steps, summed over requests, that brought these
+    slo          the targets that they are held to
+    seconds      of the window
+    tokens       that came within it, whichever request they were of
+    good_tokens  of these, those of requests that met their targets, by the stage measure
+    turns        steps, summed over requests, that brought the tokens
     """
 
     policy: str
@@ -167,6 +168,7 @@ class Run:
     seconds: float
     records: Sequence[Record]
     tokens: int
+    good_tokens: int
     turns: float
 
     @property
@@ -202,6 +204,7 @@ class Run:
             "e2e_p99_s": quantile(latencies, 0.99),
             "serial_tpot_p99_ms": quantile([1e3 * tpot for tpot in self.serial_tpots], 0.99),
             "raw_tokens_s": self.tokens / self.seconds,
+            "good_tokens_s": self.good_tokens / self.seconds,
             "mean_width": self.tokens / self.turns if self.turns else None,
         }
 
@@ -236,6 +239,7 @@ COLUMNS = {
     "refused": Column("refused", "{:.1%}"),
     "accepted_attainment": Column("of accepted", "{:.1%}"),
     "raw_tokens_s": Column("raw tok/s", "{:.0f}"),
+    "good_tokens_s": Column("good tok/s", "{:.0f}"),
     "mean_width": Column("width", "{:.2f}"),
     "e2e_p50_s": Column("E2E p50 s", "{:.2f}"),
     "e2e_p99_s": Column("E2E p99 s", "{:.2f}"),

@@ -20,7 +20,7 @@ from typing import Any
 
 from bench.load.client_forks import ForkingClient
 from bench.load.driver import Answer, Driver, Reply, message, sleep_until
-from bench.load.measures import MEASURES, Run, Window, milliseconds, quantile
+from bench.load.measures import MEASURES, Record, Run, Window, milliseconds, quantile
 from bench.load.server_metrics import late_shares, scrape, server_row
 from bench.load.workload import ALONE, Fork, Workload
 from bench.timing import clock, no_collections
@@ -123,16 +123,29 @@ class Trial:
 
     def run(self, answers: Sequence[Answer]) -> Run:
         """What the clients saw; `answers` are the replies, read."""
-        setting, items, window = self.setting, self.setting.workload.items, self.setting.window
-        within = [each for one in answers for each in one.emissions if each.at - self.start in window]
+        setting, window = self.setting, self.setting.window
+        records = [self._record(index, answer) for index, answer in enumerate(answers)]
+        within = [
+            (each, record.good(setting.slo, "stage"))
+            for record, answer in zip(records, answers, strict=True)
+            for each in answer.emissions
+            if each.at - self.start in window
+        ]
         return Run(
             policy=self.policy,
             slo=setting.slo,
             seconds=window.seconds,
-            records=[answers[i].record(items[i], self.replies[i].due) for i in self.measured],
-            tokens=sum(emission.tokens for emission in within),
-            turns=sum(emission.steps for emission in within),
+            records=[records[index] for index in self.measured],
+            tokens=sum(emission.tokens for emission, _ in within),
+            good_tokens=sum(emission.tokens for emission, good in within if good),
+            turns=sum(emission.steps for emission, _ in within),
         )
+
+    def _record(self, index: int, answer: Answer) -> Record:
+        reply = self.replies[index]
+        record = answer.record(self.setting.workload.items[index], reply.due)
+        record.refused = reply.refused
+        return record
 
     def row(self) -> dict[str, Any]:
         """The run's row, and what else the client and the server know of it."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -207,7 +208,7 @@ class Simulation:
                 page_size=profile.page_size,
                 num_slots=2 * max(buckets),
                 max_context=MAX_CONTEXT,
-                max_queue=len(setting.workload.items) + 1,
+                max_queue=sys.maxsize,
                 reserve=setting.reserve,
                 prefix_cache=setting.fork == "client",  # else no prompt comes twice
             ),
@@ -218,6 +219,7 @@ class Simulation:
         self.records: list[Record] = []  # in the order of the workload
         self.steps = 0
         self.tokens = self.turns = self.computed = 0
+        self._within: Counter[int] = Counter()  # by record: its tokens that came within the window
         self.error_sums = [0.0, 0.0]  # of (measured - predicted) / measured, signed and absolute
         self.planning = 0.0
         self.preemptions: list[int] = []
@@ -291,7 +293,9 @@ class Simulation:
             self.tokens += sampling.total()
         for event in events:
             if type(event) is TokenEmitted:
-                self._asked[event.request_id].record.emit(end)
+                asked = self._asked[event.request_id]
+                asked.record.emit(end)
+                self._within[asked.index] += end in self.setting.window
             elif type(event) is Finished:
                 self.preemptions.append(event.usage.preemptions)
                 self.computed += event.usage.prompt_tokens - event.usage.cached_tokens
@@ -365,6 +369,11 @@ class Simulation:
             seconds=end - window.warmup,
             records=self.measured,
             tokens=self.tokens,
+            good_tokens=sum(
+                tokens
+                for index, tokens in self._within.items()
+                if self.records[index].good(setting.slo, "stage")
+            ),
             turns=self.turns,
         )
 

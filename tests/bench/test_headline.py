@@ -3,81 +3,196 @@
 from __future__ import annotations
 
 import contextlib
-import json
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench import headline, pictures
-from bench.headline import Load, made, main, plan, results
+from bench.headline import OTHERS, RIVALS, SEEDS, expected_seconds, main, plan, step_log, summaries, table
 from bench.load import trial
+from bench.load.runs import Load, Made, Run, made, results
 from bench.load.workload import Item
+from scheduler.predictor import StepLoad
+from serve.door import StepRecord
+from serve.engine.step_log import StepLog
 from tests.bench.served import serving
 
 QUICK = ["--warmup", "0.1", "--window", "0.3", "--cooldown", "0.1", "--scale", "0.03", "--minutes", "1"]
+PLANNED = plan()
+LOAD = Load("headline", 15)
+BY_CLIENT, REFUSED = LOAD._replace(fork="client"), LOAD._replace(reject=True)
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A load that a server without a model serves in moments."""
-    monkeypatch.setattr(headline, "LOADS", (Load("headline", 15),))
-    monkeypatch.setattr(headline, "RIVALS", ("taper", "off"))
-    monkeypatch.setattr(headline, "OTHERS", ("cap:2",))
-    monkeypatch.setattr(headline, "SEEDS", (1, 2))
-    monkeypatch.setattr(headline, "BY_CLIENT", Load("headline", 15, fork="client"))
-    monkeypatch.setattr(headline, "ITS_POLICIES", ("taper",))
+@dataclass
+class Server:
+    """One without a model, and the arguments that it was started with."""
+
+    arguments: list[str]
+    starts: int = 0
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A plan of runs that a server without a model makes in moments."""
+    blocks = [
+        ([LOAD], ["taper", "off"], [1]),
+        ([BY_CLIENT, REFUSED], ["taper"], [1]),
+        ([LOAD], ["taper", "off"], [1, 2]),
+        ([LOAD], ["cap:2"], [1]),
+    ]
+    monkeypatch.setattr(headline, "ORDER", blocks)
+    monkeypatch.setattr(headline, "LOADS", (LOAD, BY_CLIENT, REFUSED))
+    monkeypatch.setattr(headline, "OVERLOADS", (REFUSED,))
     monkeypatch.setattr(trial, "ALONE", Item(0.0, 20, ((200,),)))
+    told = Server([])
     with serving() as server:
-        monkeypatch.setattr(headline, "started", lambda arguments: contextlib.nullcontext(server))
-        yield
+
+        def started(arguments: list[str]) -> Any:
+            told.arguments, told.starts = arguments, told.starts + 1
+            return contextlib.nullcontext(server)
+
+        monkeypatch.setattr(headline, "started", started)
+        yield told
 
 
-def test_the_most_telling_runs_come_first() -> None:
-    runs = [(run.load.fork, run.seed, run.policy) for run in plan()]
-    assert runs[:3] == [("server", 1, "taper"), ("server", 1, "off"), ("client", 1, "taper")]
-    assert runs[-1] == ("server", 1, "cap:2")
-    assert len({*plan()}) == len(runs) == 7
+# --- the plan ----------------------------------------------------------------------------------------------
+
+
+def test_a_dozen_runs_tell_the_most() -> None:
+    """All rivals where taper is to keep its promises; a client that forks; taper elsewhere, and overload."""
+    kept, others = (("headline", 1.4), ("headline-closed", 40)), (("headline", 1.6), ("mixed", 2.4))
+    first = [(run.load.workload, run.load.amount, run.policy) for run in PLANNED[:8]]
+    assert first == [(*load, policy) for load in kept for policy in RIVALS]
+    assert str(PLANNED[8]) == "taper at headline 1.4, forked by the client, seed 1"
+    assert [(run.load.workload, run.load.amount) for run in PLANNED[9:11]] == [*others]
+    assert [str(run.load) for run in PLANNED[11:14]] == [
+        "headline 1.6, refused if late",
+        "headline 2.1, refused if late",
+        "headline 2.1",
+    ]
+    assert {run.seed for run in PLANNED[:14]} == {1}
+
+
+def test_every_run_is_planned_once() -> None:
+    loads, seeds = 4, len(SEEDS)
+    by_client, overload = 2 * seeds, 3
+    assert (
+        len({*PLANNED}) == len(PLANNED) == loads * (len(RIVALS) * seeds + len(OTHERS)) + by_client + overload
+    )
+    assert len({run.file for run in PLANNED}) == len(PLANNED)
+
+
+# --- running -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.full
 def test_what_a_folder_lacks_is_made_and_nothing_twice(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(main([str(tmp_path)])["missing"]) == 7  # no minutes, no run
     drawn: list[int] = []
     monkeypatch.setattr(pictures, "headline", lambda sources, path: drawn.append(len(sources)))
-    assert main([str(tmp_path), "--plot", "PNG", *QUICK])["missing"] == []
-    assert drawn == [1 + len([*tmp_path.iterdir()])], "of the simulated lines and all runs"
-    assert {*made(results(tmp_path))} == {*plan()}
+    assert main([str(tmp_path), "--plot", "PNG", *QUICK, "--", "--max-queue", "9"])["missing"] == []
+    assert (small.starts, small.arguments) == (1, ["--max-queue", "9"])
+    assert drawn == [1 + 7], "of the simulated lines and all runs"
+    assert {path.name for path in tmp_path.iterdir()} == {run.file for run in plan()}
+    found = made(results(tmp_path))
+    assert {*found} == {*plan()}
+    targets = [each.result["tpot_slo_ms"] for each in found.values()]
+    assert targets == pytest.approx([targets[0]] * 7, rel=1e-9), "one server, one target"
+    windows = Counter(each.result["window_s"] for each in found.values())
+    assert windows == {0.3: 6, 0.45: 1}, "overload is measured for longer"
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     capsys.readouterr()
     main([str(tmp_path), *QUICK])
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert small.starts == 1
     printed = capsys.readouterr().out
     assert "7 runs are there, 0 are missing" in printed
-    assert printed.count("\ntaper        2 ") == 2  # by the server and by the client, over two seeds
+    assert printed.count("\ntaper      1,2 ") == 1
 
-    (lost,) = tmp_path.glob("headline-15-by-client-seed2.json")
+    lost = tmp_path / Run(BY_CLIENT, 1, "taper").file
     lost.unlink()
-    main([str(tmp_path), *QUICK])
-    assert {*made(results(tmp_path))} == {*plan()}
-    assert {path: path.read_bytes() for path in before if path != lost}.items() <= before.items()
+    assert main([str(tmp_path), *QUICK])["missing"] == []
+    assert before == before | {path: path.read_bytes() for path in before if path != lost}
 
 
-def test_no_run_begins_that_would_not_end(tmp_path: Path) -> None:
+def test_a_run_that_would_not_end_is_passed_over(small: Server, tmp_path: Path) -> None:
     assert len(main([str(tmp_path), *QUICK, "--minutes", "0.001"])["missing"]) == 7
+    assert small.starts == 1
 
 
-def test_a_run_that_was_made_twice_is_an_error(tmp_path: Path) -> None:
-    def written(name: str, *, closed: bool) -> None:
-        row, point = {"load": 40, "seed": 1, "policy": "off"}, {"load": 40, "seed": 1, "closed": closed}
-        found = {"workload": "headline", "fork": "server", "points": [point], "rows": [row]}
-        (tmp_path / name).write_text(json.dumps(found))
+def test_a_run_takes_what_it_took_with_another_seed_or_what_its_kind_does() -> None:
+    there = {Run(LOAD, 1, "off"): Made({"run_s": 7.0}, {}), Run(LOAD, 1, "taper"): Made({"run_s": 3.0}, {})}
+    assert expected_seconds(Run(LOAD, 2, "off"), there, 1.0) == 7.0
+    assert expected_seconds(Run(LOAD, 2, "cap:4"), there, 1.0) == 2.0
+    assert expected_seconds(Run(REFUSED, 1, "off"), there, 1.0) == 4.0
+    assert expected_seconds(Run(BY_CLIENT, 1, "taper"), there, 1.0) == 2.6
 
-    written("a.json", closed=False)
-    written("b.json", closed=True)
-    assert [run.load.closed for run in made(results(tmp_path))] == [False, True]
-    written("c.json", closed=True)
-    with pytest.raises(ValueError, match="off at headline 40, seed 1, was made twice"):
-        made(results(tmp_path))
+
+def test_the_servers_arguments_say_where_its_steps_are_written() -> None:
+    assert step_log(["--model", "m", "--step-log", "STEPS", "--max-queue", "9"]) == Path("STEPS")
+    assert step_log(["--step-log=STEPS"]) == Path("STEPS")
+    assert step_log(["--model", "m"]) is None
+
+
+def test_a_row_has_the_lateness_of_its_own_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = StepLog(tmp_path / "steps")
+    for moment in range(20):
+        log.write(StepRecord(float(moment), 8, StepLoad(3), 2, 3, 0, 0.020, 0.015, None, 0.030))
+    log.close()
+    found = headline.lateness(tmp_path / "steps", {"began_s": 4.0, "run_s": 10.0}, "h200-qwen3-32b")
+    assert found is not None
+    assert len(found["excess"]) == 10
+    assert headline.lateness(tmp_path / "steps", {"began_s": 40.0, "run_s": 1.0}, "h200-qwen3-32b") is None
+    assert "no step" in capsys.readouterr().err
+
+
+# --- the table ---------------------------------------------------------------------------------------------
+
+
+def a_run(policy: str, goodput: float, seed: int = 1, cores: int = 16, **row: Any) -> dict[str, Any]:
+    """A result with one row of ten requests, as far as the table is of it."""
+    point = {"load": 1.4, "seed": seed}
+    figures = dict.fromkeys(headline.MEANS, 1.0) | {"goodput_stage": goodput, "gap_p99_ms": 45.0}
+    return {
+        "workload": "headline",
+        "points": [point],
+        "rows": [point | figures | {"policy": policy, "arrived": 10, "attainment_stage": 1.0} | row],
+        "tpot_slo_ms": 30.0,
+        "time": f"2026-01-01T00:00:{cores:02}Z",
+        "python_ms": 10.0 + seed,
+        "client": {"host": "x86_64, a processor"},
+        "server": {"device": "a card"},
+        "host": {"cores": cores, "boot": "b", "driver": "d", "versions": {"jax": "j"}, "commit": "c"},
+    }
+
+
+def test_taper_is_compared_at_the_same_seeds() -> None:
+    runs = made(
+        [
+            a_run("taper", 300.0),
+            a_run("taper", 100.0, seed=2, attainment_stage=0.9, gap_p99_ms=60.0),
+            a_run("off", 100.0),
+            a_run("eager", 0.0),
+        ]
+    )
+    taper, eager, off = summaries(runs)
+    assert (taper.over, eager.over, off.over) == (1.0, None, 3.0)
+    assert (taper.seeds, taper.late, taper.attained) == ([1, 2], [0, 1], 0.95)
+    assert taper.gap == 2.0, "the longest, in targets"
+    assert taper.means["goodput_stage"] == 200.0
+
+
+def test_the_table_tells_hosts_apart() -> None:
+    runs = made([a_run("off", 1.0), a_run("taper", 1.0, cores=8), a_run("taper", 1.0, seed=2)])
+    lines = table(runs).splitlines()
+    assert lines[0] == "headline 1.4"
+    assert [line.split()[-1] for line in lines[2:4]] == ["AB", "B"]
+    assert lines[4].startswith(
+        "A: a card (driver d), 8 cores of x86_64, a processor (boot b), jax j, commit c"
+    )
+    assert lines[5].endswith("a loop of Python's in 11.0 to 12.0 ms; runs: 2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,12 +51,17 @@ def test_every_policy_has_a_line_and_a_color_of_its_own() -> None:
 
 
 def test_marks_are_of_the_workload_that_the_lines_are_of() -> None:
+    def run(policy: str, **changes: Any) -> dict[str, Any]:
+        point = {"load": 1.4, "seed": 1}
+        return {"workload": "headline", "points": [point], "rows": [point | {"policy": policy}]} | changes
+
     runs = [
-        {"workload": "headline", "rows": [{"policy": "taper"}]},
-        {"workload": "headline-closed", "rows": [{"policy": "off"}]},
-        {"workload": "headline", "fork": "client", "rows": [{"policy": "eager"}]},
+        run("taper"),
+        run("off", workload="headline-closed"),
+        run("eager", fork="client"),
+        run("cap:4", reject_late=True),
     ]
-    assert measured(runs) == [{"policy": "taper"}]
+    assert [row["policy"] for row in measured(runs)] == ["taper"]
 
 
 @pytest.mark.full

@@ -69,7 +69,7 @@ print({"jax", "flax", "matplotlib"} & sys.modules.keys())
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_message_asks_for_what_the_simulator_serves(family: str) -> None:
     model = served_model(max_context=100_000, max_branches=200)
-    slo = Slo(tpot=0.03125, ttft=5.0)
+    slo = Slo(tpot=0.03125, ttft=5.0, reject=family == "mixed")
     for seed, item in enumerate(closed_loop(family, 1, 8, seed=3).items):
         sent = message(item, "a", seed, VOCAB, slo=slo, salt="run")
         received = read_request(pb.GenerateRequest.FromString(sent), model)
@@ -153,6 +153,7 @@ def test_what_the_server_refuses_is_an_error_of_that_reply_alone(served: Served)
     long = message(Item(0.0, MAX_CONTEXT + 1, ((1,),)), "long", 1, VOCAB)
     bad, good = ask(served.address, long, message(FORK, "good", 1, VOCAB))
     assert bad.error.startswith("INVALID_ARGUMENT: ")
+    assert bad.refused is None, "it is nothing that another server would serve"
     assert not Answer.of(bad).record(FORK, 0.0).finished
     assert Answer.of(good).finished
 

@@ -22,7 +22,7 @@ def seen(item: Item, first: float, *gaps: float, arrival: float = 0.0) -> Record
 def row(*records: Record, tpot: float = 0.031) -> dict[str, Any]:
     """Of a window of 10 s."""
     slo = Slo(tpot=tpot, ttft=5.0)
-    return Run(policy="off", slo=slo, seconds=10.0, records=records, tokens=0, turns=0).row()
+    return Run(policy="off", slo=slo, seconds=10.0, records=records, tokens=0, good_tokens=0, turns=0).row()
 
 
 def test_stages_end_with_their_last_token() -> None:
@@ -120,7 +120,7 @@ def test_a_ratio_with_nothing_below_is_null() -> None:
     assert quantile([], 0.5) is None
     empty = row()
     assert empty.pop("policy") == "off"
-    rates = {key for key in empty if key.startswith(("goodput", "raw"))}
+    rates = {key for key in empty if key.startswith(("good", "raw"))}
     assert {empty[key] for key in empty.keys() - rates} == {None}
     assert {empty[key] for key in rates} == {0.0}
 
@@ -148,8 +148,9 @@ def test_a_window_has_its_begin_and_not_its_end() -> None:
 
 
 def test_a_runs_rate_and_width_are_of_what_came_in_its_window() -> None:
-    run = Run(policy="off", slo=Slo(tpot=1.0, ttft=1.0), seconds=20.0, records=[], tokens=300, turns=60)
-    assert (run.row()["raw_tokens_s"], run.row()["mean_width"]) == (15.0, 5.0)
+    counted = {"tokens": 300, "good_tokens": 200, "turns": 60}
+    row = Run(policy="off", slo=Slo(tpot=1.0, ttft=1.0), seconds=20.0, records=[], **counted).row()
+    assert (row["raw_tokens_s"], row["good_tokens_s"], row["mean_width"]) == (15.0, 10.0, 5.0)
 
 
 def test_a_table_shows_what_is_not_known_as_a_dash() -> None:

@@ -53,7 +53,15 @@ def test_tokens_and_width_are_of_what_came_in_the_window_whoever_asked() -> None
     """The first brings three tokens in the window, in two steps; the last but one, none: it came too late."""
     row = played(0.0, 10.9, 11.0).row()
     assert row["raw_tokens_s"] == pytest.approx(3 / 10)
+    assert row["good_tokens_s"] == pytest.approx(3 / 10)
     assert row["mean_width"] == pytest.approx(3 / 2)
+
+
+def test_tokens_of_an_answer_that_was_late_are_not_good() -> None:
+    trial = played(2.0, 3.0)
+    trial.replies[0].due -= 10.0
+    row = trial.row()
+    assert (row["raw_tokens_s"], row["good_tokens_s"]) == (pytest.approx(6 / 10), pytest.approx(3 / 10))
 
 
 def test_what_was_not_answered_counts_against_the_policy() -> None:
@@ -65,6 +73,7 @@ def test_what_was_not_answered_counts_against_the_policy() -> None:
     assert (row["arrived"], row["finished"]) == (2, 1)
     assert row["attainment_mean"] == row["ttft_attainment"] == 0.5
     assert row["errors"] == {"RESOURCE_EXHAUSTED: full": 1}
+    assert (row["refused"], row["accepted_attainment"]) == (0.5, 1.0)
 
 
 def test_nothing_in_the_window_is_null_and_not_a_number() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import pytest
 from bench.load.measures import Window
 from bench.load.workload import named
 from bench.simulate import agreement
-from bench.simulate.agreement import compare, settings
+from bench.simulate.agreement import compare, files, settings, text, verdict
+from bench.simulate.lateness import Lateness
 from bench.simulate.simulation import Profile, Setting, simulate, targets
 from tests.bench.simulate.test_policies import InOneProcess
 
@@ -21,8 +22,7 @@ PROFILE = Profile.load("h200-qwen3-32b").exact()
 
 def row(goodput: float, attained: float) -> dict[str, Any]:
     names = ("goodput_mean", "raw_tokens_s", "mean_width", "e2e_p50_s")
-    point = {"load": 1.0, "seed": 1, "policy": "taper"}
-    return point | dict.fromkeys(names, 1.0) | {"goodput_stage": goodput, "attainment_stage": attained}
+    return dict.fromkeys(names, 1.0) | {"goodput_stage": goodput, "attainment_stage": attained}
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,32 @@ def test_the_simulator_agrees_with_itself(
     found = agreement.main([str(tmp_path / "real.json"), *options])
     (only,) = found["rows"]
     assert only["agrees"]
+    assert (only["run"], found["enough"]) == ("taper at light 2, seed 3", True)
     assert only["goodput_off"] == 0.0
     assert "agrees" in capsys.readouterr().out
+
+
+def test_steps_are_as_late_as_those_of_the_run_were() -> None:
+    real = result("light", "off", 2.0)
+    late = Lateness(profile=PROFILE.name, factors={8: 1.5}, steps=2, excess=[0.5, -0.25])
+    real["rows"][0]["lateness"] = json.loads(json.dumps(asdict(late)))
+    ((setting, _),) = settings(real, PROFILE)
+    assert (setting.profile.factors, setting.profile.excess) == ({8: 1.5}, (0.5, 0.5, -0.25, -0.25))
+
+
+def test_clients_fork_and_would_rather_be_refused_where_they_did() -> None:
+    real = result("light", "off", 2.0)
+    ((plain, _),) = settings(real, PROFILE)
+    assert (plain.fork, plain.slo.reject) == ("server", False)
+    ((other, _),) = settings(real | {"fork": "client", "reject_late": True}, PROFILE)
+    assert (other.fork, other.slo.reject) == ("client", True)
+
+
+def test_nine_of_ten_rows_are_enough_and_the_others_are_named() -> None:
+    rows = [{"run": f"run {number}", "agrees": number != 3} for number in range(10)]
+    assert verdict(rows) == {"share": 0.9, "enough": True, "outside": ["run 3"]}
+    assert text(verdict(rows) | {"rows": rows}) == "90% of 10 rows agree, which is enough; outside: run 3"
+    assert not verdict(rows[:4])["enough"]
 
 
 def test_other_requests_than_those_measured_are_refused() -> None:
@@ -117,3 +141,9 @@ def test_what_was_scaled_is_scaled_again() -> None:
     real["scale"], real["points"][0]["sha256"] = 0.5, smaller.digest
     ((setting, _),) = settings(real, PROFILE)
     assert setting.workload == smaller
+
+
+def test_a_folder_stands_for_its_results(tmp_path: Path) -> None:
+    for name in ("b.json", "a.json", "c.txt"):
+        (tmp_path / name).touch()
+    assert files([Path("x.json"), tmp_path]) == [Path("x.json"), tmp_path / "a.json", tmp_path / "b.json"]

@@ -20,7 +20,8 @@ PROFILE = Profile.load("h200-qwen3-32b")
 KEYS = {
     "policy", "goodput_mean", "attainment_mean", "goodput_stage", "attainment_stage", "goodput_critical",
     "attainment_critical", "serial_attainment", "parallel_attainment", "ttft_attainment", "raw_tokens_s",
-    "refused", "accepted_attainment", "mean_width", "e2e_p50_s", "e2e_p99_s", "serial_tpot_p99_ms",
+    "good_tokens_s", "refused", "accepted_attainment", "mean_width", "e2e_p50_s", "e2e_p99_s",
+    "serial_tpot_p99_ms",
 }  # fmt: skip
 
 

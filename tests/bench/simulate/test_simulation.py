@@ -80,6 +80,10 @@ def test_what_is_served_counts_when_it_comes_and_not_who_asked() -> None:
     assert 15 < before.tokens < 25
     assert before.run().row()["raw_tokens_s"] == before.tokens / middle
     assert (len(before.measured), len(after.measured)) == (1, 0)
+    assert after.run().row()["good_tokens_s"] == after.run().row()["raw_tokens_s"] > 0
+    late = Simulation(setting(slo=Slo(tpot=0.001, ttft=5.0)), "off")
+    late.serve()
+    assert (late.run().good_tokens, late.run().tokens) == (0, 40)
 
 
 def test_a_step_counts_where_it_ends() -> None:
