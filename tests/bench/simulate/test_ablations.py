@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from bench.load.workload import open_loop
@@ -37,7 +39,9 @@ def test_without_a_budget_all_run_that_fit() -> None:
 
 
 def test_without_padding_in_the_price_a_bucket_just_begun_costs_less() -> None:
-    load = StepLoad(97, shared_kv=30_000, private_kv=20_000, items=110, raw_kv=200_000)
+    seconds = PROFILE.bucket_seconds
+    smaller, bucket = max(pairwise(seconds), key=lambda pair: seconds[pair[1]] - seconds[pair[0]])
+    load = StepLoad(smaller + 1, shared_kv=30_000, private_kv=20_000, items=110, raw_kv=200_000)
     assert unpadded(PROFILE).predict(load) < PROFILE.latency().predict(load)
-    full = load._replace(rows=128)
+    full = load._replace(rows=bucket)
     assert unpadded(PROFILE).predict(full) == pytest.approx(PROFILE.latency().predict(full))
