@@ -45,9 +45,9 @@ FOUND = {
         policy=policy, kept=kept, asked=38, answer_seconds=seconds, slowest_ms=slowest, width=width
     )
     for policy, kept, seconds, slowest, width in (
-        ("off", 38, 67.6, 25.0, 1.0),
-        ("eager", 18, 20.8, 41.6, 6.5),
-        ("taper", 38, 19.4, 32.1, 6.1),
+        ("off", 38, 64.7, 24.2, 1.0),
+        ("eager", 27, 19.0, 39.5, 6.2),
+        ("taper", 38, 18.2, 32.2, 6.0),
     )
 }  # what the docs show
 
@@ -55,8 +55,8 @@ FOUND = {
 @pytest.mark.parametrize(
     ("kept", "seconds", "speed", "targets"),
     [
-        (38, 19.0, "answers as fast as", "and keeps as many promises as"),
-        (30, 21.4, "answers as fast as", "but keeps fewer promises than"),
+        (38, 18.0, "answers as fast as", "and keeps as many promises as"),
+        (30, 19.4, "answers as fast as", "but keeps fewer promises than"),
         (38, 40.0, "is slower than", "but keeps as many promises as"),
         (30, 40.0, "is slower than", "and keeps fewer promises than"),
     ],
@@ -65,15 +65,15 @@ def test_the_last_line_says_what_the_table_says(kept: int, seconds: float, speed
     taper = replace(FOUND["taper"], kept=kept, answer_seconds=seconds)
     found = {**FOUND, "taper": taper}
     assert card.verdict(found) == (
-        f"taper {speed} eager ({seconds:.0f} s and 21 s, where off takes 68 s), {targets} off"
-        f" ({kept} and 38 of 38, where eager keeps 18)."
+        f"taper {speed} eager ({seconds:.0f} s and 19 s, where off takes 65 s), {targets} off"
+        f" ({kept} and 38 of 38, where eager keeps 27)."
     )
     file = io.StringIO()
     Console(file=file, width=80).print(card.table([*found.values()]))
     shown = file.getvalue()
     assert "Simulated: Qwen3-32B on one H200" in shown
     assert (
-        f"│ taper: what fits    │ {kept} of 38 │        {seconds:.1f} s │        32.1 ms │      6.1 │"
+        f"│ taper: what fits    │ {kept} of 38 │        {seconds:.1f} s │        32.2 ms │      6.0 │"
         in shown
     )
 
