@@ -64,13 +64,12 @@ def compare(real: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[
     simulated = {name: mean(values) if values else None for name, values in known.items()}
     attained, goodput = real["attainment_stage"], real["goodput_stage"]
     sure = attained is None or not SURE <= attained <= 1.0 - SURE
-    found = [run["attainment_stage"] for run in runs]
     off_goodput = simulated["goodput_stage"] / goodput - 1.0 if goodput else None
     off_attained = simulated["attainment_stage"] - attained if attained is not None else None
     off = off_goodput if sure else off_attained
     return {
         **{name: {"real": real[name], "simulated": simulated[name]} for name in FIGURES},
-        "simulated_attainment": [min(found), max(found)],
+        "simulated_attainment": [end(known["attainment_stage"], default=None) for end in (min, max)],
         "goodput_off": off_goodput,
         "attainment_off": off_attained,
         "agrees": simulated["goodput_stage"] == 0.0 if off is None else abs(off) <= NEAR,
@@ -132,7 +131,11 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
             for real, (setting, policy) in zip(result["rows"], settings(result, profile), strict=True):
                 noisy = [replace(setting, seed=number) for number in range(options.runs)]
                 runs = [simulated for simulated, _ in pool.map(simulate, noisy, [policy] * options.runs)]
-                found["rows"].append({"run": str(Run.of(result, real)), **compare(real, runs)})
+                of = {
+                    "run": str(Run.of(result, real)),
+                    **{key: real[key] for key in ("load", "seed", "policy")},
+                }
+                found["rows"].append(of | compare(real, runs))
                 say(line(found["rows"][-1]), options.json)
                 keep(found, options.json)
     found |= verdict(found["rows"])

@@ -56,6 +56,14 @@ def test_what_is_compared_is_the_mean_of_the_simulations_over_the_server() -> No
     assert found["goodput_stage"] == {"real": 1000, "simulated": 800}
 
 
+def test_where_nothing_arrived_there_is_nothing_to_differ_in() -> None:
+    nothing = row(0.0, 0.0) | {"attainment_stage": None, "e2e_p50_s": None}
+    found = compare(nothing, [nothing, nothing])
+    assert found["agrees"]
+    assert found["e2e_p50_s"] == {"real": None, "simulated": None}
+    assert found["simulated_attainment"] == [None, None]
+
+
 def result(workload: str, policy: str, seconds: float) -> dict[str, Any]:
     """What bench.load.goodput would have written, had the server been the simulator."""
     times = {"warmup_s": 1.0, "window_s": seconds, "cooldown_s": 0.5, "drain_s": 60.0}
