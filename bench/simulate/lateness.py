@@ -8,6 +8,8 @@ the host was slow for a second, it is so again in a simulation.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +28,7 @@ ENOUGH = 50  # steps of a bucket from which on it has a factor of its own
 class Lateness:
     """Of the steps of a run.
 
-    profile  the name of the one that predicted them
+    profile  which one predicted them: its name, and a hash of what it says
     factors  by bucket: seconds that its steps took, over those that were predicted
     steps    so many in a row have one excess
     excess   the same ratio, after the factors, less one
@@ -59,12 +61,12 @@ class Lateness:
         firsts = range(0, len(steps), size)
         ratios = np.add.reduceat(took, firsts) / np.add.reduceat(expected, firsts)
         excess = [round(each - 1.0, 4) for each in ratios.tolist()]
-        return cls(profile=profile.name, factors=factors, steps=size, excess=excess)
+        return cls(profile=identity(profile), factors=factors, steps=size, excess=excess)
 
     def on(self, profile: Profile) -> Profile:
         """The profile whose steps are as late. Raises ValueError if these were predicted by another one."""
-        if profile.name != self.profile:
-            raise ValueError(f"lateness beyond profile {self.profile} says nothing about {profile.name}")
+        if (other := identity(profile)) != self.profile:
+            raise ValueError(f"lateness beyond profile {self.profile} says nothing about {other}")
         excess = tuple(each for each in self.excess for _ in range(self.steps))
         return replace(profile, factors=self.factors, excess=excess)
 
@@ -72,3 +74,9 @@ class Lateness:
     def of_json(cls, record: Mapping[str, Any]) -> Self:
         """JSON's keys are strings."""
         return cls(**{**record, "factors": {int(rows): each for rows, each in record["factors"].items()}})
+
+
+def identity(profile: Profile) -> str:
+    """Changes whenever the profile is measured again."""
+    says = json.dumps(profile.forms["staircase"], sort_keys=True)
+    return f"{profile.name} {hashlib.sha256(says.encode()).hexdigest()[:8]}"

@@ -13,7 +13,7 @@ from bench.load.measures import Window
 from bench.load.workload import named
 from bench.simulate import agreement
 from bench.simulate.agreement import compare, files, settings, text, verdict
-from bench.simulate.lateness import Lateness
+from bench.simulate.lateness import Lateness, identity
 from bench.simulate.simulation import Profile, Setting, simulate, targets
 from tests.bench.simulate.test_policies import InOneProcess
 
@@ -106,7 +106,7 @@ def test_the_simulator_agrees_with_itself(
 
 def test_steps_are_as_late_as_those_of_the_run_were() -> None:
     real = result("light", "off", 2.0)
-    late = Lateness(profile=PROFILE.name, factors={8: 1.5}, steps=2, excess=[0.5, -0.25])
+    late = Lateness(profile=identity(PROFILE), factors={8: 1.5}, steps=2, excess=[0.5, -0.25])
     real["rows"][0]["lateness"] = json.loads(json.dumps(asdict(late)))
     ((setting, _),) = settings(real, PROFILE)
     assert (setting.profile.factors, setting.profile.excess) == ({8: 1.5}, (0.5, 0.5, -0.25, -0.25))

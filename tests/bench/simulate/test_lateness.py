@@ -52,8 +52,18 @@ def test_a_simulations_steps_are_as_late() -> None:
     assert late.factors == found.factors
     assert len(late.excess) == found.steps * len(found.excess)
     assert late.excess[: found.steps] == (found.excess[0],) * found.steps
-    with pytest.raises(ValueError, match=r"beyond profile h200-qwen3-32b says nothing about other"):
-        kept.on(replace(PROFILE, name="other"))
+
+
+def test_beyond_one_profile_is_not_beyond_another() -> None:
+    found = Lateness.of(logged([1.0]), PROFILE)
+    with pytest.raises(
+        ValueError, match=r"beyond profile h200-qwen3-32b \w{8} says nothing about other \w{8}"
+    ):
+        found.on(replace(PROFILE, name="other"))
+    staircase = PROFILE.forms["staircase"]
+    again = replace(PROFILE, forms={"staircase": staircase | {"margin": staircase["margin"] + 0.01}})
+    with pytest.raises(ValueError, match="says nothing about"):
+        found.on(again)
 
 
 def test_steps_that_the_profile_does_not_know_say_nothing() -> None:
