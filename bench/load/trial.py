@@ -125,20 +125,17 @@ class Trial:
         """What the clients saw; `answers` are the replies, read."""
         setting, window = self.setting, self.setting.window
         records = [self._record(index, answer) for index, answer in enumerate(answers)]
-        within = [
-            (each, record.good(setting.slo, "stage"))
-            for record, answer in zip(records, answers, strict=True)
-            for each in answer.emissions
-            if each.at - self.start in window
-        ]
+        within = [[each for each in one.emissions if each.at - self.start in window] for one in answers]
+        tokens = [sum(emission.tokens for emission in own) for own in within]
+        good = [record.good(setting.slo, "stage") for record in records]
         return Run(
             policy=self.policy,
             slo=setting.slo,
             seconds=window.seconds,
             records=[records[index] for index in self.measured],
-            tokens=sum(emission.tokens for emission, _ in within),
-            good_tokens=sum(emission.tokens for emission, good in within if good),
-            turns=sum(emission.steps for emission, _ in within),
+            tokens=sum(tokens),
+            good_tokens=sum(own for own, ok in zip(tokens, good, strict=True) if ok),
+            turns=sum(emission.steps for own in within for emission in own),
         )
 
     def _record(self, index: int, answer: Answer) -> Record:
