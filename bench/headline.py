@@ -60,6 +60,7 @@ ORDER = (
     ((BY_CLIENT,), ITS_POLICIES[:1], SEEDS[:1]),  # and of a server that knows no branches?
     (OTHER_LOADS, RIVALS[:1], SEEDS[:1]),  # what is it where it cannot promise all?
     (OVERLOADS, RIVALS[:1], SEEDS[:1]),
+    (OTHER_LOADS[:1], ("cap:4",), SEEDS[:1]),  # a cap may keep what taper keeps: here it does not, simulated
     (KEPT, RIVALS, SEEDS),  # is that more than chance?
     (KEPT, OTHERS, SEEDS[:1]),  # is another cap better?
     ((BY_CLIENT,), ITS_POLICIES, SEEDS),
