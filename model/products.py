@@ -36,16 +36,19 @@ class Plain:
         return jax.nn.silu(product("re,em->rm", x, mlp.gate)) * product("re,em->rm", x, mlp.up)
 
     def add(self, stream: Stream, x: Float[Array, "rows ..."], weight: nnx.Param, norm: RMSNorm) -> Stream:
-        spec = "rhd,hde->re" if x.ndim == 3 else "rm,me->re"
-        hidden = stream.hidden + self.peers.quick_sum(product(spec, x, weight))
+        hidden = stream.hidden + self.peers.quick_sum(_onto_the_stream(x, weight))
         return Stream(hidden, norm(hidden))
 
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """The kernels of `model.streamed`, for one device and steps of few rows."""
+    """The kernels of `model.streamed`, for steps of few rows.
+
+    What `peers` add up comes from XLA: its product has one sum, where the kernel's leaves several.
+    """
 
     interpret: bool
+    peers: Peers = ALONE
 
     def heads(self, attention: Attention, x: Float[Array, "rows embed"]) -> Array:
         if attention.has_bias:
@@ -60,23 +63,31 @@ class Streamed:
         return streamed.gated(x, mlp.gate[...], mlp.up[...], interpret=self.interpret)
 
     def add(self, stream: Stream, x: Float[Array, "rows ..."], weight: nnx.Param, norm: RMSNorm) -> Stream:
-        matrix = weight[...].reshape(-1, weight[...].shape[-1])
-        sums = streamed.partial_sums(x.reshape(len(x), -1), [matrix], interpret=self.interpret)
+        if self.peers == ALONE:
+            matrix = weight[...].reshape(-1, weight[...].shape[-1])
+            sums = streamed.partial_sums(x.reshape(len(x), -1), [matrix], interpret=self.interpret)
+        else:
+            sums = self.peers.quick_sum(_onto_the_stream(x, weight))[None]
         scale = norm.scale[...]
         added = streamed.add_and_norm(sums, stream.hidden, scale, norm.eps, interpret=self.interpret)
         return Stream(*added)
 
 
+def _onto_the_stream(x: Float[Array, "rows ..."], weight: nnx.Param) -> Float[Array, "rows embed"]:
+    """The product of attention's output, or of the MLP's, by XLA."""
+    return product("rhd,hde->re" if x.ndim == 3 else "rm,me->re", x, weight)
+
+
 def products_for(config: ModelConfig, backend: Backend, peers: Peers, rows: int, dtype: Any) -> Products:
-    """The faster ones of those that can compute a step of so many rows."""
-    embed, mlp = config.hidden_size, config.intermediate_size
-    inputs = config.num_heads * config.head_dim
-    shapes = (embed, inputs), (embed, config.num_kv_heads * config.head_dim), (inputs, embed), (embed, mlp)
+    """The faster ones of those that can compute a step of so many rows, on each of the peers."""
+    embed, mlp = config.hidden_size, config.intermediate_size // peers.count
+    heads, kv_heads = (max(1, count // peers.count) for count in (config.num_heads, config.num_kv_heads))
+    inputs, kv = heads * config.head_dim, kv_heads * config.head_dim
+    shapes = (embed, inputs), (embed, kv), (inputs, embed), (embed, mlp), (mlp, embed)
     streams = (
         backend.triton is not None
-        and peers == ALONE
         and rows <= streamed.MOST_ROWS
         and jnp.dtype(dtype).itemsize == 2
-        and all(streamed.divides(*shape) for shape in (*shapes, (mlp, embed)))
+        and all(streamed.divides(*shape) for shape in shapes)
     )
-    return Streamed(interpret=backend.triton == "interpreted") if streams else Plain(peers)
+    return Streamed(backend.triton == "interpreted", peers) if streams else Plain(peers)

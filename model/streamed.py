@@ -91,7 +91,7 @@ def gated(
 
 
 def add_and_norm(
-    sums: Float32[Array, "parts rows size"],
+    sums: Float[Array, "parts rows size"],
     hidden: Float[Array, "rows size"],
     scale: Float[Array, " size"],
     eps: float,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,9 +20,9 @@ from attention.xla import Xla
 from model import streamed
 from model.config import PRESETS, ModelConfig
 from model.decoder import Decoder
-from model.layers import Attention, DecoderLayer, Rows, Stream, decoder_layer
+from model.layers import Attention, DecoderLayer, Products, Rows, Stream, decoder_layer
 from model.products import Plain, Streamed, products_for
-from model.sharding import ALONE, ON_ONE_DEVICE, Peers
+from model.sharding import ALONE, EVERYWHERE, ON_ONE_DEVICE, Peers, Placement
 from model.weights import place_model, random_weights
 from tests.attention.stores import note_stores
 
@@ -38,6 +39,9 @@ CONFIG = replace(
     num_layers=1,
     vocab_size=16,
 )
+
+
+PAIR = Peers(("kv",), 2)
 
 
 def normal(seed: int, *shape: int, deviation: float = 1.0) -> jax.Array:
@@ -117,6 +121,39 @@ def test_a_streamed_layer_computes_what_a_plain_one_does() -> None:
         assert error(written[1], expected[1]) < 8e-3
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_peers_stream_their_parts_of_a_layer_and_add_them_up(count: int) -> None:
+    config = replace(CONFIG, num_heads=8, num_kv_heads=8, intermediate_size=512)
+    placement, rows = Placement.over(config, count), 5
+    model = random_weights(Decoder(config, jnp.bfloat16), 0, placement)
+    structure, weights = model.split()
+    hidden, angle = normal(7, rows, config.hidden_size), jnp.ones((rows, config.head_dim // 2), jnp.float32)
+
+    def layer_of(peers: Peers, products: Products, weights: Any, hidden: jax.Array) -> Stream:
+        layer = structure.merge(weights).layers[0]
+        pages = jnp.zeros((rows, config.num_kv_heads // peers.count, 16, config.head_dim), jnp.bfloat16)
+        places = Places(jnp.arange(rows, dtype=jnp.int32), jnp.zeros(rows, jnp.int32))
+        return decoder_layer(
+            layer,
+            layer.mlp_norm,
+            Stream(hidden, layer.attention_norm(hidden)),
+            (pages, pages),
+            Rows((angle, 0 * angle), places, ()),
+            backend=QueriesBack(Gpu(interpret=True)),
+            products=products,
+        )[0]
+
+    peers = placement.peers
+    products = products_for(config, Gpu(interpret=True), peers, rows, jnp.bfloat16)
+    assert products == Streamed(interpret=True, peers=peers)
+    divided = jax.jit(placement.program(partial(layer_of, peers, products), (weights, hidden), EVERYWHERE))
+    alone = jax.device_put(weights, jax.devices()[0])
+    expected = layer_of(ALONE, Plain(), alone, hidden)
+    found = divided(weights, hidden)
+    assert error(found.hidden, expected.hidden) < 8e-3
+    assert error(found.normed, expected.normed) < 8e-3
+
+
 def case(rows: int) -> tuple[DecoderLayer, Stream, tuple[jax.Array, jax.Array], Rows]:
     """A layer, and rows that write to a page each."""
     model = random_weights(Decoder(CONFIG, jnp.bfloat16), 0, ON_ONE_DEVICE)
@@ -144,7 +181,10 @@ def test_biases_are_added_where_there_are_some() -> None:
         ({}, Gpu(interpret=True), ALONE, 1, jnp.float16, Streamed(interpret=True)),
         ({}, Gpu(), ALONE, 129, jnp.bfloat16, Plain()),
         ({}, Gpu(), ALONE, 8, jnp.float32, Plain()),
-        ({}, Gpu(), Peers(("kv",), 2), 8, jnp.bfloat16, Plain(Peers(("kv",), 2))),
+        ({}, Gpu(), PAIR, 8, jnp.bfloat16, Plain(PAIR)),
+        ({"num_kv_heads": 4}, Gpu(), PAIR, 8, jnp.bfloat16, Streamed(interpret=False, peers=PAIR)),
+        ({"num_kv_heads": 4}, Gpu(), PAIR, 129, jnp.bfloat16, Plain(PAIR)),
+        ({"num_kv_heads": 4, "intermediate_size": 384}, Gpu(), PAIR, 8, jnp.bfloat16, Plain(PAIR)),
         ({}, Xla(), ALONE, 8, jnp.bfloat16, Plain()),
         ({"intermediate_size": 4864 + 64}, Gpu(), ALONE, 8, jnp.bfloat16, Plain()),
         ({"num_kv_heads": 1}, Gpu(), ALONE, 8, jnp.bfloat16, Plain()),
