@@ -9,7 +9,11 @@ it ran on and, if the server keeps a log of its steps, how late these were (benc
 folder has already is not made again, whoever made it on whichever host; the table and the picture are of all
 that it has. Without minutes, nothing is run. A run that would not end in time is passed over.
 
-A card may be there for a dozen runs only, so they are made in the order of what they tell: see `ORDER`.
+A card may be there for a dozen runs only, so they are made in the order of what they tell: see `ORDER`. Where
+a host has several cards, each takes a part of the runs, by a call of its own:
+
+    CUDA_VISIBLE_DEVICES=0 python -m bench.headline FOLDER --part 1/2 ... &
+    CUDA_VISIBLE_DEVICES=1 python -m bench.headline FOLDER --part 2/2 ...
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ KEPT = (Load("headline", 1.4), Load("headline-closed", 40, closed=True))
 BY_CLIENT, ITS_POLICIES = Load("headline", 1.4, fork="client"), ("taper", "eager")
 # More than that, and requests of another kind: as many of these as bench.simulate says that taper serves
 # within their targets, rounded to a tenth.
-OTHER_LOADS = (Load("headline", 1.6), Load("mixed", 2.4))
+OTHER_LOADS = (Load("headline", 1.6), Load("mixed", 3.4))
 # About as many as taper serves at all, and 1.3 times as many: a refusal in time must not cost goodput.
 OVERLOADS = (Load("headline", 1.6, reject=True), Load("headline", 2.1, reject=True), Load("headline", 2.1))
 OVERLOAD_WINDOW = 1.5  # times the window of other loads: a whole period of the bursts, if that is 30 s
@@ -303,6 +307,7 @@ def command() -> Command:
     add = parser.add_argument
     add("folder", type=Path, help="what holds the results")
     add("--minutes", type=float, default=0.0, help="that it may take, with the server's start")
+    add("--part", type=part, default=(1, 1), metavar="K/N", help="every N-th of the runs, from the K-th on")
     parser.add_window(warmup=30.0, window=30.0, cooldown=5.0, drain=300.0)
     add("--scale", type=float, default=1.0, help="factor of all lengths, for a small model")
     add(
@@ -315,13 +320,22 @@ def command() -> Command:
     return parser
 
 
+def part(text: str) -> tuple[int, int]:
+    """Raises ValueError for anything but K/N with 1 <= K <= N."""
+    number, of = map(int, text.split("/"))
+    if not 1 <= number <= of:
+        raise ValueError(text)
+    return number, of
+
+
 def main(arguments: Sequence[str]) -> dict[str, Any]:
     own, of_server = split(arguments)
     options = command().parse_args(own)
     options.until = clock() + 60.0 * options.minutes
     there = made(results(options.folder))
-    wanted = [each for each in plan() if each not in there]
-    say(f"{len(there)} runs are there, {len(wanted)} are missing", options.json)
+    missing = [each for each in plan() if each not in there]
+    wanted = missing[options.part[0] - 1 :: options.part[1]]
+    say(f"{len(there)} runs are there, {len(missing)} are missing", options.json)
     if wanted and options.minutes:
         with started(of_server) as server:
             make(wanted, options, server, step_log(of_server))

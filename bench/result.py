@@ -77,7 +77,8 @@ async def describe_server(client: AsyncClient) -> dict[str, Any]:
 
 
 def write(result: Mapping[str, Any], target: str | Path | None) -> None:
-    """To a file, if one is wanted, or to standard output ("-"). What is there already is replaced.
+    """To a file, if one is wanted, or to standard output ("-"). What is there already is replaced, at once:
+    nobody ever reads half a file.
 
     JSON has no NaN and no infinity: they are written as null.
     """
@@ -87,8 +88,14 @@ def write(result: Mapping[str, Any], target: str | Path | None) -> None:
     if target == "-":
         print(text)
     else:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        Path(target).write_text(text + "\n")
+        path = Path(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a device, which is not to be replaced
+            path.write_text(text + "\n")
+            return
+        begun = path.with_name(f"{path.name}.part")
+        begun.write_text(text + "\n")
+        begun.replace(path)
 
 
 def conclude(result: dict[str, Any], text: str, target: str | Path | None) -> dict[str, Any]:

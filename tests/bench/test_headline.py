@@ -64,7 +64,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def test_a_dozen_runs_tell_the_most() -> None:
     """All rivals where taper is to keep its promises; a client that forks; taper elsewhere, and overload."""
-    kept, others = (("headline", 1.4), ("headline-closed", 40)), (("headline", 1.6), ("mixed", 2.4))
+    kept, others = (("headline", 1.4), ("headline-closed", 40)), (("headline", 1.6), ("mixed", 3.4))
     first = [(run.load.workload, run.load.amount, run.policy) for run in PLANNED[:8]]
     assert first == [(*load, policy) for load in kept for policy in RIVALS]
     assert str(PLANNED[8]) == "taper at headline 1.4, forked by the client, seed 1"
@@ -123,6 +123,19 @@ def test_what_a_folder_lacks_is_made_and_nothing_twice(
 def test_a_run_that_would_not_end_is_passed_over(small: Server, tmp_path: Path) -> None:
     assert len(main([str(tmp_path), *QUICK, "--minutes", "0.001"])["missing"]) == 7
     assert small.starts == 1
+
+
+def test_calls_at_the_same_time_share_the_runs(
+    small: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_by: list[list[Run]] = []
+    monkeypatch.setattr(headline, "make", lambda wanted, *_: made_by.append([*wanted]))
+    for part in ("1/2", "2/2"):
+        main([str(tmp_path), *QUICK, "--part", part])
+    assert made_by == [plan()[0::2], plan()[1::2]]
+    for wrong in ("0/2", "3/2", "2"):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path), "--part", wrong])
 
 
 def test_a_run_takes_what_it_took_with_another_seed_or_what_its_kind_does() -> None:

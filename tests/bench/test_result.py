@@ -33,6 +33,25 @@ def test_what_is_no_number_is_null(tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == {"a": None, "b": [None, None, 1.5], "c": {"d": [None, "nan", 2]}}
 
 
+def test_a_file_is_replaced_as_a_whole_and_a_device_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Path) -> None:
+        raise OSError("no space")
+
+    out = tmp_path / "out.json"
+    write({"rows": 1}, out)
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "replace", full)
+        with pytest.raises(OSError, match="no space"):
+            write({"rows": 2}, out)
+        write({"rows": 2}, "/dev/null")
+    assert json.loads(out.read_text()) == {"rows": 1}
+    write({"rows": 2}, out)
+    assert json.loads(out.read_text()) == {"rows": 2}
+    assert [*tmp_path.iterdir()] == [out]
+
+
 def test_standard_output_has_the_whole_result_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     keep({"rows": 1}, "-")
     say("a table", "-")
