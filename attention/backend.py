@@ -106,12 +106,10 @@ class Backend(ABC):
         """
         raise ValueError(f"attention by {self.name} has no deterministic form: leave --deterministic out")
 
-    def fitted(self, head_dim: int, dtype: Any) -> Backend:
-        """This backend, with whatever the device at hand has for models of this head size and type.
-
-        For models that one device holds alone.
-        """
-        del head_dim, dtype
+    def fitted(self, head_dim: int, dtype: Any, devices: int) -> Backend:
+        """This backend, with whatever the devices at hand have for a model of this head size and type, which
+        so many of them share."""
+        del head_dim, dtype, devices
         return self
 
     def pages(self, sizes: Sizes, head_dim: int, dtype: Any) -> Sequence[PageArray]:

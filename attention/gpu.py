@@ -72,9 +72,9 @@ class Gpu(Backend):
     def deterministic(self) -> Gpu:
         return replace(self, alone=True, tall_step=0)
 
-    def fitted(self, head_dim: int, dtype: Any) -> Gpu:
+    def fitted(self, head_dim: int, dtype: Any, devices: int) -> Gpu:
         hopper = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
-        takes = head_dim == 128 and jnp.dtype(dtype) == jnp.bfloat16
+        takes = head_dim == 128 and jnp.dtype(dtype) == jnp.bfloat16 and devices == 1
         compiled = not (self.alone or self.interpret)
         return replace(self, tall_step=TALL_STEP) if hopper and takes and compiled else self
 

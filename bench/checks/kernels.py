@@ -244,7 +244,7 @@ def all_cases(matrix: Matrix, seed: int) -> Iterator[Case]:
 
 def setup_of(case: Case, matrix: Matrix, backend: Backend) -> Setup:
     grid = Grid.of(matrix, case.page, narrow=case.width <= matrix.narrow)
-    backend = backend.fitted(case.head_dim, jnp.bfloat16)
+    backend = backend.fitted(case.head_dim, jnp.bfloat16, 1)
     if isinstance(backend, Gpu) and backend.tall_step:
         backend = replace(backend, tall_step=1)  # so that steps of any size have tall tiles
     return Setup(case.kind, case.group_size, case.page, case.head_dim, matrix.kv_heads, grid, backend)

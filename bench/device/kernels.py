@@ -99,7 +99,7 @@ class KernelBench:
     """The pools, the programs and the results of one run: of the options' suites, or of these shapes."""
 
     def __init__(self, options: Options, shapes: Sequence[Shape] = ()) -> None:
-        self.options, self.backend = options, backend_named(options.backend).fitted(128, jnp.bfloat16)
+        self.options, self.backend = options, backend_named(options.backend).fitted(128, jnp.bfloat16, 1)
         self.started = time.perf_counter()
         self.shapes = [*shapes] or suites(options)
         self.tiny = options.scale == "tiny"

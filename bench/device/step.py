@@ -299,8 +299,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     placement = hardware.placement(config, options.tensor_parallel, peer_memory=options.peer_memory)
     named = options.backend and backend_named(options.backend)
     backend = named or default_backend(config.head_dim, DTYPE)
-    if placement.count == 1:
-        backend = backend.fitted(config.head_dim, DTYPE)
+    backend = backend.fitted(config.head_dim, DTYPE, placement.count)
     result: dict[str, Any] = {
         **head(command().typed(arguments), hardware.describe(placement.count)),
         "model": config.name,

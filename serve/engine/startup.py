@@ -282,5 +282,4 @@ def _attention(config: ServerConfig, model: Decoder) -> Backend:
     backend = named or default_backend(model.config.head_dim, model.dtype)
     if config.deterministic:
         return backend.deterministic()
-    alone = config.tensor_parallel == 1
-    return backend.fitted(model.config.head_dim, model.dtype) if alone else backend
+    return backend.fitted(model.config.head_dim, model.dtype, config.tensor_parallel)

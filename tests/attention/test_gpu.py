@@ -295,20 +295,21 @@ def test_the_kernels_lower_for_cuda_without_a_gpu(page_size: int, dtype: type) -
 
 
 @pytest.mark.parametrize(
-    ("capability", "head_dim", "dtype", "tall"),
+    ("capability", "head_dim", "dtype", "devices", "tall"),
     [
-        ("9.0", 128, jnp.bfloat16, True),
-        ("8.0", 128, jnp.bfloat16, False),
-        ("9.0", 64, jnp.bfloat16, False),
-        ("9.0", 128, jnp.float32, False),
+        ("9.0", 128, jnp.bfloat16, 1, True),
+        ("9.0", 128, jnp.bfloat16, 2, False),
+        ("8.0", 128, jnp.bfloat16, 1, False),
+        ("9.0", 64, jnp.bfloat16, 1, False),
+        ("9.0", 128, jnp.float32, 1, False),
     ],
 )
 def test_a_hopper_gpu_has_tall_tiles_for_steps_of_many_rows(
-    capability: str, head_dim: int, dtype: type, tall: bool, monkeypatch: pytest.MonkeyPatch
+    capability: str, head_dim: int, dtype: type, devices: int, tall: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    gpu = Gpu().fitted(head_dim, dtype)
+    gpu = Gpu().fitted(head_dim, dtype, devices)
     assert [gpu.tiling(64, 8, 64, rows).tall_rows for rows in (256, 384)] == [0, 16 * tall]
     assert not gpu.tiling(64, 8, 8, 384).tall_rows, "pages that no block of keys is made of"
-    assert gpu.deterministic() == Gpu(alone=True).fitted(head_dim, dtype) == Gpu(alone=True)
+    assert gpu.deterministic() == Gpu(alone=True).fitted(head_dim, dtype, devices) == Gpu(alone=True)
