@@ -147,6 +147,7 @@ PICTURES = {
     f"{HELD}/maps-h200-share.png": Picture(maps("share", "fanout"), (f"{HELD}/maps-h200.json",)),
     f"{HELD}/maps-h200-slo.png": Picture(maps("slo", "family"), (f"{HELD}/maps-h200.json",)),
     f"{HELD}/maps-h200-margin.png": Picture(maps("margin", "bias"), (f"{HELD}/maps-h200.json",)),
+    f"{HELD}/maps-fork-h200.png": Picture(of_one(plot_maps), (f"{HELD}/maps-fork-h200.json",)),
     f"{HELD}/kernels-h200.png": Picture(of_one(plot_cases), (f"{HELD}/kernels-h200.json",)),
     f"{HELD}/engine-h200-qwen3-32b.png": Picture(
         of_one(plot_buckets), (f"{HELD}/engine-h200-qwen3-32b.json",)

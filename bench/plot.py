@@ -3,11 +3,11 @@
     python -m bench.plot RESULT.json PLOT.png
 
 Of a kernel benchmark: how many times the byte floor each case takes, ours and FlashInfer's. Of a comparison
-of policies: goodput and attainment against load, by the stage measure and by the mean. Of simulated maps:
-the same, by the stage measure, a picture for each two maps. Of an engine: its steps against the byte floor.
-Of a calibration: steps as they were measured, against what the profile says. Of a comparison of backends: how
-many byte floors each case takes. Of a log of steps (.jsonl, as `taper-serve --step-log` writes it): width and
-slack over time, and predicted against measured times.
+of policies: goodput and attainment against load, by the stage measure and by the mean. Of simulated maps: the
+same, by the stage measure, a picture for each two maps, and one of who forks. Of an engine: its steps against
+the byte floor. Of a calibration: steps as they were measured, against what the profile says. Of a comparison
+of backends: how many byte floors each case takes. Of a log of steps (.jsonl, as `taper-serve --step-log`
+writes it): width and slack over time, and predicted against measured times.
 """
 
 from __future__ import annotations
@@ -136,14 +136,20 @@ MAPS = {
 def plot_maps(result: Mapping[str, Any], path: Path) -> None:
     """Draws stage goodput (above) and attainment (below) over the maps of bench.simulate.maps.
 
-    Two maps are a picture; if there are more, each picture's path has the name of its first map.
+    Two maps are a picture, and that of who forks is one, of other figures too (`FORK`); if there are more,
+    each picture's path has the name of its first map.
     """
-    names = [name for name in MAPS if any(row["map"] == name for row in result["rows"])]
-    pairs = [names[begin : begin + 2] for begin in range(0, len(names), 2)]
-    for pair in pairs:
-        rows = [row for row in result["rows"] if row["map"] in pair]
-        target = path if len(pairs) == 1 else path.with_stem(f"{path.stem}-{pair[0]}")
-        _plot_pair(pair, rows, result["profile"], target)
+    there = {row["map"] for row in result["rows"]}
+    names = [name for name in MAPS if name in there]
+    pictures = [names[begin : begin + 2] for begin in range(0, len(names), 2)]
+    pictures += [["fork"]] if "fork" in there else []
+    for maps in pictures:
+        rows = [row for row in result["rows"] if row["map"] in maps]
+        target = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{maps[0]}")
+        if maps == ["fork"]:
+            _plot_forks(rows, result["profile"], target)
+        else:
+            _plot_pair(maps, rows, result["profile"], target)
 
 
 def _plot_pair(names: Sequence[str], rows: Sequence[Mapping[str, Any]], profile: str, path: Path) -> None:
@@ -168,6 +174,32 @@ def _plot_pair(names: Sequence[str], rows: Sequence[Mapping[str, Any]], profile:
         in_percent(column[1])
     explained(figure, grid.flat, 7)
     figure.suptitle(f"Simulated, profile {profile}. Goodput: tokens of requests that met their targets.")
+    saved(figure, path)
+
+
+# What is drawn of the map of who forks: a figure of its rows, a title, and the y axis.
+FORK = (
+    ("attainment_stage", "Attainment, each stage on pace", ATTAINMENT[2]),
+    ("attainment_mean", "Attainment, by whole answers", ATTAINMENT[2]),
+    ("e2e_p50_s", "Half of the answers are there after", "seconds"),
+    ("given_tokens", "Prompt and joined text that an answer has read", "tokens"),
+)
+
+
+def _plot_forks(rows: Sequence[Mapping[str, Any]], profile: str, path: Path) -> None:
+    figure, grid = begun().subplots(2, 2, figsize=(10, 7.5))
+    for axes, (name, title, unit) in zip(grid.flat, FORK, strict=True):
+        for policy, points in against_load([{**row, "load": row["x"]} for row in rows], name).items():
+            loads, means, _, _ = zip(*points, strict=True)
+            axes.plot(loads, means, label=policy, markersize=6, **look(policy))
+        titled(axes, title, "requests a second", unit)
+        axes.set_ylim(bottom=0)
+        if unit == ATTAINMENT[2]:
+            in_percent(axes)
+    explained(figure, grid.flat, 3)
+    figure.suptitle(
+        f"Simulated, profile {profile}. The server forks, and joins by KV or by reading again; or the client."
+    )
     saved(figure, path)
 
 

@@ -14,6 +14,9 @@ unloaded one) and changes one thing of it.
     family    the other families of bench.load.workload, at loads that strain the server
     margin    rho, with deadlines that repay what a request fell behind, and with those that forget it
     bias      of a predictor that does not learn, with both kinds of deadlines
+    fork      requests per second, with answers that the server branches, joined by their KV or read again,
+              and that clients put together from requests without branches (where policies do not differ: a
+              request has nothing to admit)
     hour      an hour of the trace instead of 45 s
 
 Requests that arrive in the window are measured, all of them, and served to their end.
@@ -122,6 +125,7 @@ def with_fanout(seed: int, branches: int, seconds: float) -> Workload:
     return replace(made, items=tuple(item(each.arrival) for each in made.items))
 
 
+BY_CLIENT, READ_AGAIN = "client forks", "taper, reprefill"
 MARGINS = {"repaying": ControllerConfig(), "forgetting": ControllerConfig(repay=0.0)}
 
 
@@ -135,6 +139,7 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
         "family": ([*FAMILIES], SOME),
         "margin": ((0.6, 0.7, 0.8, 0.9, 1.0, "quantile"), [*MARGINS]),
         "bias": ((-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2), [*MARGINS]),
+        "fork": ((0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6), ("taper", READ_AGAIN, BY_CLIENT)),
         "hour": ((1.2,), SOME),
     }
     for name in maps:
@@ -144,7 +149,7 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
                 yield from (Case(name, x, label, seed) for seed in (seeds if name != "hour" else seeds[:1]))
 
 
-MAPS = ("load", "clients", "slo", "share", "fanout", "family", "margin", "bias", "hour")
+MAPS = ("load", "clients", "slo", "share", "fanout", "family", "margin", "bias", "fork", "hour")
 
 
 def run(profile_name: str, case: Case) -> dict[str, Any]:
@@ -154,10 +159,14 @@ def run(profile_name: str, case: Case) -> dict[str, Any]:
     window = Window(WARMUP, WARMUP + (HOUR if name == "hour" else WINDOW))
     seconds = window.end + COOLDOWN
     multiple, controller, latency = TPOT_SLO_MULTIPLE, ControllerConfig(), None
+    policy = "taper" if label in (*MARGINS, BY_CLIENT, READ_AGAIN) else label
     workload = named("headline", seed, seconds, rate=RATE)
     match name, x:
-        case (("load" | "hour"), float()):
+        case (("load" | "fork" | "hour"), float()):
             workload = named("headline", seed, seconds, rate=x)
+            if label == READ_AGAIN:
+                items = (replace(item, join="reprefill") for item in workload.items)
+                workload = replace(workload, items=tuple(items))
         case "clients", int():
             workload = named("headline-closed", seed, seconds, clients=x)
         case "slo", float():
@@ -179,11 +188,12 @@ def run(profile_name: str, case: Case) -> dict[str, Any]:
         window=window,
         seed=seed,
         controller=controller,
+        fork="client" if label == BY_CLIENT else "server",
     )
-    simulation = Simulation(setting, "taper" if label in MARGINS else label, latency=latency)
+    simulation = Simulation(setting, policy, latency=latency)
     with no_collections():
         simulation.serve()
-    return {**case._asdict(), **simulation.run().row(), "policy": label}
+    return {**case._asdict(), **simulation.run().row(), **simulation.footprint(), "policy": label}
 
 
 def capacity(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, float | None]:
@@ -241,7 +251,9 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         for row in tracked(pool.map(partial(run, options.profile), wanted), "simulations", len(wanted)):
             rows.append(row)
             keep(found, options.json)
-    found["capacity"] = {name: capacity(rows, name) for name in ("load", "clients") if name in options.maps}
+    found["capacity"] = {
+        name: capacity(rows, name) for name in ("load", "clients", "fork") if name in options.maps
+    }
     lines = [table(rows)]
     for name, by_policy in found["capacity"].items():
         most = ", ".join(f"{label} {load}" for label, load in by_policy.items())

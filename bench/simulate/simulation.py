@@ -177,8 +177,10 @@ def by_client(item: Item, index: int, slo: Slo) -> Iterator[list[Request]]:
 class Simulation:
     """One policy serving one workload: `serve`, then `run`.
 
-    tokens, turns  emitted within the window, and how many pairs of a step and a request emitted any
-    computed       prompt tokens that were not in the cache, of all finished requests
+    tokens, turns   emitted within the window, and how many pairs of a step and a request emitted any
+    given, sent     tokens that were computed although nobody sampled them there (of prompts, of joined text),
+                    and requests, for the answers that are measured
+    held, most_held KV positions of live requests within the window: summed over its seconds, and at most
     """
 
     TOKEN = Sample(0)
@@ -218,7 +220,8 @@ class Simulation:
         self.now = 0.0
         self.records: list[Record] = []  # in the order of the workload
         self.steps = 0
-        self.tokens = self.turns = self.computed = 0
+        self.tokens = self.turns = self.given = self.sent = 0
+        self.held, self.most_held = 0.0, 0
         self._within: Counter[int] = Counter()  # by record: its tokens that came within the window
         self.error_sums = [0.0, 0.0]  # of (measured - predicted) / measured, signed and absolute
         self.planning = 0.0
@@ -227,8 +230,8 @@ class Simulation:
         first = int(self._noise.integers(len(profile.excess))) if profile.excess else 0
         self._excess = cycle(profile.excess[first:] + profile.excess[:first])
         self._waiting = deque(enumerate(setting.workload.items))
-        self._sent = 0
         self._to_measure: set[int] = set()
+        self._sampled: set[tuple[str, int]] = set()  # segments, by request, that have sampled tokens
         self._asked: dict[str, _Asked] = {}  # by the id of a request that is not answered
 
     # --- the engine's loop -----------------------------------------------------------------------------
@@ -278,8 +281,17 @@ class Simulation:
 
     def _finish(self, scheduled: ScheduledStep, begin: float, end: float) -> None:
         self.now = end
+        held = self.scheduler.pool.owned * self.profile.page_size
         sampling = Counter(entry.request_id for entry in scheduled.step.entries if entry.samples)
         samples = (self.TOKEN,) * sampling.total()
+        for entry in scheduled.step.entries:
+            place = entry.request_id, entry.segment
+            if entry.rows == 1 and place in self._sampled:
+                continue  # it feeds what was sampled
+            if entry.samples:
+                self._sampled.add(place)
+            if self._asked[entry.request_id].index in self._to_measure:
+                self.given += entry.rows
         events = self.scheduler.update(StepResult(scheduled.step, samples, end - begin), end)
         self.steps += 1
         if self._watcher is not None:
@@ -291,6 +303,8 @@ class Simulation:
         if end in self.setting.window:
             self.turns += len(sampling)
             self.tokens += sampling.total()
+            self.held += held * (end - begin)
+            self.most_held = max(self.most_held, held)
         for event in events:
             if type(event) is TokenEmitted:
                 asked = self._asked[event.request_id]
@@ -298,7 +312,6 @@ class Simulation:
                 self._within[asked.index] += end in self.setting.window
             elif type(event) is Finished:
                 self.preemptions.append(event.usage.preemptions)
-                self.computed += event.usage.prompt_tokens - event.usage.cached_tokens
                 self._ended(event.request_id)
 
     # --- the clients -----------------------------------------------------------------------------------
@@ -330,6 +343,7 @@ class Simulation:
             self._answered(asked)
             return
         asked.open = len(requests)
+        self.sent += len(requests) if asked.index in self._to_measure else 0
         for request in requests:
             self._asked[request.id] = asked
             try:
@@ -359,14 +373,19 @@ class Simulation:
         """Everything that arrived in the window."""
         return [record for record in self.records if record.arrival in self.setting.window]
 
+    @property
+    def seconds(self) -> float:
+        """Of the window, or of all that was served if it has no end."""
+        window = self.setting.window
+        return (window.end if math.isfinite(window.end) else self.now) - window.warmup
+
     def run(self) -> Run:
         """What clients saw of the requests that arrived in the window, and what was served in it."""
-        setting, window = self.setting, self.setting.window
-        end = window.end if math.isfinite(window.end) else self.now
+        setting = self.setting
         return Run(
             policy=self.name,
             slo=setting.slo,
-            seconds=end - window.warmup,
+            seconds=self.seconds,
             records=self.measured,
             tokens=self.tokens,
             good_tokens=sum(
@@ -376,6 +395,17 @@ class Simulation:
             ),
             turns=self.turns,
         )
+
+    def footprint(self) -> dict[str, float]:
+        """What the measured answers took: of each, requests, and tokens that were read; and which
+        share of the KV pool live requests held within the window, on average and at most."""
+        answers, pool = max(1, len(self.measured)), self.profile.num_pages * self.profile.page_size
+        return {
+            "requests": self.sent / answers,
+            "given_tokens": self.given / answers,
+            "kv_held": self.held / self.seconds / pool,
+            "kv_most": self.most_held / pool,
+        }
 
 
 def unloaded_tpot(profile: Profile) -> float:
@@ -412,6 +442,6 @@ def simulate(setting: Setting, policy: str) -> tuple[dict[str, Any], dict[str, f
         "bias": simulation.error_sums[0] / steps,
         "mape": simulation.error_sums[1] / steps,
         "preemptions": sum(simulation.preemptions),
-        "computed": simulation.computed,
+        "given": simulation.given,
     }
     return simulation.run().row(), cost

@@ -10,7 +10,19 @@ import pytest
 
 from bench.load.workload import named
 from bench.simulate import maps
-from bench.simulate.maps import MAPS, MARGINS, Case, biased, capacity, cases, run, with_fanout, with_share
+from bench.simulate.maps import (
+    BY_CLIENT,
+    MAPS,
+    MARGINS,
+    READ_AGAIN,
+    Case,
+    biased,
+    capacity,
+    cases,
+    run,
+    with_fanout,
+    with_share,
+)
 from bench.simulate.simulation import Profile
 from scheduler.predictor import StepLoad
 from tests.bench.simulate.test_policies import InOneProcess
@@ -85,3 +97,14 @@ def test_a_case_is_simulated_and_is_the_same_again(monkeypatch: pytest.MonkeyPat
     row = run("h200-qwen3-32b", Case("margin", 0.8, "forgetting", 1))
     assert (row["map"], row["label"], row["seed"]) == ("margin", "forgetting", 1)
     assert row["ttft_attainment"] == 1.0
+
+
+def test_an_answer_is_one_request_or_many_by_who_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("WARMUP", 0.0), ("WINDOW", 3.0), ("COOLDOWN", 0.0)):
+        monkeypatch.setattr(maps, name, seconds)
+    labels = "taper", READ_AGAIN, BY_CLIENT
+    by_kv, again, client = (run("h200-qwen3-32b", Case("fork", 1.4, label, 1)) for label in labels)
+    assert by_kv["requests"] == again["requests"] == 1 < client["requests"]
+    assert by_kv["given_tokens"] < again["given_tokens"] < client["given_tokens"]
+    assert by_kv["raw_tokens_s"] > 0
+    assert [row["policy"] for row in (by_kv, again, client)] == [*labels]

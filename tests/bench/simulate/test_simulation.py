@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bench.load.measures import Record, Window
-from bench.load.workload import Item, Workload, closed_loop, named, open_loop
+from bench.load.workload import BRANCH_SEED, JOIN_SEED, Item, Workload, closed_loop, named, open_loop
 from bench.simulate.simulation import Profile, Setting, Simulation, simulate, targets, unloaded_tpot
 from scheduler.controller import ControllerConfig
 from scheduler.predictor import StepLoad
@@ -108,17 +108,49 @@ def test_a_client_that_forks_by_itself_gets_the_same_tokens_from_more_requests()
     """Whole pages of what was said before are found in the cache; what the branches said is read again."""
     item = Item(0.0, 640, ((64,), (40, 30, 50), (20,)))
     workload = Workload("hand-made", "poisson", 0, (item, replace(item, arrival=0.1)))
-    computed = {}
+    given, sent = {}, {}
     for fork in ("server", "client"):
         simulation = Simulation(setting(workload=workload, fork=fork), "eager")
         simulation.serve()
         assert [record.finished for record in simulation.records] == [True, True]
         assert {record.tokens for record in simulation.records} == {item.tokens}
         assert {len(record.stage_ends) for record in simulation.records} == {3}
-        computed[fork] = simulation.computed
-    assert computed["server"] == 2 * 640
+        given[fork], sent[fork] = simulation.given, simulation.sent
+    assert given["server"] == 2 * (640 + 3 * BRANCH_SEED + JOIN_SEED), "joined by KV"
     joined, page = 40 + 30 + 50, PROFILE.page_size
-    assert 2 * (640 + joined) < computed["client"] < 2 * (640 + joined + 5 * page)
+    assert 2 * (640 + joined) < given["client"] < 2 * (640 + joined + 5 * page)
+    assert sent == {"server": 2, "client": 2 * 5}
+
+
+def test_a_join_that_reads_again_counts_all_of_the_joined_text() -> None:
+    item = Item(0.0, 640, ((64,), (40, 30, 50), (20,)), join="reprefill")
+    simulation = Simulation(setting(workload=Workload("hand-made", "poisson", 0, (item,))), "eager")
+    simulation.serve()
+    prefixes, joined = 3 * BRANCH_SEED, 40 + 30 + 50
+    assert simulation.given == 640 + prefixes + (prefixes + joined) + JOIN_SEED
+
+
+def test_requests_without_branches_are_served_alike_by_every_policy() -> None:
+    workload = named("headline", 1, 3.0, rate=1.4)
+    rows = []
+    for policy in POLICIES:
+        simulation = Simulation(setting(workload=workload, fork="client"), policy)
+        simulation.serve()
+        rows.append(simulation.run().row() | simulation.footprint() | {"policy": ""})
+    assert rows == [rows[0]] * len(POLICIES)
+    assert rows[0]["requests"] > 1
+
+
+def test_what_measured_answers_take_and_what_kv_is_held_meanwhile() -> None:
+    items = (Item(0.0, 100, ((40,),)), Item(0.5, 1000, ((4000,),)))
+    workload = Workload("hand-made", "poisson", 0, items)
+    simulation = Simulation(setting(workload=workload, window=Window(0.0, 0.4)), "off")
+    simulation.serve()
+    took, page, pool = simulation.footprint(), PROFILE.page_size, PROFILE.num_pages * PROFILE.page_size
+    assert (took["requests"], took["given_tokens"]) == (1, 100)
+    assert took["kv_most"] == 2 * page / pool, "at 0.4 s it has its prompt and some twenty tokens"
+    assert took["kv_held"] == pytest.approx(took["kv_most"], rel=0.1)
+    assert len(simulation.records) == 2, "of which one is not measured"
 
 
 def test_what_is_not_answered_in_time_is_given_up() -> None:
