@@ -22,7 +22,7 @@ import itertools
 import os
 import subprocess
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +39,7 @@ from bench.server import Server, started
 from bench.simulate.lateness import Lateness
 from bench.simulate.simulation import Profile
 from bench.timing import clock
+from serve.config import command_line
 from serve.engine.step_log import read_steps
 from taper_client.errors import ServiceError
 
@@ -133,9 +134,8 @@ def make(wanted: Sequence[Run], options: Namespace, server: Server, log: Path | 
 
 def step_log(of_server: Sequence[str]) -> Path | None:
     """Where a server with these arguments writes its steps down."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--step-log", type=Path)
-    return parser.parse_known_args(of_server)[0].step_log
+    name = command_line.configured(of_server).step_log
+    return Path(name) if name else None
 
 
 def lateness(log: Path, row: Mapping[str, Any], profile: str) -> dict[str, Any] | None:
@@ -167,17 +167,8 @@ def host(commit: str | None) -> dict[str, Any]:
 
 def checked_out() -> str | None:
     """The commit of these files, marked if they are no longer its; None where git does not tell."""
-    git = [
-        "git",
-        "-C",
-        str(pictures.ROOT),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude",
-        "*",
-    ]
+    options = "--always", "--dirty", "--abbrev=12", "--exclude=*"
+    git = ["git", "-C", str(pictures.ROOT), "describe", *options]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

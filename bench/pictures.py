@@ -135,14 +135,9 @@ def steps(sources: Sequence[Path], path: Path) -> None:
 
 
 HELD = "bench/results"
-MARKS = (f"{HELD}/headline/*.json", f"{HELD}/goodput-h200-o*.json")
-"""What the headline's marks are of: the first of these that has files. The second are of runs that were made
-before there was bench.headline."""
 OF_BACKENDS = ("h200", "h200x2", "tpu-estimates", "cpu")
 PICTURES = {
-    "docs/headline.png": Picture(
-        headline, (f"{HELD}/maps-h200.json", next(each for each in MARKS if [*ROOT.glob(each)]))
-    ),
+    "docs/headline.png": Picture(headline, (f"{HELD}/maps-h200.json", f"{HELD}/headline/*.json")),
     f"{HELD}/maps-h200-load.png": Picture(maps("load", "clients"), (f"{HELD}/maps-h200.json",)),
     f"{HELD}/maps-h200-share.png": Picture(maps("share", "fanout"), (f"{HELD}/maps-h200-before.json",)),
     f"{HELD}/maps-h200-slo.png": Picture(maps("slo", "family"), (f"{HELD}/maps-h200-before.json",)),
