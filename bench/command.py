@@ -18,7 +18,12 @@ class Command(argparse.ArgumentParser):
     def add_tensor_parallel(self) -> None:
         """For those that place a model by themselves; a server takes the option after "--"."""
         self.add_argument("--tensor-parallel", type=int, default=1, help="devices that share the model")
-        self.add_argument("--peer-memory", action="store_true", help="two GPUs add up through their memory")
+        self.add_argument(
+            "--peer-memory",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="two GPUs that reach each other's memory add up through it",
+        )
 
     def add_window(self, *, warmup: float, window: float, cooldown: float, drain: float) -> None:
         """For those that measure the requests of a window."""

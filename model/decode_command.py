@@ -59,7 +59,8 @@ class Decode:
     tensor_parallel: int = 1
     """Devices of this machine that share the model."""
     peer_memory: bool = False
-    """Let two GPUs that share the model add up through each other's memory."""
+    """Let two GPUs that share the model add up through each other's memory, as taper-serve does. Nobody has
+    run the decode loop so yet."""
     attention: str = "auto"
     """Attention backend; `auto` picks by device, `reference` is the oracle."""
     page_size: int = 16

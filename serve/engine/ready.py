@@ -82,7 +82,10 @@ def _division(placement: Placement) -> list[str]:
         return []
     parts = {axis: placement.parts(axis) for axis in ("heads", "kv_heads", "vocab")}
     whole = "divided" if parts["vocab"] > 1 else "whole on each"
-    return [
+    lines = [
         f"  devices    heads and MLP in {parts['heads']} parts, KV heads in {parts['kv_heads']}; "
         f"vocabulary {whole}"
     ]
+    if placement.memory:
+        lines.append("             that add up a layer's parts through each other's memory")
+    return lines

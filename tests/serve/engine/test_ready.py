@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax.numpy as jnp
+
 from attention.gpu import Gpu
 from model.config import PRESETS
+from model.peer_memory import PeerMemory
 from model.sharding import Placement
 from scheduler.predictor import StepLatencyModel
 from serve.engine.ready import Ready
@@ -50,3 +53,13 @@ def test_devices_that_share_a_model_are_counted_and_their_parts_named() -> None:
     ]
     assert "253952 tokens, 31.0 GiB on each device" in table[3]
     assert "128.0 GiB of each device less weights" in table[4]
+
+
+def test_devices_that_reach_each_others_memory_say_so() -> None:
+    placement = Placement.over(PRESETS["qwen3-32b"], 2)
+    reached = replace(placement, memory=PeerMemory(jnp.zeros(2), jnp.zeros(2)))
+    table, other = (
+        str(replace(READY, runner=replace(READY.runner, placement=each))) for each in (reached, placement)
+    )
+    assert "each other's memory" in table
+    assert "each other's memory" not in other

@@ -96,7 +96,7 @@ SHOWN_ELSEWHERE = {
     "read_memory_mb": "test_hostile",
     "explain": "test_end_to_end",
     "engine_in_process": "test_commands",
-    "peer_memory": "test_two_gpus_reach_each_others_memory_if_they_are_told_to",
+    "peer_memory": "test_two_gpus_reach_each_others_memory_unless_they_are_told_not_to",
 }
 
 
@@ -191,9 +191,9 @@ def test_the_programs_that_it_got_while_it_started_are_in_its_load(started: Star
     assert compiled + cached >= len([*started.runner.buckets])
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_two_gpus_reach_each_others_memory_if_they_are_told_to(
-    asked: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("told", [{}, {"peer_memory": False}])
+def test_two_gpus_reach_each_others_memory_unless_they_are_told_not_to(
+    told: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class ReachedError(Exception):
         """Where they are asked whether they can."""
@@ -206,14 +206,14 @@ def test_two_gpus_reach_each_others_memory_if_they_are_told_to(
 
     monkeypatch.setattr("model.sharding.PeerMemory.between", between)
     monkeypatch.setattr(startup, "ThreadPoolExecutor", loading)  # what comes after the placement
-    with pytest.raises(ReachedError if asked else TimeoutError):
+    with pytest.raises(TimeoutError if told else ReachedError):
         startup.start(
             ServerConfig(
                 model="qwen3-0.6b",
                 load_format="random",
                 tensor_parallel=2,
-                peer_memory=asked,
                 compilation_cache=None,
+                **told,
             )
         )
 
