@@ -37,7 +37,7 @@ from bench.load.runs import Load, Made, Run, made, results
 from bench.result import device_of, head, say, versions, write
 from bench.server import Server, started
 from bench.simulate.lateness import Lateness
-from bench.simulate.simulation import Profile
+from bench.simulate.profile import Profile
 from bench.timing import clock
 from serve.config import command_line
 from serve.engine.step_log import read_steps

@@ -30,7 +30,8 @@ from bench.plot import (
     plot_points,
     plot_tapering,
 )
-from bench.simulate.simulation import Profile, Setting, Simulation, targets
+from bench.simulate.profile import Profile
+from bench.simulate.simulation import Setting, Simulation, targets
 from bench.style import begun, explained, in_percent, look, saved, titled
 from serve.door import StepRecord
 

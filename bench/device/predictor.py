@@ -134,7 +134,7 @@ def against_device(
 
 
 def serving(results: Sequence[FinishedStep], still: StepLatencyModel) -> dict[str, Any]:
-    """What the simulator needs: see bench.simulate.simulation.Profile. `still`: without corrections."""
+    """What the simulator needs: see bench.simulate.profile.Profile. `still`: without corrections."""
     ratios: dict[int, list[float]] = {}
     for result in results:
         ratio = result.seconds / still.predict(result.forecast.load)

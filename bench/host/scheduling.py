@@ -18,7 +18,8 @@ import numpy as np
 
 from bench.command import Command
 from bench.result import conclude, head
-from bench.simulate.simulation import MAX_CONTEXT, NoText, Profile
+from bench.simulate.profile import Profile
+from bench.simulate.simulation import MAX_CONTEXT, NoText
 from bench.timing import Stopwatch, no_collections
 from scheduler.controller import Controller
 from scheduler.predictor import StepLatencyModel

@@ -24,7 +24,8 @@ from bench.load.workload import named
 from bench.progress import tracked
 from bench.result import conclude, head, keep
 from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW, table
-from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, late_as, targets
+from bench.simulate.profile import Profile, late_as
+from bench.simulate.simulation import Setting, Simulation, in_processes, targets
 from bench.timing import no_collections
 from scheduler.controller import Controller, ControllerConfig, Turn
 from scheduler.draft import StepDraft

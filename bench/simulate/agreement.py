@@ -25,7 +25,8 @@ from bench.load.runs import Run
 from bench.load.workload import named
 from bench.result import head, keep, ran_on, say, write
 from bench.simulate.lateness import Lateness
-from bench.simulate.simulation import Profile, Setting, in_processes, late_as, simulate
+from bench.simulate.profile import Profile, late_as
+from bench.simulate.simulation import Setting, in_processes, simulate
 from scheduler.request import Slo
 
 FIGURES = ("goodput_stage", "attainment_stage", "goodput_mean", "raw_tokens_s", "mean_width", "e2e_p50_s")

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from bench.load.measures import Window
 from bench.load.workload import named
-from bench.simulate.simulation import Profile, Setting, Simulation, targets
+from bench.simulate.profile import Profile
+from bench.simulate.simulation import Setting, Simulation, targets
 from bench.timing import no_collections
 
 POLICIES = {"off": "one branch", "eager": "all branches", "taper": "what fits"}  # of an answer in a step

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from bench.simulate.simulation import Profile
+from bench.simulate.profile import Profile
 from serve.door import StepRecord
 
 MOST = 400  # numbers of a run's excess

@@ -40,7 +40,8 @@ from bench.plot import plot_maps
 from bench.progress import tracked
 from bench.result import conclude, head, keep
 from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW
-from bench.simulate.simulation import Profile, Setting, Simulation, in_processes, targets, unloaded_tpot
+from bench.simulate.profile import Profile
+from bench.simulate.simulation import Setting, Simulation, in_processes, targets, unloaded_tpot
 from bench.timing import no_collections
 from scheduler.controller import ControllerConfig
 from scheduler.predictor import StepLatencyModel, StepLoad

@@ -25,7 +25,8 @@ from bench.load.measures import COLUMNS, Window, cells, titles
 from bench.load.workload import TTFT_SLO, named
 from bench.progress import tracked
 from bench.result import conclude, head, keep
-from bench.simulate.simulation import Profile, Setting, in_processes, late_as, simulate, targets
+from bench.simulate.profile import Profile, late_as
+from bench.simulate.simulation import Setting, in_processes, simulate, targets
 from scheduler.controller import ControllerConfig
 from scheduler.request import Slo
 from serve.lateness import CAUSES

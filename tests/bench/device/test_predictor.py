@@ -9,7 +9,7 @@ import pytest
 
 from bench.device import calibrate, predictor
 from bench.device.predictor import Recorder, errors_of, serving, summarize
-from bench.simulate.simulation import Profile
+from bench.simulate.profile import Profile
 from scheduler.predictor import StepLatencyModel, StepLoad
 from scheduler.step import FinishedStep, Forecast, Step
 

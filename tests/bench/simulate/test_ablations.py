@@ -6,7 +6,8 @@ import pytest
 
 from bench.load.workload import open_loop
 from bench.simulate.ablations import VARIATIONS, Replanned, Unbudgeted, ablate, unpadded
-from bench.simulate.simulation import Profile, Setting, targets
+from bench.simulate.profile import Profile
+from bench.simulate.simulation import Setting, targets
 from scheduler.policy import Baseline, Extra
 from scheduler.predictor import StepLatencyModel, StepLoad
 

@@ -14,7 +14,8 @@ from bench.load.workload import named
 from bench.simulate import agreement
 from bench.simulate.agreement import compare, files, settings, text, verdict
 from bench.simulate.lateness import Lateness, identity
-from bench.simulate.simulation import Profile, Setting, simulate, targets
+from bench.simulate.profile import Profile
+from bench.simulate.simulation import Setting, simulate, targets
 from tests.bench.simulate.test_policies import InOneProcess
 
 PROFILE = Profile.load("h200-qwen3-32b").exact()

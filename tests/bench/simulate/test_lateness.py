@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from bench.simulate.lateness import ENOUGH, MOST, Lateness
-from bench.simulate.simulation import Profile
+from bench.simulate.profile import Profile
 from scheduler.predictor import StepLoad
 from serve.door import StepRecord
 

@@ -23,7 +23,7 @@ from bench.simulate.maps import (
     with_fanout,
     with_share,
 )
-from bench.simulate.simulation import Profile
+from bench.simulate.profile import Profile
 from scheduler.predictor import StepLoad
 from tests.bench.simulate.test_policies import InOneProcess
 

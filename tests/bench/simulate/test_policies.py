@@ -12,7 +12,8 @@ import pytest
 from bench.load.measures import Window
 from bench.load.workload import named, open_loop
 from bench.simulate import policies
-from bench.simulate.simulation import Profile, Setting, targets
+from bench.simulate.profile import Profile
+from bench.simulate.simulation import Setting, targets
 from scheduler.controller import ControllerConfig
 from scheduler.request import Slo
 

@@ -7,7 +7,8 @@ import pytest
 
 from bench.load.measures import Record, Window
 from bench.load.workload import BRANCH_SEED, JOIN_SEED, Item, Workload, closed_loop, named, open_loop
-from bench.simulate.simulation import Profile, Setting, Simulation, simulate, targets, unloaded_tpot
+from bench.simulate.profile import Profile
+from bench.simulate.simulation import Setting, Simulation, simulate, targets, unloaded_tpot
 from scheduler.controller import ControllerConfig
 from scheduler.predictor import StepLoad
 from scheduler.request import Slo
