@@ -17,6 +17,7 @@ from attention.heads import wide
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.layers import DecoderLayer, RMSNorm, Rows, Stream, decoder_layer, parameter, product, rotary_angles
+from model.peer_memory import reached
 from model.products import products_for
 from model.sharding import ALONE, ON_ONE_DEVICE, Peers, Placement, own_ids
 
@@ -68,7 +69,7 @@ class Decoder(nnx.Module):
         stream, layers = Stream(hidden, norms[0](hidden)), []
         for layer, next_norm, pages in zip(self.layers, norms[1:], cache.layers, strict=True):
             stream, pages = decoder_layer(
-                layer, next_norm, stream, pages, rows, backend=backend, products=products
+                layer, next_norm, stream, pages, rows, reached(), backend=backend, products=products
             )
             layers.append(pages)
         return stream.hidden, KVCache(tuple(layers))

@@ -21,6 +21,7 @@ from attention import Backend, HeadNorms, Pages, Places, Work
 from attention.heads import rms_norm, wide
 from model.architecture import ARCHITECTURES
 from model.config import ModelConfig
+from model.peer_memory import reaching
 from model.rotary import inverse_frequencies
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def decoder_layer(
     stream: Stream,
     pages: Pages,
     rows: Rows,
+    reach: Int[Array, "1 4"] | None = None,
     *,
     backend: Backend,
     products: Products,
@@ -191,11 +193,13 @@ def decoder_layer(
     """A layer's output, normed for the next one, and its KV pages: one jitted function, which a program of
     many layers traces once.
 
-    The layer and the pages are one device's parts; the peers of its products have the others.
+    The layer and the pages are one device's parts; the peers of its products have the others, and add up
+    through the memory that `reach` says, if any (model.peer_memory).
     """
     attention, mlp = layer.attention, layer.mlp
     heads = products.heads(attention, stream.normed)
     q, pages = backend.write(heads, attention.norms, rows.angles, pages, rows.places)
     out, _ = backend.attend(q, pages, rows.work, scale=attention.scale)
-    stream = products.add(stream, out, attention.o, layer.mlp_norm)
-    return products.add(stream, products.gated(mlp, stream.normed), mlp.down, next_norm), pages
+    with reaching(reach):
+        stream = products.add(stream, out, attention.o, layer.mlp_norm)
+        return products.add(stream, products.gated(mlp, stream.normed), mlp.down, next_norm), pages

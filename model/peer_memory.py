@@ -21,7 +21,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 WORDS = 2  # of 32 bits, two bfloat16 each, that one thread carries: its item
 WARPS = 8
 BLOCK = 32 * WARPS * 2 * WORDS  # values of one block of threads
+OLDEST = 8.0  # compute capability: older ones do not add bfloat16
 # Above this a collective is about as fast: its start-up time is small beside what the bytes take.
 MOST_VALUES = 512 * 5120
 # A workspace, in bytes: two places for each word and its number, then the number of each item's last sum.
@@ -94,10 +95,12 @@ class PeerMemory:
 
     workspaces  int32 [2, BYTES / 4], one row on each
     addresses   int32 [2, 4], one row on each: of its peer's workspace and of its own, low half and high half
+
+    Its representation names neither: what is kept under a placement's is found by the next process, too.
     """
 
-    workspaces: Array
-    addresses: Array
+    workspaces: Array = field(repr=False)
+    addresses: Array = field(repr=False)
 
     @classmethod
     def between(cls, mesh: Mesh) -> PeerMemory | None:
@@ -118,7 +121,7 @@ class PeerMemory:
 
 
 @contextmanager
-def reaching(addresses: Array) -> Iterator[None]:
+def reaching(addresses: Array | None) -> Iterator[None]:
     """While a program is traced: `peer_sum` may use this row of `PeerMemory.addresses`, int32 [1, 4]."""
     token = _REACH.set(addresses)
     try:
@@ -127,9 +130,18 @@ def reaching(addresses: Array) -> Iterator[None]:
         _REACH.reset(token)
 
 
+def reached() -> Array | None:
+    """What `peer_sum` may use here.
+
+    A jitted function inside a program takes it as an argument and says it with `reaching`: JAX keeps what it
+    has traced of such a function for other programs, which have other addresses or none.
+    """
+    return _REACH.get()
+
+
 def peer_sum(x: Array) -> Array | None:
     """This GPU's x plus its peer's; None where only a collective does: other values, no memory to reach."""
-    addresses = _REACH.get()
+    addresses = reached()
     if addresses is None or x.dtype != jnp.bfloat16 or x.size % BLOCK or not 0 < x.size <= MOST_VALUES:
         return None
     return exchanged(x, addresses)
@@ -164,7 +176,8 @@ def _kernel(x_ref: Any, addresses_ref: Any, out_ref: Any) -> None:
 
 
 def reach_each_other(devices: list[Any]) -> bool:
-    """Whether these are two NVIDIA GPUs of this process that may read and write each other's memory."""
+    """Whether these are two NVIDIA GPUs of this process that may read and write each other's memory, and can
+    run the kernel."""
     if len(devices) != 2 or any(
         device.platform != "gpu" or "NVIDIA" not in device.device_kind for device in devices
     ):
@@ -172,8 +185,9 @@ def reach_each_other(devices: list[Any]) -> bool:
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
         ordinals = [int(device.local_hardware_id) for device in devices]
-        return all(_can_reach(cuda, a, b) for a, b in (ordinals, reversed(ordinals)))
-    except (OSError, AttributeError, TypeError):
+        able = all(float(device.compute_capability) >= OLDEST for device in devices)
+        return able and all(_can_reach(cuda, a, b) for a, b in (ordinals, reversed(ordinals)))
+    except (OSError, AttributeError, TypeError, ValueError):
         return False
 
 

@@ -122,16 +122,19 @@ EVERYWHERE = PartitionSpec()  # how a result is divided of which every device ha
 
 
 class Reaching(jax.stages.Compiled):
-    """A compiled program that takes, before its arguments, the addresses of its devices' workspaces."""
+    """A compiled program that takes, before its arguments, the addresses of its devices' workspaces.
 
-    __slots__ = ("addresses", "program")
+    It keeps these: nothing else may come to lie where it writes.
+    """
 
-    def __init__(self, program: jax.stages.Compiled, addresses: Array) -> None:
+    __slots__ = ("memory", "program")
+
+    def __init__(self, program: jax.stages.Compiled, memory: PeerMemory) -> None:
         self.program = program
-        self.addresses = addresses
+        self.memory = memory
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.program(self.addresses, *arguments)
+        return self.program(self.memory.addresses, *arguments)
 
     def as_text(self) -> str | None:
         return self.program.as_text()
@@ -299,7 +302,7 @@ class Placement:
             lowered = program.lower(*arguments)
         on_gpu = self.devices[0].platform == "gpu"
         compiled = lowered.compile(compiler_options=dict(gpu_options) if on_gpu else None)
-        return compiled if memory is None else Reaching(compiled, memory.addresses)
+        return compiled if memory is None else Reaching(compiled, memory)
 
     def _as_its_kind(self) -> AbstractContextManager[Any]:
         """Kernels ask what they are lowered for: of a device that is not here they are told.

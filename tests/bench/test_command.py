@@ -27,3 +27,10 @@ def test_a_servers_arguments_follow_the_first_dashes() -> None:
 
 def test_lists_have_commas() -> None:
     assert (floats("1,2.5"), ints("3"), names("off,cap:4")) == ([1.0, 2.5], [3], ["off", "cap:4"])
+
+
+def test_two_gpus_reach_each_others_memory_unless_they_are_told_not_to() -> None:
+    parser = Command("bench.x", "")
+    parser.add_tensor_parallel()
+    assert parser.parse_args([]).peer_memory
+    assert not parser.parse_args(["--no-peer-memory"]).peer_memory

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import tyro
 
 from model.decode_command import Decode, _continuation, main
+from model.sharding import Placement, PlacementError
 from model.version import versions
 from scheduler.sampling import OPTIONS, SamplingParams
 from tests.families import FAMILIES, family
@@ -90,6 +92,18 @@ def test_a_continuation_is_what_its_ids_add_to_the_text_of_the_prompt(name: str)
 def test_the_command_says_what_is_wrong(options: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         main(options)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_two_gpus_reach_each_others_memory_if_they_are_told_to(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = MagicMock(side_effect=PlacementError("there is one"))
+    monkeypatch.setattr(Placement, "over", over)
+    with pytest.raises(SystemExit, match="there is one"):
+        main(["--prompt", "a", "--tensor-parallel", "2", *(["--peer-memory"] if asked else [])])
+    assert over.call_args.args[1:] == (2,)
+    assert over.call_args.kwargs == {"peer_memory": asked}
 
 
 def test_the_command_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, PartitionSpec
 
+from attention.xla import Xla
+from bench.hlo import collectives
 from model import peer_memory
+from model.kv_cache import KVCache, page_sizes
 from model.peer_memory import (
     ASM,
     BLOCK,
@@ -29,6 +40,7 @@ from model.peer_memory import (
     reaching,
 )
 from model.sharding import Peers, Placement
+from tests.model.meshes import divisible, over
 from tests.model.ptx import Thread, TrapError
 
 WORKSPACES = (7 << 40, 9 << 40)
@@ -127,6 +139,19 @@ def test_a_gpu_whose_peer_does_not_come_stops_with_an_error() -> None:
         list(gpu)
 
 
+def test_numbers_begin_again_after_the_last_of_32_bits() -> None:
+    """With 129 sums a step and a step in 10 ms, that is after four days."""
+    gpus = TwoGpus(0)
+    for workspace in WORKSPACES:
+        gpus.memory[workspace + 2 * PLACES] = (1 << 32) - 3
+    mine, theirs = drawn(Random(1), [1] * 6), drawn(Random(2), [1] * 6)
+    first, second = gpus.run([mine, theirs])
+    assert first == second
+    for sums, a, b in zip(first, mine, theirs, strict=True):
+        assert (values(sums[0]) == values(a[0]) + values(b[0])).all()
+    assert {gpus.memory[workspace + 2 * PLACES] for workspace in WORKSPACES} == {3}
+
+
 def test_a_workspace_has_two_places_for_every_word_and_a_number_for_every_item() -> None:
     items = MOST_VALUES // 4
     gpus = TwoGpus(0)
@@ -152,6 +177,7 @@ ADDRESSES = np.arange(8, dtype=np.int32).reshape(2, 4)
         ((512, 5120), jnp.bfloat16, True),
         ((513, 5120), jnp.bfloat16, False),
         ((8, 5120), jnp.float32, False),
+        ((8, 5120), jnp.float16, False),
         ((0, 5120), jnp.bfloat16, False),
         ((3, BLOCK // 2), jnp.bfloat16, False),
     ],
@@ -208,6 +234,82 @@ def test_a_compiled_program_is_told_the_addresses_of_each_device() -> None:
     assert "all-reduce" not in (program.as_text() or "")
 
 
+@pytest.mark.parametrize("argument", range(6))
+def test_a_thread_gets_its_values_their_places_and_the_addresses(argument: int) -> None:
+    """The kernel, interpreted, with a sum that gives back one of what the PTX is given."""
+
+    def given(text: str, *, args: list[jax.Array], **_: Any) -> list[jax.Array]:
+        assert text == ASM
+        return [(args[argument] % 256).astype(jnp.bfloat16)]
+
+    values = jnp.arange(3 * BLOCK, dtype=jnp.int32).reshape(6, -1)
+    with (
+        patch.object(plt, "elementwise_inline_asm", given),
+        patch.object(pl, "pallas_call", partial(pl.pallas_call, interpret=True)),
+    ):
+        found = peer_memory.exchanged((values // 16 % 128).astype(jnp.bfloat16), jnp.asarray([[7, 5, 3, 1]]))
+    expected = (values // 16 % 128, values % 256, *(jnp.full_like(values, half) for half in (7, 5, 3, 1)))
+    np.testing.assert_array_equal(np.asarray(found, np.int32), expected[argument])
+
+
+def pair() -> Mesh:
+    return Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("kv", "copy"))
+
+
+def at(first: int, mesh: Mesh) -> PeerMemory:
+    """Memory with other addresses than at another first one."""
+    each = jax.sharding.NamedSharding(mesh, PartitionSpec(("kv", "copy")))
+    return PeerMemory(jnp.zeros(2), jax.device_put(first + ADDRESSES, each))
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_step_reaches_its_own_memory_whatever_was_compiled_before_it() -> None:
+    """The layers are one jitted function, of which JAX keeps what it has traced. On CPUs, with a sum that
+    adds an eighth of the first half of the address: 0, and 128 in other memory."""
+    config = replace(divisible(2, num_layers=1), hidden_size=BLOCK // 8)
+    placement, model = over(config, 2, jnp.bfloat16)
+    assert placement.mesh is not None
+    structure, weights = model.split()
+    cache = KVCache.abstract(Xla(), config, 4, 16, jnp.bfloat16, placement).zeros()
+    rows = np.zeros(8, np.int32)
+    work = Xla().capacity(8, page_sizes(config, 4, 16, placement)).empty()
+
+    def hidden(weights: Any, cache: KVCache, rows: jax.Array) -> jax.Array:
+        model = structure.merge(weights)
+        return model.forward(rows, rows, cache, rows, rows, work, Xla(), placement)[0][0]
+
+    def run(memory: PeerMemory | None) -> tuple[int, Any]:
+        """All-gathers, and the residual stream of each device."""
+        program = replace(placement, memory=memory).compile(
+            hidden, (weights, cache, rows), PartitionSpec(("kv", "copy")), donate=[]
+        )
+        gathers = sum(each.kind == "all-gather" for each in collectives(program.as_text() or ""))
+        return gathers, np.asarray(program(weights, cache, rows), np.float32).reshape(2, -1)
+
+    def gathered(x: jax.Array, addresses: jax.Array) -> jax.Array:
+        return lax.all_gather(x, ("kv", "copy")).sum(axis=0) + (addresses[0, 0] // 8).astype(x.dtype)
+
+    with patch.object(peer_memory, "exchanged", gathered):
+        results = [run(memory) for memory in (None, at(0, placement.mesh), at(1024, placement.mesh), None)]
+    assert [gathers for gathers, _ in results] == [0, 2, 2, 0]
+    plain, near, far, again = (hidden for _, hidden in results)
+    np.testing.assert_array_equal(plain, again)
+    np.testing.assert_allclose(near, plain, atol=0.05)
+    assert (far - plain > 200).all()
+
+
+def test_a_program_keeps_the_workspaces_that_it_writes_to() -> None:
+    mesh = pair()
+    memory = at(0, mesh)
+    workspaces = weakref.ref(memory.workspaces)
+    whole = jax.ShapeDtypeStruct((8,), jnp.float32)
+    program = Placement(mesh, memory=memory).compile(lambda x: x + 1, (whole,), PartitionSpec(), donate=[])
+    del memory
+    gc.collect()
+    assert workspaces() is not None
+    assert (np.asarray(program(jnp.zeros(8))) == 1).all()
+
+
 def test_without_memory_in_common_a_quick_sum_is_a_collective() -> None:
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("kv", "copy"))
     assert PeerMemory.between(mesh) is None
@@ -218,13 +320,87 @@ def test_without_memory_in_common_a_quick_sum_is_a_collective() -> None:
     assert (np.asarray(program(jax.device_put(jnp.ones((2, BLOCK), jnp.bfloat16), each))) == 2).all()
 
 
+# --- which devices, and where -------------------------------------------------------------------------------
+
+
+def gpu(ordinal: int = 0, kind: str = "NVIDIA H200", capability: str = "9.0", platform: str = "gpu") -> Any:
+    return SimpleNamespace(
+        platform=platform, device_kind=kind, local_hardware_id=ordinal, compute_capability=capability
+    )
+
+
 def test_only_two_gpus_of_nvidia_are_asked_whether_they_reach_each_other() -> None:
-    cpu = SimpleNamespace(platform="cpu", device_kind="cpu", local_hardware_id=0)
-    other = SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X", local_hardware_id=0)
-    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", local_hardware_id=0)
+    cpu, other = gpu(platform="cpu", kind="cpu"), gpu(kind="AMD Instinct MI300X")
     with patch("ctypes.CDLL", side_effect=OSError) as asked:
-        for devices in ([cpu, cpu], [other, other], [gpu], [gpu] * 4):
+        for devices in ([cpu, cpu], [other, other], [gpu()], [gpu()] * 4):
             assert not peer_memory.reach_each_other(devices)
         assert not asked.called
-        assert not peer_memory.reach_each_other([gpu, gpu])
+        assert not peer_memory.reach_each_other([gpu(), gpu()])
         assert asked.called
+
+
+class Driver(ctypes.CDLL):
+    """CUDA's, of devices that have handles; `reach` are the pairs of which the first reaches the second."""
+
+    def __init__(self, reach: set[tuple[int, int]], *, get: int = 0, ask: int = 0) -> None:
+        self.reach, self.get, self.ask = reach, get, ask
+
+    def cuDeviceGet(self, handle: Any, ordinal: int) -> int:  # noqa: N802
+        handle._obj.value = 100 + ordinal
+        return self.get
+
+    def cuDeviceCanAccessPeer(self, able: Any, device: Any, peer: Any) -> int:  # noqa: N802
+        able._obj.value = (device.value - 100, peer.value - 100) in self.reach
+        return self.ask
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "reach"),
+    [
+        (Driver({(3, 1), (1, 3)}), "8.0", True),
+        (Driver({(3, 1), (1, 3)}), "12.0", True),
+        (Driver({(3, 1), (1, 3)}), "7.5", False),
+        (Driver({(3, 1)}), "9.0", False),
+        (Driver({(1, 3)}), "9.0", False),
+        (Driver({(3, 1), (1, 3)}, get=101), "9.0", False),
+        (Driver({(3, 1), (1, 3)}, ask=101), "9.0", False),
+    ],
+)
+def test_each_of_two_gpus_must_reach_the_other_and_add_bfloat16(
+    driver: Driver, capability: str, reach: bool
+) -> None:
+    with patch("ctypes.CDLL", return_value=driver):
+        assert peer_memory.reach_each_other([gpu(3), gpu(1, capability=capability)]) == reach
+
+
+def test_a_gpu_is_told_where_its_peer_s_workspace_lies_and_then_its_own() -> None:
+    mesh = pair()
+    with patch.object(peer_memory, "reach_each_other", return_value=True):
+        memory = PeerMemory.between(mesh)
+    assert memory is not None
+    assert not np.asarray(memory.workspaces).any()
+    at = {part.device: part.data.unsafe_buffer_pointer() for part in memory.workspaces.addressable_shards}
+    for device, peer in (mesh.devices.flat, [*mesh.devices.flat][::-1]):
+        (told,) = (part.data for part in memory.addresses.addressable_shards if part.device == device)
+        assert [*np.asarray(told).view(np.uint64)[0]] == [at[peer], at[device]]
+    (size,) = {part.data.nbytes for part in memory.workspaces.addressable_shards}
+    assert size == BYTES
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "asked", "has"), [(136, True, True), (136, False, False), (135, True, False)]
+)
+def test_memory_is_in_common_where_it_is_asked_for_and_steps_begin_with_a_collective(
+    vocabulary: int, asked: bool, has: bool
+) -> None:
+    """A step of a model whose vocabulary is whole on every device does not."""
+    with patch.object(PeerMemory, "between", lambda _: PeerMemory(jnp.zeros(2), jnp.zeros(2))):
+        placement = Placement.over(divisible(2, vocab_size=vocabulary), 2, peer_memory=asked)
+    assert (placement.memory is not None) == has
+
+
+def test_placements_of_two_processes_are_represented_alike() -> None:
+    """How memory was divided is kept under it: serve.engine.memory."""
+    one, other = (repr(Placement(memory=PeerMemory(jnp.zeros(2), jnp.full(2, at)))) for at in (1, 2))
+    assert one == other
+    assert one != repr(Placement())
