@@ -44,6 +44,7 @@ from tests.model.meshes import divisible, over
 from tests.model.ptx import Thread, TrapError
 
 WORKSPACES = (7 << 40, 9 << 40)
+PATIENCE = 20_000  # polls of a simulated GPU: far more than it ever needs, and soon over
 
 
 class TwoGpus:
@@ -51,7 +52,7 @@ class TwoGpus:
 
     def __init__(self, seed: int, text: str = ASM) -> None:
         self.random = Random(seed)
-        self.text = text
+        self.text = text.replace(str(MOST_POLLS), str(PATIENCE))
         self.memory: defaultdict[int, int] = defaultdict(int)
 
     def thread(self, gpu: int, item: int, words: tuple[int, int]) -> Thread:
@@ -240,7 +241,7 @@ def test_a_thread_gets_its_values_their_places_and_the_addresses(argument: int) 
 
     def given(text: str, *, args: list[jax.Array], **_: Any) -> list[jax.Array]:
         assert text == ASM
-        return [(args[argument] % 256).astype(jnp.bfloat16)]
+        return [(args[argument] % 251).astype(jnp.bfloat16)]
 
     values = jnp.arange(3 * BLOCK, dtype=jnp.int32).reshape(6, -1)
     with (
@@ -248,7 +249,7 @@ def test_a_thread_gets_its_values_their_places_and_the_addresses(argument: int) 
         patch.object(pl, "pallas_call", partial(pl.pallas_call, interpret=True)),
     ):
         found = peer_memory.exchanged((values // 16 % 128).astype(jnp.bfloat16), jnp.asarray([[7, 5, 3, 1]]))
-    expected = (values // 16 % 128, values % 256, *(jnp.full_like(values, half) for half in (7, 5, 3, 1)))
+    expected = (values // 16 % 128, values % 251, *(jnp.full_like(values, half) for half in (7, 5, 3, 1)))
     np.testing.assert_array_equal(np.asarray(found, np.int32), expected[argument])
 
 
