@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from attention.gpu import Gpu
 from attention.xla import Xla
 from bench.hlo import collectives
+from model.config import ModelConfig
 from model.decode import generate
 from model.kv_cache import KVCache, bytes_per_page
 from model.sampling import USES_ALL, USES_RANDOM, USES_TOP, SlotState
@@ -71,10 +73,8 @@ def test_a_vocabulary_that_cannot_be_divided_is_whole_everywhere() -> None:
 LAYERS, PAGES, PAGE_SIZE, SLOTS = 3, 256, 16, 8
 
 
-@pytest.fixture(scope="module")
-def step() -> StepProgram:
-    """A step of four devices, for a model with two KV heads."""
-    config = divisible(2, num_layers=LAYERS)
+def compiled(config: ModelConfig, samplers: Sequence[int]) -> StepProgram:
+    """A step of four devices."""
     placement, model = over(config, 4, jnp.float32)
     structure, weights = model.split()
     sizes = {"num_pages": PAGES, "page_size": PAGE_SIZE, "samples": 4, "placement": placement}
@@ -85,8 +85,14 @@ def step() -> StepProgram:
         SlotState.abstract(SLOTS, config.vocab_size, 2, placement),
         layout=StepLayout.for_bucket(config, Xla(), 8, **sizes),
         max_top_logprobs=4,
-        samplers=(0, USES_RANDOM | USES_TOP, USES_ALL),
+        samplers=samplers,
     )
+
+
+@pytest.fixture(scope="module")
+def step() -> StepProgram:
+    """Of a model with two KV heads."""
+    return compiled(divisible(2, num_layers=LAYERS), (0, USES_RANDOM | USES_TOP, USES_ALL))
 
 
 def kinds(program: jax.stages.Compiled) -> Counter[str]:
@@ -110,6 +116,12 @@ def test_a_sampler_tells_bests_and_sums_and_never_loops_over_a_collective(step: 
     assert greedy == {"all-gather": 1}
     assert drawn == {"all-gather": 2, "all-reduce": 1 + 2 * 8}
     assert every == {"all-gather": 4, "all-reduce": 1 + 2 * 8}
+
+
+def test_devices_with_the_whole_vocabulary_each_sample_for_themselves() -> None:
+    step = compiled(divisible(2, num_layers=1, vocab_size=131), (0,))
+    assert kinds(step.forward) == {"all-reduce": 2}
+    assert not kinds(step.samplers[0])
 
 
 def test_no_sampler_gathers_logits(step: StepProgram) -> None:
