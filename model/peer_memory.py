@@ -11,6 +11,8 @@ places of n.
 The number of the next sum is kept beside each item (what one thread carries), not handed from call to call.
 So both GPUs must add up the same shapes in the same order, which two that run one program do anyway, as for
 any collective. A peer that does not come within about half a minute stops the GPU with an error (a trap).
+Where a sum has more blocks than a GPU runs at once, it must begin them in order: all do, and CUDA does not
+promise it.
 
 The kernel is PTX in a Pallas kernel for Triton; `tests/model/test_peer_memory.py` runs it without a GPU.
 """
@@ -18,6 +20,7 @@ The kernel is PTX in a Pallas kernel for Triton; `tests/model/test_peer_memory.p
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -177,9 +180,11 @@ def _kernel(x_ref: Any, addresses_ref: Any, out_ref: Any) -> None:
 
 def reach_each_other(devices: list[Any]) -> bool:
     """Whether these are two NVIDIA GPUs of this process that may read and write each other's memory, and can
-    run the kernel."""
-    if len(devices) != 2 or any(
-        device.platform != "gpu" or "NVIDIA" not in device.device_kind for device in devices
+    run the kernel. Whoever keeps NCCL from that (`NCCL_P2P_DISABLE`) keeps this from it, too."""
+    if (
+        os.environ.get("NCCL_P2P_DISABLE", "0") != "0"
+        or len(devices) != 2
+        or any(device.platform != "gpu" or "NVIDIA" not in device.device_kind for device in devices)
     ):
         return False
     try:

@@ -160,13 +160,11 @@ def _accuracy(
 
 
 def profile(name: str, points: Sequence[Point], runner: Runner, device: str) -> dict[str, Any]:
-    """What serve.engine.calibration and bench.simulate.simulation read."""
+    """What serve.engine.calibration and bench.simulate.profile read."""
     config = runner.config
     return {
         "name": name,
-        **conditions(
-            device, runner.model_config, runner.dtype.name, config.backend.name, config.placement.count
-        ),
+        **conditions(device, runner.model_config, runner.dtype.name, config.backend.name, config.placement),
         "num_pages": config.num_pages,
         "page_size": config.page_size,
         "forms": fit(points),

@@ -15,6 +15,7 @@ from scheduler.predictor import StepLatencyModel
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
+    from model.sharding import Placement
     from serve.engine.runner import Runner
 
 FOLDER = Path(__file__).parent / "profiles"
@@ -40,16 +41,18 @@ def shipped() -> list[str]:
 
 
 def conditions(
-    device: str, model: ModelConfig, dtype: str, backend: str, tensor_parallel: int
+    device: str, model: ModelConfig, dtype: str, backend: str, placement: Placement
 ) -> dict[str, Any]:
-    """What a step's time depends on besides its load; `tensor_parallel` devices share the model."""
+    """What a step's time depends on besides its load: a device's kind, how many share the model, and how they
+    add up what each of them has."""
     sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
     shape = {size: getattr(model, size) for size in (*sizes, "vocab_size", "tie_embeddings", "architecture")}
     return {
         "device": device,
         "dtype": dtype,
         "backend": backend,
-        "tensor_parallel": tensor_parallel,
+        "tensor_parallel": placement.count,
+        "peer_memory": placement.memory is not None,
         "shape": shape,
     }
 

@@ -234,7 +234,7 @@ class _Compiled:
 def _check_names(config: ServerConfig, model: Decoder, placement: Placement) -> None:
     """Raises OptionError for what would be found wrong once the model is loaded."""
     backend, device = _attention(config, model), placement.devices[0].device_kind
-    wanted = conditions(device, model.config, model.dtype.name, backend.name, placement.count)
+    wanted = conditions(device, model.config, model.dtype.name, backend.name, placement)
     if (profile := _profile(config, wanted)) is not None:
         with naming("profile"):
             StepLatencyModel.from_profile(profile, config.buckets, config.predictor)
@@ -261,7 +261,7 @@ def predictor_for(config: ServerConfig, runner: Runner, device: str) -> tuple[St
     measured = runner.measure()
     if 1e3 * measured.rows_seconds(1) > config.tpot_slo_ms:  # or was the machine busy?
         measured = min(measured, runner.measure(), key=lambda each: each.rows_seconds(1))
-    measured_on = runner.dtype.name, runner.config.backend.name, runner.config.placement.count
+    measured_on = runner.dtype.name, runner.config.backend.name, runner.config.placement
     profile = _profile(config, conditions(device, runner.model_config, *measured_on))
     if profile is None:
         return measured, "measured at start"

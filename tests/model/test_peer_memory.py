@@ -374,6 +374,15 @@ def test_each_of_two_gpus_must_reach_the_other_and_add_bfloat16(
         assert peer_memory.reach_each_other([gpu(3), gpu(1, capability=capability)]) == reach
 
 
+@pytest.mark.parametrize(("disabled", "reach"), [("1", False), ("0", True)])
+def test_what_is_kept_from_nccl_is_not_done_without_it(
+    disabled: str, reach: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
+    with patch("ctypes.CDLL", return_value=Driver({(0, 1), (1, 0)})):
+        assert peer_memory.reach_each_other([gpu(0), gpu(1)]) == reach
+
+
 def test_a_gpu_is_told_where_its_peer_s_workspace_lies_and_then_its_own() -> None:
     mesh = pair()
     with patch.object(peer_memory, "reach_each_other", return_value=True):

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 from attention.gpu import Gpu
 from model.config import PRESETS
+from model.peer_memory import PeerMemory
 from model.sharding import ON_ONE_DEVICE, Placement
 from scheduler.predictor import StepLatencyModel, StepLoad
 from serve.config import ServerConfig
 from serve.engine import calibration, startup
 from serve.engine.calibration import conditions, load_profile, matching, shipped
 
-H200 = conditions("NVIDIA H200", PRESETS["qwen3-32b"], "bfloat16", "gpu", 1)
+H200 = conditions("NVIDIA H200", PRESETS["qwen3-32b"], "bfloat16", "gpu", ON_ONE_DEVICE)
 NOT_SERVED_FROM = {"h200x2-qwen3-32b"}
 """Profiles of steps that were timed one by one only: bench.device.predictor has added nothing to them."""
 TINY = ["--model", "default", "--buckets", "4", "--num-pages", "64", "--compilation-cache", "None"]
@@ -40,13 +43,17 @@ def test_a_profile_fits_its_device_type_and_shape_whatever_the_models_name() -> 
     assert not [*matching(H200 | {"device": "NVIDIA H100"})]
     assert not [*matching(H200 | {"dtype": "float32"})]
     assert not [*matching(H200 | {"backend": "xla"})]
-    assert not [*matching(conditions("NVIDIA H200", PRESETS["qwen3-8b"], "bfloat16", "gpu", 1))]
+    assert not [*matching(conditions("NVIDIA H200", PRESETS["qwen3-8b"], "bfloat16", "gpu", ON_ONE_DEVICE))]
 
 
-def test_a_profile_fits_no_other_number_of_devices() -> None:
-    (found,) = matching({**H200, "tensor_parallel": 2})
+def test_a_profile_fits_no_other_number_of_devices_nor_another_way_to_add_up() -> None:
+    nccl = Placement.over(PRESETS["qwen3-32b"], 2)
+    reached = replace(nccl, memory=PeerMemory(jnp.zeros(2), jnp.zeros(2)))
+    over = partial(conditions, "NVIDIA H200", PRESETS["qwen3-32b"], "bfloat16", "gpu")
+    (found,) = matching(over(reached))
     assert found["name"] == "h200x2-qwen3-32b"
-    assert not [*matching({**H200, "tensor_parallel": 3})]
+    assert not [*matching(over(nccl))]
+    assert not [*matching({**over(reached), "tensor_parallel": 3})]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +73,7 @@ def test_a_profile_fits_no_other_number_of_devices() -> None:
 )
 def test_a_profile_fits_no_other_shape(change: dict[str, Any]) -> None:
     other = replace(PRESETS["qwen3-32b"], **change)
-    assert not [*matching(conditions("NVIDIA H200", other, "bfloat16", "gpu", 1))]
+    assert not [*matching(conditions("NVIDIA H200", other, "bfloat16", "gpu", ON_ONE_DEVICE))]
 
 
 def test_a_cpus_profile_is_taken_by_name_alone() -> None:
