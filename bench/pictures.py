@@ -140,9 +140,9 @@ OF_BACKENDS = ("h200", "h200x2", "tpu-estimates", "cpu")
 PICTURES = {
     "docs/headline.png": Picture(headline, (f"{HELD}/maps-h200.json", f"{HELD}/headline/*.json")),
     f"{HELD}/maps-h200-load.png": Picture(maps("load", "clients"), (f"{HELD}/maps-h200.json",)),
-    f"{HELD}/maps-h200-share.png": Picture(maps("share", "fanout"), (f"{HELD}/maps-h200-before.json",)),
-    f"{HELD}/maps-h200-slo.png": Picture(maps("slo", "family"), (f"{HELD}/maps-h200-before.json",)),
-    f"{HELD}/maps-h200-margin.png": Picture(maps("margin", "bias"), (f"{HELD}/maps-h200-before.json",)),
+    f"{HELD}/maps-h200-share.png": Picture(maps("share", "fanout"), (f"{HELD}/maps-h200-others.json",)),
+    f"{HELD}/maps-h200-slo.png": Picture(maps("slo", "family"), (f"{HELD}/maps-h200-others.json",)),
+    f"{HELD}/maps-h200-margin.png": Picture(maps("margin", "bias"), (f"{HELD}/maps-h200-others.json",)),
     f"{HELD}/maps-fork-h200.png": Picture(of_one(plot_maps), (f"{HELD}/maps-fork-h200.json",)),
     f"{HELD}/kernels-h200.png": Picture(of_one(plot_cases), (f"{HELD}/kernels-h200.json",)),
     f"{HELD}/engine-h200-qwen3-32b.png": Picture(
