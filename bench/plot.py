@@ -130,6 +130,7 @@ MAPS = {
     "family": ("over workloads", "workload"),
     "margin": ("over rho", "share of the slack that a step may spend"),
     "bias": ("over the predictor's error", "predicted time off by"),
+    "reserve": ("over the KV that is reserved", "share of what running requests may still need"),
 }
 
 

@@ -17,6 +17,7 @@ unloaded one) and changes one thing of it.
     fork      requests per second, with answers that the server branches, joined by their KV or read again,
               and that clients put together from requests without branches (where policies do not differ: a
               request has nothing to admit)
+    reserve   the share of running requests' KV that a new one must leave to them, at loads of `STRAINED`
     hour      an hour of the trace instead of 45 s
 
 Requests that arrive in the window are measured, all of them, and served to their end.
@@ -127,6 +128,12 @@ def with_fanout(seed: int, branches: int, seconds: float) -> Workload:
 
 
 BY_CLIENT, READ_AGAIN = "client forks", "taper, reprefill"
+STRAINED: dict[str, dict[str, Any]] = {
+    "1.6 a second": {"rate": 1.6},
+    "1.8 a second": {"rate": 1.8},
+    "2.0 a second": {"rate": 2.0},
+    "60 clients": {"clients": 60},
+}
 MARGINS = {"repaying": ControllerConfig(), "forgetting": ControllerConfig(repay=0.0)}
 
 
@@ -141,6 +148,7 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
         "margin": ((0.6, 0.7, 0.8, 0.9, 1.0, "quantile"), [*MARGINS]),
         "bias": ((-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2), [*MARGINS]),
         "fork": ((0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6), ("taper", READ_AGAIN, BY_CLIENT)),
+        "reserve": ((1.0, 0.75, 0.5, 0.25, 0.0), [*STRAINED]),
         "hour": ((1.2,), SOME),
     }
     for name in maps:
@@ -150,7 +158,7 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
                 yield from (Case(name, x, label, seed) for seed in (seeds if name != "hour" else seeds[:1]))
 
 
-MAPS = ("load", "clients", "slo", "share", "fanout", "family", "margin", "bias", "fork", "hour")
+MAPS = ("load", "clients", "slo", "share", "fanout", "family", "margin", "bias", "fork", "reserve", "hour")
 
 
 def run(profile_name: str, case: Case) -> dict[str, Any]:
@@ -159,8 +167,8 @@ def run(profile_name: str, case: Case) -> dict[str, Any]:
     name, x, label, seed = case
     window = Window(WARMUP, WARMUP + (HOUR if name == "hour" else WINDOW))
     seconds = window.end + COOLDOWN
-    multiple, controller, latency = TPOT_SLO_MULTIPLE, ControllerConfig(), None
-    policy = "taper" if label in (*MARGINS, BY_CLIENT, READ_AGAIN) else label
+    multiple, controller, latency, reserve = TPOT_SLO_MULTIPLE, ControllerConfig(), None, 1.0
+    policy = "taper" if label in (*MARGINS, *STRAINED, BY_CLIENT, READ_AGAIN) else label
     workload = named("headline", seed, seconds, rate=RATE)
     match name, x:
         case (("load" | "fork" | "hour"), float()):
@@ -182,6 +190,9 @@ def run(profile_name: str, case: Case) -> dict[str, Any]:
             controller = replace(MARGINS[label], rho=None if x == "quantile" else float(x))
         case "bias", float():
             controller, latency = MARGINS[label], biased(profile, x)
+        case "reserve", float():
+            reserve, load = x, STRAINED[label]
+            workload = named("headline-closed" if "clients" in load else "headline", seed, seconds, **load)
     setting = Setting(
         profile=profile,
         workload=workload,
@@ -189,6 +200,7 @@ def run(profile_name: str, case: Case) -> dict[str, Any]:
         window=window,
         seed=seed,
         controller=controller,
+        reserve=reserve,
         fork="client" if label == BY_CLIENT else "server",
     )
     simulation = Simulation(setting, policy, latency=latency)

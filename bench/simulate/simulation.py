@@ -330,13 +330,15 @@ class Simulation:
 
     def footprint(self) -> dict[str, float]:
         """What the measured answers took: of each, requests, and tokens that were read; and which
-        share of the KV pool live requests held within the window, on average and at most."""
+        share of the KV pool live requests held within the window, on average and at most. Preemptions are of
+        all requests, those around the window included."""
         answers, pool = max(1, len(self.measured)), self.profile.num_pages * self.profile.page_size
         return {
             "requests": self.sent / answers,
             "given_tokens": self.given / answers,
             "kv_held": self.held / self.seconds / pool,
             "kv_most": self.most_held / pool,
+            "preemptions": sum(self.preemptions),
         }
 
 

@@ -111,7 +111,7 @@ def test_help_is_not_broken_where_the_source_is(capsys, monkeypatch):
         commands.serve(["--help"])
     told = capsys.readouterr().out
     for text in (
-        "they can reach it, in place of by NCCL",
+        "they can reach it: a third of the time",
         "unless set. float64",
         "if --control-port gives them",
     ):

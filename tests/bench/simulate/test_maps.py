@@ -15,6 +15,7 @@ from bench.simulate.maps import (
     MAPS,
     MARGINS,
     READ_AGAIN,
+    STRAINED,
     Case,
     biased,
     capacity,
@@ -24,6 +25,7 @@ from bench.simulate.maps import (
     with_share,
 )
 from bench.simulate.profile import Profile
+from bench.simulate.simulation import Setting, Simulation
 from scheduler.predictor import StepLoad
 from tests.bench.simulate.test_policies import InOneProcess
 
@@ -97,6 +99,23 @@ def test_a_case_is_simulated_and_is_the_same_again(monkeypatch: pytest.MonkeyPat
     row = run("h200-qwen3-32b", Case("margin", 0.8, "forgetting", 1))
     assert (row["map"], row["label"], row["seed"]) == ("margin", "forgetting", 1)
     assert row["ttft_attainment"] == 1.0
+
+
+def test_a_load_is_served_with_the_share_of_kv_that_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("WARMUP", 0.0), ("WINDOW", 1.0), ("COOLDOWN", 0.0)):
+        monkeypatch.setattr(maps, name, seconds)
+    settings: list[Setting] = []
+
+    def begun(setting: Setting, policy: str, **options: Any) -> Simulation:
+        settings.append(setting)
+        return Simulation(setting, policy, **options)
+
+    monkeypatch.setattr(maps, "Simulation", begun)
+    rows = [run("h200-qwen3-32b", case) for case in cases(["reserve"], [1]) if case.x == 0.5]
+    assert [row["label"] for row in rows] == [*STRAINED]
+    assert {setting.reserve for setting in settings} == {0.5}
+    assert [setting.workload.clients for setting in settings] == [None, None, None, 60]
+    assert all(row["preemptions"] == 0 for row in rows)
 
 
 def test_an_answer_is_one_request_or_many_by_who_forks(monkeypatch: pytest.MonkeyPatch) -> None:
