@@ -191,8 +191,7 @@ def run(profile_name: str, case: Case) -> dict[str, Any]:
         case "bias", float():
             controller, latency = MARGINS[label], biased(profile, x)
         case "reserve", float():
-            reserve, load = x, STRAINED[label]
-            workload = named("headline-closed" if "clients" in load else "headline", seed, seconds, **load)
+            reserve, workload = x, named("headline", seed, seconds, **STRAINED[label])
     setting = Setting(
         profile=profile,
         workload=workload,

@@ -42,6 +42,13 @@ def runs(files: Iterable[Record], **members: Any) -> list[Record]:
     return sorted(found, key=lambda row: row.seed)
 
 
+def over(files: Iterable[Record], policy: str, name: str = "goodput_stage") -> float:
+    """What taper has of a figure, over what another policy has of it, with the seeds that both have."""
+    own, others = runs(files, policy="taper"), {row.seed: row for row in runs(files, policy=policy)}
+    both = [(row[name], others[row.seed][name]) for row in own if row.seed in others]
+    return sum(above for above, _ in both) / sum(below for _, below in both)
+
+
 def each(values: Iterable[float], form: str, between: str = " / ") -> str:
     """Several figures in one place of a page."""
     return between.join(format(value, form) for value in values)
@@ -51,6 +58,7 @@ def each(values: Iterable[float], form: str, between: str = " / ") -> str:
 NAMES: dict[str, Any] = {
     "only": only,
     "runs": runs,
+    "over": over,
     "each": each,
     "mean": statistics.fmean,
     "median": statistics.median,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.make.claims import claims
+from docs.make.claims import Record, claims, over
 from docs.make.figures import figures
 from docs.make.stale import claimed, compared, main, pages
 
@@ -180,6 +180,12 @@ def test_a_claim_that_cannot_be_computed_is_named_with_its_line(root: Path, text
     with pytest.raises(ValueError, match=r"docs/claims/page\.txt:\d") as error:
         claims(root / "docs/claims", root / "bench/results")
     assert said in str(error.value)
+
+
+def test_taper_is_over_another_policy_by_the_seeds_that_both_have() -> None:
+    figures = {("taper", 1): 6.0, ("taper", 2): 3.0, ("taper", 3): 90.0, ("off", 2): 1.0, ("off", 1): 2.0}
+    rows = [Record(policy=policy, seed=seed, tokens=value) for (policy, seed), value in figures.items()]
+    assert over([Record(rows=rows[:2]), Record(rows=rows[2:])], "off", "tokens") == 3.0
 
 
 def test_a_claim_about_a_page_that_is_not_there_is_named(root: Path) -> None:

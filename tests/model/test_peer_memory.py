@@ -210,12 +210,21 @@ def test_it_lowers_for_cuda() -> None:
     assert text.count("__gpu$xla.gpu.triton") == 1
 
 
+def pair() -> Mesh:
+    return Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("kv", "copy"))
+
+
+def at(first: int, mesh: Mesh) -> PeerMemory:
+    """Memory with other addresses than at another first one."""
+    each = jax.sharding.NamedSharding(mesh, PartitionSpec(("kv", "copy")))
+    return PeerMemory(jnp.zeros(2), jax.device_put(first + ADDRESSES, each))
+
+
 def test_a_compiled_program_is_told_the_addresses_of_each_device() -> None:
     """On CPUs, with a sum that adds the first half of the address instead of what the peer has."""
-    mesh = Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("kv", "copy"))
+    mesh = pair()
     each = jax.sharding.NamedSharding(mesh, PartitionSpec(("kv", "copy")))
-    memory = PeerMemory(jnp.zeros(2), jax.device_put(ADDRESSES, each))
-    placement = Placement(mesh, memory=memory)
+    placement = Placement(mesh, memory=at(0, mesh))
     peers = Peers(("kv", "copy"), 2)
 
     def doubled(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -251,16 +260,6 @@ def test_a_thread_gets_its_values_their_places_and_the_addresses(argument: int) 
         found = peer_memory.exchanged((values // 16 % 128).astype(jnp.bfloat16), jnp.asarray([[7, 5, 3, 1]]))
     expected = (values // 16 % 128, values % 251, *(jnp.full_like(values, half) for half in (7, 5, 3, 1)))
     np.testing.assert_array_equal(np.asarray(found, np.int32), expected[argument])
-
-
-def pair() -> Mesh:
-    return Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("kv", "copy"))
-
-
-def at(first: int, mesh: Mesh) -> PeerMemory:
-    """Memory with other addresses than at another first one."""
-    each = jax.sharding.NamedSharding(mesh, PartitionSpec(("kv", "copy")))
-    return PeerMemory(jnp.zeros(2), jax.device_put(first + ADDRESSES, each))
 
 
 @pytest.mark.usefixtures("quick_compiler")
@@ -312,7 +311,7 @@ def test_a_program_keeps_the_workspaces_that_it_writes_to() -> None:
 
 
 def test_without_memory_in_common_a_quick_sum_is_a_collective() -> None:
-    mesh = Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("kv", "copy"))
+    mesh = pair()
     assert PeerMemory.between(mesh) is None
     each = jax.sharding.NamedSharding(mesh, PartitionSpec(("kv", "copy")))
     shapes = (jax.ShapeDtypeStruct((2, BLOCK), jnp.bfloat16, sharding=each),)

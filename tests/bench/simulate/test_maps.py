@@ -76,13 +76,17 @@ def test_capacity_is_the_last_load_before_the_first_that_is_too_much() -> None:
     assert capacity(rows, "load") == {"taper": 1.0, "off": None}
 
 
+def last(window: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a simulation last for a window of so many seconds, and nothing around it."""
+    for name, seconds in (("WARMUP", 0.0), ("WINDOW", window), ("COOLDOWN", 0.0)):
+        monkeypatch.setattr(maps, name, seconds)
+
+
 @pytest.mark.full
 def test_a_map_is_simulated_written_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(maps, "WARMUP", 0.0)
-    monkeypatch.setattr(maps, "WINDOW", 1.0)
-    monkeypatch.setattr(maps, "COOLDOWN", 0.0)
+    last(1.0, monkeypatch)
     monkeypatch.setattr(maps, "in_processes", InOneProcess)
     out = tmp_path / "maps.json"
     found = maps.main(["--maps", "margin", "--seeds", "1", "--json", str(out)])
@@ -94,16 +98,14 @@ def test_a_map_is_simulated_written_and_drawn(
 
 
 def test_a_case_is_simulated_and_is_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("WARMUP", 0.0), ("WINDOW", 1.0), ("COOLDOWN", 0.0)):
-        monkeypatch.setattr(maps, name, seconds)
+    last(1.0, monkeypatch)
     row = run("h200-qwen3-32b", Case("margin", 0.8, "forgetting", 1))
     assert (row["map"], row["label"], row["seed"]) == ("margin", "forgetting", 1)
     assert row["ttft_attainment"] == 1.0
 
 
 def test_a_load_is_served_with_the_share_of_kv_that_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("WARMUP", 0.0), ("WINDOW", 1.0), ("COOLDOWN", 0.0)):
-        monkeypatch.setattr(maps, name, seconds)
+    last(1.0, monkeypatch)
     settings: list[Setting] = []
 
     def begun(setting: Setting, policy: str, **options: Any) -> Simulation:
@@ -119,8 +121,7 @@ def test_a_load_is_served_with_the_share_of_kv_that_is_reserved(monkeypatch: pyt
 
 
 def test_an_answer_is_one_request_or_many_by_who_forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("WARMUP", 0.0), ("WINDOW", 3.0), ("COOLDOWN", 0.0)):
-        monkeypatch.setattr(maps, name, seconds)
+    last(3.0, monkeypatch)
     labels = "taper", READ_AGAIN, BY_CLIENT
     by_kv, again, client = (run("h200-qwen3-32b", Case("fork", 1.4, label, 1)) for label in labels)
     assert by_kv["requests"] == again["requests"] == 1 < client["requests"]
