@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scheduler.announcement import Announcement
 from scheduler.grammars import MULTIVERSE, NPR, TagGrammar
 from scheduler.outline import Line, Outline
+from tests.durations import is_linear
 from tests.scheduler.outlines import pattern
 
 MOST = 3
@@ -80,6 +81,4 @@ def seconds(grammar: TagGrammar, unit: str, count: int, *, fresh: bool) -> float
 )
 def test_reading_takes_time_linear_in_the_text(outline: Outline, unit: str, fresh: bool) -> None:
     grammar = replace(MULTIVERSE, plan_open="Q", outline=outline)
-    short = min(seconds(grammar, unit, 2000, fresh=fresh) for _ in range(2))
-    long = min(seconds(grammar, unit, 8000, fresh=fresh) for _ in range(2))
-    assert long < 2 * 4 * short
+    assert is_linear(lambda count: seconds(grammar, unit, count, fresh=fresh), 2000)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.text.beginnings import Beginnings
+from tests.durations import takes_less
 
 strings = st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=5)
 pieces = st.lists(st.text("abc", max_size=4), max_size=20)
@@ -59,5 +60,4 @@ def seconds(strings: list[str], piece: str, count: int = 20_000) -> float:
 def test_a_character_costs_no_more_the_longer_the_strings_and_the_more_there_are(
     strings: list[str], piece: str
 ) -> None:
-    long = min(seconds(strings, piece) for _ in range(3))
-    assert long < 4 * min(seconds(["ab"], piece) for _ in range(3))
+    assert takes_less(lambda: seconds(strings, piece), 4, lambda: seconds(["ab"], piece))
