@@ -44,8 +44,8 @@ from taper_client import (
     parallel,
     serial,
 )
-from taper_client.answer import Timing, events_of
 from taper_client.errors import ServiceError
+from taper_client.events import Timing, events_of
 from taper_client.terminal import Answer, show_live, summary
 from taper_client.v1 import inference_service_pb2 as pb
 

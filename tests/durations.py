@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-MOST_TRIES = 10
+MOST_TRIES = 5
 
 
 def takes_less(this: Callable[[], float], times: float, that: Callable[[], float]) -> bool:

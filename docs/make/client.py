@@ -24,7 +24,8 @@ SECTIONS = {
     "request": "Prompts and requests",
     "options": "Options",
     "plan": "Plans",
-    "answer": "Events and answers",
+    "answer": "Answers",
+    "events": "Events",
     "credentials": "TLS and tokens",
     "errors": "Errors",
 }

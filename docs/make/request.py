@@ -25,7 +25,7 @@ from serve.server.responses import ResponseWriter
 from serve.text.codec import TextCodec
 from serve.text.reader import Speller
 from taper_client import Completion, generate_request, parallel, serial
-from taper_client.answer import BranchFinished, Delta, Event, WidthChanged, events_of
+from taper_client.events import BranchFinished, Delta, Event, WidthChanged, events_of
 from taper_client.v1 import inference_service_pb2 as pb
 
 SERVER = "127.0.0.1:50051"

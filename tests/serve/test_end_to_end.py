@@ -19,7 +19,7 @@ from model import decode
 from model.checkpoint import load_model
 from scheduler.sampling import SamplingParams
 from taper_client import Client, branch, parallel, sampling, serial, stopping
-from taper_client.answer import BranchFinished, Delta, Finished, Joined, StageStarted, Started
+from taper_client.events import BranchFinished, Delta, Finished, Joined, StageStarted, Started
 from tests.sizes import sampled
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

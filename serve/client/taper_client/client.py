@@ -16,10 +16,11 @@ from typing import Any, Unpack
 
 import grpc
 
-from .answer import Completion, Event, Started, events_of
+from .answer import Completion
 from .arguments import seconds
 from .credentials import Access, Tls, Token
 from .errors import CancelledError, ServiceError
+from .events import Event, Started, events_of
 from .options import Options
 from .request import (
     Prompt,

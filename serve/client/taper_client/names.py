@@ -1,19 +1,6 @@
 """The names that `taper_client` exports."""
 
-from .answer import (
-    BranchFinished,
-    Completion,
-    Delta,
-    Event,
-    Finished,
-    Joined,
-    Logprob,
-    StageStarted,
-    Started,
-    Timing,
-    Usage,
-    WidthChanged,
-)
+from .answer import Completion
 from .client import AsyncClient, AsyncStream, Client, Stream
 from .credentials import Tls, token_file
 from .errors import (
@@ -28,6 +15,19 @@ from .errors import (
     UnauthenticatedError,
     UnavailableError,
     Violation,
+)
+from .events import (
+    BranchFinished,
+    Delta,
+    Event,
+    Finished,
+    Joined,
+    Logprob,
+    StageStarted,
+    Started,
+    Timing,
+    Usage,
+    WidthChanged,
 )
 from .options import Options, sampling, stopping
 from .plan import Join, branch, model_driven, parallel, serial

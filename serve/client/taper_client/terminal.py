@@ -15,7 +15,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from .answer import Branch, Completion, Event
+from .answer import Branch, Completion
+from .events import Event
 
 SHOWN_AGAIN = b"\x1b[?25h\n"
 """What a terminal needs where `show_live` is left in its midst: the cursor, which it hides, on a new line."""

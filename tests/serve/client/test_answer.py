@@ -1,15 +1,14 @@
-"""Messages are read into events, field by field."""
+"""Events build an answer, which reads in order, prints, and is JSON."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from google.protobuf.duration_pb2 import Duration
 
-from taper_client.answer import (
+from taper_client.answer import Completion
+from taper_client.events import (
     BranchFinished,
-    Completion,
     Delta,
     Event,
     Finished,
@@ -20,48 +19,20 @@ from taper_client.answer import (
     Started,
     Timing,
     Usage,
-    events_of,
 )
-from taper_client.v1 import inference_service_pb2 as pb
 
 
-def test_every_figure_of_the_end_is_read_from_its_own_field() -> None:
-    usage = pb.Usage(
-        prompt_tokens=1, cached_tokens=2, completion_tokens=3, critical_path_tokens=4, preemptions=5
-    )
-    timing = pb.Timing(
-        queue_time=Duration(seconds=1, nanos=1),
-        time_to_first_token=Duration(seconds=2),
-        time_per_output_token=Duration(nanos=3_000_000),
-        total_time=Duration(seconds=4),
-        ttft_slo_met=True,
-    )
-    message = pb.GenerateResponse(events=[pb.Event(finished=pb.Finished(usage=usage, timing=timing))])
-    assert [*events_of(message)] == [
-        Finished(
-            usage=Usage(
-                prompt_tokens=1, cached_tokens=2, completion_tokens=3, critical_path_tokens=4, preemptions=5
-            ),
-            timing=Timing(
-                queue=1.000000001, ttft=2.0, tpot=0.003, total=4.0, tpot_slo_met=False, ttft_slo_met=True
-            ),
+def test_what_comes_in_several_messages_is_put_together() -> None:
+    """A count is of all tokens so far; everything else is new."""
+    completion = Completion()
+    for count, (text, token) in enumerate((("a", 97), ("b", 98), ("c", 99)), 1):
+        logprob = Logprob(token=token, logprob=-float(count))
+        completion.add(
+            Delta(branch=0, text=text, token_ids=(token,), logprobs=(logprob,), completion_tokens=count)
         )
-    ]
-
-
-def test_a_stage_says_whose_branches_begin() -> None:
-    branch = pb.Branch(branch_id=3, parent_branch_id=2, label="tea", prefix="Tea: ")
-    message = pb.GenerateResponse(
-        events=[pb.Event(stage_started=pb.StageStarted(stage=4, branches=[branch]))]
-    )
-    begun = StageBranch(branch=3, parent=2, label="tea", prefix="Tea: ")
-    assert [*events_of(message)] == [StageStarted(stage=4, branches=(begun,))]
-
-
-def test_an_event_of_a_newer_schema_is_left_out() -> None:
-    newer = pb.Event.FromString(bytes([0x9A, 0x06, 0]))  # field 99, an empty message
-    assert [*events_of(pb.GenerateResponse(events=[newer, pb.Event(joined=pb.Joined(stage=1))]))] != []
-    assert [*events_of(pb.GenerateResponse(events=[newer]))] == []
+    trunk = completion.trunk
+    assert (trunk.text, trunk.token_ids, trunk.completion_tokens) == ("abc", [97, 98, 99], 3)
+    assert [each.logprob for each in trunk.logprobs] == [-1.0, -2.0, -3.0]
 
 
 def test_a_branch_that_was_outrun_is_kept_and_is_not_in_the_text() -> None:
@@ -220,16 +191,3 @@ def test_ids_and_logprobs_are_in_the_json_if_they_were_asked_for():
 def test_an_answer_that_is_not_whole_has_no_json():
     with pytest.raises(ValueError, match="not complete"):
         collected(STARTED).as_dict()
-
-
-def test_what_comes_in_several_messages_is_put_together() -> None:
-    """A count is of all tokens so far; everything else is new."""
-    completion = Completion()
-    for count, (text, token) in enumerate((("a", 97), ("b", 98), ("c", 99)), 1):
-        logprob = Logprob(token=token, logprob=-float(count))
-        completion.add(
-            Delta(branch=0, text=text, token_ids=(token,), logprobs=(logprob,), completion_tokens=count)
-        )
-    trunk = completion.trunk
-    assert (trunk.text, trunk.token_ids, trunk.completion_tokens) == ("abc", [97, 98, 99], 3)
-    assert [each.logprob for each in trunk.logprobs] == [-1.0, -2.0, -3.0]

@@ -15,13 +15,13 @@ import pytest
 from scheduler.request import Request
 from taper_client import AsyncClient, Client, Completion, branch, generate_request, parallel, serial
 from taper_client import client as client_module
-from taper_client.answer import BranchFinished, Delta, Finished, Joined, Logprob, Started, WidthChanged
 from taper_client.errors import (
     CancelledError,
     DeadlineExceededError,
     InvalidRequestError,
     UnavailableError,
 )
+from taper_client.events import BranchFinished, Delta, Finished, Joined, Logprob, Started, WidthChanged
 from tests.serve.fakes import FakeEngine, finished, listening
 
 PLAN = [

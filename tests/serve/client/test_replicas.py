@@ -23,9 +23,9 @@ from serve.config import ServerConfig
 from serve.door import Refused
 from serve.server.tls import Certificates
 from taper_client import AsyncClient, Client, Completion, OverloadedError, Stream, Tls, UnavailableError
-from taper_client.answer import Event, Started
 from taper_client.command import main
 from taper_client.errors import ServiceError
+from taper_client.events import Event, Started
 from taper_client.replicas import addresses_of, is_balanced, target_of
 from tests.serve.authorities import Authority, without_authorities
 from tests.serve.cable import Cable, cable

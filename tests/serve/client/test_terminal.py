@@ -10,9 +10,9 @@ from rich.console import Console
 
 from scheduler.grammars import GRAMMARS
 from scheduler.outline import Numbered
-from taper_client.answer import (
+from taper_client.answer import Completion
+from taper_client.events import (
     BranchFinished,
-    Completion,
     Delta,
     Event,
     Finished,

@@ -20,8 +20,8 @@ import pytest
 from serve.config import OptionError, ServerConfig
 from serve.remote.spawn import spawned
 from taper_client import Client, branch, generate_request, parallel
-from taper_client.answer import Finished
 from taper_client.errors import InternalError, UnavailableError, from_rpc
+from taper_client.events import Finished
 from taper_client.v1 import inference_service_pb2_grpc as inference_grpc
 from tests.serve.remote.slow import GREEDY, LEAVING, STUCK, UNLUCKY
 from tests.serve.waiting import until

@@ -16,7 +16,7 @@ import pytest
 
 from bench.server import free_port
 from taper_client import Client, ServiceError
-from taper_client.answer import Delta, Finished
+from taper_client.events import Delta, Finished
 from tests.serve.remote.test_processes import Both, begun, end
 from tests.serve.waiting import until
 

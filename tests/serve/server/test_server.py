@@ -33,7 +33,7 @@ from serve.server.ports import SERVICES, Ports
 from serve.server.server import serve, shut_down
 from serve.server.service import Service
 from taper_client import AsyncClient, generate_request, parallel
-from taper_client.answer import Completion, Finished, events_of
+from taper_client.answer import Completion
 from taper_client.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -45,6 +45,7 @@ from taper_client.errors import (
     UnavailableError,
     from_rpc,
 )
+from taper_client.events import Finished, events_of
 from taper_client.v1 import control_service_pb2, inference_service_pb2
 from taper_client.v1 import inference_service_pb2_grpc as inference_grpc
 from tests.serve.fakes import ByteTokenizer, FakeEngine, finished, served_model
