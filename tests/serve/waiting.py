@@ -30,7 +30,7 @@ class Listener:
         return self.news
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> float:
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> float:
     """Wait for it; returns how long that took."""
     began = time.monotonic()
     while not condition():

@@ -106,7 +106,7 @@ def test_requests_are_served_and_a_signal_drains_both(both: Both) -> None:
     assert both.server.wait(15) == 0
     assert both.server.stdout is not None
     assert both.server.stdout.read() == "imported []\n", "JAX is the engine's alone"
-    until(lambda: not both.engine_is_alive, 5)
+    until(lambda: not both.engine_is_alive)
 
 
 def test_when_the_engines_process_dies_callers_are_told_and_the_server_ends(both: Both) -> None:
@@ -207,7 +207,7 @@ def test_a_second_signal_ends_both_at_once(both: Both) -> None:
             for _ in events:
                 pass
     assert both.server.wait(5) == 0
-    until(lambda: not both.engine_is_alive, 5)
+    until(lambda: not both.engine_is_alive)
 
 
 def test_a_cancelled_call_leaves_no_page_behind(both: Both) -> None:
@@ -216,7 +216,7 @@ def test_a_cancelled_call_leaves_no_page_behind(both: Both) -> None:
             events = iter(running)
             next(events)
             assert client.load().running_requests == 1
-        until(lambda: client.load().running_requests == 0 and client.load().kv_used_tokens == 0, 5)
+        until(lambda: client.load().running_requests == 0 and client.load().kv_used_tokens == 0)
 
 
 @pytest.mark.full
@@ -328,7 +328,7 @@ def test_an_engine_that_does_not_start_says_why_and_ends_both() -> None:
         _, said = both.server.communicate(timeout=30)
         assert both.server.returncode == 1
         assert "ValueError: an unlucky number" in said
-        until(lambda: not both.engine_is_alive, 5)
+        until(lambda: not both.engine_is_alive)
     finally:
         end(both)
 
@@ -336,7 +336,7 @@ def test_an_engine_that_does_not_start_says_why_and_ends_both() -> None:
 def test_an_engine_that_does_not_listen_yet_ends_with_its_server() -> None:
     both = begun(program=SERVER.replace("slow.main", "slow.deaf"))
     both.server.kill()
-    until(lambda: not both.engine_is_alive, 5)
+    until(lambda: not both.engine_is_alive)
     end(both)
 
 

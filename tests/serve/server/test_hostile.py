@@ -294,7 +294,7 @@ def test_readers_end_with_their_server(server: Server) -> None:
     assert len(readers) == 2
     server.process.kill()
     server.process.wait()
-    until(lambda: not any(_is_alive(reader) for reader in readers), 5)
+    until(lambda: not any(_is_alive(reader) for reader in readers))
 
 
 def _is_alive(process: int) -> bool:
