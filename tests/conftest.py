@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from bench.tpu.topology import ENVIRONMENT, installed
 from tests.absent import DEVICE, keep_away
@@ -30,6 +31,10 @@ if installed():
 if version("jaxlib").startswith("0.10."):
     QUICK = "--xla_cpu_use_fusion_emitters=false --xla_llvm_force_inline_before_split=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+
+# How long an example takes, or is drawn, says how busy the machine is.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MADE = pytest.StashKey[str]()

@@ -72,7 +72,7 @@ def test_pages_are_refilled_where_it_says_and_nowhere_else(backend: Backend) -> 
 
 @EVERY_BACKEND
 @given(forest=forests(page_sizes=(PAGE_SIZE,)))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_unpadded_work_is_the_beginning_of_the_padded(backend: Backend, forest: Forest) -> None:
     """So whoever copies it over padding has the bucket's arrays."""
     rows = sum(read.rows for read in forest.reads)

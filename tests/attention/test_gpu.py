@@ -80,7 +80,7 @@ def test_trees_and_prompt_chunks_agree_with_brute_force(
 
 
 @given(forests(page_sizes=(4,)))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_random_trees_agree_with_brute_force(forest: Forest) -> None:
     tiling = replace(BACKEND.tiling(heads=4, kv_heads=2, page_size=4), workers=16)
     capacity = TileCapacity.for_bucket(256, forest.num_pages, tiling, pages_per_read=64)

@@ -45,7 +45,7 @@ def items(work: WorkList) -> list[tuple[list[int], tuple[int, int], int]]:
 
 
 @given(st.one_of(forests(), forests(aliased=True)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_row_reads_every_position_that_it_must_once_and_no_other(forest: Forest) -> None:
     order, work = lay_out_items(Reads.of(forest.reads), replace(ROOM, page_size=forest.page_size))
     needed = Counter()
@@ -61,7 +61,7 @@ def test_every_row_reads_every_position_that_it_must_once_and_no_other(forest: F
 
 
 @given(forests())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_order_is_a_permutation_and_singles_come_first_longest_first(forest: Forest) -> None:
     order, work = lay_out_items(Reads.of(forest.reads), replace(ROOM, page_size=forest.page_size))
     assert sorted(order) == list(range(len(forest.reads)))
@@ -74,7 +74,7 @@ def test_order_is_a_permutation_and_singles_come_first_longest_first(forest: For
 
 
 @given(forests())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_shared_page_is_read_once_and_runs_of_pages_are_maximal(forest: Forest) -> None:
     _, work = lay_out_items(Reads.of(forest.reads), replace(ROOM, page_size=forest.page_size))
     readers = readers_of_shared_pages(forest.reads, forest.page_size)
@@ -83,7 +83,7 @@ def test_a_shared_page_is_read_once_and_runs_of_pages_are_maximal(forest: Forest
 
 
 @given(forests())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_bucket_capacity_always_suffices(forest: Forest) -> None:
     rows = sum(read.rows for read in forest.reads)
     longest = max(len(pages_of(read)) for read in forest.reads)

@@ -135,7 +135,7 @@ def check(reads: list[Read], order: np.ndarray, tiles: TileList, cut: Tiling) ->
 
 
 @given(st.one_of(forests(), forests(aliased=True)), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_row_sees_every_position_that_it_must_once_and_no_other(
     forest: Forest, data: st.DataObject
 ) -> None:
@@ -155,7 +155,7 @@ def test_every_row_sees_every_position_that_it_must_once_and_no_other(
 
 
 @given(forests(page_sizes=(16, 64)), st.sampled_from([1, 2, 5, 8]), st.sampled_from([64, 128]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_so_it_does_with_the_tiles_of_a_gpu(forest: Forest, group: int, lanes: int) -> None:
     cut = tiling(group, forest.page_size, lanes=lanes)
     order, tiles = lay_out_tiles(Reads.of(forest.reads), capacity_for(forest.reads, cut))
@@ -173,7 +173,7 @@ def test_a_step_of_everything_is_covered(page_size: int, group: int, workers: in
 
 
 @given(forests(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 2, 64]), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_bucket_capacity_always_suffices(
     forest: Forest, wide_rows: int, workers: int, tall: bool
 ) -> None:

@@ -99,7 +99,7 @@ def of_three_heads(reads: list[Read]) -> Case:
 
 
 @given(forests(page_sizes=(16,)))
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 def test_random_trees_agree_with_brute_force(forest: Forest) -> None:
     of_three_heads(forest.reads)
 

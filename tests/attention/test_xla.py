@@ -41,7 +41,7 @@ def test_it_agrees_with_brute_force(kv_heads: int, group: int, page_size: int, h
 
 
 @given(forests(page_sizes=(4,)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_it_agrees_with_brute_force_on_random_trees(forest: Forest) -> None:
     capacity = ItemCapacity(rows=256, items=256, page_refs=512, page_size=4)
     case = make_case(forest.reads, page_size=4, capacity=capacity, num_pages=forest.num_pages)

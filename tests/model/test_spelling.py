@@ -68,7 +68,7 @@ def test_a_decoder_that_cannot_be_read_token_by_token_is_refused(decoder):
 
 
 @families
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(before=texts.filter(str.strip), text=texts)
 def test_text_that_goes_on_adds_itself_and_nothing_else(name, before, text):
     tokenizer = family(name)

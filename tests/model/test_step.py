@@ -360,7 +360,7 @@ def test_what_a_vector_is_padded_with_is_laid_out_once_and_not_in_every_step(
 @given(
     st.lists(st.tuples(*[st.integers(1, 4), st.integers(1, 20), st.integers(0, 60)]), min_size=2, max_size=6)
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_buffer_holds_nothing_of_the_steps_before(steps: list[tuple[int, int, int]]) -> None:
     """What it packs is what fresh memory would hold, however much longer or shorter the steps before were."""
     buffer, vectors = StepBuffer(LAYOUT), list[np.ndarray]()

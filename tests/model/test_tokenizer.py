@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import model.tiny
@@ -54,7 +54,6 @@ def render(path: Path, template: str, **options) -> str:
     return Tokenizer.from_folder(folder_with(path, template=template)).render_chat(QUESTION, **options)
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_any_text_survives_a_round_trip(text):
     assert tiny.decode(tiny.encode(text)) == text
@@ -68,7 +67,6 @@ def test_nothing_is_added_to_a_text_and_nothing_is_taken_from_one():
     assert tiny.decode(ids, skip_special_tokens=True) == "user\nHello  <Path>1:</Path>\n"
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 268)))
 def test_any_ids_decode_to_whole_unicode(ids):
     tiny.decode(ids).encode("utf-8")

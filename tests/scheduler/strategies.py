@@ -22,7 +22,7 @@ SHARED = tuple(LETTERS * 3)  # what many prompts begin with
 def examples(number: int, **more: int) -> settings:
     """The same `number` of examples in every run."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    return settings(max_examples=number, deadline=None, derandomize=True, suppress_health_check=slow, **more)
+    return settings(max_examples=number, derandomize=True, suppress_health_check=slow, **more)
 
 
 samplings = st.sampled_from(

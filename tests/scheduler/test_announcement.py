@@ -34,7 +34,7 @@ def meant(grammar: TagGrammar, text: str) -> list[str]:
     return labels if len(labels) <= MOST else []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(grammar=st.sampled_from(GRAMMARS), told=told, asked=st.integers(1, 4))
 def test_the_labels_are_those_in_the_readable_text_since_a_plan_was_opened(grammar, told, asked):
     """Text that was readable may be settled as something else."""

@@ -32,7 +32,7 @@ def meant_in(outline: Outline, pieces: list[str]) -> list[list[str]]:
     return [pattern(outline).findall("".join(pieces[: n + 1])) for n in range(len(pieces))]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(outline=lines, pieces=pieces)
 @example(outline=Line("[", "]"), pieces=["[ ", "]", "a", "]", "[]]"])  # a label of one space, for a while
 @example(outline=Line("[", "  "), pieces=["[a", "  ", " ", "[b  "])  # that closes later with every space
@@ -42,7 +42,7 @@ def test_a_line_is_what_its_expression_says_whatever_comes_next(outline: Line, p
     assert found_in(outline, pieces) == meant_in(outline, pieces)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(outline=numbered, pieces=plans)
 def test_a_numbered_outline_is_what_its_expression_says(outline: Numbered, pieces: list[str]) -> None:
     assert found_in(outline, pieces) == meant_in(outline, pieces)

@@ -42,7 +42,7 @@ def completed(strings: list[str], text: str, before: int) -> set[str]:
     }
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(tokens=tokens, strings=strings, settling=st.booleans())
 def test_a_token_completes_what_ends_in_its_text_and_nothing_else(tokens, strings, settling):
     looking = Search(strings, Settling()) if settling else search(strings)

@@ -135,7 +135,7 @@ def run(server: Server, number: int, examples: int) -> None:
     relaxed = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
     @seed(number)
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=relaxed)
+    @settings(max_examples=examples, database=None, suppress_health_check=relaxed)
     @given(requests())
     def check(data: bytes) -> None:
         server.generate(data)
@@ -160,7 +160,7 @@ def test_so_does_much_more(server: Server, places: set, number: int) -> None:
 
 
 def test_ids_and_texts_are_turned_into_each_other_or_refused(server: Server, places: set) -> None:
-    @settings(max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=100, database=None)
     @seed(0)
     @given(messages(pb.TokenizeRequest, 5), messages(pb.DetokenizeRequest, 5))
     def check(tokenize: Any, detokenize: Any) -> None:

@@ -42,7 +42,7 @@ def seen(data: bytes) -> Envelope | None:
     return None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(messages, max_size=4))
 def test_of_several_messages_one_after_the_other_the_last_field_counts(
     parts: list[pb.GenerateRequest],
@@ -51,7 +51,7 @@ def test_of_several_messages_one_after_the_other_the_last_field_counts(
     assert look(data) == as_protobuf(data)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.lists(pieces, max_size=4), st.data())
 def test_any_bytes_that_protobuf_takes_say_the_same_here(parts: list[bytes], more: st.DataObject) -> None:
     data = bytearray(b"".join(parts))

@@ -44,7 +44,7 @@ def shown(message: pb.GenerateResponse) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     forced=st.lists(
         st.sampled_from(["the cat", " the end", "\n1.", "日本", "🙂 a", "END"]), min_size=4, max_size=4

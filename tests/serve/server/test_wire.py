@@ -21,7 +21,7 @@ numbers = st.integers(0, 2**32 - 1) | st.integers(0, 300)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=300) | st.text(max_size=3, alphabet="aé🙂")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(numbers, texts, numbers, st.lists(numbers, max_size=40))
 def test_a_delta_has_the_bytes_that_protobuf_gives_it(
     branch: int, text: str, count: int, ids: list[int]

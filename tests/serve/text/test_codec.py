@@ -39,7 +39,7 @@ def by_force(texts: Sequence[str], stops: Sequence[str]) -> tuple[int, Match] | 
 
 @pytest.mark.parametrize("special_tokens", [True, False])
 @families
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_a_match_is_where_searching_the_text_of_every_prefix_finds_it(name, special_tokens, data):
     before = family(name).encode("a")

@@ -30,7 +30,7 @@ def pieces(text: Detokenizer, ids) -> list[str]:
 
 
 @families
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_stop_strings_that_do_not_end_a_stage_change_nothing(name, data):
     ids = data.draw(strategies.ids(family(name), 40))
@@ -41,7 +41,7 @@ def test_stop_strings_that_do_not_end_a_stage_change_nothing(name, data):
 
 
 @families
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_what_a_stop_string_matched_is_never_shown_unless_asked_for(name, data):
     """And all before it is, whatever else its last token holds."""

@@ -25,7 +25,7 @@ def decoded(name: str, ids, *, skip: bool = True) -> str:
 
 @both
 @families
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_at_every_token_what_was_read_and_what_would_end_it_are_the_whole_text(name, skip, data):
     ids = data.draw(strategies.ids(family(name), 30))
@@ -36,7 +36,7 @@ def test_at_every_token_what_was_read_and_what_would_end_it_are_the_whole_text(n
 
 
 @families
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=strategies.texts)
 def test_no_piece_of_a_real_text_holds_half_a_character(name, text):
     ids = family(name).encode_continuation(text)
@@ -47,7 +47,7 @@ def test_no_piece_of_a_real_text_holds_half_a_character(name, text):
 
 
 @families
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_after_a_context_it_reads_what_the_tokens_add(name, data):
     context = family(name).encode(data.draw(strategies.texts.filter(str.strip)))
@@ -58,7 +58,7 @@ def test_after_a_context_it_reads_what_the_tokens_add(name, data):
 
 
 @families
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text(st.sampled_from("本🙂語"), min_size=1, max_size=5), data=st.data())
 def test_a_character_that_the_context_leaves_unfinished_is_completed(name, text, data):
     ids = family(name).encode_continuation("a" + text)
