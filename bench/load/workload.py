@@ -33,6 +33,7 @@ FORMAT = 1
 BURST_PERIOD, BURST_SECONDS, BURST, LULL = 45.0, 15.0, 1.6, 0.7
 BRANCH_SEED = 5  # tokens forced at the head of a branch, as of "\n<Path>\n1:"
 JOIN_SEED = 3  # and of what follows a join, as of "\n<Conclusion>\n"
+END = 1  # the token that ends a branch whose limit does not
 HEADLINE_RATE, HEADLINE_CLIENTS = 1.6, 40
 REQUESTS_PER_SECOND = 10  # of a closed loop, at most: so many are prepared
 
@@ -77,9 +78,19 @@ class Item:
         stages = tuple(tuple(map(length, stage)) for stage in self.stages)
         return replace(self, prompt=length(self.prompt), stages=stages)
 
-    def request(self, id: str, slo: Slo, seed: int, vocab_size: int = 32_000) -> Request:
-        """The request, with a random prompt and random seeds of branches drawn from `seed`."""
+    def request(
+        self, id: str, slo: Slo, seed: int, vocab_size: int = 32_000, *, limits: float = 1.0
+    ) -> Request:
+        """The request, with a random prompt and random seeds of branches drawn from `seed`.
+
+        Branches end by their limit, which is their length; with larger `limits`, in times their length, END
+        must be sampled after their last token.
+        """
         rng = np.random.default_rng(seed)
+        ends = frozenset({END}) if limits > 1.0 else frozenset()
+
+        def stopping(length: int) -> Stopping:
+            return Stopping(max_tokens=math.ceil(limits * length), eos_ids=ends)
 
         def ids(count: int) -> tuple[int, ...]:
             return tuple(rng.integers(vocab_size, size=count).tolist())
@@ -90,13 +101,12 @@ class Item:
             first, *others = lengths
             if others:
                 specs = [
-                    BranchSpec(stopping=Stopping(max_tokens=length), prefix=ids(BRANCH_SEED))
-                    for length in lengths
+                    BranchSpec(stopping=stopping(length), prefix=ids(BRANCH_SEED)) for length in lengths
                 ]
                 stages.append(ParallelStage(branches=tuple(specs), join=self.join))
             else:
                 prefix = ids(JOIN_SEED) if joined else ()
-                stages.append(SerialStage(stopping=Stopping(max_tokens=first), prefix=prefix))
+                stages.append(SerialStage(stopping=stopping(first), prefix=prefix))
             joined = bool(others)
         return Request(
             id=id,

@@ -17,7 +17,8 @@ unloaded one) and changes one thing of it.
     fork      requests per second, with answers that the server branches, joined by their KV or read again,
               and that clients put together from requests without branches (where policies do not differ: a
               request has nothing to admit)
-    reserve   the share of running requests' KV that a new one must leave to them, at loads of `STRAINED`
+    reserve   the share of running requests' KV that a new one must leave to them, at several loads
+    limits    of branches, in times the tokens that they have, with several such shares
     hour      an hour of the trace instead of 45 s
 
 Requests that arrive in the window are measured, all of them, and served to their end.
@@ -128,12 +129,14 @@ def with_fanout(seed: int, branches: int, seconds: float) -> Workload:
 
 
 BY_CLIENT, READ_AGAIN = "client forks", "taper, reprefill"
-STRAINED: dict[str, dict[str, Any]] = {
-    "1.6 a second": {"rate": 1.6},
-    "1.8 a second": {"rate": 1.8},
-    "2.0 a second": {"rate": 2.0},
+LOADS: dict[str, dict[str, Any]] = {
+    "1.4/s": {"rate": 1.4},
+    "1.6/s": {"rate": 1.6},
+    "1.8/s": {"rate": 1.8},
+    "40 clients": {"clients": 40},
     "60 clients": {"clients": 60},
 }
+RESERVES = {"all": 1.0, "half": 0.5, "a quarter": 0.25, "a tenth": 0.1, "nothing": 0.0}
 MARGINS = {"repaying": ControllerConfig(), "forgetting": ControllerConfig(repay=0.0)}
 
 
@@ -148,7 +151,8 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
         "margin": ((0.6, 0.7, 0.8, 0.9, 1.0, "quantile"), [*MARGINS]),
         "bias": ((-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2), [*MARGINS]),
         "fork": ((0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6), ("taper", READ_AGAIN, BY_CLIENT)),
-        "reserve": ((1.0, 0.75, 0.5, 0.25, 0.0), [*STRAINED]),
+        "reserve": ([*RESERVES.values()], [f"{policy}, {load}" for policy in SOME for load in LOADS]),
+        "limits": ((1.0, 2.0, 4.0, 8.0), [*RESERVES]),
         "hour": ((1.2,), SOME),
     }
     for name in maps:
@@ -158,7 +162,10 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
                 yield from (Case(name, x, label, seed) for seed in (seeds if name != "hour" else seeds[:1]))
 
 
-MAPS = ("load", "clients", "slo", "share", "fanout", "family", "margin", "bias", "fork", "reserve", "hour")
+MAPS = (
+    *("load", "clients", "slo", "share", "fanout", "family", "margin", "bias", "fork", "reserve", "limits"),
+    "hour",
+)
 
 
 def run(profile_name: str, case: Case) -> dict[str, Any]:
@@ -167,8 +174,9 @@ def run(profile_name: str, case: Case) -> dict[str, Any]:
     name, x, label, seed = case
     window = Window(WARMUP, WARMUP + (HOUR if name == "hour" else WINDOW))
     seconds = window.end + COOLDOWN
-    multiple, controller, latency, reserve = TPOT_SLO_MULTIPLE, ControllerConfig(), None, 1.0
-    policy = "taper" if label in (*MARGINS, *STRAINED, BY_CLIENT, READ_AGAIN) else label
+    multiple, controller, latency = TPOT_SLO_MULTIPLE, ControllerConfig(), None
+    reserve = limits = 1.0
+    policy = "taper" if label in (*MARGINS, *RESERVES, BY_CLIENT, READ_AGAIN) else label
     workload = named("headline", seed, seconds, rate=RATE)
     match name, x:
         case (("load" | "fork" | "hour"), float()):
@@ -191,7 +199,10 @@ def run(profile_name: str, case: Case) -> dict[str, Any]:
         case "bias", float():
             controller, latency = MARGINS[label], biased(profile, x)
         case "reserve", float():
-            reserve, workload = x, named("headline", seed, seconds, **STRAINED[label])
+            policy, load = label.split(", ")
+            reserve, workload = x, named("headline", seed, seconds, **LOADS[load])
+        case "limits", float():
+            limits, reserve = x, RESERVES[label]
     setting = Setting(
         profile=profile,
         workload=workload,
@@ -201,6 +212,7 @@ def run(profile_name: str, case: Case) -> dict[str, Any]:
         controller=controller,
         reserve=reserve,
         fork="client" if label == BY_CLIENT else "server",
+        limits=limits,
     )
     simulation = Simulation(setting, policy, latency=latency)
     with no_collections():

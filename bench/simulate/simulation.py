@@ -20,16 +20,16 @@ import numpy as np
 
 from bench.load.client_forks import parts_of
 from bench.load.measures import Record, Run, Window
-from bench.load.workload import ALONE, TPOT_SLO_MULTIPLE, TTFT_SLO, Fork, Item, Workload
+from bench.load.workload import ALONE, END, TPOT_SLO_MULTIPLE, TTFT_SLO, Fork, Item, Workload
 from bench.simulate.profile import Profile
 from bench.timing import no_collections
 from scheduler.controller import Controller, ControllerConfig
-from scheduler.events import Finished, TokenEmitted
+from scheduler.events import Finished, StageStarted, TokenEmitted
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request, Slo
 from scheduler.scheduler import RejectedError, Scheduler, SchedulerConfig
-from scheduler.step import FinishedStep, Sample, ScheduledStep, StepResult
+from scheduler.step import Entry, FinishedStep, Sample, ScheduledStep, StepResult
 from scheduler.stopping import Stopping
 from serve.door import Watcher
 from serve.engine.step_log import Moments, record
@@ -43,6 +43,7 @@ class Setting:
 
     seed  of the noise, and of where a log's steps begin
     fork  who divides answers into branches, and joins them
+    limits  of branches that the server forks, in times the tokens that they have
     """
 
     profile: Profile
@@ -53,6 +54,7 @@ class Setting:
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     reserve: float = 1.0
     fork: Fork = "server"
+    limits: float = 1.0
 
 
 # --- serving -----------------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ class Simulation:
     held, most_held KV positions of live requests within the window: summed over its seconds, and at most
     """
 
-    TOKEN = Sample(0)
+    TOKEN, END = Sample(0), Sample(END)
 
     def __init__(
         self,
@@ -165,6 +167,7 @@ class Simulation:
         self._to_measure: set[int] = set()
         self._sampled: set[tuple[str, int]] = set()  # segments, by request, that have sampled tokens
         self._asked: dict[str, _Asked] = {}  # by the id of a request that is not answered
+        self._left: dict[tuple[str, int], int] = {}  # tokens of branches that no limit ends, by request
 
     # --- the engine's loop -----------------------------------------------------------------------------
 
@@ -216,6 +219,8 @@ class Simulation:
         held = self.scheduler.pool.owned * self.profile.page_size
         sampling = Counter(entry.request_id for entry in scheduled.step.entries if entry.samples)
         samples = (self.TOKEN,) * sampling.total()
+        if self._left:
+            samples = tuple(map(self._sample, (entry for entry in scheduled.step.entries if entry.samples)))
         for entry in scheduled.step.entries:
             place = entry.request_id, entry.segment
             if entry.rows == 1 and place in self._sampled:
@@ -242,9 +247,18 @@ class Simulation:
                 asked = self._asked[event.request_id]
                 asked.record.emit(end)
                 self._within[asked.index] += end in self.setting.window
+                if self._left:
+                    self._left[event.request_id, event.branch] -= 1
+            elif type(event) is StageStarted and self.setting.limits > 1.0:
+                lengths = self._asked[event.request_id].record.item.stages[event.stage]
+                begun = [(event.request_id, each.branch) for each in event.branches]
+                self._left.update(zip(begun, lengths, strict=True))
             elif type(event) is Finished:
                 self.preemptions.append(event.usage.preemptions)
                 self._ended(event.request_id)
+
+    def _sample(self, entry: Entry) -> Sample:
+        return self.TOKEN if self._left.get((entry.request_id, entry.branch), 1) else self.END
 
     # --- the clients -----------------------------------------------------------------------------------
 
@@ -265,7 +279,7 @@ class Simulation:
         if self.setting.fork == "client":
             rounds = by_client(item, index, slo)
         else:
-            rounds = iter([[item.request(str(index), slo, index)]])
+            rounds = iter([[item.request(str(index), slo, index, limits=self.setting.limits)]])
         self._go_on(_Asked(index, record, rounds), now)
 
     def _go_on(self, asked: _Asked, now: float) -> None:
