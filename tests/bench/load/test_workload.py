@@ -10,6 +10,7 @@ from bench.load.workload import (
     ARRIVALS,
     BURST_PERIOD,
     BURST_SECONDS,
+    END,
     FAMILIES,
     Item,
     Workload,
@@ -190,6 +191,17 @@ def test_a_request_forces_its_lengths_by_limits_alone() -> None:
     assert not any(stopping.eos_ids or stopping.stop_ids or stopping.stop_strings for stopping in stoppings)
     assert request == item.request("a", Slo(), seed=1, vocab_size=10)
     assert (item.tokens, item.critical_path, item.parallel) == (24, 21, True)
+
+
+def test_a_limit_may_be_larger_than_the_length_and_then_a_token_ends_the_branch() -> None:
+    program = Item(0.0, 50, ((9,), (3, 5))).request("a", Slo(), seed=1, limits=1.5).program
+    assert isinstance(program, Plan)
+    head, fork = program.stages
+    assert isinstance(head, SerialStage)
+    assert isinstance(fork, ParallelStage)
+    stoppings = [head.stopping, *(branch.stopping for branch in fork.branches)]
+    assert [stopping.max_tokens for stopping in stoppings] == [14, 5, 8]
+    assert {stopping.eos_ids for stopping in stoppings} == {frozenset({END})}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,10 +12,12 @@ from bench.load.workload import named
 from bench.simulate import maps
 from bench.simulate.maps import (
     BY_CLIENT,
+    LOADS,
     MAPS,
     MARGINS,
     READ_AGAIN,
-    STRAINED,
+    RESERVES,
+    SOME,
     Case,
     biased,
     capacity,
@@ -104,20 +106,35 @@ def test_a_case_is_simulated_and_is_the_same_again(monkeypatch: pytest.MonkeyPat
     assert row["ttft_attainment"] == 1.0
 
 
-def test_a_load_is_served_with_the_share_of_kv_that_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
-    last(1.0, monkeypatch)
-    settings: list[Setting] = []
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Setting, str]]:
+    """The settings and the policies that `run` simulates, of windows of a second."""
+    made: list[tuple[Setting, str]] = []
 
-    def begun(setting: Setting, policy: str, **options: Any) -> Simulation:
-        settings.append(setting)
+    def begin(setting: Setting, policy: str, **options: Any) -> Simulation:
+        made.append((setting, policy))
         return Simulation(setting, policy, **options)
 
-    monkeypatch.setattr(maps, "Simulation", begun)
+    last(1.0, monkeypatch)
+    monkeypatch.setattr(maps, "Simulation", begin)
+    return made
+
+
+def test_every_policy_serves_loads_with_the_share_of_kv_that_is_reserved(begun) -> None:
     rows = [run("h200-qwen3-32b", case) for case in cases(["reserve"], [1]) if case.x == 0.5]
-    assert [row["label"] for row in rows] == [*STRAINED]
-    assert {setting.reserve for setting in settings} == {0.5}
-    assert [setting.workload.clients for setting in settings] == [None, None, None, 60]
-    assert all(row["preemptions"] == 0 for row in rows)
+    assert [row["policy"] for row in rows] == [f"{policy}, {load}" for policy in SOME for load in LOADS]
+    assert [policy for _, policy in begun] == [policy for policy in SOME for _ in LOADS]
+    assert {setting.reserve for setting, _ in begun} == {0.5}
+    assert [setting.workload.clients for setting, _ in begun] == [None, None, None, 40, 60] * len(SOME)
+    assert [setting.workload.family for setting, _ in begun] == ["fanout"] * len(rows)
+
+
+def test_limits_are_larger_than_answers_with_each_share_that_is_reserved(begun) -> None:
+    rows = [run("h200-qwen3-32b", case) for case in cases(["limits"], [1]) if case.x == 4.0]
+    assert [row["label"] for row in rows] == [*RESERVES]
+    assert [(setting.limits, setting.reserve, policy) for setting, policy in begun] == [
+        (4.0, reserve, "taper") for reserve in RESERVES.values()
+    ]
 
 
 def test_an_answer_is_one_request_or_many_by_who_forks(monkeypatch: pytest.MonkeyPatch) -> None:

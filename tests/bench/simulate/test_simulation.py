@@ -163,6 +163,20 @@ def test_what_is_not_answered_in_time_is_given_up() -> None:
     assert simulation.run().row()["ttft_attainment"] == 0.0
 
 
+def test_an_answer_ends_where_it_did_whatever_its_limits() -> None:
+    """A limit ends a branch at its last token; END comes a step later, when the next is on its way."""
+    items = Item(0.0, 100, ((7,), (5, 1, 9), (4,))), Item(0.0, 9, ((1,),))
+    workload = Workload("hand-made", "poisson", 0, items)
+    exact, loose = (Simulation(setting(workload=workload, limits=limits), "eager") for limits in (1.0, 3.0))
+    for simulation in (exact, loose):
+        simulation.serve()
+        assert [record.tokens for record in simulation.records] == [7 + 5 + 1 + 9 + 4, 1]
+        assert [len(record.stage_ends) for record in simulation.records] == [3, 1]
+        assert all(record.finished for record in simulation.records)
+    assert loose.steps == exact.steps + 2 * 3
+    assert loose.given == exact.given
+
+
 def test_a_closed_loop_never_has_more_requests_than_clients() -> None:
     simulation = Simulation(setting(workload=closed_loop("light", 3, 7, seed=1)), "eager")
     simulation.serve()
