@@ -7,7 +7,8 @@ What follows `--` are arguments of the taper-serve that is started. Every run is
 seed, as `bench.load.goodput` plays it, and has a file in the folder as soon as it is over: with the host that
 it ran on and, if the server keeps a log of its steps, how late these were (bench.simulate.lateness). What the
 folder has already is not made again, whoever made it on whichever host; the table and the picture are of all
-that it has. Without minutes, nothing is run. A run that would not end in time is passed over.
+that it has. Without minutes, nothing is run. A run that would not end in time is passed over. Servers that
+reserve KV differently (`--reserve`) want folders of their own.
 
 A card may be there for a dozen runs only, so they are made in the order of what they tell: see `ORDER`. Where
 a host has several cards, each takes a part of the runs, by a call of its own:
@@ -39,7 +40,7 @@ from bench.server import Server, started
 from bench.simulate.lateness import Lateness
 from bench.simulate.profile import Profile
 from bench.timing import clock
-from serve.config import command_line
+from serve.config import ServerConfig, command_line
 from serve.engine.step_log import read_steps
 from taper_client.errors import ServiceError
 
@@ -96,11 +97,12 @@ def expected_seconds(run: Run, there: Mapping[Run, Made], window_end: float) -> 
     return max(known, default=times * window_end)
 
 
-def make(wanted: Sequence[Run], options: Namespace, server: Server, log: Path | None) -> None:
+def make(wanted: Sequence[Run], options: Namespace, server: Server, config: ServerConfig) -> None:
     """Makes those of the runs that should end before `options.until` on the clock, in their order; one that
-    fails is said to. `log`: where the server writes its steps down.
+    fails is said to.
     """
     slo: list[str] = []
+    log = Path(config.step_log) if config.step_log else None
     here = host(options.commit)
     for run in wanted:
         left = options.until - clock()
@@ -123,19 +125,13 @@ def make(wanted: Sequence[Run], options: Namespace, server: Server, log: Path | 
         except (ServiceError, ValueError) as error:
             print(f"bench.headline: {run} failed: {error}", file=sys.stderr)
             continue
-        found: dict[str, Any] = {**compared, "host": here}
+        found: dict[str, Any] = {**compared, "reserve": config.reserve, "host": here}
         for row in found["rows"]:  # one, or none if it did not end in time
             write(found, path := options.folder / run.file)
             if log is not None:
                 row["lateness"] = lateness(log, row, options.profile)
                 write(found, path)
         slo = ["--tpot-slo", f"{found['tpot_slo_ms'] / 1e3}"]  # the first finds it for all of a server's
-
-
-def step_log(of_server: Sequence[str]) -> Path | None:
-    """Where a server with these arguments writes its steps down."""
-    name = command_line.configured(of_server).step_log
-    return Path(name) if name else None
 
 
 def lateness(log: Path, row: Mapping[str, Any], profile: str) -> dict[str, Any] | None:
@@ -328,8 +324,9 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     wanted = missing[options.part[0] - 1 :: options.part[1]]
     say(f"{len(there)} runs are there, {len(missing)} are missing", options.json)
     if wanted and options.minutes:
+        config = command_line.configured(of_server)
         with started(of_server) as server:
-            make(wanted, options, server, step_log(of_server))
+            make(wanted, options, server, config)
     runs = made(results(options.folder))
     say(table(runs), options.json)
     found = {

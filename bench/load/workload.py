@@ -100,9 +100,7 @@ class Item:
         for lengths in self.stages:
             first, *others = lengths
             if others:
-                specs = [
-                    BranchSpec(stopping=stopping(length), prefix=ids(BRANCH_SEED)) for length in lengths
-                ]
+                specs = [BranchSpec(stopping=stopping(length), prefix=ids(BRANCH_SEED)) for length in lengths]
                 stages.append(ParallelStage(branches=tuple(specs), join=self.join))
             else:
                 prefix = ids(JOIN_SEED) if joined else ()

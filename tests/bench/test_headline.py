@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench import headline, pictures
-from bench.headline import OTHERS, RIVALS, SEEDS, expected_seconds, main, plan, step_log, summaries, table
+from bench.headline import OTHERS, RIVALS, SEEDS, expected_seconds, main, plan, summaries, table
 from bench.load import trial
 from bench.load.runs import Load, Made, Run, made, results
 from bench.load.workload import Item
@@ -146,10 +146,15 @@ def test_a_run_takes_what_it_took_with_another_seed_or_what_its_kind_does() -> N
     assert expected_seconds(Run(BY_CLIENT, 1, "taper"), there, 1.0) == 2.6
 
 
-def test_the_servers_arguments_say_where_its_steps_are_written() -> None:
-    assert step_log(["--model", "m", "--step-log", "STEPS", "--max-queue", "9"]) == Path("STEPS")
-    assert step_log(["--step-log=STEPS"]) == Path("STEPS")
-    assert step_log(["--model", "m"]) is None
+def test_the_servers_arguments_say_what_it_reserves_and_where_its_steps_are_written(
+    small: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(headline, "plan", lambda: [Run(LOAD, 1, "taper")])
+    logs: list[Path] = []
+    monkeypatch.setattr(headline, "lateness", lambda log, *_: logs.append(log))
+    main([str(tmp_path), *QUICK, "--", "--reserve", "0.5", "--step-log=STEPS"])
+    (result,) = results(tmp_path)
+    assert (result["reserve"], logs) == (0.5, [Path("STEPS")])
 
 
 def test_a_row_has_the_lateness_of_its_own_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,12 +113,12 @@ def test_steps_are_as_late_as_those_of_the_run_were() -> None:
     assert (setting.profile.factors, setting.profile.excess) == ({8: 1.5}, (0.5, 0.5, -0.25, -0.25))
 
 
-def test_clients_fork_and_would_rather_be_refused_where_they_did() -> None:
+def test_clients_fork_would_rather_be_refused_and_kv_is_reserved_as_it_was() -> None:
     real = result("light", "off", 2.0)
     ((plain, _),) = settings(real, PROFILE)
-    assert (plain.fork, plain.slo.reject) == ("server", False)
-    ((other, _),) = settings(real | {"fork": "client", "reject_late": True}, PROFILE)
-    assert (other.fork, other.slo.reject) == ("client", True)
+    assert (plain.fork, plain.slo.reject, plain.reserve) == ("server", False, 1.0)
+    ((other, _),) = settings(real | {"fork": "client", "reject_late": True, "reserve": 0.5}, PROFILE)
+    assert (other.fork, other.slo.reject, other.reserve) == ("client", True, 0.5)
 
 
 def test_nine_of_ten_rows_are_enough_and_the_others_are_named() -> None:
