@@ -131,10 +131,8 @@ def with_fanout(seed: int, branches: int, seconds: float) -> Workload:
 BY_CLIENT, READ_AGAIN = "client forks", "taper, reprefill"
 LOADS: dict[str, dict[str, Any]] = {
     "1.4/s": {"rate": 1.4},
-    "1.6/s": {"rate": 1.6},
     "1.8/s": {"rate": 1.8},
     "40 clients": {"clients": 40},
-    "60 clients": {"clients": 60},
 }
 RESERVES = {"all": 1.0, "half": 0.5, "a quarter": 0.25, "a tenth": 0.1, "nothing": 0.0}
 MARGINS = {"repaying": ControllerConfig(), "forgetting": ControllerConfig(repay=0.0)}
@@ -151,7 +149,7 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
         "margin": ((0.6, 0.7, 0.8, 0.9, 1.0, "quantile"), [*MARGINS]),
         "bias": ((-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2), [*MARGINS]),
         "fork": ((0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6), ("taper", READ_AGAIN, BY_CLIENT)),
-        "reserve": ([*RESERVES.values()], [f"{policy}, {load}" for policy in SOME for load in LOADS]),
+        "reserve": ((1.0, 0.25, 0.1, 0.0), [f"{policy}, {load}" for load in LOADS for policy in SOME]),
         "limits": ((1.0, 2.0, 4.0, 8.0), [*RESERVES]),
         "hour": ((1.2,), SOME),
     }

@@ -121,11 +121,11 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Setting, str]]:
 
 
 def test_every_policy_serves_loads_with_the_share_of_kv_that_is_reserved(begun) -> None:
-    rows = [run("h200-qwen3-32b", case) for case in cases(["reserve"], [1]) if case.x == 0.5]
-    assert [row["policy"] for row in rows] == [f"{policy}, {load}" for policy in SOME for load in LOADS]
-    assert [policy for _, policy in begun] == [policy for policy in SOME for _ in LOADS]
-    assert {setting.reserve for setting, _ in begun} == {0.5}
-    assert [setting.workload.clients for setting, _ in begun] == [None, None, None, 40, 60] * len(SOME)
+    rows = [run("h200-qwen3-32b", case) for case in cases(["reserve"], [1]) if case.x == 0.25]
+    assert [row["policy"] for row in rows] == [f"{policy}, {load}" for load in LOADS for policy in SOME]
+    assert [policy for _, policy in begun] == [*SOME] * len(LOADS)
+    assert {setting.reserve for setting, _ in begun} == {0.25}
+    assert [setting.workload.clients for setting, _ in begun] == 8 * [None] + 4 * [40]
     assert [setting.workload.family for setting, _ in begun] == ["fanout"] * len(rows)
 
 
