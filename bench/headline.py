@@ -1,14 +1,14 @@
 """The comparison of docs/results.md, by one command: plans the runs, makes those that fit the time, resumes.
 
     python -m bench.headline bench/results/headline --minutes 25 -- --model qwen3-32b --load-format random \\
-        --max-queue 1024 --step-log STEPS.jsonl
+        --max-queue 1024 --reserve 1 --step-log STEPS.jsonl
 
 What follows `--` are arguments of the taper-serve that is started. Every run is a policy at a load with one
 seed, as `bench.load.goodput` plays it, and has a file in the folder as soon as it is over: with the host that
 it ran on and, if the server keeps a log of its steps, how late these were (bench.simulate.lateness). What the
 folder has already is not made again, whoever made it on whichever host; the table and the picture are of all
 that it has. Without minutes, nothing is run. A run that would not end in time is passed over. Servers that
-reserve KV differently (`--reserve`) want folders of their own.
+reserve KV differently want folders of their own: bench/results/headline is of servers with `--reserve 1`.
 
 A card may be there for a dozen runs only, so they are made in the order of what they tell: see `ORDER`. Where
 a host has several cards, each takes a part of the runs, by a call of its own:

@@ -131,6 +131,7 @@ MAPS = {
     "margin": ("over rho", "share of the slack that a step may spend"),
     "bias": ("over the predictor's error", "predicted time off by"),
     "reserve": ("over the KV that is reserved", "share of what running requests may still need"),
+    "limits": ("over the limits of branches", "limit, in times what a branch takes"),
 }
 
 

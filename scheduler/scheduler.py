@@ -67,7 +67,7 @@ class SchedulerConfig:
     max_client_queue: float = math.inf
     max_client_running: float = math.inf
     max_client_kv: float = math.inf
-    reserve: float = 1.0
+    reserve: float = 0.1
     prefix_cache: bool = True
 
 

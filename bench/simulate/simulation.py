@@ -52,7 +52,7 @@ class Setting:
     window: Window = Window()  # noqa: RUF009 - frozen
     seed: int = 0
     controller: ControllerConfig = field(default_factory=ControllerConfig)
-    reserve: float = 1.0
+    reserve: float = 1.0  # as bench/results was made; a server leaves a tenth
     fork: Fork = "server"
     limits: float = 1.0
 

@@ -128,8 +128,9 @@ class Scheduling(Group):
     """The share of the slack that extra branches may spend; 0.8 is the paper's."""
     repay: NotNegative[float] = 8.0
     """Tokens within which a request that fell behind its pace catches up; 0, as in the paper: never."""
-    reserve: Share[float] = 1.0
-    """The share of what running requests may still need in KV pages that a new one must leave to them."""
+    reserve: Share[float] = 0.1
+    """The share of what running requests may still need in KV pages that a new one must leave to them. With 1,
+    nobody is ever preempted, and nobody starts in the pages that limits promise and answers do not use."""
     fill: bool = True
     """Let extra branches fill the padding of the baseline's own bucket."""
     profile: str = "auto"

@@ -64,7 +64,7 @@ class Gate:
 def inside(
     may_go_on: threading.Event, watch: Watcher, before_plan: Callable[[], None] = lambda: None
 ) -> InProcessEngine:
-    config = SchedulerConfig(num_pages=64, page_size=4, num_slots=16, max_context=200)
+    config = SchedulerConfig(num_pages=64, page_size=4, num_slots=16, max_context=200, reserve=1.0)
     controller = Controller(StepLatencyModel({4: 1e-3, 8: 1e-3}))
     scheduler = Scheduler(config, controller, TextCodec(ByteTokenizer()))
     engine = InProcessEngine(scheduler, Gate(may_go_on), watch=watch, before_plan=before_plan)
