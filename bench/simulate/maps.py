@@ -166,14 +166,14 @@ MAPS = (
 )
 
 
-def run(profile_name: str, case: Case) -> dict[str, Any]:
-    """The row of a case."""
+def run(profile_name: str, case: Case, *, reserve: float = 1.0) -> dict[str, Any]:
+    """The row of a case; `reserve` is the share of maps that say nothing of it."""
     profile = Profile.load(profile_name)
     name, x, label, seed = case
     window = Window(WARMUP, WARMUP + (HOUR if name == "hour" else WINDOW))
     seconds = window.end + COOLDOWN
     multiple, controller, latency = TPOT_SLO_MULTIPLE, ControllerConfig(), None
-    reserve = limits = 1.0
+    limits = 1.0
     policy = "taper" if label in (*MARGINS, *RESERVES, BY_CLIENT, READ_AGAIN) else label
     workload = named("headline", seed, seconds, rate=RATE)
     match name, x:
@@ -257,6 +257,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--profile", default="h200-qwen3-32b", help="a shipped profile's name, or a file")
     parser.add_argument("--maps", nargs="+", choices=MAPS, default=[*MAPS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--reserve", type=float, default=1.0, help="what maps reserve that do not vary it")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
     options = parser.parse_args(arguments)
@@ -265,12 +266,14 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {
         **head(parser.typed(arguments)),
         "profile": profile.name,
+        "reserve": options.reserve,
         "tpot_unloaded_ms": 1e3 * unloaded_tpot(profile),
         "capacity": {},
         "rows": rows,
     }
+    simulated = partial(run, options.profile, reserve=options.reserve)
     with in_processes(options.processes) as pool:
-        for row in tracked(pool.map(partial(run, options.profile), wanted), "simulations", len(wanted)):
+        for row in tracked(pool.map(simulated, wanted), "simulations", len(wanted)):
             rows.append(row)
             keep(found, options.json)
     found["capacity"] = {

@@ -129,6 +129,13 @@ def test_every_policy_serves_loads_with_the_share_of_kv_that_is_reserved(begun) 
     assert [setting.workload.family for setting, _ in begun] == ["fanout"] * len(rows)
 
 
+def test_maps_that_say_nothing_of_it_reserve_what_they_are_told(begun) -> None:
+    for reserve in (1.0, 0.1):
+        run("h200-qwen3-32b", Case("load", 1.4, "taper", 1), reserve=reserve)
+    run("h200-qwen3-32b", Case("reserve", 0.25, "taper, 1.4/s", 1), reserve=0.1)
+    assert [setting.reserve for setting, _ in begun] == [1.0, 0.1, 0.25]
+
+
 def test_limits_are_larger_than_answers_with_each_share_that_is_reserved(begun) -> None:
     rows = [run("h200-qwen3-32b", case) for case in cases(["limits"], [1]) if case.x == 4.0]
     assert [row["label"] for row in rows] == [*RESERVES]
