@@ -159,9 +159,10 @@ class Scheduler:
 
     def _check_in_time(self, live: LiveRequest, now: float) -> None:
         """Raises RejectedError for a request whose first token would come too late, in all likelihood."""
-        clients, ttft = Counter(other.request.client for other in self._running), live.request.slo.ttft
+        started, ttft = [*self._running, *self._preempted], live.request.slo.ttft
+        clients = Counter(other.request.client for other in started)
         queued = self._queue.ahead_of(live.request.client, clients, self.config.max_client_running)
-        unread = sum(len(other.request.prompt) for other in queued)
+        unread = sum(len(other.request.prompt) for other in [*queued, *self._preempted])
         unread += sum(len(other.request.prompt) for other in self._running if not other.prompt_read)
         ahead = max(0, len(self._preempted) + len(queued) - self._free_starts)
         at_once = not self.wait.is_blocked and ahead == 0 and self._may_start(live, queued)
@@ -196,8 +197,12 @@ class Scheduler:
         )
 
     def give_up_late(self, now: float) -> list[str]:
-        """Forget the requests that wait, would rather go elsewhere than be late, and will be; their ids."""
-        waiting = self._queue if self._queue.picky else ()
+        """Forget the requests that wait, would rather go elsewhere than be late, and will be; their ids.
+
+        One that has been preempted waits for its first token again, if it has none.
+        """
+        waiting = [*self._queue] if self._queue.picky else []
+        waiting += [live for live in self._preempted if live.pace.first_token is None]
         picky = [live for live in waiting if live.request.slo.reject]
         late = [live.request.id for live in picky if not self._can_make_it(live, now)]
         for request_id in late:
@@ -333,8 +338,8 @@ class Scheduler:
     # --- starting and preempting -----------------------------------------------------------------------
 
     def _start_queued(self, start: float) -> None:
-        clients, pages = Counter[str](), Counter[str]()  # who runs, and what they may come to need
-        for live in self._running if self._queue else ():
+        clients, pages = Counter[str](), Counter[str]()  # whose have started, and what they may come to need
+        for live in [*self._running, *self._preempted] if self._queue or self._preempted else ():
             clients[live.request.client] += 1
             pages[live.request.client] += live.worst_case_pages
         while (live := self._next_to_start(start, clients, pages)) is not None:
@@ -344,9 +349,9 @@ class Scheduler:
             self.wait.started(start)
             self._queue.start(live)
             self._leave(live)
-            clients[live.request.client] += 1
-            pages[live.request.client] += live.worst_case_pages
             if live.pace.started is None:
+                clients[live.request.client] += 1
+                pages[live.request.client] += live.worst_case_pages
                 live.age = self._starts
                 self._starts += 1
             live.resume(start)
@@ -364,9 +369,9 @@ class Scheduler:
     ) -> LiveRequest | None:
         """Preempted requests first; then those that can still meet their TTFT target, then the others.
 
-        clients  how many requests of each are running; pages, what these may need in all
+        clients  how many requests of each have started; pages, what these may need in all
         """
-        if self._preempted:
+        if self._preempted and self._may_start(self._preempted[0]):
             return self._preempted[0]
         turn = self.controller.LATE_TURN
 
@@ -375,12 +380,30 @@ class Scheduler:
             few = clients.get(client, 0) < self.config.max_client_running
             return few and pages.get(client, 0) + live.worst_case_pages <= self._most_client_pages
 
-        return self._queue.next(
+        found = self._queue.next(
             clients,
             is_within,
             partial(self._can_make_it, start=start),
             missed_first=self._starts % turn == turn - 1,
         )
+        return self._around_preempted(found, clients) if self._preempted else found
+
+    def _around_preempted(self, queued: LiveRequest | None, clients: Mapping[str, int]) -> LiveRequest:
+        """Where the oldest preempted request has no room yet: another one that has, whose client has fewer
+        requests beside it, or else the oldest. So a client whose limits do not fit together holds up its own
+        requests, and nobody is passed who has no other.
+        """
+
+        def beside(live: LiveRequest) -> int:
+            return clients.get(live.request.client, 0) - (live.pace.started is not None)
+
+        first, *others = self._preempted
+        if queued is not None:
+            others.append(queued)
+        for live in others:
+            if beside(live) < beside(first) and self._may_start(live):
+                return live
+        return first
 
     def _can_make_it(self, live: LiveRequest, start: float) -> bool:
         """Whether its first token can come in time if it starts at `start`.

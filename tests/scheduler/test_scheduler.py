@@ -264,20 +264,79 @@ def test_the_queue_waits_behind_the_preempted() -> None:
     world.run([])
 
 
+@pytest.mark.parametrize("reserve", [1.0, 0.1, 0.0])
+def test_a_client_whose_limits_do_not_fit_together_holds_up_its_own_requests_alone(reserve: float) -> None:
+    world = World(Setting(num_pages=50, page_size=4, reserve=reserve, policy="off"), TALKS_ON)
+    for name in ("first", "second"):
+        world.add(request(name, serial(160), client="greedy", cache_salt=name))
+    world.run_until(lambda: world.emitted("first") > 110)
+    assert [live.request.id for live in world.scheduler.preempted] == ([] if reserve == 1.0 else ["second"])
+    world.add(request("third", serial(1), client="greedy"))
+    world.add(request("small", serial(6), client="other"))
+    world.run_until(lambda: world.emitted("small") > 0, most=5)
+    assert not world.emitted("third")
+    world.run([])
+
+
+def test_a_preempted_request_is_passed_by_others_that_were_if_their_clients_have_no_more() -> None:
+    """`bulky` is older, and has no room beside the one that runs; `sole` has."""
+    world = World(Setting(num_pages=40, page_size=4, policy="off", prefix_cache=False), TALKS_ON)
+    for name, tokens, client in (("runs", 150, "greedy"), ("bulky", 140, "greedy"), ("sole", 60, "other")):
+        world.add(request(name, serial(tokens), client=client))
+        world.run_until(lambda name=name: name in world.running)
+    preempted: list[tuple[str, ...]] = []
+    while not world.is_finished("runs"):
+        world.step()
+        preempted.append(tuple(live.request.id for live in world.scheduler.preempted))
+    assert [*dict.fromkeys(preempted)] == [(), ("sole",), ("bulky", "sole"), ("bulky",)]
+    world.run([])
+
+
+def test_nobody_is_passed_who_has_no_other_request() -> None:
+    world = World(Setting(num_pages=16, page_size=4, policy="eager", prefix_cache=False), TALKS_ON)
+    for name in ("old", "young"):
+        world.add(request(name, serial(40), prompt=4, client=name))
+    world.run_until(lambda: bool(world.scheduler.preempted))
+    world.add(request("new", serial(1), prompt=2, client="new"))
+    while world.scheduler.preempted:
+        world.step()
+        assert "new" not in world.running or not world.scheduler.preempted
+    world.run([])
+
+
+READING = Setting(
+    num_pages=15,
+    page_size=4,
+    policy="off",
+    buckets=(8,),
+    prompt_floor=2,
+    max_chunk=2,
+    controller=ControllerConfig(rho=0.0, fill=False),
+    prefix_cache=False,
+    in_flight=0,
+)
+
+
+def test_who_is_preempted_before_its_first_token_is_given_up_once_that_will_be_late() -> None:
+    world = World(READING, TALKS_ON)
+    slo = Slo(tpot=0.01, ttft=90.0)
+    world.add(request("old", serial(40), slo=slo))
+    world.run_until(lambda: world.emitted("old") == 1)
+    begin = world.now
+    world.add(request("reading", serial(4), prompt=40, slo=replace(slo, ttft=0.06, reject=True)))
+    world.run_until(lambda: bool(world.scheduler.preempted))
+    given_up: list[str] = []
+    while not given_up:
+        world.step()
+        given_up = world.scheduler.give_up_late(world.now)
+    assert given_up == ["reading"]
+    assert world.now < begin + 0.06
+    world.run([])
+
+
 def test_a_request_without_pages_is_not_preempted_in_vain() -> None:
     """The youngest has begun, and read nothing yet."""
-    setting = Setting(
-        num_pages=15,
-        page_size=4,
-        policy="off",
-        buckets=(8,),
-        prompt_floor=2,
-        max_chunk=2,
-        controller=ControllerConfig(rho=0.0, fill=False),
-        prefix_cache=False,
-        in_flight=0,
-    )
-    world = World(setting, TALKS_ON)
+    world = World(READING, TALKS_ON)
     slo = Slo(tpot=0.01, ttft=90.0)
     world.add(request("old", serial(40), prompt=4, slo=slo))
     world.run_until(lambda: world.emitted("old") == 1)
