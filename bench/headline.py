@@ -7,8 +7,8 @@ What follows `--` are arguments of the taper-serve that is started. Every run is
 seed, as `bench.load.goodput` plays it, and has a file in the folder as soon as it is over: with the host that
 it ran on and, if the server keeps a log of its steps, how late these were (bench.simulate.lateness). What the
 folder has already is not made again, whoever made it on whichever host; the table and the picture are of all
-that it has. Without minutes, nothing is run. A run that would not end in time is passed over. Servers that
-reserve KV differently want folders of their own: bench/results/headline is of servers with `--reserve 1`.
+that it has. Without minutes, nothing is run. A run that would not end in time is passed over. A folder is
+of servers that reserve KV alike (`--reserve`).
 
 A card may be there for a dozen runs only, so they are made in the order of what they tell: see `ORDER`. Where
 a host has several cards, each takes a part of the runs, by a call of its own:
@@ -325,6 +325,9 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     say(f"{len(there)} runs are there, {len(missing)} are missing", options.json)
     if wanted and options.minutes:
         config = command_line.configured(of_server)
+        others = {each.result.get("reserve", 1.0) for each in there.values()} - {config.reserve}
+        if others:
+            sys.exit(f"bench.headline: {options.folder} is of servers with --reserve {others.pop():g}")
         with started(of_server) as server:
             make(wanted, options, server, config)
     runs = made(results(options.folder))

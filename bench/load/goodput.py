@@ -35,6 +35,7 @@ from bench.plot import plot_policies
 from bench.server import started
 from bench.timing import clock, python_ms
 from scheduler.request import Slo
+from serve.config import command_line
 from serve.lateness import CAUSES
 from taper_client import AsyncClient
 from taper_client.errors import ServiceError
@@ -192,8 +193,9 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         if options.address:
             found = compare(options, typed, options.address, options.metrics_url)
         else:
+            reserve = command_line.configured(of_server).reserve
             with started(of_server) as server:
-                found = compare(options, typed, server.address, server.metrics_url)
+                found = compare(options, typed, server.address, server.metrics_url) | {"reserve": reserve}
     except (ServiceError, OSError, ValueError) as error:
         sys.exit(f"bench.load.goodput: {error}")
     result.write(found, options.json)

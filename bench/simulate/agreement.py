@@ -53,7 +53,7 @@ def settings(result: Mapping[str, Any], profile: Profile) -> list[tuple[Setting,
             slo=Slo(tpot=result["tpot_slo_ms"] / 1e3, ttft=result["ttft_slo_s"], reject=reject),
             window=window,
             seed=seed,
-            reserve=result.get("reserve", 1.0),
+            reserve=result.get("reserve", 1.0),  # older ones do not say, and a server that was there already
             fork=fork,
         )
         found.append((setting, policy))

@@ -129,8 +129,8 @@ class Scheduling(Group):
     repay: NotNegative[float] = 8.0
     """Tokens within which a request that fell behind its pace catches up; 0, as in the paper: never."""
     reserve: Share[float] = 0.1
-    """The share of what running requests may still need in KV pages that a new one must leave to them. With 1,
-    nobody is ever preempted, and nobody starts in the pages that limits promise and answers do not use."""
+    """The share of what running requests may still need in KV pages that a new one must leave to them. Where
+    they come to need more, the youngest are preempted; where less, others wait for pages that nobody uses."""
     fill: bool = True
     """Let extra branches fill the padding of the baseline's own bucket."""
     profile: str = "auto"

@@ -73,6 +73,9 @@ class Metrics:
         self._tokens = counter(
             "tokens", "Tokens: prompt (read), cached (reused), completion (sampled)", "kind", "tenant"
         )
+        self._preemptions = counter(
+            "preemptions", "How often finished requests had lost their KV pages to older ones"
+        )
         self._slo = counter("slo", "Finished requests by target and whether they met it", "target", "met")
         for target in ("ttft", "tpot"):
             for met in ("true", "false"):
@@ -128,6 +131,7 @@ class Metrics:
             ("completion", usage.completion_tokens),
         ):
             self._tokens.labels(kind, tenant).inc(count)
+        self._preemptions.inc(usage.preemptions)
         self._ttft.observe(timing.ttft)
         self._tpot.observe(timing.tpot)
         self._slo.labels("tpot", str(timing.tpot_slo_met).lower()).inc()

@@ -155,6 +155,9 @@ def test_the_servers_arguments_say_what_it_reserves_and_where_its_steps_are_writ
     main([str(tmp_path), *QUICK, "--", "--reserve", "0.5", "--step-log=STEPS"])
     (result,) = results(tmp_path)
     assert (result["reserve"], logs) == (0.5, [Path("STEPS")])
+    monkeypatch.setattr(headline, "plan", lambda: [Run(LOAD, 2, "taper")])
+    with pytest.raises(SystemExit, match=r"is of servers with --reserve 0\.5"):
+        main([str(tmp_path), *QUICK])
 
 
 def test_a_row_has_the_lateness_of_its_own_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -281,8 +281,8 @@ def test_a_client_whose_limits_do_not_fit_together_holds_up_its_own_requests_alo
 def test_a_preempted_request_is_passed_by_others_that_were_if_their_clients_have_no_more() -> None:
     """`bulky` is older, and has no room beside the one that runs; `sole` has."""
     world = World(Setting(num_pages=40, page_size=4, policy="off", prefix_cache=False), TALKS_ON)
-    for name, tokens, client in (("runs", 150, "greedy"), ("bulky", 140, "greedy"), ("sole", 60, "other")):
-        world.add(request(name, serial(tokens), client=client))
+    for name, length, client in (("runs", 150, "greedy"), ("bulky", 140, "greedy"), ("sole", 60, "other")):
+        world.add(request(name, serial(length), client=client))
         world.run_until(lambda name=name: name in world.running)
     preempted: list[tuple[str, ...]] = []
     while not world.is_finished("runs"):

@@ -6,7 +6,7 @@
         answer = client.complete("Tea or coffee?", plan=[parallel(["Tea:", "Coffee:"]), serial("So:")])
     print(answer, answer.usage.completion_tokens)
 
-`Client.generate` streams the same answer as the events of `taper_client.answer`, and `AsyncClient` has the
+`Client.generate` streams the same answer as the events of `taper_client.events`, and `AsyncClient` has the
 same methods with `await`. A call that fails raises a `ServiceError`: its `reason` is a constant to branch on,
 and its `retry_after` says whether trying again makes sense. The messages are in `taper_client.v1`.
 """

@@ -125,8 +125,9 @@ def test_every_policy_serves_loads_with_the_share_of_kv_that_is_reserved(begun) 
     assert [row["policy"] for row in rows] == [f"{policy}, {load}" for load in LOADS for policy in SOME]
     assert [policy for _, policy in begun] == [*SOME] * len(LOADS)
     assert {setting.reserve for setting, _ in begun} == {0.25}
-    assert [setting.workload.clients for setting, _ in begun] == 8 * [None] + 4 * [40]
-    assert [setting.workload.family for setting, _ in begun] == ["fanout"] * len(rows)
+    seconds = begun[0][0].window.end + maps.COOLDOWN
+    requests = [named("headline", 1, seconds, **load).digest for load in LOADS.values()]
+    assert [setting.workload.digest for setting, _ in begun] == [each for each in requests for _ in SOME]
 
 
 def test_maps_that_say_nothing_of_it_reserve_what_they_are_told(begun) -> None:
@@ -134,14 +135,17 @@ def test_maps_that_say_nothing_of_it_reserve_what_they_are_told(begun) -> None:
         run("h200-qwen3-32b", Case("load", 1.4, "taper", 1), reserve=reserve)
     run("h200-qwen3-32b", Case("reserve", 0.25, "taper, 1.4/s", 1), reserve=0.1)
     assert [setting.reserve for setting, _ in begun] == [1.0, 0.1, 0.25]
+    assert {setting.limits for setting, _ in begun} == {1.0}
 
 
 def test_limits_are_larger_than_answers_with_each_share_that_is_reserved(begun) -> None:
     rows = [run("h200-qwen3-32b", case) for case in cases(["limits"], [1]) if case.x == 4.0]
     assert [row["label"] for row in rows] == [*RESERVES]
     assert [(setting.limits, setting.reserve, policy) for setting, policy in begun] == [
-        (4.0, reserve, "taper") for reserve in RESERVES.values()
+        (4.0, reserve, "taper") for reserve in (1.0, 0.5, 0.25, 0.1, 0.0)
     ]
+    requests = named("headline", 1, begun[0][0].window.end + maps.COOLDOWN, rate=maps.RATE)
+    assert {setting.workload.digest for setting, _ in begun} == {requests.digest}
 
 
 def test_an_answer_is_one_request_or_many_by_who_forks(monkeypatch: pytest.MonkeyPatch) -> None:

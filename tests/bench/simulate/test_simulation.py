@@ -169,6 +169,10 @@ def test_an_answer_ends_where_it_did_whatever_its_limits() -> None:
     workload = Workload("hand-made", "poisson", 0, items)
     exact, loose = (Simulation(setting(workload=workload, limits=limits), "eager") for limits in (1.0, 3.0))
     for simulation in (exact, loose):
+        simulation._send_next(0.0)
+        limits = simulation.setting.limits
+        (live,) = simulation.scheduler.live.values()
+        assert live.request == items[0].request("0", simulation.setting.slo, 0, limits=limits)
         simulation.serve()
         assert [record.tokens for record in simulation.records] == [7 + 5 + 1 + 9 + 4, 1]
         assert [len(record.stage_ends) for record in simulation.records] == [3, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from scheduler.predictor import PredictionAccuracy
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request
@@ -78,12 +80,14 @@ def test_a_step_without_extra_work_or_without_a_prediction_adds_nothing_false():
 
 def test_finished_requests_add_up():
     metrics = Metrics()
-    for _ in range(2):
-        metrics.observe_finished(finished("r", 5))
+    for preemptions in (0, 3):
+        event = finished("r", 5)
+        metrics.observe_finished(replace(event, usage=replace(event.usage, preemptions=preemptions)))
     value = metrics.registry.get_sample_value
     kinds = ("prompt", "cached", "completion")
     tokens = {kind: value("taper_tokens_total", {"kind": kind, "tenant": ""}) for kind in kinds}
     assert tokens == {"prompt": 4, "cached": 2, "completion": 10}
+    assert value("taper_preemptions_total") == 3
     assert value("taper_slo_total", {"target": "tpot", "met": "true"}) == 2
     assert value("taper_slo_total", {"target": "ttft", "met": "false"}) == 2
     assert value("taper_ttft_seconds_sum") == 1.0
