@@ -298,7 +298,7 @@ async def test_ten_thousand_streams_on_one_connection_leave_the_others_theirs():
             await soon(lambda: "other" in engine.requests)
             engine.tell("other", begin("other", 0), finished("other"))
             assert [message async for message in call]
-            assert asyncio.get_running_loop().time() - began < 10.0
+            assert asyncio.get_running_loop().time() - began < 40.0, "behind them it would be minutes"
             del engine.requests["other"]
         assert len(engine.requests) == service.config.max_client_calls
         await many.close()

@@ -56,7 +56,7 @@ CONFIG = ServerConfig(port=0)
 def in_loop(test: Callable[..., Coroutine]) -> Callable:
     @functools.wraps(test)
     def run(*args, **kwargs):
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 120))  # of a test that hangs
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 300))  # of a test that hangs
 
     return run
 
