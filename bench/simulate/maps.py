@@ -161,7 +161,17 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
 
 
 MAPS = (
-    *("load", "clients", "slo", "share", "fanout", "family", "margin", "bias", "fork", "reserve", "limits"),
+    "load",
+    "clients",
+    "slo",
+    "share",
+    "fanout",
+    "family",
+    "margin",
+    "bias",
+    "fork",
+    "reserve",
+    "limits",
     "hour",
 )
 
@@ -172,8 +182,7 @@ def run(profile_name: str, case: Case, *, reserve: float = 1.0) -> dict[str, Any
     name, x, label, seed = case
     window = Window(WARMUP, WARMUP + (HOUR if name == "hour" else WINDOW))
     seconds = window.end + COOLDOWN
-    multiple, controller, latency = TPOT_SLO_MULTIPLE, ControllerConfig(), None
-    limits = 1.0
+    multiple, limits, controller, latency = TPOT_SLO_MULTIPLE, 1.0, ControllerConfig(), None
     policy = "taper" if label in (*MARGINS, *RESERVES, BY_CLIENT, READ_AGAIN) else label
     workload = named("headline", seed, seconds, rate=RATE)
     match name, x:

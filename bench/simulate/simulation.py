@@ -41,9 +41,10 @@ MAX_CONTEXT = 16_384
 class Setting:
     """What is the same for every policy.
 
-    seed  of the noise, and of where a log's steps begin
-    fork  who divides answers into branches, and joins them
-    limits  of branches that the server forks, in times the tokens that they have
+    seed     of the noise, and of where a log's steps begin
+    reserve  of a server's KV, as bench/results was made; its own default is a tenth
+    fork     who divides answers into branches, and joins them
+    limits   of branches that the server forks, in times the tokens that they have
     """
 
     profile: Profile
@@ -52,7 +53,7 @@ class Setting:
     window: Window = Window()  # noqa: RUF009 - frozen
     seed: int = 0
     controller: ControllerConfig = field(default_factory=ControllerConfig)
-    reserve: float = 1.0  # as bench/results was made; a server leaves a tenth
+    reserve: float = 1.0
     fork: Fork = "server"
     limits: float = 1.0
 
