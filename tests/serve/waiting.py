@@ -1,10 +1,11 @@
-"""Waiting for what another thread or process does."""
+"""Waiting for what another thread or process does, or for its end."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from serve.door import News, is_last
 
@@ -28,6 +29,14 @@ class Listener:
     def wait(self, seconds: float = 30.0) -> list[News]:
         assert self.ended.wait(seconds), "the request did not end"
         return self.news
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # before it is opened, and before it is read
+        return False
 
 
 def until(condition: Callable[[], bool], seconds: float = 30.0) -> float:

@@ -24,7 +24,7 @@ from taper_client.errors import InternalError, UnavailableError, from_rpc
 from taper_client.events import Finished
 from taper_client.v1 import inference_service_pb2_grpc as inference_grpc
 from tests.serve.remote.slow import GREEDY, LEAVING, STUCK, UNLUCKY
-from tests.serve.waiting import until
+from tests.serve.waiting import is_alive, until
 
 SERVER = """
 import signal, sys
@@ -52,11 +52,7 @@ class Both:
 
     @property
     def engine_is_alive(self) -> bool:
-        try:
-            with open(f"/proc/{self.engine}/stat") as stat:
-                return stat.read().rpartition(")")[2].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
+        return is_alive(self.engine)
 
 
 def begun(seed: int = 0, program: str = SERVER, **options: Any) -> Both:

@@ -18,7 +18,7 @@ from taper_client import Client
 from taper_client.errors import InvalidRequestError, OverloadedError, ServiceError, from_rpc
 from taper_client.v1 import control_service_pb2 as control_pb
 from taper_client.v1 import inference_service_pb2 as pb
-from tests.serve.waiting import until
+from tests.serve.waiting import is_alive, until
 
 ROOT = Path(__file__).parents[3]
 SERVER = """
@@ -34,7 +34,7 @@ def load(config, on_step):
     model = ServedModel.of(config, model_config(config.model), model_tokenizer(config.model)[0])
     return Served(engine=FakeEngine(answer), model=model)
 
-run(ServerConfig(port=0, model=sys.argv[1], read_timeout=0.8, read_memory_mb=250), load)
+run(ServerConfig(port=0, model=sys.argv[1], read_timeout=2.0, read_memory_mb=250), load)
 """
 TEMPLATE = """
 {%- set c = messages[0].content -%}
@@ -272,7 +272,7 @@ def test_who_loops_leaves_readers_to_others(server: Server) -> None:
         stop.set()
         attacker.join()
     assert sorted(waits)[len(waits) // 2] < 0.1
-    assert sorted(waits)[-3] < 1.0, "in which one message loops; a reader may have been about to start before"
+    assert sorted(waits)[-3] < 2.5, "in which one message loops; a reader may have been about to start before"
 
 
 def test_headers_are_bounded(server: Server) -> None:
@@ -294,11 +294,4 @@ def test_readers_end_with_their_server(server: Server) -> None:
     assert len(readers) == 2
     server.process.kill()
     server.process.wait()
-    until(lambda: not any(_is_alive(reader) for reader in readers))
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    until(lambda: not any(map(is_alive, readers)))
