@@ -34,7 +34,7 @@ from bench import hardware, pictures
 from bench.command import Command, split
 from bench.load import goodput
 from bench.load.measures import COLUMNS, titles
-from bench.load.runs import Load, Made, Run, made, results
+from bench.load.runs import Load, Made, Run, made, reserved, results
 from bench.result import device_of, head, say, versions, write
 from bench.server import Server, started
 from bench.simulate.lateness import Lateness
@@ -325,7 +325,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     say(f"{len(there)} runs are there, {len(missing)} are missing", options.json)
     if wanted and options.minutes:
         config = command_line.configured(of_server)
-        others = {each.result.get("reserve", 1.0) for each in there.values()} - {config.reserve}
+        others = {reserved(each.result) for each in there.values()} - {config.reserve}
         if others:
             sys.exit(f"bench.headline: {options.folder} is of servers with --reserve {others.pop():g}")
         with started(of_server) as server:

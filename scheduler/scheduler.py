@@ -159,8 +159,7 @@ class Scheduler:
 
     def _check_in_time(self, live: LiveRequest, now: float) -> None:
         """Raises RejectedError for a request whose first token would come too late, in all likelihood."""
-        started, ttft = [*self._running, *self._preempted], live.request.slo.ttft
-        clients = Counter(other.request.client for other in started)
+        clients, ttft = Counter(other.request.client for other in self._started), live.request.slo.ttft
         queued = self._queue.ahead_of(live.request.client, clients, self.config.max_client_running)
         unread = sum(len(other.request.prompt) for other in [*queued, *self._preempted])
         unread += sum(len(other.request.prompt) for other in self._running if not other.prompt_read)
@@ -339,7 +338,7 @@ class Scheduler:
 
     def _start_queued(self, start: float) -> None:
         clients, pages = Counter[str](), Counter[str]()  # whose have started, and what they may come to need
-        for live in [*self._running, *self._preempted] if self._queue or self._preempted else ():
+        for live in self._started if self._queue or self._preempted else ():
             clients[live.request.client] += 1
             pages[live.request.client] += live.worst_case_pages
         while (live := self._next_to_start(start, clients, pages)) is not None:
@@ -359,6 +358,11 @@ class Scheduler:
         else:
             self.wait.nobody_waits()
         self._free_starts = 0
+
+    @property
+    def _started(self) -> list[LiveRequest]:
+        """The requests that have left the queue, those included that wait again."""
+        return [*self._running, *self._preempted]
 
     @property
     def _most_client_pages(self) -> float:

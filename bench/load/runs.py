@@ -84,6 +84,12 @@ class Made(NamedTuple):
         return None if gap is None else gap / self.result["tpot_slo_ms"]
 
 
+def reserved(result: Mapping[str, Any]) -> float:
+    """The share of KV that its server reserved. Older results do not say, as all did, and those of a server
+    that was there already."""
+    return result.get("reserve", 1.0)
+
+
 def results(folder: Path) -> list[dict[str, Any]]:
     """Of bench.load.goodput, in the order of their names."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]

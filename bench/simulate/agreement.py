@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.command import Command
 from bench.load.measures import COLUMNS, Window, titles
-from bench.load.runs import Run
+from bench.load.runs import Run, reserved
 from bench.load.workload import named
 from bench.result import head, keep, ran_on, say, write
 from bench.simulate.lateness import Lateness
@@ -53,7 +53,7 @@ def settings(result: Mapping[str, Any], profile: Profile) -> list[tuple[Setting,
             slo=Slo(tpot=result["tpot_slo_ms"] / 1e3, ttft=result["ttft_slo_s"], reject=reject),
             window=window,
             seed=seed,
-            reserve=result.get("reserve", 1.0),  # older ones do not say, and a server that was there already
+            reserve=reserved(result),
             fork=fork,
         )
         found.append((setting, policy))

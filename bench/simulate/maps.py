@@ -137,43 +137,30 @@ LOADS: dict[str, dict[str, Any]] = {
 RESERVES = {"all": 1.0, "half": 0.5, "a quarter": 0.25, "a tenth": 0.1, "nothing": 0.0}
 MARGINS = {"repaying": ControllerConfig(), "forgetting": ControllerConfig(repay=0.0)}
 
+POINTS: dict[str, tuple[Sequence[float | str], Sequence[str]]] = {
+    "load": ((0.8, 1.0, 1.2, 1.4, 1.6, 1.8), ALL),
+    "clients": ((10, 20, 30, 40, 60), ALL),
+    "slo": ((1.5, 2.0, 2.5, 3.0), SOME),
+    "share": ((0.0, 0.25, 0.5, 0.75, 1.0), SOME),
+    "fanout": ((4, 8, 16, 32, 64), SOME),
+    "family": ([*FAMILIES], SOME),
+    "margin": ((0.6, 0.7, 0.8, 0.9, 1.0, "quantile"), [*MARGINS]),
+    "bias": ((-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2), [*MARGINS]),
+    "fork": ((0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6), ("taper", READ_AGAIN, BY_CLIENT)),
+    "reserve": ((1.0, 0.25, 0.1, 0.0), [f"{policy}, {load}" for load in LOADS for policy in SOME]),
+    "limits": ((1.0, 2.0, 4.0, 8.0), [*RESERVES]),
+    "hour": ((1.2,), SOME),
+}
+"""By map: what changes, and who is compared."""
+MAPS = (*POINTS,)
+
 
 def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
-    points: dict[str, tuple[Sequence[float | str], Sequence[str]]] = {
-        "load": ((0.8, 1.0, 1.2, 1.4, 1.6, 1.8), ALL),
-        "clients": ((10, 20, 30, 40, 60), ALL),
-        "slo": ((1.5, 2.0, 2.5, 3.0), SOME),
-        "share": ((0.0, 0.25, 0.5, 0.75, 1.0), SOME),
-        "fanout": ((4, 8, 16, 32, 64), SOME),
-        "family": ([*FAMILIES], SOME),
-        "margin": ((0.6, 0.7, 0.8, 0.9, 1.0, "quantile"), [*MARGINS]),
-        "bias": ((-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2), [*MARGINS]),
-        "fork": ((0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6), ("taper", READ_AGAIN, BY_CLIENT)),
-        "reserve": ((1.0, 0.25, 0.1, 0.0), [f"{policy}, {load}" for load in LOADS for policy in SOME]),
-        "limits": ((1.0, 2.0, 4.0, 8.0), [*RESERVES]),
-        "hour": ((1.2,), SOME),
-    }
     for name in maps:
-        xs, labels = points[name]
+        xs, labels = POINTS[name]
         for x in xs:
             for label in labels:
                 yield from (Case(name, x, label, seed) for seed in (seeds if name != "hour" else seeds[:1]))
-
-
-MAPS = (
-    "load",
-    "clients",
-    "slo",
-    "share",
-    "fanout",
-    "family",
-    "margin",
-    "bias",
-    "fork",
-    "reserve",
-    "limits",
-    "hour",
-)
 
 
 def run(profile_name: str, case: Case, *, reserve: float = 1.0) -> dict[str, Any]:
