@@ -49,7 +49,7 @@ OTHERS = ("cap:2", "cap:6", "cap:8")
 SEEDS = (1, 2, 3)
 
 # As many requests as taper serves within their targets.
-KEPT = (Load("headline", 1.4), Load("headline-closed", 40, closed=True))
+KEPT = (Load("headline", 1.4), Load("headline", 1.8), Load("headline-closed", 40, closed=True))
 # What a user does whose server knows no branches: a request for each, over a prefix cache. There, a policy
 # has nothing to decide.
 BY_CLIENT, ITS_POLICIES = Load("headline", 1.4, fork="client"), ("taper", "eager")

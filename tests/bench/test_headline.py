@@ -64,21 +64,22 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def test_a_dozen_runs_tell_the_most() -> None:
     """All rivals where taper is to keep its promises; a client that forks; taper elsewhere, and overload."""
-    kept, others = (("headline", 1.4), ("headline-closed", 40)), (("headline", 1.6), ("mixed", 3.4))
-    first = [(run.load.workload, run.load.amount, run.policy) for run in PLANNED[:8]]
+    kept = (("headline", 1.4), ("headline", 1.8), ("headline-closed", 40))
+    others = (("headline", 1.6), ("mixed", 3.4))
+    first = [(run.load.workload, run.load.amount, run.policy) for run in PLANNED[:12]]
     assert first == [(*load, policy) for load in kept for policy in RIVALS]
-    assert str(PLANNED[8]) == "taper at headline 1.4, forked by the client, seed 1"
-    assert [(run.load.workload, run.load.amount) for run in PLANNED[9:11]] == [*others]
-    assert [str(run.load) for run in PLANNED[11:14]] == [
+    assert str(PLANNED[12]) == "taper at headline 1.4, forked by the client, seed 1"
+    assert [(run.load.workload, run.load.amount) for run in PLANNED[13:15]] == [*others]
+    assert [str(run.load) for run in PLANNED[15:18]] == [
         "headline 1.6, refused if late",
         "headline 2.1, refused if late",
         "headline 2.1",
     ]
-    assert {run.seed for run in PLANNED[:14]} == {1}
+    assert {run.seed for run in PLANNED[:18]} == {1}
 
 
 def test_every_run_is_planned_once() -> None:
-    loads, seeds = 4, len(SEEDS)
+    loads, seeds = 5, len(SEEDS)
     by_client, overload = 2 * seeds, 3
     assert (
         len({*PLANNED}) == len(PLANNED) == loads * (len(RIVALS) * seeds + len(OTHERS)) + by_client + overload
