@@ -65,9 +65,10 @@ ORDER = (
     (KEPT, RIVALS, SEEDS[:1]),  # is taper ahead, where it is to keep what it promises?
     ((BY_CLIENT,), ITS_POLICIES[:1], SEEDS[:1]),  # and of a server that knows no branches?
     (OTHER_LOADS, RIVALS[:1], SEEDS[:1]),  # what is it where it cannot promise all?
+    (KEPT, RIVALS, SEEDS[:2]),  # is that more than chance?
     (OVERLOADS, RIVALS[:1], SEEDS[:1]),
     (OTHER_LOADS[:1], ("cap:4",), SEEDS[:1]),  # a cap may keep what taper keeps: here it does not, simulated
-    (KEPT, RIVALS, SEEDS),  # is that more than chance?
+    (KEPT, RIVALS, SEEDS),
     (KEPT, OTHERS, SEEDS[:1]),  # is another cap better?
     ((BY_CLIENT,), ITS_POLICIES, SEEDS),
     (OTHER_LOADS, RIVALS, SEEDS),
