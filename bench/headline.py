@@ -1,14 +1,15 @@
 """The comparison of docs/results.md, by one command: plans the runs, makes those that fit the time, resumes.
 
     python -m bench.headline bench/results/headline --minutes 25 -- --model qwen3-32b --load-format random \\
-        --max-queue 1024 --reserve 1 --step-log STEPS.jsonl
+        --max-queue 1024 --step-log STEPS.jsonl
 
 What follows `--` are arguments of the taper-serve that is started. Every run is a policy at a load with one
 seed, as `bench.load.goodput` plays it, and has a file in the folder as soon as it is over: with the host that
 it ran on and, if the server keeps a log of its steps, how late these were (bench.simulate.lateness). What the
 folder has already is not made again, whoever made it on whichever host; the table and the picture are of all
 that it has. Without minutes, nothing is run. A run that would not end in time is passed over. A folder is
-of servers that reserve KV alike (`--reserve`).
+of servers that reserve KV alike (`--reserve`), and of windows of one length: what piles up in half a minute
+has become late after five (`--warmup 60 --window 300 --drain 400`).
 
 A card may be there for a dozen runs only, so they are made in the order of what they tell: see `ORDER`. Where
 a host has several cards, each takes a part of the runs, by a call of its own:
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 from bench import hardware, pictures
 from bench.command import Command, split
 from bench.load import goodput
-from bench.load.measures import COLUMNS, titles
+from bench.load.measures import COLUMNS, Window, titles
 from bench.load.runs import Load, Made, Run, made, reserved, results
 from bench.result import device_of, head, say, versions, write
 from bench.server import Server, started
@@ -90,12 +91,12 @@ def plan() -> list[Run]:
 # --- running -----------------------------------------------------------------------------------------------
 
 
-def expected_seconds(run: Run, there: Mapping[Run, Made], window_end: float) -> float:
+def expected_seconds(run: Run, there: Mapping[Run, Made], window: Window) -> float:
     """What it takes: as long as with another seed, or else so many times the seconds until its window ends,
     by what bench.simulate says; `off` is slow to end long answers, and a client that forks asks for more."""
     known = [each.row["run_s"] for other, each in there.items() if other._replace(seed=run.seed) == run]
     times = 4.0 if run.policy == "off" else 2.6 if run.load.fork == "client" else 2.0
-    return max(known, default=times * window_end)
+    return max(known, default=min(times * window.end, window.end + window.drain))
 
 
 def make(wanted: Sequence[Run], options: Namespace, server: Server, config: ServerConfig) -> None:
@@ -107,11 +108,11 @@ def make(wanted: Sequence[Run], options: Namespace, server: Server, config: Serv
     here = host(options.commit)
     for run in wanted:
         left = options.until - clock()
-        window = options.window * (OVERLOAD_WINDOW if run.load in OVERLOADS else 1.0)
-        if left < expected_seconds(run, made(results(options.folder)), options.warmup + window):
+        window = Window(options.warmup, options.warmup + window_of(run.load, options.window), options.drain)
+        if left < expected_seconds(run, made(results(options.folder)), window):
             continue
         seconds = {name: getattr(options, name) for name in ("warmup", "cooldown", "drain")}
-        seconds |= {"window": window, "budget-seconds": left}
+        seconds |= {"window": window.seconds, "budget-seconds": left}
         arguments = [
             *run.load.arguments,
             *("--seeds", str(run.seed), "--policies", run.policy),
@@ -133,6 +134,11 @@ def make(wanted: Sequence[Run], options: Namespace, server: Server, config: Serv
                 row["lateness"] = lateness(log, row, options.profile)
                 write(found, path)
         slo = ["--tpot-slo", f"{found['tpot_slo_ms'] / 1e3}"]  # the first finds it for all of a server's
+
+
+def window_of(load: Load, usual: float) -> float:
+    """Seconds; `usual` are those of other loads."""
+    return usual * (OVERLOAD_WINDOW if load in OVERLOADS else 1.0)
 
 
 def lateness(log: Path, row: Mapping[str, Any], profile: str) -> dict[str, Any] | None:
@@ -326,9 +332,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     say(f"{len(there)} runs are there, {len(missing)} are missing", options.json)
     if wanted and options.minutes:
         config = command_line.configured(of_server)
-        others = {reserved(each.result) for each in there.values()} - {config.reserve}
-        if others:
-            sys.exit(f"bench.headline: {options.folder} is of servers with --reserve {others.pop():g}")
+        for run, each in there.items():
+            if reserved(each.result) != config.reserve:
+                sys.exit(
+                    f"bench.headline: {run.file} is of a server with --reserve {reserved(each.result):g}"
+                )
+            if each.result["window_s"] != window_of(run.load, options.window):
+                sys.exit(f"bench.headline: {run.file} has a window of {each.result['window_s']:g} s")
         with started(of_server) as server:
             make(wanted, options, server, config)
     runs = made(results(options.folder))

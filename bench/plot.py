@@ -132,6 +132,8 @@ MAPS = {
     "bias": ("over the predictor's error", "predicted time off by"),
     "reserve": ("over the KV that is reserved", "share of what running requests may still need"),
     "limits": ("over the limits of branches", "limit, in times what a branch takes"),
+    "sustained": ("over load, for five minutes", "requests a second"),
+    "kept": ("over the KV that is reserved, for five minutes", "share of what running requests may need"),
 }
 
 

@@ -19,7 +19,8 @@ unloaded one) and changes one thing of it.
               request has nothing to admit)
     reserve   the share of running requests' KV that a new one must leave to them, at several loads
     limits    of branches, in times the tokens that they have, with several such shares
-    hour      an hour of the trace instead of 45 s
+    sustained requests per second, over five minutes: what piles up in half a minute has become late by then
+    kept      the share of running requests' KV that a new one must leave to them, over five minutes
 
 Requests that arrive in the window are measured, all of them, and served to their end.
 """
@@ -54,8 +55,9 @@ ALL = ("off", *CAPS, "eager", "taper")
 SOME = ("off", "cap:4", "eager", "taper")
 OFFERED = RATE * 3000.0  # tokens per second, about those of the headline point
 FAMILIES = {"mixed": 3.0, "reasoning": 0.9, "light": 2.4, "best-of-n": 2.0, "azure-conv": 3.5}
-HOUR = 3600.0
+SUSTAINED = Window(60.0, 360.0)
 FIGURES = ("goodput_stage", "attainment_stage")
+OF_LOAD = ("load", "clients", "fork", "sustained")  # maps of which there is a capacity
 CAPABLE = 0.99  # attainment with which a policy still has the capacity for a load
 
 
@@ -149,7 +151,8 @@ POINTS: dict[str, tuple[Sequence[float | str], Sequence[str]]] = {
     "fork": ((0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6), ("taper", READ_AGAIN, BY_CLIENT)),
     "reserve": ((1.0, 0.25, 0.1, 0.0), [f"{policy}, {load}" for load in LOADS for policy in SOME]),
     "limits": ((1.0, 2.0, 4.0, 8.0), [*RESERVES]),
-    "hour": ((1.2,), SOME),
+    "sustained": ((0.8, 1.0, 1.2, 1.4, 1.6, 1.8), ("off", *CAPS[:3], "eager", "taper")),
+    "kept": ((1.0, 0.25, 0.1, 0.0), SOME),
 }
 """By map: what changes, and who is compared."""
 MAPS = (*POINTS,)
@@ -160,20 +163,20 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
         xs, labels = POINTS[name]
         for x in xs:
             for label in labels:
-                yield from (Case(name, x, label, seed) for seed in (seeds if name != "hour" else seeds[:1]))
+                yield from (Case(name, x, label, seed) for seed in seeds)
 
 
 def run(profile_name: str, case: Case, *, reserve: float = 1.0) -> dict[str, Any]:
     """The row of a case; `reserve` is the share of maps that say nothing of it."""
     profile = Profile.load(profile_name)
     name, x, label, seed = case
-    window = Window(WARMUP, WARMUP + (HOUR if name == "hour" else WINDOW))
+    window = SUSTAINED if name in ("sustained", "kept") else Window(WARMUP, WARMUP + WINDOW)
     seconds = window.end + COOLDOWN
     multiple, limits, controller, latency = TPOT_SLO_MULTIPLE, 1.0, ControllerConfig(), None
     policy = "taper" if label in (*MARGINS, *RESERVES, BY_CLIENT, READ_AGAIN) else label
     workload = named("headline", seed, seconds, rate=RATE)
     match name, x:
-        case (("load" | "fork" | "hour"), float()):
+        case (("load" | "fork" | "sustained"), float()):
             workload = named("headline", seed, seconds, rate=x)
             if label == READ_AGAIN:
                 items = (replace(item, join="reprefill") for item in workload.items)
@@ -195,6 +198,8 @@ def run(profile_name: str, case: Case, *, reserve: float = 1.0) -> dict[str, Any
         case "reserve", float():
             policy, load = label.split(", ")
             reserve, workload = x, named("headline", seed, seconds, **LOADS[load])
+        case "kept", float():
+            reserve = x
         case "limits", float():
             limits, reserve = x, RESERVES[label]
     setting = Setting(
@@ -273,7 +278,9 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
             rows.append(row)
             keep(found, options.json)
     found["capacity"] = {
-        name: capacity(rows, name) for name in ("load", "clients", "fork") if name in options.maps
+        name: capacity(rows, name)
+        for name in ("load", "clients", "fork", "sustained")
+        if name in options.maps
     }
     lines = [table(rows)]
     for name, by_policy in found["capacity"].items():

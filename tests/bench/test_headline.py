@@ -14,6 +14,7 @@ import pytest
 from bench import headline, pictures
 from bench.headline import OTHERS, RIVALS, SEEDS, expected_seconds, main, plan, summaries, table
 from bench.load import trial
+from bench.load.measures import Window
 from bench.load.runs import Load, Made, Run, made, results
 from bench.load.workload import Item
 from scheduler.predictor import StepLoad
@@ -63,7 +64,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def test_a_dozen_runs_tell_the_most() -> None:
-    """All rivals where taper is to keep its promises; a client that forks; taper elsewhere; more seeds; overload."""
+    """Rivals where taper is to keep its promises; a client that forks; taper elsewhere; seeds; overload."""
     kept = (("headline", 1.4), ("headline", 1.8), ("headline-closed", 40))
     others = (("headline", 1.6), ("mixed", 3.4))
     first = [(run.load.workload, run.load.amount, run.policy) for run in PLANNED[:12]]
@@ -141,10 +142,12 @@ def test_calls_at_the_same_time_share_the_runs(
 
 def test_a_run_takes_what_it_took_with_another_seed_or_what_its_kind_does() -> None:
     there = {Run(LOAD, 1, "off"): Made({"run_s": 7.0}, {}), Run(LOAD, 1, "taper"): Made({"run_s": 3.0}, {})}
-    assert expected_seconds(Run(LOAD, 2, "off"), there, 1.0) == 7.0
-    assert expected_seconds(Run(LOAD, 2, "cap:4"), there, 1.0) == 2.0
-    assert expected_seconds(Run(REFUSED, 1, "off"), there, 1.0) == 4.0
-    assert expected_seconds(Run(BY_CLIENT, 1, "taper"), there, 1.0) == 2.6
+    window = Window(0.25, 1.0, drain=9.0)
+    assert expected_seconds(Run(LOAD, 2, "off"), there, window) == 7.0
+    assert expected_seconds(Run(LOAD, 2, "cap:4"), there, window) == 2.0
+    assert expected_seconds(Run(REFUSED, 1, "off"), there, window) == 4.0
+    assert expected_seconds(Run(REFUSED, 1, "off"), there, Window(0.25, 1.0, drain=0.5)) == 1.5
+    assert expected_seconds(Run(BY_CLIENT, 1, "taper"), there, window) == 2.6
 
 
 def test_the_servers_arguments_say_what_it_reserves_and_where_its_steps_are_written(
@@ -157,8 +160,10 @@ def test_the_servers_arguments_say_what_it_reserves_and_where_its_steps_are_writ
     (result,) = results(tmp_path)
     assert (result["reserve"], logs) == (0.5, [Path("STEPS")])
     monkeypatch.setattr(headline, "plan", lambda: [Run(LOAD, 2, "taper")])
-    with pytest.raises(SystemExit, match=r"is of servers with --reserve 0\.5"):
+    with pytest.raises(SystemExit, match=r"seed1-taper\.json is of a server with --reserve 0\.5"):
         main([str(tmp_path), *QUICK])
+    with pytest.raises(SystemExit, match=r"seed1-taper\.json has a window of 0\.3 s"):
+        main([str(tmp_path), *QUICK, "--window", "0.4", "--", "--reserve", "0.5"])
 
 
 def test_a_row_has_the_lateness_of_its_own_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench.load.measures import Window
 from bench.load.workload import named
 from bench.simulate import maps
 from bench.simulate.maps import (
@@ -35,12 +36,11 @@ PROFILE = Profile.load("h200-qwen3-32b")
 LOAD = StepLoad(100, shared_kv=20_000, private_kv=10_000, items=110, raw_kv=90_000)
 
 
-def test_every_map_has_cases_for_every_seed_and_the_hour_for_one() -> None:
+def test_every_map_has_cases_for_every_seed() -> None:
     made = [*cases(MAPS, [1, 2])]
     assert {case.map for case in made} == {*MAPS}
     assert len(made) == len({*made})
-    assert all({case.seed for case in made if case.map == name} == {1, 2} for name in MAPS if name != "hour")
-    assert {case.seed for case in made if case.map == "hour"} == {1}
+    assert all({case.seed for case in made if case.map == name} == {1, 2} for name in MAPS)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -146,6 +146,21 @@ def test_limits_are_larger_than_answers_with_each_share_that_is_reserved(begun) 
     ]
     requests = named("headline", 1, begun[0][0].window.end + maps.COOLDOWN, rate=maps.RATE)
     assert {setting.workload.digest for setting, _ in begun} == {requests.digest}
+
+
+def test_sustained_load_lasts_for_five_minutes(begun, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (maps.SUSTAINED.warmup, maps.SUSTAINED.seconds) == (60.0, 300.0)
+    monkeypatch.setattr(maps, "SUSTAINED", Window(1.0, 3.0))
+    run("h200-qwen3-32b", Case("sustained", 1.8, "cap:4", 1), reserve=0.1)
+    run("h200-qwen3-32b", Case("kept", 0.25, "off", 1), reserve=0.1)
+    run("h200-qwen3-32b", Case("load", 1.8, "eager", 1), reserve=0.1)
+    assert [(setting.window.end, setting.reserve, policy) for setting, policy in begun] == [
+        (3.0, 0.1, "cap:4"),
+        (3.0, 0.25, "off"),
+        (1.0, 0.1, "eager"),
+    ]
+    requests = [named("headline", 1, 3.0, rate=rate).digest for rate in (1.8, maps.RATE)]
+    assert [setting.workload.digest for setting, _ in begun[:2]] == requests
 
 
 def test_an_answer_is_one_request_or_many_by_who_forks(monkeypatch: pytest.MonkeyPatch) -> None:
