@@ -43,6 +43,9 @@ class RejectedError(Exception):
         self.retry_after = retry_after
 
 
+RESERVE = 0.1  # of what running requests may still need: see SchedulerConfig.reserve
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """Sizes, and the rules of starting.
@@ -67,7 +70,7 @@ class SchedulerConfig:
     max_client_queue: float = math.inf
     max_client_running: float = math.inf
     max_client_kv: float = math.inf
-    reserve: float = 0.1
+    reserve: float = RESERVE
     prefix_cache: bool = True
 
 

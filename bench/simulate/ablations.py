@@ -34,7 +34,7 @@ from scheduler.flight import Flight
 from scheduler.live_request import LiveRequest
 from scheduler.policy import AdmissionPolicy, Baseline, Extra, Taper
 from scheduler.predictor import StepLatencyModel
-from scheduler.scheduler import Scheduler
+from scheduler.scheduler import RESERVE, Scheduler
 from scheduler.step import StepResult
 
 # --- other predictors --------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class Variation:
     policy: str = "taper"
     admission: Callable[[], AdmissionPolicy] | None = None
     config: ControllerConfig = ControllerConfig()  # noqa: RUF009 - frozen
-    reserve: float = 1.0
+    reserve: float = RESERVE
     latency: Callable[[Profile], StepLatencyModel] = Profile.latency
     controller: type[Controller] = Controller
     scheduler: type[Scheduler] = Scheduler
@@ -181,7 +181,7 @@ VARIATIONS = {
     "no joint prompt budget": Variation(controller=WholeChunks),
     "bank of 2": Variation(controller=Banking),
     "fill off": Variation(config=ControllerConfig(fill=False)),
-    "KV not reserved": Variation(reserve=0.0),
+    "all KV reserved": Variation(reserve=1.0),
     "cheapest first": Variation(policy="taper:linear"),
     "level by level": Variation(policy="taper:concave"),
     "the paper's form": Variation(

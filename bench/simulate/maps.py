@@ -48,6 +48,7 @@ from bench.simulate.simulation import Setting, Simulation, in_processes, targets
 from bench.timing import no_collections
 from scheduler.controller import ControllerConfig
 from scheduler.predictor import StepLatencyModel, StepLoad
+from scheduler.scheduler import RESERVE
 
 RATE = 1.4
 CAPS = ("cap:2", "cap:4", "cap:6", "cap:8")
@@ -166,7 +167,7 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
                 yield from (Case(name, x, label, seed) for seed in seeds)
 
 
-def run(profile_name: str, case: Case, *, reserve: float = 1.0) -> dict[str, Any]:
+def run(profile_name: str, case: Case, *, reserve: float = RESERVE) -> dict[str, Any]:
     """The row of a case; `reserve` is the share of maps that say nothing of it."""
     profile = Profile.load(profile_name)
     name, x, label, seed = case
@@ -258,7 +259,9 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--profile", default="h200-qwen3-32b", help="a shipped profile's name, or a file")
     parser.add_argument("--maps", nargs="+", choices=MAPS, default=[*MAPS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--reserve", type=float, default=1.0, help="what maps reserve that do not vary it")
+    parser.add_argument(
+        "--reserve", type=float, default=RESERVE, help="what maps reserve that do not vary it"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
     options = parser.parse_args(arguments)

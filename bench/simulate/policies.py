@@ -29,6 +29,7 @@ from bench.simulate.profile import Profile, late_as
 from bench.simulate.simulation import Setting, in_processes, simulate, targets
 from scheduler.controller import ControllerConfig
 from scheduler.request import Slo
+from scheduler.scheduler import RESERVE
 from serve.lateness import CAUSES
 
 WARMUP, WINDOW, COOLDOWN = 45.0, 45.0, 15.0  # seconds
@@ -53,6 +54,7 @@ def command() -> Command:
     add("--clients", type=int, help="clients of a closed loop, instead of arrivals")
     add("--tpot-slo", type=float, help="seconds, instead of twice the unloaded TPOT")
     add("--fork", choices=["server", "client"], default="server", help="who branches and joins answers")
+    add("--reserve", type=float, default=RESERVE, help="as of taper-serve")
     add("--reject-late", action="store_true", help="requests would rather be refused than late")
     add("--controller", default="{}", help="fields of ControllerConfig, as JSON")
     add("--max-chunk", type=int, default=512)
@@ -81,6 +83,7 @@ def setting_of(options: Namespace) -> Setting:
         window=window,
         seed=options.seed,
         fork=options.fork,
+        reserve=options.reserve,
         controller=replace(
             ControllerConfig(**json.loads(options.controller)),
             max_chunk=options.max_chunk,
@@ -99,6 +102,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         "step_log": options.step_log and options.step_log.name,
         "workload": options.workload,
         "fork": options.fork,
+        "reserve": options.reserve,
         "seed": options.seed,
         "tpot_slo_ms": 1e3 * setting.slo.tpot,
         "ttft_slo_s": setting.slo.ttft,

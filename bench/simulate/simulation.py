@@ -28,7 +28,7 @@ from scheduler.events import Finished, StageStarted, TokenEmitted
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request, Slo
-from scheduler.scheduler import RejectedError, Scheduler, SchedulerConfig
+from scheduler.scheduler import RESERVE, RejectedError, Scheduler, SchedulerConfig
 from scheduler.step import Entry, FinishedStep, Sample, ScheduledStep, StepResult
 from scheduler.stopping import Stopping
 from serve.door import Watcher
@@ -42,7 +42,7 @@ class Setting:
     """What is the same for every policy.
 
     seed     of the noise, and of where a log's steps begin
-    reserve  of a server's KV, as bench/results was made; its own default is a tenth
+    reserve  the share of running requests' KV that a new one must leave to them, as a server's option has it
     fork     who divides answers into branches, and joins them
     limits   of branches that the server forks, in times the tokens that they have
     """
@@ -53,7 +53,7 @@ class Setting:
     window: Window = Window()  # noqa: RUF009 - frozen
     seed: int = 0
     controller: ControllerConfig = field(default_factory=ControllerConfig)
-    reserve: float = 1.0
+    reserve: float = RESERVE
     fork: Fork = "server"
     limits: float = 1.0
 

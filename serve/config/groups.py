@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scheduler.policy import policy
+from scheduler.scheduler import RESERVE
 from serve.config.errors import OptionError, flag, naming
 from serve.config.ranges import (
     MOST,
@@ -128,7 +129,7 @@ class Scheduling(Group):
     """The share of the slack that extra branches may spend; 0.8 is the paper's."""
     repay: NotNegative[float] = 8.0
     """Tokens within which a request that fell behind its pace catches up; 0, as in the paper: never."""
-    reserve: Share[float] = 0.1
+    reserve: Share[float] = RESERVE
     """The share of what running requests may still need in KV pages that a new one must leave to them. Where
     they come to need more, the youngest are preempted; where less, others wait for pages that nobody uses."""
     fill: bool = True
