@@ -151,12 +151,12 @@ class WholeChunks(Controller):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variation:
-    """What differs from the full controller."""
+    """What differs from the full controller; `reserve`, if it is not the setting's."""
 
     policy: str = "taper"
     admission: Callable[[], AdmissionPolicy] | None = None
     config: ControllerConfig = ControllerConfig()  # noqa: RUF009 - frozen
-    reserve: float = RESERVE
+    reserve: float | None = None
     latency: Callable[[Profile], StepLatencyModel] = Profile.latency
     controller: type[Controller] = Controller
     scheduler: type[Scheduler] = Scheduler
@@ -181,7 +181,7 @@ VARIATIONS = {
     "no joint prompt budget": Variation(controller=WholeChunks),
     "bank of 2": Variation(controller=Banking),
     "fill off": Variation(config=ControllerConfig(fill=False)),
-    "all KV reserved": Variation(reserve=1.0),
+    "KV not reserved": Variation(reserve=0.0),
     "cheapest first": Variation(policy="taper:linear"),
     "level by level": Variation(policy="taper:concave"),
     "the paper's form": Variation(
@@ -196,8 +196,9 @@ VARIATIONS = {
 
 def ablate(setting: Setting, name: str) -> dict[str, Any]:
     variation = VARIATIONS[name]
+    reserve = setting.reserve if variation.reserve is None else variation.reserve
     simulation = Simulation(
-        replace(setting, controller=variation.config, reserve=variation.reserve),
+        replace(setting, controller=variation.config, reserve=reserve),
         variation.policy,
         latency=variation.latency(setting.profile),
         controller=variation.controller,
@@ -217,6 +218,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--variations", nargs="+", choices=VARIATIONS, default=[*VARIATIONS])
     parser.add_argument("--rate", type=float, help="requests per second, instead of the workload's own")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--reserve", type=float, default=RESERVE, help="as of taper-serve")
     parser.add_argument("--step-log", type=Path, help="replay its lateness in place of the profile's noise")
     parser.add_argument("--warmup", type=float, default=WARMUP)
     parser.add_argument("--window", type=float, default=WINDOW)
@@ -230,6 +232,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         slo=targets(profile),
         window=window,
         seed=options.seed,
+        reserve=options.reserve,
     )
     rows: list[dict[str, Any]] = []
     result = {
