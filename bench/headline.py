@@ -21,6 +21,7 @@ a host has several cards, each takes a part of the runs, by a call of its own:
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -49,15 +50,15 @@ RIVALS = ("taper", "eager", "cap:4", "off")
 OTHERS = ("cap:2", "cap:6", "cap:8")
 SEEDS = (1, 2, 3)
 
-# As many requests as taper serves within their targets.
+# As many requests as taper serves within their targets for half a minute.
 KEPT = (Load("headline", 1.4), Load("headline", 1.8), Load("headline-closed", 40, closed=True))
 # What a user does whose server knows no branches: a request for each, over a prefix cache. There, a policy
 # has nothing to decide.
 BY_CLIENT, ITS_POLICIES = Load("headline", 1.4, fork="client"), ("taper", "eager")
-# More than that, and requests of another kind: as many of these as bench.simulate says that taper serves
-# within their targets, rounded to a tenth.
+# Between these loads, and requests of another kind: as many as bench.simulate says that taper serves within
+# their targets, rounded to a tenth.
 OTHER_LOADS = (Load("headline", 1.6), Load("mixed", 3.4))
-# About as many as taper serves at all, and 1.3 times as many: a refusal in time must not cost goodput.
+# About as many as taper serves for longer, and 1.3 times as many: a refusal in time must not cost goodput.
 OVERLOADS = (Load("headline", 1.6, reject=True), Load("headline", 2.1, reject=True), Load("headline", 2.1))
 OVERLOAD_WINDOW = 1.5  # times the window of other loads: a whole period of the bursts, if that is 30 s
 LOADS = (*KEPT, BY_CLIENT, *OTHER_LOADS, *OVERLOADS)
@@ -65,7 +66,7 @@ LOADS = (*KEPT, BY_CLIENT, *OTHER_LOADS, *OVERLOADS)
 ORDER = (
     (KEPT, RIVALS, SEEDS[:1]),  # is taper ahead, where it is to keep what it promises?
     ((BY_CLIENT,), ITS_POLICIES[:1], SEEDS[:1]),  # and of a server that knows no branches?
-    (OTHER_LOADS, RIVALS[:1], SEEDS[:1]),  # what is it where it cannot promise all?
+    (OTHER_LOADS, RIVALS[:1], SEEDS[:1]),  # and elsewhere?
     (KEPT, RIVALS, SEEDS[:2]),  # is that more than chance?
     (OVERLOADS, RIVALS[:1], SEEDS[:1]),
     (OTHER_LOADS[:1], ("cap:4",), SEEDS[:1]),  # a cap may keep what taper keeps: here it does not, simulated
@@ -333,12 +334,11 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     if wanted and options.minutes:
         config = command_line.configured(of_server)
         for run, each in there.items():
-            if reserved(each.result) != config.reserve:
-                sys.exit(
-                    f"bench.headline: {run.file} is of a server with --reserve {reserved(each.result):g}"
-                )
-            if each.result["window_s"] != window_of(run.load, options.window):
-                sys.exit(f"bench.headline: {run.file} has a window of {each.result['window_s']:g} s")
+            reserve, window = reserved(each.result), each.result["window_s"]
+            if reserve != config.reserve:
+                sys.exit(f"bench.headline: {run.file} is of a server with --reserve {reserve:g}")
+            if not math.isclose(window, window_of(run.load, options.window), rel_tol=1e-4):
+                sys.exit(f"bench.headline: {run.file} has a window of {window:g} s")
         with started(of_server) as server:
             make(wanted, options, server, config)
     runs = made(results(options.folder))

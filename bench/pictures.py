@@ -3,8 +3,8 @@
     python -m bench.pictures                       # all of them, where they belong; needs matplotlib
     python -m bench.pictures docs/headline.png     # this one
 
-Lines of the headline are simulated, from `bench.simulate.maps`; marks are measured, one for each run of
-`bench.headline` on an H200. The picture of steps is simulated while it is drawn, which takes ten seconds.
+Lines of the headline are simulated, from `bench.simulate.maps`; `bench.headline --plot` adds a mark for each
+of its runs. The picture of steps is simulated while it is drawn, which takes ten seconds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from serve.door import StepRecord
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 LINES = RESULTS / "maps-sustained-h200.json"
-POLICIES = ("taper", "cap:6", "cap:4", "cap:2", "eager", "off")
+POLICIES = ("taper", "cap:8", "cap:6", "cap:4", "cap:2", "eager", "off")
 
 
 class Picture(NamedTuple):
@@ -74,26 +74,27 @@ def measured(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def headline(sources: Sequence[Path], path: Path) -> None:
     """Goodput and attainment over load, all policies: the picture of why. Lines are from the first source."""
     maps, *runs = [json.loads(file.read_text()) for file in sources]
-    marks = measured(runs)
+    lines, marks = simulated(maps), measured(runs)
+    policies = [policy for policy in POLICIES if any(row["policy"] == policy for row in (*lines, *marks))]
     figure, grid = begun().subplots(1, 2, figsize=(10, 4.4))
     for axes, (kind, title, unit) in zip(grid, (GOODPUT, ATTAINMENT), strict=True):
         column = f"{kind}_stage"
-        found = against_load(simulated(maps), column)
-        for policy in POLICIES:
-            style = look(policy)
-            loads, means, _, _ = zip(*found[policy], strict=True)
-            width = 2.6 if policy == "taper" else 1.4
-            axes.plot(loads, means, color=style["color"], linewidth=width)
-            axes.plot([], [], linewidth=width, markeredgecolor="white", markersize=8, label=policy, **style)
+        found = against_load(lines, column)
+        for policy in policies:
+            style = {**look(policy), "linewidth": 2.6 if policy == "taper" else 1.4}
+            plain, dots = {**style, "marker": ""}, {**style, "markeredgecolor": "white", "markersize": 8}
+            axes.plot([], [], label=policy, **(dots if marks else plain))
+            if policy in found:
+                axes.plot(*list(zip(*found[policy], strict=True))[:2], **plain)
             own = [row for row in marks if row["policy"] == policy and row[column] is not None]
             at, values = [row["load"] for row in own], [row[column] for row in own]
-            axes.plot(at, values, linestyle="", markeredgecolor="white", markersize=8, zorder=3, **style)
+            axes.plot(at, values, **{**dots, "linestyle": "", "zorder": 3})
         titled(axes, title, "requests a second", unit)
         axes.set_ylim(bottom=0)
     in_percent(grid[1])
-    explained(figure, grid, len(POLICIES))
-    kinds = "Lines: simulated. Marks: measured." if marks else "Simulated."
-    figure.suptitle(f"Qwen3-32B on one H200, five minutes of branching requests in bursts. {kinds}")
+    explained(figure, grid, len(policies))
+    what = "Lines: five minutes of each load, simulated." + " Marks: measured." * bool(marks)
+    figure.suptitle(f"Qwen3-32B on one H200, branching requests in bursts. {what}")
     saved(figure, path)
 
 

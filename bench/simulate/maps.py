@@ -280,11 +280,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         for row in tracked(pool.map(simulated, wanted), "simulations", len(wanted)):
             rows.append(row)
             keep(found, options.json)
-    found["capacity"] = {
-        name: capacity(rows, name)
-        for name in ("load", "clients", "fork", "sustained")
-        if name in options.maps
-    }
+    found["capacity"] = {name: capacity(rows, name) for name in OF_LOAD if name in options.maps}
     lines = [table(rows)]
     for name, by_policy in found["capacity"].items():
         most = ", ".join(f"{label} {load}" for label, load in by_policy.items())

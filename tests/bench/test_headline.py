@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -159,11 +161,44 @@ def test_the_servers_arguments_say_what_it_reserves_and_where_its_steps_are_writ
     main([str(tmp_path), *QUICK, "--", "--reserve", "0.5", "--step-log=STEPS"])
     (result,) = results(tmp_path)
     assert (result["reserve"], logs) == (0.5, [Path("STEPS")])
-    monkeypatch.setattr(headline, "plan", lambda: [Run(LOAD, 2, "taper")])
+    monkeypatch.setattr(headline, "plan", lambda: [Run(LOAD, seed, "taper") for seed in (1, 2)])
     with pytest.raises(SystemExit, match=r"seed1-taper\.json is of a server with --reserve 0\.5"):
         main([str(tmp_path), *QUICK])
     with pytest.raises(SystemExit, match=r"seed1-taper\.json has a window of 0\.3 s"):
         main([str(tmp_path), *QUICK, "--window", "0.4", "--", "--reserve", "0.5"])
+    other = tmp_path / Run(LOAD, 0, "taper").file  # sorts before the first
+    point = result["points"][0] | {"seed": 0}
+    row = result["rows"][0] | {"seed": 0}
+    other.write_text(json.dumps(result | {"points": [point], "rows": [row]}))
+    (tmp_path / Run(LOAD, 1, "taper").file).write_text(json.dumps(result | {"reserve": 1.0}))
+    with pytest.raises(SystemExit, match=r"seed1-taper\.json is of a server with --reserve 1"):
+        main([str(tmp_path), *QUICK, "--", "--reserve", "0.5"])
+
+
+def test_windows_are_as_long_as_they_were_asked_for_and_longer_in_overload(
+    small: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows: list[tuple[Run, Window]] = []
+
+    def never(run: Run, there: Any, window: Window) -> float:
+        windows.append((run, window))
+        return math.inf
+
+    monkeypatch.setattr(headline, "expected_seconds", never)
+    main([str(tmp_path), *QUICK, "--drain", "7"])
+    assert {run for run, _ in windows} == {*plan()}
+    for run, (warmup, end, drain) in ((run, (each.warmup, each.end, each.drain)) for run, each in windows):
+        assert (warmup, end, drain) == (0.1, pytest.approx(0.1 + (0.45 if run.load == REFUSED else 0.3)), 7.0)
+
+
+def test_a_folder_goes_on_although_a_window_was_rounded_when_it_was_written(
+    small: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(headline, "plan", lambda: [Run(REFUSED, 1, "taper")])
+    assert main([str(tmp_path), *QUICK])["missing"] == []
+    monkeypatch.setattr(headline, "plan", lambda: [Run(REFUSED, seed, "taper") for seed in (1, 2)])
+    assert main([str(tmp_path), *QUICK])["missing"] == []
+    assert {result["window_s"] for result in results(tmp_path)} == {0.45}
 
 
 def test_a_row_has_the_lateness_of_its_own_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

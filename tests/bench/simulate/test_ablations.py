@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from bench.load.workload import open_loop
+from bench.simulate import ablations
 from bench.simulate.ablations import VARIATIONS, Replanned, Unbudgeted, ablate, unpadded
 from bench.simulate.profile import Profile
-from bench.simulate.simulation import Setting, targets
+from bench.simulate.simulation import Setting, Simulation, targets
 from scheduler.policy import Baseline, Extra
 from scheduler.predictor import StepLatencyModel, StepLoad
+from scheduler.scheduler import RESERVE
+from tests.bench.simulate.test_policies import InOneProcess
 
 PROFILE = Profile.load("h200-qwen3-32b")
 EXTRAS = [Extra(number, 0, 1, 0.0) for number in range(6)]
@@ -19,13 +23,31 @@ LATENCY = StepLatencyModel({4: 0.010, 16: 0.020})
 
 @pytest.mark.parametrize("names", [FEW, pytest.param(tuple(VARIATIONS), marks=pytest.mark.full)])
 def test_every_variation_answers_everything_in_full(names: tuple[str, ...]) -> None:
-    workload = open_loop("mixed", "poisson", 2.0, 1.0, seed=3).scaled(0.12)
+    workload = open_loop("mixed", "poisson", 8.0, 1.0, seed=3).scaled(0.12)
     assert any(item.parallel for item in workload.items)
     setting = Setting(profile=PROFILE, workload=workload, slo=targets(PROFILE))
     rows = [ablate(setting, name) for name in names]
     assert [row["policy"] for row in rows] == [*names]
     assert all(row["ttft_attainment"] == 1.0 for row in rows)
     assert len({row["e2e_p50_s"] for row in rows}) > len(names) / 4
+
+
+def test_the_command_reserves_what_it_is_told_but_where_that_is_what_varies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reserved: list[float] = []
+
+    def begin(setting: Setting, policy: str, **options: Any) -> Simulation:
+        reserved.append(setting.reserve)
+        return Simulation(setting, policy, **options)
+
+    monkeypatch.setattr(ablations, "Simulation", begin)
+    monkeypatch.setattr(ablations, "in_processes", InOneProcess)
+    monkeypatch.setattr(ablations, "COOLDOWN", 0.0)
+    short = ["--workload", "light", "--warmup", "0", "--window", "0.5", "--variations"]
+    for options in ([], ["--reserve", "0.5"]):
+        ablations.main([*short, "full", "KV not reserved", *options])
+    assert reserved == [RESERVE, 0.0, 0.5, 0.0]
 
 
 def test_a_plan_that_is_kept_admits_as_many_until_the_next() -> None:

@@ -30,6 +30,7 @@ from bench.simulate.maps import (
 from bench.simulate.profile import Profile
 from bench.simulate.simulation import Setting, Simulation
 from scheduler.predictor import StepLoad
+from scheduler.scheduler import RESERVE
 from tests.bench.simulate.test_policies import InOneProcess
 
 PROFILE = Profile.load("h200-qwen3-32b")
@@ -136,6 +137,19 @@ def test_maps_that_say_nothing_of_it_reserve_what_they_are_told(begun) -> None:
     run("h200-qwen3-32b", Case("reserve", 0.25, "taper, 1.4/s", 1), reserve=0.1)
     assert [setting.reserve for setting, _ in begun] == [1.0, 0.1, 0.25]
     assert {setting.limits for setting, _ in begun} == {1.0}
+
+
+def test_the_command_reserves_what_a_server_does_or_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(profile: str, case: Case, *, reserve: float) -> dict[str, Any]:
+        figures = {"goodput_stage": reserve, "attainment_stage": float(case.x) < 1.7}
+        return {**case._asdict(), **figures, "policy": case.label}
+
+    monkeypatch.setattr(maps, "run", told)
+    monkeypatch.setattr(maps, "in_processes", InOneProcess)
+    for options, reserve in (([], RESERVE), (["--reserve", "0.5"], 0.5)):
+        found = maps.main(["--maps", "sustained", "limits", "--seeds", "1", *options])
+        assert {row["goodput_stage"] for row in found["rows"]} == {reserve} == {found["reserve"]}
+    assert found["capacity"] == {"sustained": dict.fromkeys(("off", *maps.CAPS[:3], "eager", "taper"), 1.6)}
 
 
 def test_limits_are_larger_than_answers_with_each_share_that_is_reserved(begun) -> None:

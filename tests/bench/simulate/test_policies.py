@@ -78,7 +78,7 @@ def test_every_option_reaches_the_setting(tmp_path: Path) -> None:
     """Each differs from its default, so that one that is not passed on is noticed."""
     typed = (
         "--workload light --rate 3 --seed 7 --warmup 2 --window 4 --cooldown 1 --drain 5 --tpot-slo 0.125 "
-        "--max-chunk 100 --prompt-floor 3 --exact --page 32"
+        "--reserve 0.75 --fork client --reject-late --max-chunk 100 --prompt-floor 3 --exact --page 32"
     )
     options = policies.command().parse_args([*typed.split(), "--controller", '{"rho": 0.5, "repay": 2.0}'])
     assert policies.setting_of(options) == Setting(
@@ -86,9 +86,11 @@ def test_every_option_reaches_the_setting(tmp_path: Path) -> None:
             PROFILE, noise=(), page_size=32, num_pages=PROFILE.num_pages * PROFILE.page_size // 32
         ),
         workload=named("light", 7, 7.0, rate=3.0),
-        slo=Slo(tpot=0.125, ttft=5.0),
+        slo=Slo(tpot=0.125, ttft=5.0, reject=True),
         window=Window(2.0, 6.0, 5.0),
         seed=7,
+        reserve=0.75,
+        fork="client",
         controller=ControllerConfig(rho=0.5, repay=2.0, max_chunk=100, prompt_floor=3),
     )
     log = tmp_path / "steps"
