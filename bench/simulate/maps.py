@@ -53,6 +53,7 @@ from scheduler.scheduler import RESERVE
 RATE = 1.4
 CAPS = ("cap:2", "cap:4", "cap:6", "cap:8")
 ALL = ("off", *CAPS, "eager", "taper")
+MOST = ("off", *CAPS[:3], "eager", "taper")
 SOME = ("off", "cap:4", "eager", "taper")
 OFFERED = RATE * 3000.0  # tokens per second, about those of the headline point
 FAMILIES = {"mixed": 3.0, "reasoning": 0.9, "light": 2.4, "best-of-n": 2.0, "azure-conv": 3.5}
@@ -152,8 +153,8 @@ POINTS: dict[str, tuple[Sequence[float | str], Sequence[str]]] = {
     "fork": ((0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6), ("taper", READ_AGAIN, BY_CLIENT)),
     "reserve": ((1.0, 0.25, 0.1, 0.0), [f"{policy}, {load}" for load in LOADS for policy in SOME]),
     "limits": ((1.0, 2.0, 4.0, 8.0), [*RESERVES]),
-    "sustained": ((0.8, 1.0, 1.2, 1.4, 1.6, 1.8), ("off", *CAPS[:3], "eager", "taper")),
-    "kept": ((1.0, 0.25, 0.1, 0.0), SOME),
+    "sustained": ((0.8, 1.0, 1.2, 1.4, 1.6, 1.8), MOST),
+    "kept": ((1.0, 0.1, 0.0), MOST),
 }
 """By map: what changes, and who is compared."""
 MAPS = (*POINTS,)

@@ -149,7 +149,7 @@ def test_the_command_reserves_what_a_server_does_or_what_it_is_told(monkeypatch:
     for options, reserve in (([], RESERVE), (["--reserve", "0.5"], 0.5)):
         found = maps.main(["--maps", "sustained", "limits", "--seeds", "1", *options])
         assert {row["goodput_stage"] for row in found["rows"]} == {reserve} == {found["reserve"]}
-    assert found["capacity"] == {"sustained": dict.fromkeys(("off", *maps.CAPS[:3], "eager", "taper"), 1.6)}
+    assert found["capacity"] == {"sustained": dict.fromkeys(maps.MOST, 1.6)}
 
 
 def test_limits_are_larger_than_answers_with_each_share_that_is_reserved(begun) -> None:
