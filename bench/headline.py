@@ -154,6 +154,15 @@ def lateness(log: Path, row: Mapping[str, Any], profile: str) -> dict[str, Any] 
         return None
 
 
+def unlike(there: Mapping[Run, Made], reserve: float, window: float) -> Iterator[str]:
+    """What sets runs apart from those of a server that reserves as much, with windows as long."""
+    for run, (_, result) in there.items():
+        if reserved(result) != reserve:
+            yield f"{run.file} is of a server with --reserve {reserved(result):g}"
+        if not math.isclose(result["window_s"], window_of(run.load, window), rel_tol=1e-4):
+            yield f"{run.file} has a window of {result['window_s']:g} s"
+
+
 # --- hosts -------------------------------------------------------------------------------------------------
 
 
@@ -333,12 +342,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     say(f"{len(there)} runs are there, {len(missing)} are missing", options.json)
     if wanted and options.minutes:
         config = command_line.configured(of_server)
-        for run, each in there.items():
-            reserve, window = reserved(each.result), each.result["window_s"]
-            if reserve != config.reserve:
-                sys.exit(f"bench.headline: {run.file} is of a server with --reserve {reserve:g}")
-            if not math.isclose(window, window_of(run.load, options.window), rel_tol=1e-4):
-                sys.exit(f"bench.headline: {run.file} has a window of {window:g} s")
+        for other in unlike(there, config.reserve, options.window):
+            sys.exit(f"bench.headline: {other}")
         with started(of_server) as server:
             make(wanted, options, server, config)
     runs = made(results(options.folder))
