@@ -259,6 +259,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser = Command("bench.simulate.maps", "Simulated maps.")
     parser.add_argument("--profile", default="h200-qwen3-32b", help="a shipped profile's name, or a file")
     parser.add_argument("--maps", nargs="+", choices=MAPS, default=[*MAPS])
+    parser.add_argument("--at", nargs="+", type=float, help="only these points, instead of all of a map")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument(
         "--reserve", type=float, default=RESERVE, help="what maps reserve that do not vary it"
@@ -267,7 +268,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
-    wanted, profile = [*cases(options.maps, options.seeds)], Profile.load(options.profile)
+    wanted = [case for case in cases(options.maps, options.seeds) if not options.at or case.x in options.at]
+    profile = Profile.load(options.profile)
     found: dict[str, Any] = {
         **head(parser.typed(arguments)),
         "profile": profile.name,

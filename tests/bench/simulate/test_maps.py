@@ -149,6 +149,9 @@ def test_the_command_reserves_what_a_server_does_or_what_it_is_told(monkeypatch:
     for options, reserve in (([], RESERVE), (["--reserve", "0.5"], 0.5)):
         found = maps.main(["--maps", "sustained", "limits", "--seeds", "1", *options])
         assert {row["goodput_stage"] for row in found["rows"]} == {reserve} == {found["reserve"]}
+    assert [
+        (row["map"], row["x"]) for row in maps.main(["--maps", "limits", "--at", "2", "--seeds", "1"])["rows"]
+    ] == [("limits", 2.0)] * len(RESERVES)
     assert found["capacity"] == {"sustained": dict.fromkeys(maps.MOST, 1.6)}
 
 
