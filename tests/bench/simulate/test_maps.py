@@ -139,7 +139,9 @@ def test_maps_that_say_nothing_of_it_reserve_what_they_are_told(begun) -> None:
     assert {setting.limits for setting, _ in begun} == {1.0}
 
 
-def test_the_command_reserves_what_it_is_told_and_simulates_no_other_points(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_reserves_what_it_is_told_and_simulates_no_other_points(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def told(profile: str, case: Case, *, reserve: float) -> dict[str, Any]:
         figures = {"goodput_stage": reserve, "attainment_stage": float(case.x) < 1.7}
         return {**case._asdict(), **figures, "policy": case.label}
