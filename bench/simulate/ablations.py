@@ -238,6 +238,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     result = {
         **head(parser.typed(arguments)),
         "profile": profile.name,
+        "reserve": options.reserve,
         "sha256": setting.workload.digest,
         "rows": rows,
     }

@@ -45,8 +45,11 @@ def test_the_command_reserves_what_it_is_told_but_where_that_is_what_varies(
     monkeypatch.setattr(ablations, "in_processes", InOneProcess)
     monkeypatch.setattr(ablations, "COOLDOWN", 0.0)
     short = ["--workload", "light", "--warmup", "0", "--window", "0.5", "--variations"]
-    for options in ([], ["--reserve", "0.5"]):
+    found = [
         ablations.main([*short, "full", "KV not reserved", *options])
+        for options in ([], ["--reserve", "0.5"])
+    ]
+    assert [each["reserve"] for each in found] == [RESERVE, 0.5]
     assert reserved == [RESERVE, 0.0, 0.5, 0.0]
 
 
