@@ -342,7 +342,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     say(f"{len(there)} runs are there, {len(missing)} are missing", options.json)
     if wanted and options.minutes:
         config = command_line.configured(of_server)
-        for other in unlike(there, config.reserve, options.window):
+        if (other := next(unlike(there, config.reserve, options.window), None)) is not None:
             sys.exit(f"bench.headline: {other}")
         with started(of_server) as server:
             make(wanted, options, server, config)
