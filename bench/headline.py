@@ -11,8 +11,9 @@ that it has. Without minutes, nothing is run. A run that would not end in time i
 of servers that reserve KV alike (`--reserve`), and of windows of one length: what piles up in half a minute
 has become late after five (`--warmup 60 --window 300 --drain 400`).
 
-A card may be there for a dozen runs only, so they are made in the order of what they tell: see `ORDER`. Where
-a host has several cards, each takes a part of the runs, by a call of its own:
+A card may be there for a dozen runs only, so they are made in the order of what they tell: see `ORDER`, and
+`--only` names some of them. Where a host has several cards, each takes a part of the runs, by a call of its
+own:
 
     CUDA_VISIBLE_DEVICES=0 python -m bench.headline FOLDER --part 1/2 ... &
     CUDA_VISIBLE_DEVICES=1 python -m bench.headline FOLDER --part 2/2 ...
@@ -28,6 +29,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -93,11 +95,11 @@ def plan() -> list[Run]:
 
 
 def expected_seconds(run: Run, there: Mapping[Run, Made], window: Window) -> float:
-    """What it takes: as long as with another seed, or else so many times the seconds until its window ends,
-    by what bench.simulate says; `off` is slow to end long answers, and a client that forks asks for more."""
+    """What it takes: as long as with another seed, or else until its window has ended and the last answer has,
+    by what bench.simulate says: `off` is slow to end long answers, and a client that forks asks for more."""
     known = [each.row["run_s"] for other, each in there.items() if other._replace(seed=run.seed) == run]
-    times = 4.0 if run.policy == "off" else 2.6 if run.load.fork == "client" else 2.0
-    return max(known, default=min(times * window.end, window.end + window.drain))
+    last = 3.0 * window.end if run.policy == "off" else 100.0 if run.load.fork == "client" else 80.0
+    return max(known, default=window.end + min(last, window.drain))
 
 
 def make(wanted: Sequence[Run], options: Namespace, server: Server, config: ServerConfig) -> None:
@@ -312,6 +314,7 @@ def command() -> Command:
     add("folder", type=Path, help="what holds the results")
     add("--minutes", type=float, default=0.0, help="that it may take, with the server's start")
     add("--part", type=part, default=(1, 1), metavar="K/N", help="every N-th of the runs, from the K-th on")
+    add("--only", nargs="+", default=["*"], metavar="GLOB", help="runs whose files have such names")
     parser.add_window(warmup=30.0, window=30.0, cooldown=5.0, drain=300.0)
     add("--scale", type=float, default=1.0, help="factor of all lengths, for a small model")
     add(
@@ -338,7 +341,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     options.until = clock() + 60.0 * options.minutes
     there = made(results(options.folder))
     missing = [each for each in plan() if each not in there]
-    wanted = missing[options.part[0] - 1 :: options.part[1]]
+    asked = [each for each in missing if any(fnmatch(each.file, glob) for glob in options.only)]
+    wanted = asked[options.part[0] - 1 :: options.part[1]]
     say(f"{len(there)} runs are there, {len(missing)} are missing", options.json)
     if wanted and options.minutes:
         config = command_line.configured(of_server)

@@ -24,7 +24,7 @@ from serve.door import StepRecord
 from serve.engine.step_log import StepLog
 from tests.bench.served import serving
 
-QUICK = ["--warmup", "0.1", "--window", "0.3", "--cooldown", "0.1", "--scale", "0.03", "--minutes", "1"]
+QUICK = ["--warmup", "0.1", "--window", "0.3", "--cooldown", "0.1", "--scale", "0.03", "--minutes", "9"]
 PLANNED = plan()
 LOAD = Load("headline", 15)
 BY_CLIENT, REFUSED = LOAD._replace(fork="client"), LOAD._replace(reject=True)
@@ -137,6 +137,8 @@ def test_calls_at_the_same_time_share_the_runs(
     for part in ("1/2", "2/2"):
         main([str(tmp_path), *QUICK, "--part", part])
     assert made_by == [plan()[0::2], plan()[1::2]]
+    main([str(tmp_path), *QUICK, "--part", "2/2", "--only", "*-seed1-off.json", "*-cap?.json"])
+    assert [run.policy for run in made_by.pop()] == ["cap:2"], "of what was asked for"
     for wrong in ("0/2", "3/2", "2"):
         with pytest.raises(SystemExit):
             main([str(tmp_path), "--part", wrong])
@@ -144,12 +146,12 @@ def test_calls_at_the_same_time_share_the_runs(
 
 def test_a_run_takes_what_it_took_with_another_seed_or_what_its_kind_does() -> None:
     there = {Run(LOAD, 1, "off"): Made({"run_s": 7.0}, {}), Run(LOAD, 1, "taper"): Made({"run_s": 3.0}, {})}
-    window = Window(0.25, 1.0, drain=9.0)
+    window = Window(20.0, 50.0, drain=900.0)
     assert expected_seconds(Run(LOAD, 2, "off"), there, window) == 7.0
-    assert expected_seconds(Run(LOAD, 2, "cap:4"), there, window) == 2.0
-    assert expected_seconds(Run(REFUSED, 1, "off"), there, window) == 4.0
-    assert expected_seconds(Run(REFUSED, 1, "off"), there, Window(0.25, 1.0, drain=0.5)) == 1.5
-    assert expected_seconds(Run(BY_CLIENT, 1, "taper"), there, window) == 2.6
+    assert expected_seconds(Run(LOAD, 2, "cap:4"), there, window) == 50.0 + 80.0
+    assert expected_seconds(Run(REFUSED, 1, "off"), there, window) == 50.0 + 150.0
+    assert expected_seconds(Run(BY_CLIENT, 1, "taper"), there, window) == 50.0 + 100.0
+    assert expected_seconds(Run(REFUSED, 1, "off"), there, Window(20.0, 50.0, drain=9.0)) == 59.0
 
 
 def test_the_servers_arguments_say_what_it_reserves_and_where_its_steps_are_written(
