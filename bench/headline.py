@@ -95,8 +95,8 @@ def plan() -> list[Run]:
 
 
 def expected_seconds(run: Run, there: Mapping[Run, Made], window: Window) -> float:
-    """What it takes: as long as with another seed, or else until its window has ended and the last answer has,
-    by what bench.simulate says: `off` is slow to end long answers, and a client that forks asks for more."""
+    """What it takes: as long as with another seed, or else until its window has ended, and the last answer.
+    `off` is slow to end long answers, says bench.simulate, and a client that forks asks for more."""
     known = [each.row["run_s"] for other, each in there.items() if other._replace(seed=run.seed) == run]
     last = 3.0 * window.end if run.policy == "off" else 100.0 if run.load.fork == "client" else 80.0
     return max(known, default=window.end + min(last, window.drain))

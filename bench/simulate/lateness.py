@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -69,6 +70,14 @@ class Lateness:
             raise ValueError(f"lateness beyond profile {self.profile} says nothing about {other}")
         excess = tuple(each for each in self.excess for _ in range(self.steps))
         return replace(profile, factors=self.factors, excess=excess)
+
+    @classmethod
+    def of_run(cls, path: Path) -> Self:
+        """Of the only row in a file of bench.headline. Raises ValueError if it has none, OSError."""
+        (row,) = json.loads(path.read_text())["rows"]
+        if (late := row.get("lateness")) is None:
+            raise ValueError(f"{path} does not say how late its steps were")
+        return cls.of_json(late)
 
     @classmethod
     def of_json(cls, record: Mapping[str, Any]) -> Self:

@@ -2,6 +2,7 @@
 
     python -m bench.simulate.maps --json OUT --plot PNG
     python -m bench.simulate.maps --maps load clients --seeds 1 2 3 --json OUT
+    python -m bench.simulate.maps --maps sustained --late-as RESULT.json --json OUT
 
 Each map starts at the open headline point (fanout, bursty, 1.4 requests a second, TPOT target twice the
 unloaded one) and changes one thing of it.
@@ -22,7 +23,8 @@ unloaded one) and changes one thing of it.
     sustained requests per second, over five minutes: what piles up in half a minute has become late by then
     kept      the share of running requests' KV that a new one must leave to them, over five minutes
 
-Requests that arrive in the window are measured, all of them, and served to their end.
+Requests that arrive in the window are measured, all of them, and served to their end. Steps are as late as
+those of a run were (--late-as: its row has them, by bench.headline), or else as the profile says.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from bench.load.workload import TPOT_SLO_MULTIPLE, Item, Workload, fanout, logno
 from bench.plot import plot_maps
 from bench.progress import tracked
 from bench.result import conclude, head, keep
+from bench.simulate.lateness import Lateness
 from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW
 from bench.simulate.profile import Profile
 from bench.simulate.simulation import Setting, Simulation, in_processes, targets, unloaded_tpot
@@ -168,9 +171,8 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
                 yield from (Case(name, x, label, seed) for seed in seeds)
 
 
-def run(profile_name: str, case: Case, *, reserve: float = RESERVE) -> dict[str, Any]:
+def run(profile: Profile, case: Case, *, reserve: float = RESERVE) -> dict[str, Any]:
     """The row of a case; `reserve` is the share of maps that say nothing of it."""
-    profile = Profile.load(profile_name)
     name, x, label, seed = case
     window = SUSTAINED if name in ("sustained", "kept") else Window(WARMUP, WARMUP + WINDOW)
     seconds = window.end + COOLDOWN
@@ -258,6 +260,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser = Command("bench.simulate.maps", "Simulated maps.")
     parser.add_argument("--profile", default="h200-qwen3-32b", help="a shipped profile's name, or a file")
+    parser.add_argument("--late-as", type=Path, metavar="RESULT", help="a run as late as which steps are")
     parser.add_argument("--maps", nargs="+", choices=MAPS, default=[*MAPS])
     parser.add_argument("--at", nargs="+", type=float, help="only these points, instead of all of a map")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
@@ -270,15 +273,18 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     wanted = [case for case in cases(options.maps, options.seeds) if not options.at or case.x in options.at]
     profile = Profile.load(options.profile)
+    if options.late_as is not None:
+        profile = Lateness.of_run(options.late_as).on(profile)
     found: dict[str, Any] = {
         **head(parser.typed(arguments)),
         "profile": profile.name,
+        "late_as": options.late_as and options.late_as.name,
         "reserve": options.reserve,
         "tpot_unloaded_ms": 1e3 * unloaded_tpot(profile),
         "capacity": {},
         "rows": rows,
     }
-    simulated = partial(run, options.profile, reserve=options.reserve)
+    simulated = partial(run, profile, reserve=options.reserve)
     with in_processes(options.processes) as pool:
         for row in tracked(pool.map(simulated, wanted), "simulations", len(wanted)):
             rows.append(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from bench.load.measures import Window
 from bench.load.workload import named
 from bench.simulate import maps
+from bench.simulate.lateness import Lateness, identity
 from bench.simulate.maps import (
     BY_CLIENT,
     LOADS,
@@ -96,13 +98,13 @@ def test_a_map_is_simulated_written_and_drawn(
     assert json.loads(out.read_text()) == found
     assert {row["label"] for row in found["rows"]} == {*MARGINS}
     assert "quantile" in capsys.readouterr().out
-    again = run("h200-qwen3-32b", Case("margin", 0.8, "forgetting", 1))
+    again = run(PROFILE, Case("margin", 0.8, "forgetting", 1))
     assert again in found["rows"]
 
 
 def test_a_case_is_simulated_and_is_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
     last(1.0, monkeypatch)
-    row = run("h200-qwen3-32b", Case("margin", 0.8, "forgetting", 1))
+    row = run(PROFILE, Case("margin", 0.8, "forgetting", 1))
     assert (row["map"], row["label"], row["seed"]) == ("margin", "forgetting", 1)
     assert row["ttft_attainment"] == 1.0
 
@@ -122,7 +124,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Setting, str]]:
 
 
 def test_every_policy_serves_loads_with_the_share_of_kv_that_is_reserved(begun) -> None:
-    rows = [run("h200-qwen3-32b", case) for case in cases(["reserve"], [1]) if case.x == 0.25]
+    rows = [run(PROFILE, case) for case in cases(["reserve"], [1]) if case.x == 0.25]
     assert [row["policy"] for row in rows] == [f"{policy}, {load}" for load in LOADS for policy in SOME]
     assert [policy for _, policy in begun] == [*SOME] * len(LOADS)
     assert {setting.reserve for setting, _ in begun} == {0.25}
@@ -133,8 +135,8 @@ def test_every_policy_serves_loads_with_the_share_of_kv_that_is_reserved(begun) 
 
 def test_maps_that_say_nothing_of_it_reserve_what_they_are_told(begun) -> None:
     for reserve in (1.0, 0.1):
-        run("h200-qwen3-32b", Case("load", 1.4, "taper", 1), reserve=reserve)
-    run("h200-qwen3-32b", Case("reserve", 0.25, "taper, 1.4/s", 1), reserve=0.1)
+        run(PROFILE, Case("load", 1.4, "taper", 1), reserve=reserve)
+    run(PROFILE, Case("reserve", 0.25, "taper, 1.4/s", 1), reserve=0.1)
     assert [setting.reserve for setting, _ in begun] == [1.0, 0.1, 0.25]
     assert {setting.limits for setting, _ in begun} == {1.0}
 
@@ -142,7 +144,7 @@ def test_maps_that_say_nothing_of_it_reserve_what_they_are_told(begun) -> None:
 def test_the_command_reserves_what_it_is_told_and_simulates_no_other_points(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def told(profile: str, case: Case, *, reserve: float) -> dict[str, Any]:
+    def told(profile: Profile, case: Case, *, reserve: float) -> dict[str, Any]:
         figures = {"goodput_stage": reserve, "attainment_stage": float(case.x) < 1.7}
         return {**case._asdict(), **figures, "policy": case.label}
 
@@ -156,8 +158,33 @@ def test_the_command_reserves_what_it_is_told_and_simulates_no_other_points(
     assert [(row["map"], row["x"]) for row in few] == [("limits", 2.0)] * len(RESERVES)
 
 
+def test_steps_are_as_late_as_those_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Profile] = []
+
+    def simulated(profile: Profile, case: Case, **_: float) -> dict[str, Any]:
+        told.append(profile)
+        return {**case._asdict(), "goodput_stage": 1.0, "attainment_stage": 1.0}
+
+    monkeypatch.setattr(maps, "run", simulated)
+    monkeypatch.setattr(maps, "in_processes", InOneProcess)
+    late = Lateness(profile=identity(PROFILE), factors={8: 1.5}, steps=2, excess=[0.25, 0.0])
+    run_of_headline = tmp_path / "headline-1.4-seed1-taper.json"
+    run_of_headline.write_text(json.dumps({"rows": [{"lateness": asdict(late)}]}))
+    options = ["--maps", "kept", "--at", "1", "--seeds", "1"]
+    assert maps.main(options)["late_as"] is None
+    found = maps.main([*options, "--late-as", str(run_of_headline)])
+    assert found["late_as"] == run_of_headline.name
+    assert found["tpot_unloaded_ms"] == pytest.approx(1.5e3 * PROFILE.bucket_seconds[8], rel=0.1)
+    usual, as_late = told[0], told[-1]
+    assert (usual.factors, usual.excess) == (PROFILE.factors, ())
+    assert (as_late.factors, as_late.excess) == ({8: 1.5}, (0.25, 0.25, 0.0, 0.0))
+    run_of_headline.write_text(json.dumps({"rows": [{}]}))
+    with pytest.raises(ValueError, match="does not say how late its steps were"):
+        maps.main([*options, "--late-as", str(run_of_headline)])
+
+
 def test_limits_are_larger_than_answers_with_each_share_that_is_reserved(begun) -> None:
-    rows = [run("h200-qwen3-32b", case) for case in cases(["limits"], [1]) if case.x == 4.0]
+    rows = [run(PROFILE, case) for case in cases(["limits"], [1]) if case.x == 4.0]
     assert [row["label"] for row in rows] == [*RESERVES]
     assert [(setting.limits, setting.reserve, policy) for setting, policy in begun] == [
         (4.0, reserve, "taper") for reserve in (1.0, 0.5, 0.25, 0.1, 0.0)
@@ -169,9 +196,9 @@ def test_limits_are_larger_than_answers_with_each_share_that_is_reserved(begun) 
 def test_sustained_load_lasts_for_five_minutes(begun, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (maps.SUSTAINED.warmup, maps.SUSTAINED.seconds) == (60.0, 300.0)
     monkeypatch.setattr(maps, "SUSTAINED", Window(1.0, 3.0))
-    run("h200-qwen3-32b", Case("sustained", 1.8, "cap:4", 1), reserve=0.1)
-    run("h200-qwen3-32b", Case("kept", 0.25, "off", 1), reserve=0.1)
-    run("h200-qwen3-32b", Case("load", 1.8, "eager", 1), reserve=0.1)
+    run(PROFILE, Case("sustained", 1.8, "cap:4", 1), reserve=0.1)
+    run(PROFILE, Case("kept", 0.25, "off", 1), reserve=0.1)
+    run(PROFILE, Case("load", 1.8, "eager", 1), reserve=0.1)
     assert [(setting.window.end, setting.reserve, policy) for setting, policy in begun] == [
         (3.0, 0.1, "cap:4"),
         (3.0, 0.25, "off"),
@@ -184,7 +211,7 @@ def test_sustained_load_lasts_for_five_minutes(begun, monkeypatch: pytest.Monkey
 def test_an_answer_is_one_request_or_many_by_who_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     last(3.0, monkeypatch)
     labels = "taper", READ_AGAIN, BY_CLIENT
-    by_kv, again, client = (run("h200-qwen3-32b", Case("fork", 1.4, label, 1)) for label in labels)
+    by_kv, again, client = (run(PROFILE, Case("fork", 1.4, label, 1)) for label in labels)
     assert by_kv["requests"] == again["requests"] == 1 < client["requests"]
     assert by_kv["given_tokens"] < again["given_tokens"] < client["given_tokens"]
     assert by_kv["raw_tokens_s"] > 0
