@@ -140,7 +140,7 @@ def steps(sources: Sequence[Path], path: Path) -> None:
 HELD = "bench/results"
 OF_BACKENDS = ("h200", "h200x2", "tpu-estimates", "cpu")
 PICTURES = {
-    "docs/headline.png": Picture(headline, (f"{HELD}/{LINES.name}",)),
+    "docs/headline.png": Picture(headline, (f"{HELD}/{LINES.name}", f"{HELD}/sustained/*.json")),
     f"{HELD}/maps-h200-load.png": Picture(maps("load", "clients"), (f"{HELD}/maps-h200.json",)),
     f"{HELD}/maps-h200-share.png": Picture(maps("share", "fanout"), (f"{HELD}/maps-h200-others.json",)),
     f"{HELD}/maps-h200-slo.png": Picture(maps("slo", "family"), (f"{HELD}/maps-h200-others.json",)),

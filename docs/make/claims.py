@@ -6,7 +6,7 @@ import ast
 import json
 import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,16 +107,18 @@ def claims(folder: Path, results: Path) -> list[Claim]:
 
 
 def _of_file(path: Path, results: Path) -> Iterator[Claim]:
-    page, section = "", None
+    page, section, shared = "", None, NAMES
     for number, line in enumerate(path.read_text().splitlines(), 1):
         source = f"docs/claims/{path.name}:{number}"
         try:
             if line.startswith("# "):
-                page, section = line[2:], None
+                page, section, shared = line[2:], None, {**NAMES}
             elif line.startswith("## "):
-                section = _Section.of(page, line[3:], results)
+                section = _Section.of(page, line[3:], shared, results)
             elif line and section:
                 yield from section.claims(line, source)
+            elif page and _LET.fullmatch(line):
+                exec(line, shared)
             elif line:
                 raise ValueError("no heading above it says which page and which file")
         except Exception as error:  # of any expression
@@ -137,15 +139,15 @@ class _Section:
     loop: str = ""
 
     @classmethod
-    def of(cls, page: str, heading: str, results: Path) -> _Section:
-        """Raises ValueError for a heading that says neither files nor why there are none."""
+    def of(cls, page: str, heading: str, shared: Mapping[str, Any], results: Path) -> _Section:
+        """`shared`: names of all sections. Raises ValueError for a heading that gives neither files nor why."""
         found = _HEADING.fullmatch(heading)
         if not found:
             raise ValueError("a heading says `FILE as NAME`, `none: WHY` or `not measured: WHY`")
         if found["why"]:
             return cls(page, found["why"], None)
         files = re.findall(r"(\S+) as (\w+)", found["files"])
-        names = NAMES | {name: _loaded(file, results) for file, name in files}
+        names = {**shared} | {name: _loaded(file, results) for file, name in files}
         return cls(page, ", ".join(f"`{file}`" for file, _ in files), names)
 
     def claims(self, line: str, source: str) -> Iterator[Claim]:

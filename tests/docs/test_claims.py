@@ -163,6 +163,17 @@ def test_rows_with_the_same_label_are_told_apart_by_their_order(root: Path) -> N
     assert said == [((0, 12), "| same | 1000 |"), ((13, 25), "| same | 2 |")]
 
 
+def test_what_stands_above_the_sections_of_a_page_is_for_all_of_them_and_no_other_page(root: Path) -> None:
+    section = "## run.json as run\na step takes {ms(run.step_ms)}\n"
+    text = f"# page.md\nms = lambda value: f'{{value:.1f}} ms'\n{section}{section}"
+    file = root / "docs/claims/page.txt"
+    file.write_text(text)
+    assert [each.text for each in claimed(root)] == ["a step takes 20.1 ms"] * 2
+    file.write_text(f"{text}# other.md\n{section}")
+    with pytest.raises(ValueError, match=r"page\.txt:9: NameError"):
+        claimed(root)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
