@@ -140,7 +140,7 @@ class _Section:
 
     @classmethod
     def of(cls, page: str, heading: str, shared: Mapping[str, Any], results: Path) -> _Section:
-        """`shared`: names of all sections. Raises ValueError for a heading that gives neither files nor why."""
+        """`shared`: names of all sections. Raises ValueError for a heading without files or reason."""
         found = _HEADING.fullmatch(heading)
         if not found:
             raise ValueError("a heading says `FILE as NAME`, `none: WHY` or `not measured: WHY`")
