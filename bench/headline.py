@@ -9,7 +9,7 @@ it ran on and, if the server keeps a log of its steps, how late these were (benc
 folder has already is not made again, whoever made it on whichever host; the table and the picture are of all
 that it has. Without minutes, nothing is run. A run that would not end in time is passed over. A folder is
 of servers that reserve KV alike (`--reserve`), and of windows of one length: what piles up in half a minute
-has become late after five (`--warmup 60 --window 300 --drain 400`).
+has become late after five (`--warmup 60 --window 300`).
 
 A card may be there for a dozen runs only, so they are made in the order of what they tell: see `ORDER`, and
 `--only` names some of them. Where a host has several cards, each takes a part of the runs, by a call of its
