@@ -1,4 +1,4 @@
-"""When the first token of a newcomer can come: what the door asks before it lets somebody in.
+"""When the first token of a newcomer can come: what the gate asks before it lets one in.
 
     first token = max(wait to start, time to read the prompts ahead) + time to read its own
 

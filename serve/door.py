@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from scheduler.events import Event, Finished
+from scheduler.gate import Rejection
 from scheduler.predictor import PredictionAccuracy, StepLoad
 from scheduler.request import Request
-from scheduler.scheduler import Rejection, SchedulerLoad
+from scheduler.scheduler import SchedulerLoad
 
 State = Literal["STARTING", "SERVING", "DRAINING", "STOPPED", "FAILED"]
 Reason = Literal[Rejection, "DRAINING", "STARTING"]

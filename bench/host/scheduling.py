@@ -21,11 +21,12 @@ from bench.result import conclude, head
 from bench.simulate.profile import Profile
 from bench.simulate.simulation import MAX_CONTEXT, NoText
 from bench.timing import Stopwatch, no_collections
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage
 from scheduler.request import Request, Slo
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.step import Sample, ScheduledStep, StepResult
 from scheduler.stopping import Stopping
 

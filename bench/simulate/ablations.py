@@ -27,6 +27,7 @@ from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW, table
 from bench.simulate.profile import Profile, late_as
 from bench.simulate.simulation import Setting, Simulation, in_processes, targets
 from bench.timing import no_collections
+from scheduler.config import RESERVE
 from scheduler.controller import Controller, ControllerConfig, Turn
 from scheduler.draft import StepDraft
 from scheduler.events import Event, TokenEmitted
@@ -34,7 +35,7 @@ from scheduler.flight import Flight
 from scheduler.live_request import LiveRequest
 from scheduler.policy import AdmissionPolicy, Baseline, Extra, Taper
 from scheduler.predictor import StepLatencyModel
-from scheduler.scheduler import RESERVE, Scheduler
+from scheduler.scheduler import Scheduler
 from scheduler.step import StepResult
 
 # --- other predictors --------------------------------------------------------------------------------------

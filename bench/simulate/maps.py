@@ -49,9 +49,9 @@ from bench.simulate.policies import COOLDOWN, WARMUP, WINDOW
 from bench.simulate.profile import Profile
 from bench.simulate.simulation import Setting, Simulation, in_processes, targets, unloaded_tpot
 from bench.timing import no_collections
+from scheduler.config import RESERVE
 from scheduler.controller import ControllerConfig
 from scheduler.predictor import StepLatencyModel, StepLoad
-from scheduler.scheduler import RESERVE
 
 RATE = 1.4
 CAPS = ("cap:2", "cap:4", "cap:6", "cap:8")

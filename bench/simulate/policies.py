@@ -27,9 +27,9 @@ from bench.progress import tracked
 from bench.result import conclude, head, keep
 from bench.simulate.profile import Profile, late_as
 from bench.simulate.simulation import Setting, in_processes, simulate, targets
+from scheduler.config import RESERVE
 from scheduler.controller import ControllerConfig
 from scheduler.request import Slo
-from scheduler.scheduler import RESERVE
 from serve.lateness import CAUSES
 
 WARMUP, WINDOW, COOLDOWN = 45.0, 45.0, 15.0  # seconds

@@ -23,12 +23,14 @@ from bench.load.measures import Record, Run, Window
 from bench.load.workload import ALONE, END, TPOT_SLO_MULTIPLE, TTFT_SLO, Fork, Item, Workload
 from bench.simulate.profile import Profile
 from bench.timing import no_collections
+from scheduler.config import RESERVE, SchedulerConfig
 from scheduler.controller import Controller, ControllerConfig
 from scheduler.events import Finished, StageStarted, TokenEmitted
+from scheduler.gate import RejectedError
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request, Slo
-from scheduler.scheduler import RESERVE, RejectedError, Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.step import Entry, FinishedStep, Sample, ScheduledStep, StepResult
 from scheduler.stopping import Stopping
 from serve.door import Watcher

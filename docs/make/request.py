@@ -14,9 +14,10 @@ from typing import Any
 from google.protobuf import text_format
 
 from model.find import model_config, model_tokenizer
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
 from scheduler.predictor import StepLatencyModel
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.step import Entry, Sample, ScheduledStep, SegmentRead, StepResult
 from serve.config import ServerConfig
 from serve.reading.requests import read_request

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from scheduler.config import RESERVE
 from scheduler.policy import policy
-from scheduler.scheduler import RESERVE
 from serve.config.errors import OptionError, flag, naming
 from serve.config.ranges import (
     MOST,

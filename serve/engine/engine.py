@@ -22,8 +22,9 @@ import structlog
 
 from model.settings import one_line, out_of_memory
 from scheduler.events import Event, Finished, TokenEmitted
+from scheduler.gate import RejectedError
 from scheduler.request import Request
-from scheduler.scheduler import RejectedError, Scheduler
+from scheduler.scheduler import Scheduler
 from scheduler.step import FinishedStep, ScheduledStep, StepResult
 from serve.door import NO_PROGRAMS, Failed, Load, Programs, Refused, Sink, State, Watcher
 from serve.engine.collector import Collector

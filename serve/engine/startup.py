@@ -23,9 +23,10 @@ from model.find import model_tokenizer
 from model.progress import SaidSometimes
 from model.sharding import Placement, ask_for_devices
 from model.tokenizer import Tokenizer
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller, ControllerConfig
 from scheduler.predictor import StepLatencyModel
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.step import FinishedStep
 from serve.config import OptionError, ServerConfig, naming
 from serve.door import Watcher

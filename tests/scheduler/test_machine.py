@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from scheduler.gate import RejectedError
 from scheduler.request import Request
-from scheduler.scheduler import RejectedError
 from tests.scheduler.alphabet import FOLLOWS, TALKATIVE
 from tests.scheduler.strategies import examples, plans, prompts, samplings, serving, slos, tag_programs
 from tests.scheduler.symbolic import SymbolicModel

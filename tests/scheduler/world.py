@@ -11,12 +11,13 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller, ControllerConfig
 from scheduler.events import Event, Finished, Joined, StageFinished, StageStarted, TokenEmitted
 from scheduler.footprint import worst_case_pages
 from scheduler.predictor import StepLatencyModel
 from scheduler.request import Request
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.step import Entry, Forecast, Sample, ScheduledStep, Step, StepResult
 from scheduler.stopping import FinishReason
 from tests.scheduler.alphabet import Alphabet
@@ -49,6 +50,10 @@ class Setting:
     arrive_after: int = 0
     late_by: float = 1.0
     max_context: int = MAX_CONTEXT
+    max_queue: int = 1024
+    max_client_queue: float = math.inf
+    max_client_running: float = math.inf
+    max_client_kv: float = math.inf
 
 
 def latency(buckets: Sequence[int]) -> StepLatencyModel:
@@ -67,6 +72,10 @@ class World:
                 page_size=setting.page_size,
                 num_slots=2 * max(setting.buckets) + setting.spare_slots,
                 max_context=setting.max_context,
+                max_queue=setting.max_queue,
+                max_client_queue=setting.max_client_queue,
+                max_client_running=setting.max_client_running,
+                max_client_kv=setting.max_client_kv,
                 prefix_cache=setting.prefix_cache,
                 reserve=setting.reserve,
             ),

@@ -17,11 +17,12 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.sharding import ON_ONE_DEVICE, Placement
 from model.weights import random_weights
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller, ControllerConfig
 from scheduler.events import Event, Finished, StageFinished, StageStarted, TokenEmitted
 from scheduler.predictor import StepLatencyModel
 from scheduler.request import Request
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.step import Sample, Step
 from scheduler.stopping import FinishReason
 from serve.door import Failed

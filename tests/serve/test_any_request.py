@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
 import serve.reading
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
 from scheduler.predictor import StepLatencyModel
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.step import Sample, Step
 from serve.engine.engine import InProcessEngine
 from serve.reading.faults import Faults

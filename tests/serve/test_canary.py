@@ -16,9 +16,10 @@ import pytest
 import structlog
 from prometheus_client import generate_latest
 
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
 from scheduler.predictor import StepLatencyModel
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.step import Sample, Step
 from serve.config import ServerConfig
 from serve.engine.engine import InProcessEngine

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import pytest
 
 from model.config import PRESETS
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
 from scheduler.events import Finished, StageFinished, StageStarted, Started, TokenEmitted
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request, Slo
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.step import Sample, Step
 from scheduler.stopping import FinishReason, Stopping
 from serve.config import ServerConfig

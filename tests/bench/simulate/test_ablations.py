@@ -10,9 +10,9 @@ from bench.simulate import ablations
 from bench.simulate.ablations import VARIATIONS, Replanned, Unbudgeted, ablate, unpadded
 from bench.simulate.profile import Profile
 from bench.simulate.simulation import Setting, Simulation, targets
+from scheduler.config import RESERVE
 from scheduler.policy import Baseline, Extra
 from scheduler.predictor import StepLatencyModel, StepLoad
-from scheduler.scheduler import RESERVE
 from tests.bench.simulate.test_policies import InOneProcess
 
 PROFILE = Profile.load("h200-qwen3-32b")

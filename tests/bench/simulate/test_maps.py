@@ -31,8 +31,8 @@ from bench.simulate.maps import (
 )
 from bench.simulate.profile import Profile
 from bench.simulate.simulation import Setting, Simulation
+from scheduler.config import RESERVE
 from scheduler.predictor import StepLoad
-from scheduler.scheduler import RESERVE
 from tests.bench.simulate.test_policies import InOneProcess
 
 PROFILE = Profile.load("h200-qwen3-32b")

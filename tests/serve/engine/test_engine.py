@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from jax.errors import JaxRuntimeError
 
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller, ControllerConfig
 from scheduler.events import Finished, TokenEmitted
 from scheduler.predictor import StepLatencyModel
 from scheduler.program import Plan
 from scheduler.request import Request, Slo
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.step import Entry, FinishedStep, Sample, Step
 from serve.door import Failed, News, Refused, is_last
 from serve.engine.collector import Collector

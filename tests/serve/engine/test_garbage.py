@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import pytest
 
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
 from scheduler.predictor import StepLatencyModel
 from scheduler.request import Request
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.step import Step
 from serve.engine.engine import InProcessEngine
 from serve.reading.requests import read_request

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from functools import partial
 
 from model.config import PRESETS
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
 from scheduler.predictor import StepLatencyModel
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from scheduler.step import Sample, Step
 from serve.config import ServerConfig
 from serve.door import Watcher

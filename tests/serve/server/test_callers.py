@@ -14,10 +14,11 @@ from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
 from scheduler.events import Started
 from scheduler.predictor import StepLatencyModel
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
 from serve.config import ServerConfig
 from serve.engine.engine import InProcessEngine
 from serve.server import tokens

@@ -18,12 +18,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from scheduler.config import SchedulerConfig
 from scheduler.controller import Controller
 from scheduler.events import BranchInfo, StageStarted, Started, TokenEmitted, WidthChanged
+from scheduler.gate import RejectedError
 from scheduler.predictor import PredictionAccuracy, StepLatencyModel
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request, Slo
-from scheduler.scheduler import RejectedError, Scheduler, SchedulerConfig, SchedulerLoad
+from scheduler.scheduler import Scheduler, SchedulerLoad
 from scheduler.step import Sample
 from scheduler.stopping import Stopping
 from serve.config import OptionError, ServerConfig

@@ -1,4 +1,4 @@
-"""Who is refused at the scheduler's door: for the queue's sake, its client's, or its own."""
+"""Who is refused at the gate: for want of pages, for the queue's sake, its client's, or its own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from scheduler.events import Finished
+from scheduler.gate import RejectedError
 from scheduler.request import Slo
-from scheduler.scheduler import RejectedError
 from tests.scheduler.alphabet import LETTERS
-from tests.scheduler.requests import request, serial
+from tests.scheduler.requests import fork, request, serial
 from tests.scheduler.symbolic import SymbolicModel
 from tests.scheduler.world import Setting, World
 
@@ -26,9 +26,9 @@ def picky(name: str, ttft: float, tokens: int = 20, **more: Any):
 
 
 def busy(world: World, services: int = 10) -> None:
-    """Let a server that serves one after the other learn how long each takes."""
+    """Let a server that serves one after the other learn how long each takes; they are of as many clients."""
     for number in range(services):
-        world.add(request(f"busy{number}", serial(20)))
+        world.add(request(f"busy{number}", serial(20), client=f"busy{number}"))
     world.run([])
 
 
@@ -39,6 +39,29 @@ def refused(world: World, *wanted: Any) -> RejectedError:
     with pytest.raises(RejectedError) as caught:
         world.add(last)
     return caught.value
+
+
+def test_the_queue_is_bounded_and_running_requests_are_not_in_it() -> None:
+    world = World(Setting(max_queue=2), TALKS_ON)
+    world.add(request("a", serial(9)))
+    world.add(request("b", serial(9)))
+    assert refused(world, request("c", serial(9))).reason == "QUEUE_FULL"
+    world.step()
+    world.add(request("c", serial(9)))
+
+
+def test_a_request_that_could_never_fit_is_refused_and_one_that_just_fits_runs() -> None:
+    world = World(Setting(num_pages=4, page_size=4), TALKS_ON)
+    assert refused(world, request("r", serial(13))).reason == "KV_FULL"
+    assert refused(world, request("r", fork(4, tokens=3))).reason == "KV_FULL"
+    world.run([request("a", serial(12)), request("b", fork(3, tokens=3))])
+
+
+def test_what_could_never_fit_is_told_so_even_where_the_queue_is_full() -> None:
+    world = World(Setting(num_pages=4, page_size=4, max_queue=1), TALKS_ON)
+    world.add(request("a", serial(3)))
+    assert refused(world, request("r", serial(13))).reason == "KV_FULL"
+    assert refused(world, request("r", serial(12))).reason == "QUEUE_FULL"
 
 
 def test_who_comes_to_an_idle_server_is_never_late() -> None:
@@ -159,20 +182,17 @@ def test_who_waits_in_vain_is_given_up_before_its_target_has_passed() -> None:
 
 
 def test_a_full_queue_says_when_a_place_will_be_free() -> None:
-    world = World(ONE_BY_ONE, TALKS_ON)
+    world = World(replace(ONE_BY_ONE, max_queue=10), TALKS_ON)
     busy(world)
-    world.scheduler.config = replace(world.scheduler.config, max_queue=2)
     world.add(request("runs", serial(20)))
     world.step()
-    error = refused(world, *(request(name, serial(20)) for name in "abc"))
+    error = refused(world, *(request(name, serial(20)) for name in "abcdefghijk"))
     assert error.reason == "QUEUE_FULL"
     assert error.retry_after == pytest.approx(SERVICE, rel=0.15)
 
 
 def test_a_client_may_queue_and_run_so_many() -> None:
-    world = World(Setting(), TALKS_ON)
-    limits = {"max_client_queue": 2, "max_client_running": 1}
-    world.scheduler.config = replace(world.scheduler.config, **limits)
+    world = World(Setting(max_client_queue=2, max_client_running=1), TALKS_ON)
     for name in "ab":
         world.add(request(name, serial(9), client="flood"))
     assert refused(world, request("c", serial(9), client="flood")).reason == "CLIENT_LIMIT"
@@ -186,8 +206,7 @@ def test_a_client_may_queue_and_run_so_many() -> None:
 
 def test_the_requests_of_a_client_may_need_so_many_pages_together() -> None:
     """250 pages of four tokens; a request of 60 tokens may need 16."""
-    world = World(Setting(reserve=1.0), TALKS_ON)
-    world.scheduler.config = replace(world.scheduler.config, max_client_kv=0.1)
+    world = World(Setting(reserve=1.0, max_client_kv=0.1), TALKS_ON)
     for name in "ab":
         world.add(request(name, serial(60), client="large"))
     error = refused(world, request("c", serial(97), client="large"))
@@ -199,22 +218,10 @@ def test_the_requests_of_a_client_may_need_so_many_pages_together() -> None:
     assert isinstance(world.events["b"][-1], Finished)
 
 
-def test_clients_take_turns_to_start() -> None:
-    world = World(ONE_BY_ONE, TALKS_ON)
-    for number in range(6):
-        world.add(request(f"flood{number}", serial(3), client="flood"))
-    world.step()
-    world.add(request("quiet", serial(3), client="quiet"))
-    world.run_until(lambda: bool(world.events["quiet"]))
-    begun = [name for name, events in world.events.items() if events and name.startswith("flood")]
-    assert len(begun) <= 2
-    world.run([])
-
-
 def test_what_one_client_has_waiting_does_not_refuse_another_whose_turn_it_is() -> None:
-    world = World(Setting(buckets=(4, 8), in_flight=0, max_chunk=8), TALKS_ON)
+    setting = Setting(buckets=(4, 8), in_flight=0, max_chunk=8, max_client_running=1)
+    world = World(setting, TALKS_ON)
     busy(world)
-    world.scheduler.config = replace(world.scheduler.config, max_client_running=1)
     for number in range(40):
         world.add(request(f"flood{number}", serial(20), prompt=100, client="flood"))
     for _ in range(30):
