@@ -67,10 +67,11 @@ class StartQueue:
         self._on_time.setdefault(client, {})[live] = None
 
     def start(self, live: LiveRequest) -> None:
-        """It was its client's turn, and it waits no more."""
-        self._turns += 1
-        self._last_turn[live.request.client] = self._turns
+        """It was its client's turn, and it waits no more; it may have waited elsewhere."""
         self.discard(live)
+        self._turns += 1
+        if self._of_client[live.request.client]:
+            self._last_turn[live.request.client] = self._turns
 
     def discard(self, live: LiveRequest) -> None:
         """It waits no more, if it did."""

@@ -159,8 +159,13 @@ class Naive:
 
         return min(chosen, key=turn, default=None)
 
+    def start(self, live: LiveRequest) -> None:
+        self.turns.append(live.request.client)
+        self.remove(live)
+
     def remove(self, live: LiveRequest) -> None:
-        self.lives.remove(live)
+        if live in self.lives:
+            self.lives.remove(live)
         client = live.request.client
         if all(other.request.client != client for other in self.lives):  # a newcomer when it comes back
             self.turns = [each if each != client else "" for each in self.turns]
@@ -171,7 +176,7 @@ class Naive:
 def test_it_answers_as_if_everybody_were_looked_at(data: st.DataObject) -> None:
     queue, naive, running = StartQueue(), Naive(), dict.fromkeys("abc", 0)
     for _ in range(data.draw(st.integers(1, 40))):
-        match data.draw(st.sampled_from(["come", "come", "start", "leave", "late"])):
+        match data.draw(st.sampled_from(["come", "come", "start", "restart", "leave", "late"])):
             case "come":
                 live = waiting(data.draw(st.sampled_from("abc")))
                 queue.append(live)
@@ -182,9 +187,12 @@ def test_it_answers_as_if_everybody_were_looked_at(data: st.DataObject) -> None:
                 assert live is naive.next(running, most, missed_first)
                 if live is not None:
                     queue.start(live)
-                    naive.turns.append(live.request.client)
-                    naive.remove(live)
+                    naive.start(live)
                     running[live.request.client] += 1
+            case "restart":  # of a request that has waited elsewhere, since it was preempted
+                live = waiting(data.draw(st.sampled_from("abc")))
+                queue.start(live)
+                naive.start(live)
             case "leave" if naive.lives:
                 live = data.draw(st.sampled_from(naive.lives))
                 naive.remove(live)
