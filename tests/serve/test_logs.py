@@ -297,18 +297,19 @@ def test_nobody_waits_for_a_log_that_is_not_read(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Stderr, "MOST_WAITING", 300_000)
     log, dropped = Stderr(), list[int]()
     log.on_dropped = dropped.append
-    with open(reader) as read, open(writer, "w") as stream:
+    with open(reader) as read, open(writer, "w") as stream, ThreadPoolExecutor(1) as pool:
         monkeypatch.setattr(sys, "stderr", stream)
         for count in range(1000):
             log.write(f"line {count} of {'x' * 1000}\n")
         log.drain(0.01)
         heard = [read.readline().split()[1] for _ in range(250)]
         assert heard == [str(count) for count in range(250)], "what was taken comes in order and whole"
+        reading = pool.submit(read.read)
         log.drain(10)
         log.write("goes on\n")
         log.drain(10)
-        os.set_blocking(reader, False)
-        rest = read.read()
+        stream.close()
+        rest = reading.result()
         assert rest.endswith("goes on\n")
         assert "line 999" not in rest, "what was too much is dropped"
     assert sum(dropped) == 1000 - 250 - rest.count("line")
