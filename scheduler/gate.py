@@ -6,7 +6,6 @@ than late, if its first token can be expected to come too late.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -86,8 +85,8 @@ class Gate:
     def _check_in_time(self, live: LiveRequest, now: float) -> None:
         """Raises RejectedError for a request whose first token would come too late, in all likelihood."""
         roster, ttft = self._roster, live.request.slo.ttft
-        clients = Counter(other.request.client for other in roster.started)
-        queued = roster.queue.ahead_of(live.request.client, clients, self._config.max_client_running)
+        running = roster.count_by_client()
+        queued = roster.queue.ahead_of(live.request.client, running, self._config.max_client_running)
         unread = sum(len(other.request.prompt) for other in [*queued, *roster.preempted])
         unread += sum(len(other.request.prompt) for other in roster.running if not other.prompt_read)
         ahead = max(0, len(roster.preempted) + len(queued) - self._free_starts)

@@ -53,6 +53,10 @@ class Roster:
         """The requests that have left the queue, those included that wait again."""
         return [*self.running, *self.preempted]
 
+    def count_by_client(self) -> Counter[str]:
+        """How many requests of each client have left the queue."""
+        return Counter(live.request.client for live in self.started)
+
     @property
     def num_waiting(self) -> int:
         """How many requests wait, to start or to go on."""
@@ -108,7 +112,7 @@ class Roster:
         """
         if self.preempted:
             yield self.preempted[0]
-        clients = Counter(live.request.client for live in self.started)
+        clients = self.count_by_client()
 
         def beside(live: LiveRequest) -> int:
             return clients[live.request.client] - (live.pace.started is not None)

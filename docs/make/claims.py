@@ -6,7 +6,7 @@ import ast
 import json
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ class _Section:
     loop: str = ""
 
     @classmethod
-    def of(cls, page: str, heading: str, shared: Mapping[str, Any], results: Path) -> _Section:
+    def of(cls, page: str, heading: str, shared: dict[str, Any], results: Path) -> _Section:
         """`shared`: names of all sections. Raises ValueError for a heading without files or reason."""
         found = _HEADING.fullmatch(heading)
         if not found:
@@ -147,7 +147,7 @@ class _Section:
         if found["why"]:
             return cls(page, found["why"], None)
         files = re.findall(r"(\S+) as (\w+)", found["files"])
-        names = {**shared} | {name: _loaded(file, results) for file, name in files}
+        names = shared | {name: _loaded(file, results) for file, name in files}
         return cls(page, ", ".join(f"`{file}`" for file, _ in files), names)
 
     def claims(self, line: str, source: str) -> Iterator[Claim]:
