@@ -133,6 +133,7 @@ MAPS = {
     "reserve": ("over the KV that is reserved", "share of what running requests may still need"),
     "limits": ("over the limits of branches", "limit, in times what a branch takes"),
     "sustained": ("over load, for five minutes", "requests a second"),
+    "lasting": ("over how long load lasts", "seconds"),
     "kept": ("over the KV that is reserved, for five minutes", "share of what running requests may need"),
 }
 

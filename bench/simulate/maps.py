@@ -21,6 +21,7 @@ unloaded one) and changes one thing of it.
     reserve   the share of running requests' KV that a new one must leave to them, at several loads
     limits    of branches, in times the tokens that they have, with several such shares
     sustained requests per second, over five minutes: what piles up in half a minute has become late by then
+    lasting   the seconds for which the load lasts and is measured, after half a minute of it
     kept      the share of running requests' KV that a new one must leave to them, over five minutes
 
 Requests that arrive in the window are measured, all of them, and served to their end. Steps are as late as
@@ -61,6 +62,7 @@ SOME = ("off", "cap:4", "eager", "taper")
 OFFERED = RATE * 3000.0  # tokens per second, about those of the headline point
 FAMILIES = {"mixed": 3.0, "reasoning": 0.9, "light": 2.4, "best-of-n": 2.0, "azure-conv": 3.5}
 SUSTAINED = Window(60.0, 360.0)
+LASTING_WARMUP = 30.0  # seconds, as measured runs have
 FIGURES = ("goodput_stage", "attainment_stage")
 OF_LOAD = ("load", "clients", "fork", "sustained")  # maps of which there is a capacity
 CAPABLE = 0.99  # attainment with which a policy still has the capacity for a load
@@ -157,6 +159,7 @@ POINTS: dict[str, tuple[Sequence[float | str], Sequence[str]]] = {
     "reserve": ((1.0, 0.25, 0.1, 0.0), [f"{policy}, {load}" for load in LOADS for policy in SOME]),
     "limits": ((1.0, 2.0, 4.0, 8.0), [*RESERVES]),
     "sustained": ((0.8, 1.0, 1.2, 1.4, 1.6, 1.8), MOST),
+    "lasting": ((30.0, 60.0, 120.0), MOST),
     "kept": ((1.0, 0.1, 0.0), MOST),
 }
 """By map: what changes, and who is compared."""
@@ -171,10 +174,18 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
                 yield from (Case(name, x, label, seed) for seed in seeds)
 
 
+def window_of(case: Case) -> Window:
+    if case.map in ("sustained", "kept"):
+        return SUSTAINED
+    if case.map == "lasting":
+        return Window(LASTING_WARMUP, LASTING_WARMUP + float(case.x))
+    return Window(WARMUP, WARMUP + WINDOW)
+
+
 def run(profile: Profile, case: Case, *, reserve: float = RESERVE) -> dict[str, Any]:
     """The row of a case; `reserve` is the share of maps that say nothing of it."""
     name, x, label, seed = case
-    window = SUSTAINED if name in ("sustained", "kept") else Window(WARMUP, WARMUP + WINDOW)
+    window = window_of(case)
     seconds = window.end + COOLDOWN
     multiple, limits, controller, latency = TPOT_SLO_MULTIPLE, 1.0, ControllerConfig(), None
     policy = "taper" if label in (*MARGINS, *RESERVES, BY_CLIENT, READ_AGAIN) else label

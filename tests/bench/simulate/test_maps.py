@@ -208,6 +208,11 @@ def test_sustained_load_lasts_for_five_minutes(begun, monkeypatch: pytest.Monkey
     assert [setting.workload.digest for setting, _ in begun[:2]] == requests
 
 
+def test_load_lasts_for_as_long_as_a_point_says() -> None:
+    windows = {case.x: maps.window_of(case) for case in cases(["lasting"], [1])}
+    assert windows == {x: Window(30.0, 30.0 + x) for x in (30.0, 60.0, 120.0)}
+
+
 def test_an_answer_is_one_request_or_many_by_who_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     last(3.0, monkeypatch)
     labels = "taper", READ_AGAIN, BY_CLIENT
