@@ -16,7 +16,7 @@ from serve.server.tls import Certificates
 from taper_client.certificates import Paths
 from tests.serve.authorities import Authority
 from tests.serve.fakes import FakeEngine, listening
-from tests.serve.server.test_server import answer
+from tests.serve.server.own_loop import answer
 from tests.serve.server.test_tokens import entry
 
 HERE = Path(__file__).parent

@@ -34,8 +34,8 @@ from serve.text.codec import TextCodec
 from taper_client import AsyncClient, branch, generate_request, parallel, serial
 from taper_client.errors import InternalError, InvalidRequestError, ServiceError
 from tests.serve.fakes import ByteTokenizer, served_model
+from tests.serve.server.own_loop import listening_to
 from tests.serve.server.test_calls import GENERATE, connection, end_of
-from tests.serve.server.test_server import listening_to
 
 CANARY = "Xyzzy-9051 plugh_frotz"
 PIECE = 8  # characters of it that are enough to be found out

@@ -8,7 +8,7 @@ import asyncio
 from bench.host.asking import compared
 from bench.host.replicas import FIGURES, calls, ways
 from tests.serve.fakes import FakeEngine, listening
-from tests.serve.server.test_server import answer
+from tests.serve.server.own_loop import answer
 
 FEW = argparse.Namespace(requests=2, streams=4, tokens=2)
 

@@ -17,7 +17,7 @@ from serve.config import ServerConfig
 from serve.config.command_line import configured
 from serve.server.tls import certificates_of
 from tests.serve.fakes import FakeEngine, listening
-from tests.serve.server.test_server import answer
+from tests.serve.server.own_loop import answer
 
 FEW = argparse.Namespace(connections=2, requests=2, streams=2, tokens=2)
 

@@ -14,7 +14,7 @@ import pytest
 
 import taper_client
 from tests.serve.fakes import FakeEngine, listening
-from tests.serve.server.test_server import answer
+from tests.serve.server.own_loop import answer
 
 PROJECT = Path(__file__).parents[3] / "serve" / "client"
 MB = 1_000_000

@@ -30,7 +30,7 @@ from taper_client.errors import (
 from taper_client.v1 import control_service_pb2 as control_pb
 from taper_client.v1 import inference_service_pb2 as pb
 from tests.serve.fakes import FakeEngine, begin, finished, served_model
-from tests.serve.server.test_server import answer, in_loop, listening_to, until
+from tests.serve.server.own_loop import answer, in_loop, listening_to, until
 
 GENERATE, TOKENIZE, DETOKENIZE = (
     f"/taper.v1.InferenceService/{name}" for name in ("Generate", "Tokenize", "Detokenize")

@@ -28,7 +28,7 @@ from serve.config import ServerConfig
 from serve.served import Served, ServedModel
 from serve.server.server import run
 from tests.serve.fakes import FakeEngine
-from tests.serve.server.test_server import answer
+from tests.serve.server.own_loop import answer
 
 def load(config, on_step):
     model = ServedModel.of(config, model_config(config.model), model_tokenizer(config.model)[0])

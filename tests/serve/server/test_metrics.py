@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from scheduler.predictor import PredictionAccuracy
 from scheduler.program import Plan, SerialStage
 from scheduler.request import Request
 from scheduler.scheduler import SchedulerLoad
 from scheduler.stopping import Stopping
+from serve.config import ServerConfig
 from serve.door import Load, Programs
 from serve.lateness import CAUSES
+from serve.served import Platform, Served
 from serve.server.metrics import Metrics
-from taper_client.errors import RETRY_AFTER
-from tests.serve.fakes import STEP, FakeEngine, finished
+from serve.server.service import Service
+from taper_client import AsyncClient
+from taper_client.errors import RETRY_AFTER, ServiceError
+from tests.serve.fakes import STEP, FakeEngine, finished, served_model
+from tests.serve.server.own_loop import answer, in_loop, serving
 
 
 def test_a_step_is_measured_against_its_prediction():
@@ -215,3 +222,33 @@ def test_load_is_read_when_it_is_scraped():
     assert value("taper_running_requests", name) == 1
     assert value("taper_kv_used_tokens", name) == 10
     assert value("taper_prediction_coverage", name) == 1.0
+
+
+@in_loop
+async def test_requests_are_counted_by_how_they_ended():
+    engine = FakeEngine(answer)
+    async with serving(engine) as (service, address), AsyncClient(address) as client:
+        await client.complete("go")
+        await client.load()
+        with pytest.raises(ServiceError):
+            await client.complete([999])
+        with pytest.raises(ServiceError):
+            await client.set_policy("fast")
+    value = service.metrics.registry.get_sample_value
+    assert value("taper_requests_total", {"code": "OK", "tenant": ""}) == 1
+    assert value("taper_requests_total", {"code": "INVALID_ARGUMENT", "tenant": ""}) == 1
+    assert value("taper_tokens_total", {"kind": "completion", "tenant": ""}) == 2
+    assert value("taper_refusals_total", {"reason": "INVALID_FIELD"}) == 1, "of Generate alone"
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_load_has_vllms_names_too_if_they_are_asked_for(wanted: bool):
+    service = Service(ServerConfig(port=0, vllm_metric_names=wanted))
+    service.serve(Served(engine=FakeEngine(), model=served_model(), platform=Platform(page_size=50)))
+    value, model = service.metrics.registry.get_sample_value, {"model_name": "tiny"}
+    assert value("taper_model_info", model) == 1
+    assert value("taper_kv_used_ratio", model) == 0.01
+    vllms = model | {"engine": "0"}
+    assert value("vllm:kv_cache_usage_perc", vllms) == (0.01 if wanted else None)
+    pages = {"block_size": "50", "num_gpu_blocks": "20"}
+    assert value("vllm:cache_config_info", vllms | pages) == (1 if wanted else None)

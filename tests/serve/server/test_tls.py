@@ -33,7 +33,7 @@ from taper_client.certificates import Paths, Pem
 from taper_client.v1 import inference_service_pb2_grpc as inference_grpc
 from tests.serve.authorities import Authority, in_file, presented, put, without_authorities
 from tests.serve.fakes import FakeEngine, finished, served_model
-from tests.serve.server.test_server import begin, in_loop, token, until
+from tests.serve.server.own_loop import begin, in_loop, token, until
 
 
 @pytest.fixture

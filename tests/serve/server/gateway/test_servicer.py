@@ -34,7 +34,7 @@ from serve.server.tls import Certificates
 from taper_client import AsyncClient, ServiceError, UnavailableError
 from tests.serve.authorities import Authority
 from tests.serve.fakes import FakeEngine, begin, finished, fork_and_join, say, served_model
-from tests.serve.server.test_server import in_loop, until
+from tests.serve.server.own_loop import in_loop, until
 from tests.serve.server.test_tokens import entry
 
 CONFIG = ServerConfig(port=0, gateway_port=0)
