@@ -135,6 +135,7 @@ MAPS = {
     "sustained": ("over load, for five minutes", "requests a second"),
     "lasting": ("over how long load lasts", "seconds"),
     "kept": ("over the KV that is reserved, for five minutes", "share of what running requests may need"),
+    "starts": ("over how far starts may lengthen a step", "share of the TPOT target"),
 }
 
 

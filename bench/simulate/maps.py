@@ -23,6 +23,7 @@ unloaded one) and changes one thing of it.
     sustained requests per second, over five minutes: what piles up in half a minute has become late by then
     lasting   the seconds for which the load lasts and is measured, after half a minute of it
     kept      the share of running requests' KV that a new one must leave to them, over five minutes
+    starts    the share of the tightest TPOT target up to which a step may grow by requests that start
 
 Requests that arrive in the window are measured, all of them, and served to their end. Steps are as late as
 those of a run were (--late-as: its row has them, by bench.headline), or else as the profile says.
@@ -51,7 +52,7 @@ from bench.simulate.profile import Profile
 from bench.simulate.simulation import Setting, Simulation, in_processes, targets, unloaded_tpot
 from bench.timing import no_collections
 from scheduler.config import RESERVE
-from scheduler.controller import ControllerConfig
+from scheduler.controller import Controller, ControllerConfig
 from scheduler.predictor import StepLatencyModel, StepLoad
 
 RATE = 1.4
@@ -63,6 +64,7 @@ OFFERED = RATE * 3000.0  # tokens per second, about those of the headline point
 FAMILIES = {"mixed": 3.0, "reasoning": 0.9, "light": 2.4, "best-of-n": 2.0, "azure-conv": 3.5}
 SUSTAINED = Window(60.0, 360.0)
 LASTING_WARMUP = 30.0  # seconds, as measured runs have
+HALF_MINUTE = Window(LASTING_WARMUP, LASTING_WARMUP + 30.0)
 FIGURES = ("goodput_stage", "attainment_stage")
 OF_LOAD = ("load", "clients", "fork", "sustained")  # maps of which there is a capacity
 CAPABLE = 0.99  # attainment with which a policy still has the capacity for a load
@@ -143,6 +145,11 @@ LOADS: dict[str, dict[str, Any]] = {
     "1.8/s": {"rate": 1.8},
     "40 clients": {"clients": 40},
 }
+STARTS = {
+    "1.4/s": (1.4, SUSTAINED),
+    "1.8/s": (1.8, SUSTAINED),
+    "1.8/s for half a minute": (1.8, HALF_MINUTE),
+}
 RESERVES = {"all": 1.0, "half": 0.5, "a quarter": 0.25, "a tenth": 0.1, "nothing": 0.0}
 MARGINS = {"repaying": ControllerConfig(), "forgetting": ControllerConfig(repay=0.0)}
 
@@ -161,6 +168,7 @@ POINTS: dict[str, tuple[Sequence[float | str], Sequence[str]]] = {
     "sustained": ((0.8, 1.0, 1.2, 1.4, 1.6, 1.8), MOST),
     "lasting": ((30.0, 60.0, 120.0), MOST),
     "kept": ((1.0, 0.1, 0.0), MOST),
+    "starts": ((Controller.START_MARGIN, 0.85, 0.75), [*STARTS]),
 }
 """By map: what changes, and who is compared."""
 MAPS = (*POINTS,)
@@ -174,9 +182,20 @@ def cases(maps: Iterable[str], seeds: Sequence[int]) -> Iterator[Case]:
                 yield from (Case(name, x, label, seed) for seed in seeds)
 
 
+def starting(margin: float) -> type[Controller]:
+    """One that lets requests start as long as a step takes at most this share of the tightest target."""
+
+    class Starting(Controller):
+        START_MARGIN = margin
+
+    return Starting
+
+
 def window_of(case: Case) -> Window:
     if case.map in ("sustained", "kept"):
         return SUSTAINED
+    if case.map == "starts":
+        return STARTS[case.label][1]
     if case.map == "lasting":
         return Window(LASTING_WARMUP, LASTING_WARMUP + float(case.x))
     return Window(WARMUP, WARMUP + WINDOW)
@@ -188,7 +207,8 @@ def run(profile: Profile, case: Case, *, reserve: float = RESERVE) -> dict[str, 
     window = window_of(case)
     seconds = window.end + COOLDOWN
     multiple, limits, controller, latency = TPOT_SLO_MULTIPLE, 1.0, ControllerConfig(), None
-    policy = "taper" if label in (*MARGINS, *RESERVES, BY_CLIENT, READ_AGAIN) else label
+    policy = "taper" if label in (*MARGINS, *RESERVES, *STARTS, BY_CLIENT, READ_AGAIN) else label
+    starts = Controller.START_MARGIN
     workload = named("headline", seed, seconds, rate=RATE)
     match name, x:
         case (("load" | "fork" | "sustained"), float()):
@@ -215,6 +235,8 @@ def run(profile: Profile, case: Case, *, reserve: float = RESERVE) -> dict[str, 
             reserve, workload = x, named("headline", seed, seconds, **LOADS[load])
         case "kept", float():
             reserve = x
+        case "starts", float():
+            starts, workload = x, named("headline", seed, seconds, rate=STARTS[label][0])
         case "limits", float():
             limits, reserve = x, RESERVES[label]
     setting = Setting(
@@ -228,7 +250,7 @@ def run(profile: Profile, case: Case, *, reserve: float = RESERVE) -> dict[str, 
         fork="client" if label == BY_CLIENT else "server",
         limits=limits,
     )
-    simulation = Simulation(setting, policy, latency=latency)
+    simulation = Simulation(setting, policy, latency=latency, controller=starting(starts))
     with no_collections():
         simulation.serve()
     return {**case._asdict(), **simulation.run().row(), **simulation.footprint(), "policy": label}

@@ -32,6 +32,7 @@ from bench.simulate.maps import (
 from bench.simulate.profile import Profile
 from bench.simulate.simulation import Setting, Simulation
 from scheduler.config import RESERVE
+from scheduler.controller import Controller
 from scheduler.predictor import StepLoad
 from tests.bench.simulate.test_policies import InOneProcess
 
@@ -206,6 +207,22 @@ def test_sustained_load_lasts_for_five_minutes(begun, monkeypatch: pytest.Monkey
     ]
     requests = [named("headline", 1, 3.0, rate=rate).digest for rate in (1.8, maps.RATE)]
     assert [setting.workload.digest for setting, _ in begun[:2]] == requests
+
+
+def test_requests_start_up_to_a_share_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    last(1.0, monkeypatch)
+    shares: list[float] = []
+
+    def begin(setting: Setting, policy: str, *, controller: type[Controller], **options: Any) -> Simulation:
+        shares.append(controller.START_MARGIN)
+        return Simulation(setting, policy, controller=controller, **options)
+
+    monkeypatch.setattr(maps, "Simulation", begin)
+    monkeypatch.setattr(maps, "STARTS", {"1.8/s": (1.8, Window(1.0, 4.0))})
+    rows = [run(PROFILE, Case("starts", x, "1.8/s", 1)) for x in (0.95, 0.75)]
+    run(PROFILE, Case("load", 1.4, "taper", 1))
+    assert shares == [0.95, 0.75, Controller.START_MARGIN]
+    assert [(row["policy"], row["attainment_stage"]) for row in rows] == [("1.8/s", 1.0)] * 2
 
 
 def test_load_lasts_for_as_long_as_a_point_says() -> None:
