@@ -73,7 +73,8 @@ WAYS: dict[str, list[Way]] = {
         By("tests/bench/load/test_workload.py::test_a_file_gives_the_workload_back"),
     ],
     "docs/results.md": [
-        By("tests/bench/test_headline.py::test_what_a_folder_lacks_is_made_and_nothing_twice")
+        By("tests/bench/test_headline.py::test_what_a_folder_lacks_is_made_and_nothing_twice"),
+        By("tests/bench/simulate/test_maps.py::test_steps_are_as_late_as_those_of_a_run"),
     ],
     "docs/tenants.md": [RUN] * 3,
     "docs/tls.md": [RUN] * 7,
