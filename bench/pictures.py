@@ -83,17 +83,19 @@ def headline(sources: Sequence[Path], path: Path) -> None:
         for policy in policies:
             style = {**look(policy), "linewidth": 2.6 if policy == "taper" else 1.4}
             plain, dots = {**style, "marker": ""}, {**style, "markeredgecolor": "white", "markersize": 8}
-            axes.plot([], [], label=policy, **(dots if marks else plain))
+            own = [row for row in marks if row["policy"] == policy and row[column] is not None]
+            axes.plot([], [], label=policy, **(dots if own else plain))
             if policy in found:
                 axes.plot(*list(zip(*found[policy], strict=True))[:2], **plain)
-            own = [row for row in marks if row["policy"] == policy and row[column] is not None]
             at, values = [row["load"] for row in own], [row[column] for row in own]
             axes.plot(at, values, **{**dots, "linestyle": "", "zorder": 3})
         titled(axes, title, "requests a second", unit)
         axes.set_ylim(bottom=0)
     in_percent(grid[1])
     explained(figure, grid, len(policies))
-    what = "Lines: five minutes of each load, simulated." + " Marks: measured." * bool(marks)
+    seeds = len({row["seed"] for row in lines})
+    what = f"Lines: five minutes of each load, {seeds} {'seed' if seeds == 1 else 'seeds'}, simulated."
+    what += " Marks: measured." * bool(marks)
     figure.suptitle(f"Qwen3-32B on one H200, branching requests in bursts. {what}")
     saved(figure, path)
 
