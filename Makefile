@@ -9,7 +9,7 @@ PIP    := $(BIN)/pip install --no-compile $(shell test -t 2 || echo --quiet)
 # What costs no compilation: the scheduler, the wire, the client and the server, all where JAX is absent; then
 # the planners of attention, and the walls between rooms.
 WITHOUT_JAX := $(addprefix tests/,scheduler serve/client serve/reading serve/server serve/text serve/test_config.py serve/test_config_file.py)
-PLANNERS := $(addprefix tests/,attention/test_layout.py attention/test_tiles.py test_rooms.py)
+PLANNERS := $(addprefix tests/,attention/test_layout.py attention/test_tile*.py test_rooms.py)
 
 # A file's tests share what they compile; tests/conftest.py says in which order files are run. Two cores have
 # time for a third worker while tests wait for the processes that they start.
