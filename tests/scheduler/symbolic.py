@@ -9,7 +9,7 @@ What a free page holds is forgotten (`forget`), and reading a position that nobo
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -240,3 +240,11 @@ def widths(step: Step) -> Counter[str]:
     """How many branches of each request advance."""
     advanced = {(entry.request_id, entry.branch) for entry in step.entries}
     return Counter(request_id for request_id, _ in advanced)
+
+
+def rows_by_request(step: Step) -> dict[str, int]:
+    """How many rows of each request are computed."""
+    rows: dict[str, int] = defaultdict(int)
+    for entry in step.entries:
+        rows[entry.request_id] += entry.rows
+    return rows

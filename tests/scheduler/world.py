@@ -25,6 +25,7 @@ from tests.scheduler.interpreter import Answer, Interpreter, Key, Record
 from tests.scheduler.symbolic import SymbolicDevice, SymbolicModel, unique_kv_tokens, widths
 
 MAX_CONTEXT = 200
+UNFILLED = ControllerConfig(rho=0.8, repay=0.0, fill=False)  # by the budget alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
