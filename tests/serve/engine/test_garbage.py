@@ -21,7 +21,7 @@ from serve.engine.engine import InProcessEngine
 from serve.reading.requests import read_request
 from serve.text.codec import TextCodec
 from taper_client import generate_request
-from tests.serve.engine.test_engine import Device
+from tests.serve.engine.instant import Device
 from tests.serve.fakes import ByteTokenizer, served_model
 from tests.serve.remote.soak import Soak
 from tests.serve.waiting import Listener

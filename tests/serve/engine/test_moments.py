@@ -13,7 +13,7 @@ from serve.door import StepRecord
 from serve.engine.engine import InProcessEngine
 from serve.engine.pauses import Pauses
 from serve.engine.step_log import StepLog, read_steps
-from tests.serve.engine.test_engine import scheduler, serve_one
+from tests.serve.engine.instant import scheduler, serve_one
 from tests.serve.engine.timed import Timed
 
 
