@@ -35,7 +35,7 @@ from taper_client import AsyncClient, branch, generate_request, parallel, serial
 from taper_client.errors import InternalError, InvalidRequestError, ServiceError
 from tests.serve.fakes import ByteTokenizer, served_model
 from tests.serve.server.own_loop import listening_to
-from tests.serve.server.test_calls import GENERATE, connection, end_of
+from tests.serve.server.raw_calls import GENERATE, connection, end_of
 
 CANARY = "Xyzzy-9051 plugh_frotz"
 PIECE = 8  # characters of it that are enough to be found out

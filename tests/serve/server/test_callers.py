@@ -34,7 +34,7 @@ from taper_client.v1 import inference_service_pb2 as pb
 from tests.bench.served import Runner
 from tests.serve.fakes import ByteTokenizer, FakeEngine, begin
 from tests.serve.server.own_loop import answer, in_loop, listening_to
-from tests.serve.server.test_calls import connection, served_by, soon
+from tests.serve.server.raw_calls import connection, served_by, soon
 from tests.serve.server.test_tokens import entry
 
 GENERATE, ABORT = "/taper.v1.InferenceService/Generate", "/taper.v1.ControlService/Abort"

@@ -1,89 +1,40 @@
-"""What a call meets before its message is read: bounds, sizes, ids. Each of its ends has a status."""
+"""What a call meets before its message is read: bounds on its size, and on how many there are."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 from dataclasses import replace
 
 import grpc
 import pytest
 
 from serve.config import ServerConfig
-from serve.door import Engine, Load
-from serve.reading.work import Job, ReadHere
-from serve.served import Served
+from serve.door import Load
 from serve.server.calls import Calls
 from serve.server.ports import MAX_CONTROL_BYTES
-from serve.server.service import Service
 from taper_client import AsyncClient, generate_request
-from taper_client.errors import (
-    CancelledError,
-    DuplicateRequestError,
-    InternalError,
-    InvalidRequestError,
-    OverloadedError,
-    ServiceError,
-    UnavailableError,
-    from_rpc,
-)
+from taper_client.errors import DuplicateRequestError, InvalidRequestError, OverloadedError
 from taper_client.v1 import control_service_pb2 as control_pb
 from taper_client.v1 import inference_service_pb2 as pb
-from tests.serve.fakes import FakeEngine, begin, finished, served_model
-from tests.serve.server.own_loop import answer, in_loop, listening_to, until
-
-GENERATE, TOKENIZE, DETOKENIZE = (
-    f"/taper.v1.InferenceService/{name}" for name in ("Generate", "Tokenize", "Detokenize")
+from tests.serve.fakes import FakeEngine, begin, finished
+from tests.serve.server.own_loop import in_loop, listening_to, until
+from tests.serve.server.raw_calls import (
+    CHECK,
+    CONTROL,
+    DETOKENIZE,
+    GENERATE,
+    TOKENIZE,
+    WATCH,
+    HeldReaders,
+    connection,
+    end_of,
+    served_by,
+    soon,
 )
-CONTROL = "/taper.v1.ControlService/"
+
 CONTROLS = [
     CONTROL + method.name for method in control_pb.DESCRIPTOR.services_by_name["ControlService"].methods
 ]
-CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
-SMALL = ServerConfig(port=0, max_calls=3, max_client_calls=2, max_message_bytes=1000, max_queue=4)
-UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-
-
-class HeldReaders(ReadHere):
-    """Read when they are let."""
-
-    def __init__(self) -> None:
-        super().__init__(served_model())
-        self.go_on = asyncio.Event()
-        self.jobs: list[Job] = []
-
-    def read(self, job: Job, connection: str) -> asyncio.Future:
-        self.jobs.append(job)
-        return asyncio.ensure_future(self._read(job, connection))
-
-    async def _read(self, job: Job, connection: str):
-        await self.go_on.wait()
-        return await super().read(job, connection)
-
-
-def served_by(engine: Engine, config: ServerConfig = SMALL, readers: ReadHere | None = None) -> Service:
-    service = Service(config)
-    service.serve(Served(engine=engine, model=served_model()), readers)
-    return service
-
-
-def connection(address: str) -> grpc.aio.Channel:
-    """One that is shared with no other channel."""
-    return grpc.aio.insecure_channel(address, options=UNLIMITED)
-
-
-async def end_of(call: grpc.aio.Call) -> ServiceError | None:
-    """How a call without a stub ends; None: well."""
-    try:
-        await (call.read() if isinstance(call, grpc.aio.UnaryStreamCall) else call)
-    except grpc.aio.AioRpcError as error:
-        return from_rpc(error)
-    return None
-
-
-async def soon(condition) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 # --- sizes -------------------------------------------------------------------------------------------------
@@ -139,37 +90,6 @@ async def test_compressed_messages_are_not_taken():
         error = await end_of(call(b"\x78\x01" * 400, compression=grpc.Compression.Gzip))
         assert error is not None
         assert error.code is grpc.StatusCode.UNIMPLEMENTED
-
-
-# --- what is no message ------------------------------------------------------------------------------------
-
-
-@in_loop
-@pytest.mark.parametrize(
-    "method",
-    [*(CONTROL + name for name in ("GetLoad", "Abort", "SetPolicy")), GENERATE, TOKENIZE, CHECK, WATCH],
-)
-@pytest.mark.parametrize("data", [b"\x0a\x05abc", b"\x0a\x02\xff\xfe", b"\x1b" * 200])
-async def test_bytes_that_are_no_message_are_an_invalid_argument_with_details(method: str, data: bytes):
-    service = served_by(FakeEngine())
-    async with listening_to(service) as address, connection(address) as channel:
-        make = channel.unary_stream if method in (GENERATE, WATCH) else channel.unary_unary
-        error = await end_of(make(method)(data))
-        if method == CONTROL + "GetLoad" and error is not None and error.reason == "INVALID_FIELD":
-            return  # it knows no field: what has no text need not be UTF-8
-        assert isinstance(error, InvalidRequestError)
-        assert error.reason == "MALFORMED"
-        assert error.violations
-
-
-@in_loop
-async def test_a_call_without_a_message_is_told_that_it_needs_one():
-    service = served_by(FakeEngine())
-    async with listening_to(service) as address, connection(address) as channel:
-        for method in (GENERATE, CHECK, CONTROL + "GetLoad"):
-            call = channel.stream_stream(method)()
-            await call.done_writing()
-            assert await _code_and_reason(call) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED"), method
 
 
 # --- calls in flight ---------------------------------------------------------------------------------------
@@ -331,140 +251,3 @@ async def test_who_has_as_many_requests_as_a_client_may_is_refused_before_one_mo
         for call in calls:
             call.cancel()
         await soon(lambda: service.is_idle)
-
-
-# --- ids, aborts and drains --------------------------------------------------------------------------------
-
-
-@in_loop
-async def test_a_call_whose_message_is_being_read_can_be_aborted():
-    engine, readers = FakeEngine(), HeldReaders()
-    service = served_by(engine, readers=readers)
-    async with listening_to(service) as address, AsyncClient(address) as client:
-        running = asyncio.ensure_future(client.complete("go", request_id="r"))
-        await soon(lambda: readers.jobs)
-        assert await client.abort("r", "unknown") == ("r",)
-        with pytest.raises(CancelledError) as caught:
-            await running
-        assert (caught.value.reason, caught.value.request_id) == ("ABORTED", "r")
-        assert service.is_idle
-        assert not engine.requests
-
-
-@in_loop
-async def test_an_abort_right_after_its_call_always_finds_it():
-    """Long messages are overtaken by short ones: the abort waits for those that came before it."""
-    service = served_by(FakeEngine(), ServerConfig(port=0), HeldReaders())
-    chance = random.Random(0)
-    async with listening_to(service) as address, connection(address) as channel:
-        generate, abort = channel.unary_stream(GENERATE), channel.unary_unary(CONTROL + "Abort")
-        for number in range(100):
-            name, length = f"r{number}", chance.choice([1, 10_000, 1_000_000])
-            message = generate_request("go", request_id=name).SerializeToString()
-            call = generate(message + pb.GenerateRequest(cache_salt="x" * length).SerializeToString())
-            answered = await abort(control_pb.AbortRequest(request_ids=[name]).SerializeToString())
-            assert list(control_pb.AbortResponse.FromString(answered).aborted_request_ids) == [name], length
-            error = await end_of(call)
-            assert isinstance(error, CancelledError)
-            assert (error.reason, error.request_id) == ("ABORTED", name)
-        assert service.is_idle
-
-
-@in_loop
-async def test_an_id_is_one_call_s_from_its_arrival():
-    engine, readers = FakeEngine(answer), HeldReaders()
-    service = served_by(engine, readers=readers)
-    async with listening_to(service) as address, AsyncClient(address) as client:
-        first = asyncio.ensure_future(client.complete("go", request_id="r"))
-        await soon(lambda: readers.jobs)
-        with pytest.raises(DuplicateRequestError):
-            await client.complete("go", request_id="r")
-        readers.go_on.set()
-        assert (await first).text == "aa"
-
-
-@in_loop
-async def test_a_drain_tells_every_call_that_the_server_stops():
-    """One that is being read, one whose message never comes, a watch, and one that describes services."""
-    readers = HeldReaders()
-    service = served_by(FakeEngine(), ServerConfig(port=0), readers)
-    async with listening_to(service) as address:
-        channel = connection(address)
-        reading = channel.unary_stream(GENERATE)(generate_request("go").SerializeToString())
-        silent = [channel.stream_stream(method)() for method in (GENERATE, CONTROL + "Abort")]
-        described = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")()
-        watch = channel.unary_stream(WATCH)(b"")
-        assert await watch.read()
-        await soon(lambda: readers.jobs)
-        for call in (*silent, described):
-            await call.wait_for_connection()
-        await asyncio.sleep(0.05)
-        ends = [
-            asyncio.ensure_future(_code_and_reason(call)) for call in (reading, *silent, described, watch)
-        ]
-    for end in ends:
-        assert await end == (grpc.StatusCode.UNAVAILABLE, "STOPPED")
-    await channel.close()
-
-
-@in_loop
-async def test_a_server_that_stops_tells_those_that_wait_for_a_refusal():
-    service = served_by(FakeEngine(), ServerConfig(port=0, max_calls=600, max_client_calls=300))
-    async with listening_to(service) as address:
-        channel = connection(address)
-        watches = [channel.unary_stream(WATCH)(b"") for _ in range(300)]
-        assert all([await watch.read() for watch in watches])  # or some that come later might overtake them
-        watches += [channel.unary_stream(WATCH)(b"") for _ in range(700)]
-        ends = [asyncio.ensure_future(_code_and_reason(watch)) for watch in watches]
-        await soon(lambda: service.control.held + sum(end.done() for end in ends) == 700)
-    assert {await end for end in ends[:300]} == {(grpc.StatusCode.UNAVAILABLE, "STOPPED")}
-    assert {await end for end in ends[300:]} == {(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS")}
-    await channel.close()
-
-
-async def _code_and_reason(call: grpc.aio.Call) -> tuple[grpc.StatusCode, str]:
-    trailing = await call.trailing_metadata()
-    error = grpc.aio.AioRpcError(await call.code(), await call.initial_metadata(), trailing)
-    return error.code(), from_rpc(error).reason
-
-
-@in_loop
-@pytest.mark.parametrize("name", ["", "given"])
-async def test_an_internal_error_has_the_id_that_the_log_has(name: str, capsys: pytest.CaptureFixture[str]):
-    class Broken(FakeEngine):
-        def submit(self, request, sink):
-            raise KeyError("x")
-
-    async with listening_to(served_by(Broken())) as address, AsyncClient(address) as client:
-        with pytest.raises(InternalError) as caught:
-            await client.complete("go", request_id=name or None)
-    assert caught.value.request_id
-    assert name in ("", caught.value.request_id)
-    assert caught.value.request_id in capsys.readouterr().out
-
-
-@in_loop
-async def test_a_bug_of_any_method_has_an_id(capsys: pytest.CaptureFixture[str]):
-    class Broken(FakeEngine):
-        def load(self):
-            raise KeyError("x")
-
-    service = Service(ServerConfig(port=0))
-    async with listening_to(service) as address, AsyncClient(address) as client:
-        service.serve(Served(engine=Broken(), model=served_model()))
-        with pytest.raises(InternalError) as caught:
-            await client.load()
-    assert caught.value.request_id in capsys.readouterr().out
-
-
-@in_loop
-async def test_who_reaches_a_server_that_stops_is_told_so():
-    readers = HeldReaders()
-    service = served_by(FakeEngine(), readers=readers)
-    async with listening_to(service) as address, AsyncClient(address) as client:
-        reading = asyncio.ensure_future(client.tokenize("go"))
-        await soon(lambda: readers.jobs)
-        await service.drain(0.0)
-        with pytest.raises(UnavailableError) as caught:
-            await reading
-        assert caught.value.reason == "STOPPED"
