@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 DEVICE = ("jax", "jaxlib", "flax", "orbax", "attention")
 
 
@@ -25,3 +28,16 @@ def keep_away(*packages: str) -> None:
     loaded = sorted({name.partition(".")[0] for name in sys.modules} & set(packages))
     assert not loaded, f"too late: {', '.join(loaded)} are there already"
     sys.meta_path.insert(0, Absent(packages))  # type: ignore[arg-type]
+
+
+def run_python(script: str, *flags: str) -> str:
+    """What a script prints in an interpreter of its own."""
+    command = [sys.executable, *flags, "-c", script]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def without(packages: Sequence[str]) -> str:
+    """The beginning of a script that can import nothing from some packages."""
+    return f"import importlib; from tests.absent import keep_away; keep_away(*{packages!r})\n"

@@ -7,15 +7,14 @@ and round the device.
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from tests.absent import DEVICE
+from tests.absent import DEVICE, run_python, without
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("attention", "bench", "model", "scheduler", "serve", "taper_client")
@@ -100,19 +99,6 @@ def imports(source: Path, *but: str) -> set[str]:
     return {name.partition(".")[0] for name in imported(source) if name not in but}
 
 
-def run_python(script: str, *flags: str) -> str:
-    """What a script prints in an interpreter of its own."""
-    command = [sys.executable, *flags, "-c", script]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
-
-
-def without(packages: Sequence[str]) -> str:
-    """The beginning of a script that can import nothing from some packages."""
-    return f"import importlib; from tests.absent import keep_away; keep_away(*{packages!r})\n"
-
-
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_knows_only_those_it_may(room: str) -> None:
     strangers = {*ROOMS, "tests"} - KNOWS[room]
@@ -143,6 +129,17 @@ def test_no_module_imports_itself_through_others() -> None:
         TopologicalSorter({name: found & graph.keys() for name, found in graph.items()}).prepare()
     except CycleError as error:
         pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_no_file_imports_from_a_test() -> None:
+    """What several of them need is in a module beside them that is named for what it has."""
+    found = {
+        (str(path.relative_to(ROOT)), name)
+        for path in modules("tests")
+        for name in imported(path)
+        if name.startswith("tests.") and ".test_" in name
+    }
+    assert not found
 
 
 def test_the_scheduler_is_written_in_the_standard_library_alone() -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from bench.demo import Demo, ask, serving, simulate
 from bench.demo import server_options as options_of
 from bench.simulate import card
-from tests.bench.simulate.test_card import FOUND
+from tests.bench.simulate.shown import FOUND
 from tests.screen import lines, svg
 
 PICTURE = Path(__file__).parents[2] / "docs/demo.svg"

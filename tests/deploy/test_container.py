@@ -18,24 +18,12 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from serve.config.command_line import configured
+from tests.deploy.dockerfile import instructions, the
 from tests.deploy.live import ROOT
 
-DOCKERFILE = ROOT / "Dockerfile"
 LOCK = (ROOT / "requirements.lock").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHON = "3.12"
-
-
-def instructions() -> list[tuple[str, str]]:
-    text = re.sub(r"\\\n\s*", "", DOCKERFILE.read_text())
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines)]
-
-
-def the(word: str) -> str:
-    """The one instruction of its kind."""
-    (found,) = (rest for each, rest in instructions() if each == word)
-    return found
 
 
 def locked() -> dict[str, tuple[str, list[str]]]:

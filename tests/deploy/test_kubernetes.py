@@ -15,8 +15,8 @@ import yaml
 from serve.config import ServerConfig
 from serve.config.command_line import configured
 from serve.health_command import parser
+from tests.deploy.dockerfile import the
 from tests.deploy.live import ROOT, faults, page, series
-from tests.deploy.test_container import the
 
 FILE = ROOT / "deploy/kubernetes.yaml"
 ALL = [*yaml.safe_load_all(FILE.read_text())]

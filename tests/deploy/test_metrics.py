@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
-import yaml
 
 from taper_client.errors import RETRY_AFTER
+from tests.deploy.expressions import RULES, expressions
 from tests.deploy.live import ROOT, faults, page, selectors, series
 
 SUFFIXES = ("_bucket", "_sum", "_count")
-ALERTS = yaml.safe_load((ROOT / "deploy/alerts.yaml").read_text())["groups"]
-RULES = {rule["alert"]: rule for group in ALERTS for rule in group["rules"]}
 GUIDE = (ROOT / "docs/operating.md").read_text()
 
 
@@ -81,11 +78,6 @@ def test_reasons_that_alerts_name_are_reasons() -> None:
     }
     assert named
     assert named <= RETRY_AFTER.keys()
-
-
-def expressions() -> dict[str, list[str]]:
-    dashboard = json.loads((ROOT / "deploy/dashboard.json").read_text())
-    return {panel["title"]: [target["expr"] for target in panel["targets"]] for panel in dashboard["panels"]}
 
 
 @pytest.mark.parametrize("title", expressions())

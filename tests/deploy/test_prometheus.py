@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.deploy.expressions import RULES, expressions
 from tests.deploy.live import ROOT, page, scraped, use
-from tests.deploy.test_metrics import RULES, expressions
 from tests.serve.waiting import until
 
 pytestmark = pytest.mark.outside

@@ -34,8 +34,8 @@ from model.smollm2 import ConversionError, convert_gguf, unpermute
 from model.step import StepLayout
 from model.tokenizer import Tokenizer
 from tests.model.checkpoints import CHECKPOINTS, GOLDENS
+from tests.model.default_tokenizer import TINY, tiny
 from tests.model.paged import Sequence, step_inputs
-from tests.model.test_tokenizer import TINY, tiny
 
 GOLDEN = GOLDENS / "smollm2.json"
 QUESTION = [{"role": "user", "content": "Why is the sky blue? Answer in two sentences."}]

@@ -10,14 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import model.tiny
 from model.hf_config import read_folder
 from model.settings import CheckpointError
 from model.tiny import build_tokenizer
 from model.tokenizer import ChatError, Tokenizer, TokenizerError
-
-TINY = Path(model.tiny.__file__).parent
-tiny = Tokenizer.from_folder(TINY)
+from tests.model.default_tokenizer import TINY, tiny
 
 QUESTION = [{"role": "user", "content": "Why?"}]
 

@@ -17,7 +17,7 @@ from taper_client.certificates import Paths
 from tests.serve.authorities import Authority
 from tests.serve.fakes import FakeEngine, listening
 from tests.serve.server.own_loop import answer
-from tests.serve.server.test_tokens import entry
+from tests.serve.server.token_files import entry
 
 HERE = Path(__file__).parent
 PROTOS = HERE.parent.parent / "serve/client/protos"

@@ -32,7 +32,7 @@ from tests.compiling import compiled_quickly
 from tests.model.dense import dense_logits
 from tests.model.published import PUBLISHED, Published
 from tests.serve.fakes import listening
-from tests.serve.test_joins import Dense
+from tests.serve.one_sequence import Dense
 from tests.sizes import sampled
 
 PAGE = (Path(__file__).parents[2] / "docs/branching-models.md").read_text()

@@ -18,8 +18,7 @@ from serve import commands
 from serve.config import GROUPS, ServerConfig
 from serve.config.command_line import EXAMPLES, configured
 from serve.server.server import EngineFailedError
-from tests.absent import DEVICE
-from tests.test_rooms import run_python, without
+from tests.absent import DEVICE, run_python, without
 
 
 @pytest.fixture(autouse=True)

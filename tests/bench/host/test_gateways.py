@@ -10,7 +10,7 @@ import pytest
 from bench.host.asking import by_grpc, count
 from bench.host.gateways import answered, by_engine_service, by_http
 from tests.serve.fakes import FakeEngine
-from tests.serve.server.gateway.test_servicer import answer, opened
+from tests.serve.server.gateway.own_loop import answer, opened
 from tests.serve.server.own_loop import in_loop
 
 EVENTS = (b'data: {"choices": []}\n\n', b'data: {"choices": []}\n\n', b"data: [DONE]\n\n")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,6 +12,7 @@ from bench.load.workload import FAMILIES, Item, closed_loop
 from scheduler.request import Slo
 from serve.reading.requests import read_request
 from taper_client.v1 import inference_service_pb2 as pb
+from tests.bench.load.replies import END, delta, reply, stage, width
 from tests.bench.served import MAX_CONTEXT, Served, serving
 from tests.serve.fakes import VOCAB, served_model
 
@@ -30,28 +31,6 @@ def ask(address: str, *requests: bytes, **options: object) -> list[Reply]:
             return await play(driver, requests, [0.0] * len(requests), **options)
 
     return asyncio.run(talk())
-
-
-def reply(*messages: Sequence[pb.Event]) -> Reply:
-    """Messages that came a second apart."""
-    raw = [pb.GenerateResponse(events=events).SerializeToString() for events in messages]
-    return Reply(0.0, 0.0, messages=[*enumerate(raw, start=1)])
-
-
-def stage(number: int, *branches: tuple[int, int]) -> pb.Event:
-    infos = [pb.Branch(branch_id=branch, parent_branch_id=parent) for branch, parent in branches]
-    return pb.Event(stage_started=pb.StageStarted(stage=number, branches=infos))
-
-
-def delta(branch: int, total: int) -> pb.Event:
-    return pb.Event(delta=pb.BranchDelta(branch_id=branch, completion_tokens=total))
-
-
-def width(now: int) -> pb.Event:
-    return pb.Event(width_changed=pb.WidthChanged(width=now, wanted=9))
-
-
-END = pb.Event(finished=pb.Finished())
 
 
 def test_clients_run_where_there_is_no_jax() -> None:

@@ -7,16 +7,7 @@ import pytest
 from bench.load.measures import Record, Run, Window, cells, merged_stages, quantile, share, titles
 from bench.load.workload import Item
 from scheduler.request import Slo
-
-
-def seen(item: Item, first: float, *gaps: float, arrival: float = 0.0) -> Record:
-    """A request whose first token comes at `first` and each later one so many seconds after the last."""
-    record = Record(item, arrival)
-    record.emit(first)
-    for gap in gaps:
-        record.emit(record.last + gap)
-    record.finished = record.tokens == item.tokens
-    return record
+from tests.bench.load.records import seen
 
 
 def row(*records: Record, tpot: float = 0.031) -> dict[str, Any]:

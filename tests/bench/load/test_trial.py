@@ -13,7 +13,7 @@ from bench.load.workload import ALONE, Item, Workload
 from scheduler.request import Slo
 from taper_client.errors import ServiceError
 from taper_client.v1 import inference_service_pb2 as pb
-from tests.bench.load.test_driver import END, delta, reply, stage, width
+from tests.bench.load.replies import END, delta, reply, stage, width
 
 
 def played(*arrivals: float) -> Trial:

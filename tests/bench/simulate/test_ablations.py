@@ -13,7 +13,7 @@ from bench.simulate.simulation import Setting, Simulation, targets
 from scheduler.config import RESERVE
 from scheduler.policy import Baseline, Extra
 from scheduler.predictor import StepLatencyModel, StepLoad
-from tests.bench.simulate.test_policies import InOneProcess
+from tests.bench.simulate.in_one_process import InOneProcess
 
 PROFILE = Profile.load("h200-qwen3-32b")
 EXTRAS = [Extra(number, 0, 1, 0.0) for number in range(6)]

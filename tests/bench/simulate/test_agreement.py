@@ -16,7 +16,7 @@ from bench.simulate.agreement import compare, files, settings, text, verdict
 from bench.simulate.lateness import Lateness, identity
 from bench.simulate.profile import Profile
 from bench.simulate.simulation import Setting, simulate, targets
-from tests.bench.simulate.test_policies import InOneProcess
+from tests.bench.simulate.in_one_process import InOneProcess
 
 PROFILE = Profile.load("h200-qwen3-32b").exact()
 

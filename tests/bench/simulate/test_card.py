@@ -11,7 +11,7 @@ from rich.console import Console
 from bench.load.measures import Window
 from bench.load.workload import Item, Workload, named
 from bench.simulate import card
-from bench.simulate.card import Outcome
+from tests.bench.simulate.shown import FOUND
 
 SMALL = replace(
     card.setting(),
@@ -38,18 +38,6 @@ def test_an_outcome_is_of_all_answers_and_the_same_every_time() -> None:
     assert card.outcome(SMALL, "eager") == eager
     strict = replace(SMALL, slo=replace(SMALL.slo, tpot=0.001))
     assert card.outcome(strict, "eager").kept == 0
-
-
-FOUND = {
-    policy: Outcome(
-        policy=policy, kept=kept, asked=38, answer_seconds=seconds, slowest_ms=slowest, width=width
-    )
-    for policy, kept, seconds, slowest, width in (
-        ("off", 38, 64.7, 24.2, 1.0),
-        ("eager", 27, 19.0, 39.5, 6.2),
-        ("taper", 38, 18.2, 32.2, 6.0),
-    )
-}  # what the docs show
 
 
 @pytest.mark.parametrize(

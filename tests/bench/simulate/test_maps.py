@@ -34,7 +34,7 @@ from bench.simulate.simulation import Setting, Simulation
 from scheduler.config import RESERVE
 from scheduler.controller import Controller
 from scheduler.predictor import StepLoad
-from tests.bench.simulate.test_policies import InOneProcess
+from tests.bench.simulate.in_one_process import InOneProcess
 
 PROFILE = Profile.load("h200-qwen3-32b")
 LOAD = StepLoad(100, shared_kv=20_000, private_kv=10_000, items=110, raw_kv=90_000)

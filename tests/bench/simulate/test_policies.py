@@ -5,7 +5,6 @@ import math
 import runpy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +15,7 @@ from bench.simulate.profile import Profile
 from bench.simulate.simulation import Setting, targets
 from scheduler.controller import ControllerConfig
 from scheduler.request import Slo
+from tests.bench.simulate.in_one_process import InOneProcess
 
 PROFILE = Profile.load("h200-qwen3-32b")
 KEYS = {
@@ -37,16 +37,6 @@ STEP = {
     "baseline": 0.4,
     "budget": None,
 }
-
-
-class InOneProcess:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def __enter__(self) -> InOneProcess:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-    map = staticmethod(map)
 
 
 def test_the_command_prints_strict_json(

@@ -13,7 +13,7 @@ from scheduler.controller import ControllerConfig
 from scheduler.predictor import StepLoad
 from scheduler.request import Slo
 from serve.door import StepRecord
-from tests.bench.load.test_measures import seen
+from tests.bench.load.records import seen
 
 PROFILE = Profile.load("h200-qwen3-32b").exact()
 POLICIES = ("off", "cap:2", "eager", "taper")

@@ -7,19 +7,8 @@ import json
 import pytest
 
 from taper_client.answer import Completion
-from taper_client.events import (
-    BranchFinished,
-    Delta,
-    Event,
-    Finished,
-    Joined,
-    Logprob,
-    StageBranch,
-    StageStarted,
-    Started,
-    Timing,
-    Usage,
-)
+from taper_client.events import BranchFinished, Delta, Event, Joined, Logprob, StageBranch, StageStarted
+from tests.serve.client.ends import FINISHED, STARTED
 
 
 def test_what_comes_in_several_messages_is_put_together() -> None:
@@ -80,10 +69,6 @@ def collected(*events: Event) -> Completion:
     return completion
 
 
-STARTED = Started(request_id="mine", prompt_tokens=3, cached_tokens=0, prompt_token_ids=(5, 6, 7))
-USAGE = Usage(prompt_tokens=3, cached_tokens=0, completion_tokens=4, critical_path_tokens=2, preemptions=0)
-TIMING = Timing(queue=0.5, ttft=1.0, tpot=0.25, total=2.0, tpot_slo_met=True, ttft_slo_met=False)
-FINISHED = Finished(usage=USAGE, timing=TIMING)
 FORKED = (STARTED, stage(0, (1, 0, ""), (2, 0, "")), say(1, "ab"), say(2, "cd"), end(1), end(2, "stop"))
 SEVERAL = (*FORKED, end(0, "forked", 0), FINISHED)
 

@@ -21,7 +21,7 @@ from scheduler.request import Request
 from scheduler.step import Sample
 from scheduler.stopping import FinishReason
 from taper_client.command import main
-from tests.serve.client.test_options import SAMPLING
+from tests.serve.client.options import SAMPLING
 from tests.serve.fakes import FakeEngine, begin, finished, fork_and_join, listening
 
 BEGIN = 257  # a special token of the fakes' tokenizer

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from taper_client import sampling, stopping
 from taper_client.options import Options, OutputOptions, SamplingOptions, StageOptions, StoppingOptions
 from taper_client.v1 import inference_service_pb2 as pb
-
-SAMPLING: dict[str, Any] = {
-    "temperature": 0.5,
-    "top_p": 0.25,
-    "top_k": 3,
-    "min_p": 0.125,
-    "repetition_penalty": 1.5,
-    "presence_penalty": 0.75,
-    "frequency_penalty": -0.5,
-    "seed": 9,
-    "logit_bias": {5: 2.0},
-}
-STOPPING: dict[str, Any] = {"max_tokens": 4, "stop": ["."], "stop_token_ids": [6], "ignore_eos": True}
+from tests.serve.client.options import SAMPLING, STOPPING
 
 
 @pytest.mark.parametrize(

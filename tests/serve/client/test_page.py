@@ -10,7 +10,7 @@ import pytest
 from taper_client import Client, Completion
 from taper_client.options import Options
 from tests.serve.authorities import Authority
-from tests.serve.client.test_answer import FINISHED, STARTED
+from tests.serve.client.ends import FINISHED, STARTED
 from tests.serve.fakes import FakeEngine, fork_and_join, listening
 
 PAGE = (Path(__file__).parents[3] / "docs/client.md").read_text()

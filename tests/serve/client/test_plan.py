@@ -7,7 +7,7 @@ import pytest
 from taper_client import branch, model_driven, parallel, sampling, serial, stopping
 from taper_client.plan import inherit_stopping
 from taper_client.v1 import inference_service_pb2 as pb
-from tests.serve.client.test_options import SAMPLING, STOPPING
+from tests.serve.client.options import SAMPLING, STOPPING
 
 DRAWN, ENDS = pb.SamplingParams(**SAMPLING), pb.StoppingCriteria(**STOPPING)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from taper_client import branch, generate_request, model_driven, parallel, sampling, serial, stopping
 from taper_client.v1 import inference_service_pb2 as pb
-from tests.serve.client.test_options import SAMPLING, STOPPING
+from tests.serve.client.options import SAMPLING, STOPPING
 
 
 def test_what_is_not_set_is_not_sent():

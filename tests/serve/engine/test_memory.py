@@ -10,9 +10,7 @@ import jax
 import pytest
 
 from serve.engine.memory import IN_FLIGHT, MemoryPlan, device_limit, remembered
-
-GIB = 2**30
-PLAN = MemoryPlan(limit=128 * GIB, weights=61 * GIB, slots=GIB, step=GIB, page=16 * 2**20)
+from tests.serve.engine.memory_plan import GIB, PLAN
 
 
 def test_the_pool_is_what_is_left_in_whole_shares_of_the_memory() -> None:

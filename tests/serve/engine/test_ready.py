@@ -13,7 +13,7 @@ from model.sharding import Placement
 from scheduler.predictor import StepLatencyModel
 from serve.engine.ready import Ready
 from serve.engine.runner import RunnerConfig
-from tests.serve.engine.test_memory import PLAN
+from tests.serve.engine.memory_plan import PLAN
 
 READY = Ready(
     model=PRESETS["qwen3-32b"],

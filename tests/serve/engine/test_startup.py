@@ -29,7 +29,7 @@ from serve.engine.memory import MemoryPlan
 from serve.engine.runner import RunnerConfig
 from serve.engine.startup import Started
 from serve.served import Platform, Served, ServedModel
-from tests.serve.engine.test_memory import PLAN
+from tests.serve.engine.memory_plan import PLAN
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 

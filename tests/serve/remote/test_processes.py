@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -23,52 +20,11 @@ from taper_client import Client, branch, generate_request, parallel
 from taper_client.errors import InternalError, UnavailableError, from_rpc
 from taper_client.events import Finished
 from taper_client.v1 import inference_service_pb2_grpc as inference_grpc
+from tests.serve.remote.both import ROOT, SERVER, Both, begun, end
 from tests.serve.remote.slow import GREEDY, LEAVING, STUCK, UNLUCKY
-from tests.serve.waiting import is_alive, until
+from tests.serve.waiting import until
 
-SERVER = """
-import signal, sys
-from serve.config import ServerConfig
-from serve.remote.spawn import spawned
-from serve.server.server import run
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
-try:
-    with spawned("tests.serve.remote.slow.main") as load:
-        config = ServerConfig(port=0, drain_timeout=10.0, step_timeout=3.0, readers=1, seed=int(sys.argv[1]))
-        run(config, load)
-finally:
-    print("imported", [name for name in ("jax", "jaxlib", "flax") if name in sys.modules], flush=True)
-"""
-ROOT = Path(__file__).parents[3]
 LONG = 500  # tokens: ten seconds
-
-
-@dataclass
-class Both:
-    server: subprocess.Popen[str]
-    engine: int  # process id
-    address: str = ""
-
-    @property
-    def engine_is_alive(self) -> bool:
-        return is_alive(self.engine)
-
-
-def begun(seed: int = 0, program: str = SERVER, **options: Any) -> Both:
-    server = subprocess.Popen(
-        [sys.executable, "-P", "-c", program, str(seed)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **{"env": {**os.environ, "PYTHONPATH": str(ROOT)}, **options},
-    )
-    assert server.stderr is not None
-    line = server.stderr.readline()
-    found = re.match(r"engine (\d+)", line)
-    assert found, line + server.stderr.read()
-    return Both(server, int(found[1]))
 
 
 @pytest.fixture
@@ -82,11 +38,6 @@ def both() -> Iterator[Both]:
         yield made
     finally:
         end(made)
-
-
-def end(both: Both) -> None:
-    both.server.kill()
-    both.server.communicate(timeout=20)
 
 
 def test_requests_are_served_and_a_signal_drains_both(both: Both) -> None:

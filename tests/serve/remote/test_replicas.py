@@ -17,7 +17,7 @@ import pytest
 from bench.server import free_port
 from taper_client import Client, ServiceError
 from taper_client.events import Delta, Finished
-from tests.serve.remote.test_processes import Both, begun, end
+from tests.serve.remote.both import Both, begun, end
 from tests.serve.waiting import until
 
 REQUESTS, AT_ONCE, TOKENS = 200, 32, 4

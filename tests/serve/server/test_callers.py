@@ -35,7 +35,7 @@ from tests.bench.served import Runner
 from tests.serve.fakes import ByteTokenizer, FakeEngine, begin
 from tests.serve.server.own_loop import answer, in_loop, listening_to
 from tests.serve.server.raw_calls import connection, served_by, soon
-from tests.serve.server.test_tokens import entry
+from tests.serve.server.token_files import entry
 
 GENERATE, ABORT = "/taper.v1.InferenceService/Generate", "/taper.v1.ControlService/Abort"
 HEALTH, REFLECTION = full_name(health_pb2), full_name(reflection_pb2)

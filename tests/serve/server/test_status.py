@@ -19,7 +19,7 @@ from serve.server.server import pages
 from serve.server.service import Service
 from serve.server.status import STEPS, Progress, Status
 from tests.serve.fakes import STEP, FakeEngine, say, served_model
-from tests.serve.server.test_tokens import entry
+from tests.serve.server.token_files import entry
 
 NOTHING = Asked("", {})
 

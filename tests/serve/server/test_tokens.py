@@ -12,14 +12,9 @@ import pytest
 from serve.server import tokens as module
 from serve.server.tokens import Token, Tokens
 from taper_client.errors import UnauthenticatedError
+from tests.serve.server.token_files import entry
 
 SECRET = "aGVsbG8gd29ybGQhIQ"
-
-
-def entry(tenant: str = "a", roles: str = '["generate"]', **more: str) -> str:
-    return f'[[token]]\ntenant = "{tenant}"\nroles = {roles}\n' + "".join(
-        f'{key} = "{value}"\n' for key, value in more.items()
-    )
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,11 @@ from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as vllm_grpc
 
-from scheduler.events import StageFinished, Started
 from scheduler.predictor import PredictionAccuracy
-from scheduler.request import Request
 from scheduler.scheduler import SchedulerLoad
-from scheduler.stopping import FinishReason
 from serve.config import OptionError, ServerConfig
 from serve.door import Load, Refused
 from serve.reading.work import Job
-from serve.served import Platform, Served
 from serve.server import exposure
 from serve.server.gateway import servicer
 from serve.server.ports import Ports
@@ -33,45 +27,10 @@ from serve.server.service import Service
 from serve.server.tls import Certificates
 from taper_client import AsyncClient, ServiceError, UnavailableError
 from tests.serve.authorities import Authority
-from tests.serve.fakes import FakeEngine, begin, finished, fork_and_join, say, served_model
+from tests.serve.fakes import FakeEngine, fork_and_join
+from tests.serve.server.gateway.own_loop import CONFIG, answer, opened, serve
 from tests.serve.server.own_loop import in_loop, until
-from tests.serve.server.test_tokens import entry
-
-CONFIG = ServerConfig(port=0, gateway_port=0)
-
-
-def answer(engine: FakeEngine, request: Request) -> None:
-    """Two tokens in two steps."""
-    name = request.id
-    end = StageFinished(name, 0, 0, FinishReason.MAX_TOKENS, None, 2, True)
-    engine.tell(name, Started(name, 1, 0), begin(name, 0), *say(name, 0, "a"))
-    engine.tell(name, *say(name, 0, "b", 2), end, finished(name, 2))
-
-
-@contextlib.asynccontextmanager
-async def opened(
-    engine: FakeEngine | None = None,
-    config: ServerConfig = CONFIG,
-    certificates: Certificates | None = None,
-    **model: Any,
-) -> AsyncIterator[tuple[Service, Ports, Any]]:
-    """A server whose model is loaded if there is an engine, and a gateway's stub of it."""
-    service = Service(config)
-    if engine is not None:
-        serve(service, engine, **model)
-    ports = Ports(service, certificates)
-    await ports.start()
-    assert ports.gateway is not None
-    try:
-        async with grpc.aio.insecure_channel(ports.gateway) as channel:
-            yield service, ports, vllm_grpc.VllmEngineStub(channel)
-    finally:
-        await shut_down(ports, service, timeout=0.0)
-
-
-def serve(service: Service, engine: FakeEngine, **model: Any) -> None:
-    platform = Platform(page_size=16, largest_bucket=64)
-    service.serve(Served(engine=engine, model=served_model(**model), platform=platform))
+from tests.serve.server.token_files import entry
 
 
 def asked(name: str = "r", **fields: Any) -> vllm.GenerateRequest:
