@@ -148,7 +148,7 @@ LOADS: dict[str, dict[str, Any]] = {
 STARTS = {
     "1.4/s": (1.4, SUSTAINED),
     "1.8/s": (1.8, SUSTAINED),
-    "1.8/s for half a minute": (1.8, HALF_MINUTE),
+    "1.8/s, 30 s": (1.8, HALF_MINUTE),
 }
 RESERVES = {"all": 1.0, "half": 0.5, "a quarter": 0.25, "a tenth": 0.1, "nothing": 0.0}
 MARGINS = {"repaying": ControllerConfig(), "forgetting": ControllerConfig(repay=0.0)}
