@@ -192,6 +192,7 @@ def starting(margin: float) -> type[Controller]:
 
 
 def window_of(case: Case) -> Window:
+    """Whose requests count."""
     if case.map in ("sustained", "kept"):
         return SUSTAINED
     if case.map == "starts":
