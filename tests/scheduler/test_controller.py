@@ -11,13 +11,10 @@ from scheduler.controller import Controller
 from scheduler.predictor import StepLoad
 from scheduler.request import Slo
 from scheduler.step import Entry, Forecast, Step
-from tests.scheduler.alphabet import LETTERS
 from tests.scheduler.drafts import Bench
 from tests.scheduler.requests import fork, request, serial
-from tests.scheduler.symbolic import SymbolicModel, unique_kv_tokens, widths
+from tests.scheduler.symbolic import TALKS_ON, unique_kv_tokens, widths
 from tests.scheduler.world import UNFILLED, Setting, World
-
-TALKS_ON = SymbolicModel(LETTERS)
 
 
 def cost(world: World, entries: Sequence[Entry]) -> float:

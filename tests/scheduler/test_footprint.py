@@ -9,9 +9,9 @@ from scheduler.footprint import worst_case_pages
 from scheduler.program import BranchSpec, ParallelStage, Plan, SerialStage, Stage, TagProgram
 from scheduler.request import Request
 from scheduler.stopping import Stopping
-from tests.scheduler.alphabet import FOLLOWS, LETTERS, PLAIN, TALKATIVE
+from tests.scheduler.alphabet import FOLLOWS, PLAIN, TALKATIVE
 from tests.scheduler.strategies import GRAMMARS, examples, loads, plans, serving, tag_programs
-from tests.scheduler.symbolic import SymbolicModel
+from tests.scheduler.symbolic import TALKS_ON, SymbolicModel
 from tests.scheduler.world import Setting, World
 
 
@@ -105,7 +105,6 @@ def test_a_model_driven_request_counts_as_serial() -> None:
     assert worst_case_pages(Request(id="r", prompt=(1,) * 5, program=program), 4, 1000) == 4
 
 
-TALKS_ON = SymbolicModel(LETTERS)  # and so reaches every limit
 MODEL = SymbolicModel(PLAIN)
 FORKS = SymbolicModel(TALKATIVE, FOLLOWS)
 

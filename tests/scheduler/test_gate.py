@@ -10,12 +10,10 @@ import pytest
 from scheduler.events import Finished
 from scheduler.gate import RejectedError
 from scheduler.request import Slo
-from tests.scheduler.alphabet import LETTERS
 from tests.scheduler.requests import fork, request, serial
-from tests.scheduler.symbolic import SymbolicModel
+from tests.scheduler.symbolic import TALKS_ON
 from tests.scheduler.world import Setting, World
 
-TALKS_ON = SymbolicModel(LETTERS)
 ONE_BY_ONE = Setting(buckets=(1,), in_flight=0)  # a step of 1.1 ms for each token
 SERVICE = 24 * 1.13e-3  # of 4 tokens to read and 20 to sample, or 21 to read and 3 to sample
 

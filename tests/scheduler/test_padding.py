@@ -8,13 +8,10 @@ from dataclasses import replace
 from scheduler.controller import Controller, ControllerConfig
 from scheduler.policy import Extra
 from scheduler.request import Slo
-from tests.scheduler.alphabet import LETTERS
 from tests.scheduler.drafts import Bench
 from tests.scheduler.requests import fork, request, serial
-from tests.scheduler.symbolic import SymbolicModel, rows_by_request, widths
+from tests.scheduler.symbolic import TALKS_ON, rows_by_request, widths
 from tests.scheduler.world import UNFILLED, Setting, serve
-
-TALKS_ON = SymbolicModel(LETTERS)
 
 
 def test_padding_is_filled_even_without_slack() -> None:

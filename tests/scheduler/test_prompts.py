@@ -11,11 +11,13 @@ from scheduler.request import Slo
 from tests.scheduler.alphabet import LETTERS
 from tests.scheduler.drafts import Bench
 from tests.scheduler.requests import request, serial, stopping
-from tests.scheduler.symbolic import SymbolicModel, rows_by_request
+from tests.scheduler.symbolic import TALKS_ON, rows_by_request
 from tests.scheduler.world import UNFILLED, Setting, World, serve
 
-TALKS_ON = SymbolicModel(LETTERS)
 FLOOR_ONLY = ControllerConfig(rho=0.0, fill=False)
+TWO_A_STEP = Setting(  # tokens of one prompt
+    policy="off", buckets=(8,), prompt_floor=2, max_chunk=2, controller=FLOOR_ONLY, in_flight=0
+)
 
 
 def test_the_floor_is_at_most_half_of_the_largest_bucket() -> None:
@@ -55,10 +57,7 @@ def test_a_prompt_reads_a_little_in_every_step_whatever_the_slack() -> None:
 
 
 def test_the_prompt_that_is_due_first_has_the_floor() -> None:
-    setting = Setting(
-        policy="off", buckets=(8,), prompt_floor=2, max_chunk=2, controller=FLOOR_ONLY, in_flight=0
-    )
-    world = World(setting, TALKS_ON)
+    world = World(TWO_A_STEP, TALKS_ON)
     world.add(request("decoding", serial(99), slo=Slo(tpot=0.0030, ttft=9.0)))
     world.run_until(lambda: world.emitted("decoding") > 3)
     world.add(request("relaxed", serial(1), prompt=30, slo=Slo(tpot=1.0, ttft=20.0)))
@@ -69,10 +68,7 @@ def test_the_prompt_that_is_due_first_has_the_floor() -> None:
 
 
 def test_a_prompt_that_missed_its_target_is_not_starved_by_those_that_have_not() -> None:
-    setting = Setting(
-        policy="off", buckets=(8,), prompt_floor=2, max_chunk=2, controller=FLOOR_ONLY, in_flight=0
-    )
-    world = World(setting, TALKS_ON)
+    world = World(TWO_A_STEP, TALKS_ON)
     world.add(request("decoding", serial(150), slo=Slo(tpot=0.0030, ttft=9.0)))
     world.add(request("late", serial(1), prompt=20, slo=Slo(tpot=1.0, ttft=0.0001)))
     for number in range(5):
@@ -82,10 +78,7 @@ def test_a_prompt_that_missed_its_target_is_not_starved_by_those_that_have_not()
 
 
 def test_the_floor_goes_to_a_prompt_that_can_be_in_time_but_for_one_step_in_eight() -> None:
-    setting = Setting(
-        policy="off", buckets=(8,), prompt_floor=2, max_chunk=2, controller=FLOOR_ONLY, in_flight=0
-    )
-    world = World(setting, TALKS_ON)
+    world = World(TWO_A_STEP, TALKS_ON)
     world.add(request("decoding", serial(150), slo=Slo(tpot=0.0030, ttft=9.0)))
     world.run_until(lambda: world.emitted("decoding") > 2)
     world.add(request("late", serial(1), prompt=90, slo=Slo(tpot=1.0, ttft=0.0001)))

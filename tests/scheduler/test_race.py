@@ -16,10 +16,9 @@ from scheduler.stopping import FinishReason, Stopping
 from tests.scheduler.alphabet import LETTERS, PLAIN
 from tests.scheduler.interpreter import Interpreter
 from tests.scheduler.strategies import RELAXED, examples, loads, plans, serving
-from tests.scheduler.symbolic import SymbolicModel
+from tests.scheduler.symbolic import TALKS_ON, SymbolicModel
 from tests.scheduler.world import Setting, World, assert_says, roomy, serve, without_losers
 
-TALKS_ON = SymbolicModel(LETTERS)  # and so reaches every limit
 MODEL = SymbolicModel(PLAIN)
 OUTRUN, LIMIT = FinishReason.OUTRUN, FinishReason.MAX_TOKENS
 POLICIES = ("off", "cap:2", "eager", "taper")

@@ -9,12 +9,11 @@ import pytest
 from scheduler.controller import ControllerConfig
 from scheduler.events import Started
 from scheduler.request import Slo
-from tests.scheduler.alphabet import LETTERS, PLAIN
+from tests.scheduler.alphabet import PLAIN
 from tests.scheduler.requests import fork, request, serial
-from tests.scheduler.symbolic import SymbolicModel
+from tests.scheduler.symbolic import TALKS_ON, SymbolicModel
 from tests.scheduler.world import Setting, World, assert_says, serve
 
-TALKS_ON = SymbolicModel(LETTERS)
 MODEL = SymbolicModel(PLAIN)
 
 

@@ -31,10 +31,9 @@ from tests.scheduler.alphabet import LETTERS, PLAIN, Alphabet, tokens
 from tests.scheduler.interpreter import Interpreter
 from tests.scheduler.requests import fork, request, serial, stopping
 from tests.scheduler.strategies import RELAXED
-from tests.scheduler.symbolic import SymbolicModel
+from tests.scheduler.symbolic import TALKS_ON, SymbolicModel
 from tests.scheduler.world import Setting, World, assert_says, serve
 
-TALKS_ON = SymbolicModel(LETTERS)
 MODEL = SymbolicModel(PLAIN)
 
 

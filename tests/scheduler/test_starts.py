@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 
 from scheduler.request import Slo
-from tests.scheduler.alphabet import LETTERS
 from tests.scheduler.requests import fork, request, serial
-from tests.scheduler.symbolic import SymbolicModel, rows_by_request, widths
+from tests.scheduler.symbolic import TALKS_ON, rows_by_request, widths
 from tests.scheduler.world import Setting, World
-
-TALKS_ON = SymbolicModel(LETTERS)
 
 
 def test_a_running_request_is_priced_before_its_prompt_is_read() -> None:

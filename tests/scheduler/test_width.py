@@ -14,10 +14,9 @@ from scheduler.step import Step
 from tests.scheduler.alphabet import LETTERS, PLAIN
 from tests.scheduler.requests import fork, request, serial, stopping
 from tests.scheduler.strategies import examples, loads, plans, serving
-from tests.scheduler.symbolic import SymbolicModel, widths
+from tests.scheduler.symbolic import TALKS_ON, SymbolicModel, widths
 from tests.scheduler.world import UNFILLED, Setting, World, roomy, serve
 
-TALKS_ON = SymbolicModel(LETTERS)
 MODEL = SymbolicModel(PLAIN)
 NEVER = Slo(tpot=math.inf, ttft=math.inf)
 
