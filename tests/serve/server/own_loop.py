@@ -65,6 +65,13 @@ async def until(engine: FakeEngine, condition: Callable[[FakeEngine], bool]) -> 
     await asyncio.to_thread(engine.wait_for, condition)
 
 
+async def under_way(engine: FakeEngine, client: AsyncClient) -> asyncio.Future:
+    """The answer to "r", which the client has asked for and the engine has taken."""
+    asked = asyncio.ensure_future(client.complete("go", request_id="r"))
+    await until(engine, lambda e: "r" in e.requests)
+    return asked
+
+
 def begin(name: str = "r") -> list:
     """A request has started, with a stage of its trunk alone."""
     return [Started(name, 3, 1), StageStarted(name, 0, (BranchInfo(0, 0, ""),))]

@@ -27,7 +27,7 @@ from taper_client.errors import (
 from taper_client.v1 import control_service_pb2, inference_service_pb2
 from taper_client.v1 import inference_service_pb2_grpc as inference_grpc
 from tests.serve.fakes import ByteTokenizer, FakeEngine
-from tests.serve.server.own_loop import answer, connected, in_loop, serving, until
+from tests.serve.server.own_loop import answer, connected, in_loop, serving, under_way
 
 
 @in_loop
@@ -118,8 +118,7 @@ async def test_what_can_never_be_served_is_not_asked_to_come_back(message, code,
 async def test_a_running_id_is_refused_and_the_running_request_goes_on():
     engine = FakeEngine()
     async with connected(engine) as client:
-        running = asyncio.ensure_future(client.complete("go", request_id="r"))
-        await until(engine, lambda e: "r" in e.requests)
+        running = await under_way(engine, client)
         with pytest.raises(DuplicateRequestError) as caught:
             await client.complete("go", request_id="r")
         assert caught.value.retry_after is None

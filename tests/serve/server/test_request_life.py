@@ -14,7 +14,7 @@ from taper_client.errors import CancelledError, DeadlineExceededError
 from taper_client.events import Finished
 from taper_client.v1 import inference_service_pb2_grpc as inference_grpc
 from tests.serve.fakes import FakeEngine, finished
-from tests.serve.server.own_loop import answer, begin, connected, in_loop, serving, token, until
+from tests.serve.server.own_loop import answer, begin, connected, in_loop, serving, token, under_way, until
 
 
 @in_loop
@@ -55,8 +55,7 @@ async def test_a_cancelled_call_cancels_its_request():
 async def test_a_call_cancelled_in_the_queue_cancels_its_request():
     engine = FakeEngine()
     async with serving(engine) as (service, address), AsyncClient(address) as client:
-        waiting = asyncio.ensure_future(client.complete("go", request_id="r"))
-        await until(engine, lambda e: "r" in e.requests)
+        waiting = await under_way(engine, client)
         waiting.cancel()
         await until(engine, lambda e: e.cancelled == ["r"])
         with pytest.raises(asyncio.CancelledError):

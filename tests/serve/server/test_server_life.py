@@ -18,7 +18,7 @@ from taper_client import AsyncClient
 from taper_client.errors import InternalError, UnavailableError
 from taper_client.v1 import control_service_pb2
 from tests.serve.fakes import FakeEngine, served_model
-from tests.serve.server.own_loop import answer, begin, in_loop, serving, until
+from tests.serve.server.own_loop import answer, begin, in_loop, serving, under_way
 
 
 @in_loop
@@ -75,8 +75,7 @@ async def test_a_draining_server_finishes_what_runs_and_takes_nothing_new():
         grpc.aio.insecure_channel(address) as channel,
         AsyncClient(address) as client,
     ):
-        running = asyncio.ensure_future(client.complete("go", request_id="r"))
-        await until(engine, lambda e: "r" in e.requests)
+        running = await under_way(engine, client)
         draining = asyncio.ensure_future(service.drain(30))
         await asyncio.to_thread(engine.drained.wait, 10)
         assert await health(channel) == "NOT_SERVING"
@@ -94,8 +93,7 @@ async def test_a_draining_server_finishes_what_runs_and_takes_nothing_new():
 async def test_what_a_drain_could_not_finish_is_told_so():
     engine = FakeEngine()
     async with serving(engine) as (service, address), AsyncClient(address) as client:
-        running = asyncio.ensure_future(client.complete("go", request_id="r"))
-        await until(engine, lambda e: "r" in e.requests)
+        running = await under_way(engine, client)
         await service.drain(0.0)
         with pytest.raises(UnavailableError, match="stopping") as caught:
             await running
@@ -125,8 +123,7 @@ async def test_when_the_engine_dies_callers_learn_that_and_no_more():
         grpc.aio.insecure_channel(address) as channel,
         AsyncClient(address) as client,
     ):
-        running = asyncio.ensure_future(client.complete("go", request_id="r"))
-        await until(engine, lambda e: "r" in e.requests)
+        running = await under_way(engine, client)
         engine.state = "FAILED"
         engine.tell("r", *begin(), Failed("Traceback: secret"))
         with pytest.raises(InternalError) as caught:

@@ -15,7 +15,7 @@ from taper_client.errors import OverloadedError, from_rpc
 from taper_client.events import events_of
 from taper_client.v1 import inference_service_pb2_grpc as inference_grpc
 from tests.serve.fakes import FakeEngine, finished
-from tests.serve.server.own_loop import answer, begin, connected, in_loop, serving, token, until
+from tests.serve.server.own_loop import answer, begin, connected, in_loop, serving, token, under_way, until
 
 
 @in_loop
@@ -82,8 +82,7 @@ async def test_a_reader_with_an_interval_gets_fewer_messages_and_the_same_answer
 async def test_a_reader_that_does_not_read_is_given_up():
     engine = FakeEngine()
     async with connected(engine, waiting_events=100) as client:
-        running = asyncio.ensure_future(client.complete("go", request_id="r"))
-        await until(engine, lambda e: "r" in e.requests)
+        running = await under_way(engine, client)
         engine.tell("r", *begin(), *(token(count) for count in range(1, 200)))
         with pytest.raises(OverloadedError) as caught:
             await running
