@@ -209,7 +209,7 @@ def run(profile: Profile, case: Case, *, reserve: float = RESERVE) -> dict[str, 
     seconds = window.end + COOLDOWN
     multiple, limits, controller, latency = TPOT_SLO_MULTIPLE, 1.0, ControllerConfig(), None
     policy = "taper" if label in (*MARGINS, *RESERVES, *STARTS, BY_CLIENT, READ_AGAIN) else label
-    starts = Controller.START_MARGIN
+    kind = Controller
     workload = named("headline", seed, seconds, rate=RATE)
     match name, x:
         case (("load" | "fork" | "sustained"), float()):
@@ -237,7 +237,7 @@ def run(profile: Profile, case: Case, *, reserve: float = RESERVE) -> dict[str, 
         case "kept", float():
             reserve = x
         case "starts", float():
-            starts, workload = x, named("headline", seed, seconds, rate=STARTS[label][0])
+            kind, workload = starting(x), named("headline", seed, seconds, rate=STARTS[label][0])
         case "limits", float():
             limits, reserve = x, RESERVES[label]
     setting = Setting(
@@ -251,7 +251,7 @@ def run(profile: Profile, case: Case, *, reserve: float = RESERVE) -> dict[str, 
         fork="client" if label == BY_CLIENT else "server",
         limits=limits,
     )
-    simulation = Simulation(setting, policy, latency=latency, controller=starting(starts))
+    simulation = Simulation(setting, policy, latency=latency, controller=kind)
     with no_collections():
         simulation.serve()
     return {**case._asdict(), **simulation.run().row(), **simulation.footprint(), "policy": label}

@@ -13,4 +13,4 @@ FOUND = {
         ("eager", 27, 19.0, 39.5, 6.2),
         ("taper", 38, 18.2, 32.2, 6.0),
     )
-}  # what the docs show
+}
